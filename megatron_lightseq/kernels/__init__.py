@@ -1,0 +1,1 @@
+"""Attention kernels: one tile, one rank, no communication."""

@@ -1,0 +1,1 @@
+"""The seams to Megatron-Core. Only this package and training/ import megatron."""

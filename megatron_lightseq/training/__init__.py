@@ -1,0 +1,1 @@
+"""Pretraining on megatron-core: data, loop, checkpoints, reports."""
