@@ -1,8 +1,8 @@
 """The configuration of a pretraining run: one frozen dataclass per section.
 
 Keys are flat and unique over all sections: `num_layers` is a YAML key, a `--num-layers` flag and a field of
-:class:`ModelConfig`. Names and meanings are Megatron-LM's arguments wherever Megatron has the argument; ours are
-added beside them (`cp_*`, `keep_attention_on_recompute`, `report_dir`, `progress`).
+:class:`ModelConfig`. Names and meanings are Megatron-LM's arguments wherever Megatron has the argument; ours
+are added beside them (`cp_*`, `keep_attention_on_recompute`, `report_dir`, `progress`).
 
 The docstring under a field is its help text, so `lightseq pretrain --help` cannot disagree with this file.
 Standard library only.
@@ -42,7 +42,7 @@ class ModelConfig:
     hidden_size: int = 256
     """Width of the residual stream."""
     ffn_hidden_size: int | None = None
-    """Width inside the MLP; null: 4 * hidden_size, or 8/3 of it rounded down to a multiple of 64 with swiglu."""
+    """Width inside the MLP; null: 4 * hidden_size, with swiglu 8/3 of it in whole multiples of 64."""
     num_attention_heads: int = 8
     """Number of query heads."""
     num_query_groups: int | None = None
@@ -145,7 +145,7 @@ class ContextParallelConfig:
     """How attention runs over the context parallel ranks."""
 
     cp_method: CPMethod = "lightseq"
-    """Placement of attention tiles on ranks; megatron: plain Megatron attention, without context parallelism."""
+    """Placement of attention tiles on ranks; megatron: Megatron's own attention, without CP."""
     cp_layout: CPLayout = "auto"
     """Which rank owns which tokens; auto: zigzag for the zigzag method, contiguous otherwise."""
     cp_overlap: bool = True
@@ -172,7 +172,7 @@ class RecomputeConfig:
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)
     """With selective: which modules."""
     keep_attention_on_recompute: bool = True
-    """Keep attention's output and log-sum-exp, so that recomputation repeats neither attention nor its traffic."""
+    """Keep attention's output and log-sum-exp: recomputation repeats neither attention nor its traffic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,7 +240,7 @@ class DataConfig:
     split: str = "969,30,1"
     """Shares of documents for training, validation and test."""
     tokenizer_type: TokenizerType = "byte"
-    """byte: 256 bytes and one end-of-document token, hf: a `tokenizers` JSON file, null: text is token ids."""
+    """byte: 256 bytes and end-of-document, hf: a `tokenizers` JSON file, null: text is token ids."""
     tokenizer_model: str | None = None
     """The `tokenizers` JSON file for hf."""
     vocab_size: int | None = None
