@@ -1,0 +1,153 @@
+"""megatron-core on a CPU: what is patched, that it can be undone, and that nothing else changes."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType
+
+import pytest
+import torch
+
+from megatron_lightseq.errors import UnsupportedError
+from megatron_lightseq.megatron import cpu_platform
+
+
+@pytest.fixture
+def platform() -> Iterator[None]:
+    if torch.cuda.is_available():
+        pytest.skip("the CPU platform refuses to run beside a GPU")
+    cpu_platform.activate()
+    yield
+    cpu_platform.deactivate()
+
+
+def test_refuses_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(
+        UnsupportedError, match=r"3 CUDA device.* never do so beside a GPU\. .*hide the GPUs"
+    ):
+        cpu_platform.activate()
+    assert not cpu_platform.is_active()
+
+
+@pytest.mark.usefixtures("platform")
+def test_activation_is_idempotent_and_undone_completely() -> None:
+    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    assert clip_grads.torch is not torch
+    stand_in = clip_grads.torch
+    cpu_platform.activate()
+    assert clip_grads.torch is stand_in
+    cpu_platform.deactivate()
+    assert clip_grads.torch is torch
+    assert not cpu_platform.is_active()
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    with pytest.raises((AssertionError, RuntimeError)):
+        random._get_cuda_rng_state()
+    assert _cuda_constants("megatron.core.optimizer.distrib_optimizer")
+
+
+@pytest.mark.usefixtures("platform")
+def test_torch_itself_is_untouched() -> None:
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+        torch.zeros(1, device="cuda")
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+        torch.zeros(1).cuda()
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_every_listed_module_needs_its_patch_and_loses_its_cuda_constants() -> None:
+    for name in cpu_platform.PATCHED_MODULES:
+        module = f"megatron.core.{name}"
+        importlib.import_module(module)
+        source = importlib.util.find_spec(module).origin  # type: ignore[union-attr]
+        assert "cuda" in Path(source).read_text(), f"{module} no longer mentions CUDA"  # type: ignore[arg-type]
+    if torch.cuda.is_available():
+        pytest.skip("the CPU platform refuses to run beside a GPU")
+    before = sum(len(_cuda_constants(f"megatron.core.{name}")) for name in cpu_platform.PATCHED_MODULES)
+    cpu_platform.activate()
+    try:
+        left = {name: _cuda_constants(f"megatron.core.{name}") for name in cpu_platform.PATCHED_MODULES}
+    finally:
+        cpu_platform.deactivate()
+    assert before > 20
+    assert not any(left.values()), left
+
+
+@pytest.mark.usefixtures("platform")
+def test_type_checks_and_devices_of_the_optimizer_name_the_cpu() -> None:
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.full((4,), 2.0)
+    clip_grad_by_total_norm_fp32([parameter], max_norm=2.0, total_norm=4.0)
+    torch.testing.assert_close(parameter.grad, torch.ones(4), rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("platform")
+def test_random_tracker_forks_and_restores_the_cpu_generator() -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    torch.manual_seed(1)
+    tracker = CudaRNGStatesTracker()
+    tracker.add("stream", 7)
+    outside = torch.rand(1)
+    with tracker.fork("stream"):
+        first = torch.rand(1)
+    with tracker.fork("stream"):
+        second = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(outside, torch.rand(1))
+    torch.manual_seed(7)
+    assert torch.equal(torch.cat([first, second]), torch.cat([torch.rand(1), torch.rand(1)]))
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_torch_norms_carry_the_sequence_parallel_mark(sequence_parallel: bool) -> None:
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, normalization="RMSNorm")
+    config.sequence_parallel = sequence_parallel
+    norm = WrappedTorchNorm(config, 8)
+    assert isinstance(norm, torch.nn.RMSNorm)
+    assert [parameter.sequence_parallel for parameter in norm.parameters()] == [sequence_parallel]
+    assert config.sequence_parallel is sequence_parallel
+
+
+@pytest.mark.usefixtures("platform")
+def test_operations_cost_the_same_with_and_without() -> None:
+    """The promise of this design: no mode over every operation. A TorchFunctionMode costs about 3x here."""
+
+    def thousand_small_operations() -> float:
+        x = torch.ones(4)
+        start = time.perf_counter()
+        for _ in range(1000):
+            x = x + 1
+        return time.perf_counter() - start
+
+    active = min(thousand_small_operations() for _ in range(20))
+    cpu_platform.deactivate()
+    inactive = min(thousand_small_operations() for _ in range(20))
+    assert active < 1.5 * inactive
+
+
+def _cuda_constants(module_name: str) -> list[str]:
+    """Constants that select CUDA, in all functions of a module."""
+    wanted = {"cuda", "torch.cuda.FloatTensor", "torch.cuda.HalfTensor", "torch.cuda.BFloat16Tensor"}
+
+    def constants(code: CodeType) -> Iterator[str]:
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from constants(constant)
+            for item in constant if isinstance(constant, tuple) else (constant,):
+                if isinstance(item, str) and item in wanted:
+                    yield item
+
+    functions: list[FunctionType] = list(cpu_platform._functions_of(importlib.import_module(module_name)))
+    return [constant for function in functions for constant in constants(function.__code__)]
+
