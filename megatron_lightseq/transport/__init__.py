@@ -1,1 +1,17 @@
 """Moving tensors between ranks: no maths, no schedules."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megatron_lightseq.transport.base import Message, Pending, Transport
+from megatron_lightseq.transport.buffers import BufferPool
+from megatron_lightseq.transport.loopback import LoopbackGroup, LoopbackTransport, run_loopback
+from megatron_lightseq.transport.p2p import P2PTransport
+
+__all__ = ["BufferPool", "LoopbackGroup", "Message", "Pending", "Transport", "connect", "run_loopback"]
+
+
+def connect(group: dist.ProcessGroup | LoopbackGroup) -> Transport:
+    """The transport for a group."""
+    return LoopbackTransport(group) if isinstance(group, LoopbackGroup) else P2PTransport(group)

@@ -1,0 +1,21 @@
+"""Joins partial attention results over disjoint sets of keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge_into(out: Tensor, lse: Tensor, out_new: Tensor, lse_new: Tensor) -> None:
+    """Merge a normalised partial result into another, in place (online softmax; exact where one side is empty).
+
+    Args:
+        out: (S, B, H, Dv), accumulator dtype; updated.
+        lse: (B, H, S), log-sum-exp of the scores behind ``out``, -inf for none; updated.
+        out_new: like ``out``.
+        lse_new: like ``lse``.
+    """
+    total = torch.logaddexp(lse, lse_new)
+    weight = torch.where(lse_new.isneginf(), 0.0, (lse_new - total).exp())
+    out.lerp_(out_new, weight.permute(2, 0, 1).unsqueeze(-1).to(out.dtype))
+    lse.copy_(total)

@@ -1,0 +1,30 @@
+"""Schedules as data: build, print, parse, validate, simulate and compile them. Standard library only."""
+
+from __future__ import annotations
+
+from megatron_lightseq.schedule.build import build, resolve_method
+from megatron_lightseq.schedule.ir import Direction, Move, Payload, Placement, Step, Tile
+from megatron_lightseq.schedule.place import METHODS, Method
+from megatron_lightseq.schedule.program import Program, compile_program
+from megatron_lightseq.schedule.schedule import Schedule
+from megatron_lightseq.schedule.simulate import Costs, Simulation, TensorShape, simulate
+
+__all__ = [
+    "METHODS",
+    "Costs",
+    "Direction",
+    "Method",
+    "Move",
+    "Payload",
+    "Placement",
+    "Program",
+    "Schedule",
+    "Simulation",
+    "Step",
+    "TensorShape",
+    "Tile",
+    "build",
+    "compile_program",
+    "resolve_method",
+    "simulate",
+]

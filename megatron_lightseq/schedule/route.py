@@ -1,0 +1,68 @@
+"""Derives every transfer from a placement: an input travels just before its first use, a result just after its
+last contribution, each once. Where every tile of a chunk is computed in one step, two buffers are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Direction, Move, Payload, Placement, Step, Tile
+
+
+def route(owner: tuple[int, ...], placement: Placement, direction: Direction) -> tuple[Step, ...]:
+    """The steps of a placement with their moves.
+
+    Args:
+        owner: ``owner[chunk]`` is the rank that holds the chunk.
+        placement: tiles by step and rank, all of them with work.
+        direction: which inputs and results travel.
+
+    Returns:
+        The steps; one without tiles comes first if the first tiles need remote inputs, and one comes last if
+        the last tiles leave results to send home.
+    """
+    num_ranks = len(placement[0]) if placement else 0
+    spans = _time_spans(owner, placement, direction)
+    lead = int(any(first == 0 and move.payload not in RESULTS for move, (first, _) in spans.items()))
+    tail = int(
+        any(last == len(placement) - 1 and move.payload in RESULTS for move, (_, last) in spans.items())
+    )
+
+    nothing: list[list[Tile]] = [[] for _ in range(num_ranks)]
+    rows = [nothing] * lead + placement + [nothing] * tail
+    moves: list[list[Move]] = [[] for _ in rows]
+    for move, (first, last) in spans.items():
+        when = last + 1 if move.payload in RESULTS else first - 1
+        moves[when + lead].append(move)
+    return tuple(
+        Step(tuple(tuple(tiles) for tiles in row), tuple(sorted(ms)))
+        for row, ms in zip(rows, moves, strict=True)
+    )
+
+
+def _time_spans(
+    owner: tuple[int, ...], placement: Placement, direction: Direction
+) -> dict[Move, tuple[int, int]]:
+    """Every move that the placement takes, with the first and last step at which its chunk is worked on."""
+    spans: dict[Move, tuple[int, int]] = {}
+    for t, row in enumerate(placement):
+        for rank, tiles in enumerate(row):
+            for tile in tiles:
+                for move in _moves_of(tile, rank, owner, direction):
+                    first, _ = spans.get(move, (t, t))
+                    spans[move] = (first, t)
+    return spans
+
+
+def _moves_of(tile: Tile, rank: int, owner: tuple[int, ...], direction: Direction) -> Iterator[Move]:
+    flow = DATAFLOW[direction]
+    sides: tuple[tuple[int, Payload, Payload | None], ...] = (
+        (tile.q, flow.q_input, flow.q_result),
+        (tile.k, flow.k_input, flow.k_result),
+    )
+    for chunk, needed, result in sides:
+        if owner[chunk] == rank:
+            continue
+        yield Move(needed, chunk, owner[chunk], rank)
+        if result is not None:
+            yield Move(result, chunk, rank, owner[chunk])

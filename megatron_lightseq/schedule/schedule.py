@@ -1,0 +1,126 @@
+"""The schedule: one frozen value that drives the run, and is validated, printed, compared, simulated and drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_lightseq.errors import ScheduleError, explain
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule.ir import Direction, Move, Payload, Step, Tile
+from megatron_lightseq.schedule.validate import find_fault
+
+_HEADER = re.compile(
+    r"(?P<method>\S+) (?P<direction>\S+) (?P<layout>\S+) (?P<mask>\S+) (?P<seq_length>\d+) tokens"
+)
+_TILE = re.compile(r"q(\d+)k(\d+)")
+_MOVE = re.compile(r"([a-z]+)(\d+):(\d+)>(\d+)")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rank computes which tile when, and every transfer that this takes.
+
+    A schedule that exists is valid: every tile with work is computed once, every input is there in time, every
+    result reaches its owner. ``str()`` gives a text form that :meth:`parse` reads back.
+
+    Raises:
+        ScheduleError: at construction, with the first fault and a drawing of the schedule.
+    """
+
+    method: str
+    direction: Direction
+    layout: SequenceLayout
+    mask: Mask
+    seq_length: int
+    """Tokens in the whole sequence, over all ranks."""
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        self.layout.check_length(self.seq_length)
+        self.mask.check_length(self.seq_length)
+        fault = find_fault(self)
+        if fault is not None:
+            raise ScheduleError(f"{fault}\n{self._draw(marked_step=fault.step)}")
+
+    @cached_property
+    def work(self) -> dict[Tile, int]:
+        """Every tile that holds work, with its area: how many (query, key) pairs the mask allows in it."""
+        return work_of(self.layout, self.mask, self.seq_length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short hash of the whole schedule; ranks compare theirs before the first step."""
+        return hashlib.sha256(str(self).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return self._draw()
+
+    def _draw(self, marked_step: int | None = None) -> str:
+        header = f"{self.method} {self.direction} {self.layout} {self.mask} {self.seq_length} tokens"
+        rows = [["+".join(map(str, tiles)) or "-" for tiles in step.tiles] for step in self.steps]
+        widths = [max(map(len, column), default=1) for column in zip(*rows, strict=True)]
+        lines = [header]
+        for t, (step, row) in enumerate(zip(self.steps, rows, strict=True)):
+            cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            mark = "   <-- here" if t == marked_step else ""
+            lines.append(f"step {t:<3d} | {cells} | {' '.join(map(str, step.moves))}{mark}".rstrip())
+        return "\n".join(lines)
+
+    @staticmethod
+    def parse(text: str) -> Schedule:
+        """Read the form that ``str()`` writes.
+
+        Raises:
+            ScheduleError: the text is not of that form, or the schedule it describes is invalid.
+        """
+        header, *lines = text.strip().splitlines()
+        match = _HEADER.fullmatch(header.strip())
+        if match is None:
+            raise ScheduleError(
+                explain(
+                    got=f"schedule header {header!r}",
+                    rule="a schedule begins: METHOD DIRECTION LAYOUT MASK N tokens",
+                    remedy="Give the text that str(schedule) prints",
+                )
+            )
+        return Schedule(
+            method=match["method"],
+            direction=Direction(match["direction"]),
+            layout=SequenceLayout.parse(match["layout"]),
+            mask=Mask.parse(match["mask"]),
+            seq_length=int(match["seq_length"]),
+            steps=tuple(_parse_step(line) for line in lines),
+        )
+
+
+def work_of(layout: SequenceLayout, mask: Mask, seq_length: int) -> dict[Tile, int]:
+    """Tiles with work and their areas, for ``seq_length`` tokens cut by ``layout`` under ``mask``."""
+    positions = [layout.chunk_positions(chunk, seq_length) for chunk in range(layout.num_chunks)]
+    areas = {
+        Tile(q, k): mask.area(positions[q], positions[k])
+        for q in range(layout.num_chunks)
+        for k in range(layout.num_chunks)
+    }
+    return {tile: area for tile, area in areas.items() if area}
+
+
+def _parse_step(line: str) -> Step:
+    fields = line.split("|")
+    if len(fields) != 3:
+        raise ScheduleError(
+            explain(
+                got=f"schedule line {line!r}",
+                rule="a step is written: step N | TILES OF EACH RANK | MOVES",
+                remedy="Give the text that str(schedule) prints",
+            )
+        )
+    tiles = tuple(tuple(Tile(int(q), int(k)) for q, k in _TILE.findall(cell)) for cell in fields[1].split())
+    moves = tuple(
+        Move(Payload(payload), int(chunk), int(src), int(dst))
+        for payload, chunk, src, dst in _MOVE.findall(fields[2])
+    )
+    return Step(tiles, moves)

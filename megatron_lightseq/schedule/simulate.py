@@ -1,0 +1,142 @@
+"""Predicts what a schedule costs on a cluster that need not be here.
+
+The model: a rank begins a step when it has finished the step before and has everything that was sent to it then.
+A transfer begins when both of its ranks have begun its step; a rank sends one byte at a time and receives one at a
+time. Kernels and transfers of one step run side by side, or one after the other without overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lightseq.schedule.ir import Move, Payload
+from megatron_lightseq.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorShape:
+    """Shape of the attention inputs, for counting bytes."""
+
+    batch: int = 1
+    num_heads: int = 1
+    """Query heads H."""
+    num_query_groups: int = 1
+    """Key/value heads G."""
+    head_dim: int = 128
+    """D of queries and keys."""
+    v_head_dim: int | None = None
+    """D of the values; None for ``head_dim``."""
+    element_bytes: int = 2
+    """Bytes an input element takes; results and statistics travel in fp32."""
+
+    def bytes_per_token(self, payload: Payload) -> int:
+        """Bytes that one token of ``payload`` takes on the wire."""
+        v_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
+        q, out = self.num_heads * self.head_dim, self.num_heads * v_dim
+        kv = self.num_query_groups * (self.head_dim + v_dim)
+        per_batch = {
+            Payload.Q: q * self.element_bytes,
+            Payload.KV: kv * self.element_bytes,
+            Payload.OUT: (out + self.num_heads) * 4,
+            Payload.QDO: (q + out) * self.element_bytes + 2 * self.num_heads * 4,
+            Payload.DQ: q * 4,
+            Payload.DKV: kv * 4,
+        }
+        return per_batch[payload] * self.batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What work and transfers take. The defaults make communication free and one chunk-by-chunk tile one second."""
+
+    seconds_per_pair: float | None = None
+    """Kernel time of one allowed (query, key) pair, over all heads; None for 1 / (tokens a rank holds)^2."""
+    seconds_per_byte: float = 0.0
+    """Inverse bandwidth of a rank's link, each way."""
+    latency_s: float = 0.0
+    """Start-up time of a transfer."""
+    overlap: bool = True
+    """Whether transfers run beside the kernels of their step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What :func:`simulate` predicts. Seconds are in the unit that :class:`Costs` was given in."""
+
+    makespan_s: float
+    """From the first rank's start to the last rank's end."""
+    ideal_s: float
+    """All work divided by the number of ranks."""
+    compute_s: tuple[float, ...]
+    """Kernel time of each rank."""
+    bytes_sent: tuple[int, ...]
+    bytes_received: tuple[int, ...]
+    steps: tuple[tuple[tuple[float, float, float], ...], ...]
+    """``steps[t][rank]``: when the step began, when its kernels ended, when its transfers had arrived."""
+
+    @property
+    def busy(self) -> float:
+        """Fraction of the ranks' time spent in kernels."""
+        return self.ideal_s / self.makespan_s if self.makespan_s else 1.0
+
+    @property
+    def exposed_s(self) -> float:
+        """The longest time that any rank waited for transfers after its own kernels, over all steps."""
+        waits = zip(
+            *([max(0.0, arrived - computed) for _, computed, arrived in row] for row in self.steps),
+            strict=True,
+        )
+        return max((sum(rank) for rank in waits), default=0.0)
+
+
+def simulate(schedule: Schedule, costs: Costs | None = None, shape: TensorShape | None = None) -> Simulation:
+    """Play ``schedule`` against a clock.
+
+    Args:
+        schedule: what to play.
+        costs: kernel and link speeds; default: free communication.
+        shape: for the bytes of each transfer; default: one head of 128.
+    """
+    costs, shape = costs or Costs(), shape or TensorShape()
+    size = schedule.layout.cp_size
+    shard = schedule.seq_length / size
+    pair_s = costs.seconds_per_pair if costs.seconds_per_pair is not None else 1.0 / shard**2
+    lengths = [
+        len(schedule.layout.chunk_positions(c, schedule.seq_length))
+        for c in range(schedule.layout.num_chunks)
+    ]
+
+    clock, compute = [0.0] * size, [0.0] * size
+    sent, received = [0] * size, [0] * size
+    rows = []
+    for step in schedule.steps:
+        work = [sum(schedule.work[tile] for tile in tiles) * pair_s for tiles in step.tiles]
+        computed = [start + seconds for start, seconds in zip(clock, work, strict=True)]
+        sizes = {move: lengths[move.chunk] * shape.bytes_per_token(move.payload) for move in step.moves}
+        arrived = _transfer(sizes, clock if costs.overlap else computed, costs)
+        rows.append(tuple(zip(clock, computed, arrived, strict=True)))
+        for move, num_bytes in sizes.items():
+            sent[move.src] += num_bytes
+            received[move.dst] += num_bytes
+        compute = [total + seconds for total, seconds in zip(compute, work, strict=True)]
+        clock = [max(ends) for ends in zip(computed, arrived, strict=True)]
+    return Simulation(
+        makespan_s=max(clock, default=0.0),
+        ideal_s=sum(compute) / size,
+        compute_s=tuple(compute),
+        bytes_sent=tuple(sent),
+        bytes_received=tuple(received),
+        steps=tuple(rows),
+    )
+
+
+def _transfer(sizes: dict[Move, int], ready: list[float], costs: Costs) -> list[float]:
+    """When each rank has finished its transfers of a step, given when it could begin them."""
+    out_free, in_free, done = list(ready), list(ready), list(ready)
+    for move, num_bytes in sizes.items():
+        end = max(out_free[move.src], in_free[move.dst]) + num_bytes * costs.seconds_per_byte
+        if num_bytes * costs.seconds_per_byte or costs.latency_s:
+            out_free[move.src] = in_free[move.dst] = end
+            done[move.src] = max(done[move.src], end + costs.latency_s)
+            done[move.dst] = max(done[move.dst], end + costs.latency_s)
+    return done

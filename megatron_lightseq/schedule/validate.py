@@ -1,0 +1,120 @@
+"""Finds the first reason why a schedule would lose, repeat or misplace work.
+
+The check replays the schedule on sets instead of tensors: what has arrived where, what has been computed, what
+still has to be sent home. Nothing in it knows how the schedule was made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Move, Payload, Tile
+
+if TYPE_CHECKING:
+    from megatron_lightseq.schedule.schedule import Schedule
+
+_Item = tuple[Payload, int, int]  # (payload, chunk, the rank that received or made it)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong, and at which step."""
+
+    step: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.reason}"
+
+
+@dataclass(slots=True)
+class _Replay:
+    schedule: Schedule
+    owner: tuple[int, ...]
+    done: set[Tile] = field(default_factory=set)
+    arrived: set[_Item] = field(default_factory=set)
+    used: set[_Item] = field(default_factory=set)
+    to_send: set[_Item] = field(default_factory=set)
+    """Results that were made at an earlier step than the present one and have not been sent."""
+    sent: set[_Item] = field(default_factory=set)
+
+    def compute(self, rank: int, tile: Tile) -> tuple[str | None, set[_Item]]:
+        """The fault of computing ``tile`` now, or None; and the results it leaves for other ranks."""
+        flow = DATAFLOW[self.schedule.direction]
+        if tile not in self.schedule.work:
+            return f"rank {rank} computes {tile}, which holds no work", set()
+        if tile in self.done:
+            return f"{tile} is computed twice, the second time by rank {rank}", set()
+        self.done.add(tile)
+        made = set()
+        sides = ((tile.q, flow.q_input, flow.q_result), (tile.k, flow.k_input, flow.k_result))
+        for chunk, needed, result in sides:
+            if self.owner[chunk] == rank:
+                continue
+            if (needed, chunk, rank) not in self.arrived:
+                return f"rank {rank} computes {tile} but {needed}{chunk} has not arrived", set()
+            self.used.add((needed, chunk, rank))
+            if result is not None:
+                if (result, chunk, rank) in self.sent:
+                    return f"rank {rank} adds to {result}{chunk} after sending it", set()
+                made.add((result, chunk, rank))
+        return None, made
+
+    def send(self, move: Move) -> str | None:
+        """The fault of sending ``move`` now, or None."""
+        if move.payload not in _allowed_payloads(self.schedule):
+            return f"{move} is not a {self.schedule.direction} move"
+        item = (move.payload, move.chunk, move.src if move.payload in RESULTS else move.dst)
+        home = move.dst if move.payload in RESULTS else move.src
+        if not 0 <= move.chunk < len(self.owner) or self.owner[move.chunk] != home or move.src == move.dst:
+            return f"{move}: chunk {move.chunk} is not rank {home}'s to {'receive' if home == move.dst else 'send'}"
+        if item in self.sent:
+            return f"{move} is sent twice"
+        self.sent.add(item)
+        if move.payload in RESULTS:
+            if item not in self.to_send:
+                return f"{move}: rank {move.src} has no such result ready"
+            self.to_send.remove(item)
+        return None
+
+
+def _allowed_payloads(schedule: Schedule) -> set[Payload | None]:
+    flow = DATAFLOW[schedule.direction]
+    return {flow.q_input, flow.k_input, flow.q_result, flow.k_result}
+
+
+def find_fault(schedule: Schedule) -> Fault | None:
+    """The first fault of ``schedule``, or None if it is valid."""
+    replay = _Replay(schedule, schedule.layout.owner)
+    for t, step in enumerate(schedule.steps):
+        if len(step.tiles) != schedule.layout.cp_size:
+            return Fault(t, f"tiles of {len(step.tiles)} ranks, the layout has {schedule.layout.cp_size}")
+        made: set[_Item] = set()
+        for rank, tiles in enumerate(step.tiles):
+            for tile in tiles:
+                fault, results = replay.compute(rank, tile)
+                if fault is not None:
+                    return Fault(t, fault)
+                made |= results
+        for move in step.moves:
+            fault = replay.send(move)
+            if fault is not None:
+                return Fault(t, fault)
+        replay.to_send |= made
+        replay.arrived |= {(m.payload, m.chunk, m.dst) for m in step.moves if m.payload not in RESULTS}
+    return _leftover(replay, last_step=len(schedule.steps) - 1)
+
+
+def _leftover(replay: _Replay, last_step: int) -> Fault | None:
+    missing = replay.schedule.work.keys() - replay.done
+    if missing:
+        return Fault(last_step, f"never computed: {' '.join(map(str, sorted(missing)[:8]))}")
+    if replay.to_send:
+        payload, chunk, rank = min(replay.to_send)
+        return Fault(last_step, f"{payload}{chunk} never leaves rank {rank}")
+    unused = replay.arrived - replay.used
+    if unused:
+        payload, chunk, rank = min(unused)
+        return Fault(last_step, f"{payload}{chunk} travels to rank {rank}, which never uses it")
+    return None

@@ -1,0 +1,69 @@
+"""Point-to-point messages over torch.distributed: NCCL between GPUs, gloo between CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_lightseq.errors import TransportError
+from megatron_lightseq.transport.base import Message
+
+
+@dataclass(frozen=True, slots=True)
+class _Works:
+    """Asynchronous works with the messages they carry; NCCL gives one work for all messages."""
+
+    rank: int
+    works: list[tuple[dist.Work, str]]
+
+    def wait(self) -> None:
+        for work, what in self.works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise TransportError(f"rank {self.rank}, {what}: {error}") from error
+
+
+class P2PTransport:
+    """Transfers as ``isend``/``irecv`` pairs in one process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = group.rank()
+        self.size = group.size()
+        self._is_nccl = dist.get_backend(group) == "nccl"
+
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Works:
+        if self._is_nccl:
+            return self._start_batch(sends, receives)
+        works = []
+        # Receives first: gloo then writes straight into the buffer instead of holding early data back.
+        for message in receives:
+            work = dist.irecv(message.tensor, group=self._group, group_src=message.peer, tag=message.tag)
+            works.append((work, f"receiving {message.what} from rank {message.peer}"))
+        for message in sends:
+            work = dist.isend(message.tensor, group=self._group, group_dst=message.peer, tag=message.tag)
+            works.append((work, f"sending {message.what} to rank {message.peer}"))
+        return _Works(self.rank, works)
+
+    def _start_batch(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Works:
+        """One NCCL group call: tags do not exist there, so both ends list their messages in tag order."""
+        ops = [(dist.isend, message) for message in sends] + [(dist.irecv, message) for message in receives]
+        ops.sort(key=lambda op: op[1].tag)
+        if not ops:
+            return _Works(self.rank, [])
+        requests = dist.batch_isend_irecv(
+            [dist.P2POp(op, m.tensor, group=self._group, group_peer=m.peer) for op, m in ops]
+        )
+        what = ", ".join(sorted({f"{message.what} with rank {message.peer}" for _, message in ops}))
+        return _Works(self.rank, [(request, f"exchanging {what}") for request in requests])
+
+    def gather_digests(self, digest: bytes) -> list[bytes]:
+        device = torch.device("cuda", torch.cuda.current_device()) if self._is_nccl else torch.device("cpu")
+        mine = torch.tensor(list(digest), dtype=torch.uint8, device=device)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self._group)
+        return [bytes(other.tolist()) for other in everyone]
