@@ -27,9 +27,7 @@ def platform() -> Iterator[None]:
 def test_refuses_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    with pytest.raises(
-        UnsupportedError, match=r"3 CUDA device.* never do so beside a GPU\. .*hide the GPUs"
-    ):
+    with pytest.raises(UnsupportedError, match=r"3 CUDA device.* never do so beside a GPU\. .*hide the GPUs"):
         cpu_platform.activate()
     assert not cpu_platform.is_active()
 
@@ -150,4 +148,3 @@ def _cuda_constants(module_name: str) -> list[str]:
 
     functions: list[FunctionType] = list(cpu_platform._functions_of(importlib.import_module(module_name)))
     return [constant for function in functions for constant in constants(function.__code__)]
-
