@@ -1,0 +1,124 @@
+"""The manifest of a checkpoint: every file with its size and SHA-256, and what the checkpoint is of.
+
+A checkpoint without a manifest that verifies does not exist for the loader. The manifest carries a
+checksum of itself, so that a flipped bit in it is told apart from one in the file it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_lightseq.errors import CheckpointError, explain
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+_HASH_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """One file of a checkpoint."""
+
+    name: str
+    """Path relative to the checkpoint, with forward slashes; always below it."""
+    num_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> FileRecord:
+        """Hash the file ``folder / name`` as it is now."""
+        digest = hashlib.sha256()
+        num_bytes = 0
+        with (folder / name).open("rb") as stream:
+            while chunk := stream.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+                num_bytes += len(chunk)
+        return cls(name=name, num_bytes=num_bytes, sha256=digest.hexdigest())
+
+    def problem(self, folder: Path) -> str | None:
+        """What is wrong with the file, or None. Cheap checks first: a truncated file is not hashed."""
+        path = folder / self.name
+        if path.is_symlink() or not path.is_file():
+            return f"{self.name} is missing"
+        num_bytes = path.stat().st_size
+        if num_bytes != self.num_bytes:
+            return f"{self.name} has {num_bytes} bytes and should have {self.num_bytes}"
+        if FileRecord.of(folder, self.name).sha256 != self.sha256:
+            return f"{self.name} is damaged (SHA-256 differs)"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a checkpoint holds; written last, so that its presence says that the rest was written."""
+
+    iteration: int
+    consumed_samples: int
+    model: Mapping[str, Any]
+    """The configuration keys that decide the names and shapes of the weights."""
+    world: Mapping[str, int]
+    """Sizes of the parallel groups that saved it: ``tp``, ``pp``, ``cp``, ``dp``, ``world_size``."""
+    config_fingerprint: str
+    versions: Mapping[str, str]
+    files: tuple[FileRecord, ...] = field(default=())
+
+    def dumps(self) -> str:
+        """JSON text with a checksum over its own content."""
+        content = {"format": FORMAT_VERSION, **asdict(self)}
+        return json.dumps({"content": content, "sha256": _content_hash(content)}, indent=1, sort_keys=True)
+
+    @classmethod
+    def loads(cls, text: str) -> Manifest:
+        """Parse :meth:`dumps`. Raises ValueError for anything that is not a whole manifest of this format."""
+        document = json.loads(text)
+        content = document["content"]
+        if document["sha256"] != _content_hash(content):
+            raise ValueError("its checksum does not match its content")
+        if content.pop("format") != FORMAT_VERSION:
+            raise ValueError(f"its format is not {FORMAT_VERSION}")
+        files = tuple(FileRecord(**entry) for entry in content.pop("files"))
+        for entry in files:
+            check_relative(entry.name)
+        return cls(files=files, **content)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read a checkpoint's manifest. Raises CheckpointError naming the file when it cannot be trusted."""
+        path = folder / MANIFEST_NAME
+        try:
+            return cls.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                explain(
+                    got=f"{path}: {type(error).__name__}: {error}",
+                    rule="a checkpoint has a manifest that can be read and matches its own checksum",
+                    remedy="Load another checkpoint, or save this one again",
+                )
+            ) from error
+
+    def problems(self, folder: Path, *, part: int = 0, num_parts: int = 1) -> list[str]:
+        """Damage found in this part of the files (file i belongs to part ``i % num_parts``)."""
+        found = (record.problem(folder) for record in self.files[part::num_parts])
+        return [text for text in found if text is not None]
+
+
+def check_relative(name: str) -> None:
+    """Raise ValueError unless ``name`` stays below the folder that it is joined to."""
+    path = Path(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"file name {name!r} leads out of the checkpoint")
+
+
+def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:
+    """Hash ``names`` below ``folder``, in sorted order."""
+    return [FileRecord.of(folder, name) for name in sorted(names)]
+
+
+def _content_hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lightseq.errors import CheckpointError
+from megatron_lightseq.training import checkpoint_dir
+from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory, checkpoint_name, iteration_of
+from megatron_lightseq.training.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    _content_hash,
+    check_relative,
+    record_files,
+)
+
+NAMES = ("a.distcp", "rng/rank_00000.pt")
+KILLED = 77
+
+
+def _save(root: Path, iteration: int) -> Path:
+    """A whole save of two small files whose content tells the iteration."""
+    directory = CheckpointDirectory(root=root)
+    folder = directory.begin(iteration)
+    for name in NAMES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        checkpoint_dir.write_durably(folder / name, f"{name} {iteration} " + "x" * 1000)
+    checkpoint_dir.fsync_files(folder, NAMES)
+    return directory.commit(folder, _manifest(iteration, tuple(record_files(folder, NAMES))))
+
+
+def _manifest(iteration: int, files: tuple[FileRecord, ...] = ()) -> Manifest:
+    return Manifest(
+        iteration=iteration,
+        consumed_samples=iteration * 2,
+        model={"hidden_size": 128},
+        world={"tp": 1, "world_size": 1},
+        config_fingerprint="0" * 16,
+        versions={"torch": "x"},
+        files=files,
+    )
+
+
+def _newest_whole(root: Path) -> int | None:
+    for folder in CheckpointDirectory(root=root).candidates():
+        try:
+            if not Manifest.read(folder).problems(folder):
+                return iteration_of(folder)
+        except CheckpointError:
+            continue
+    return None
+
+
+def test_commit_leaves_a_verified_checkpoint_and_both_trackers(tmp_path: Path) -> None:
+    final = _save(tmp_path, 20)
+    assert final.name == "iter_0000020"
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000020", "latest", "latest_checkpointed_iteration.txt"]
+    assert (tmp_path / "latest").read_text() == "iter_0000020\n"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "20\n"
+    manifest = Manifest.read(final)
+    assert manifest.problems(final) == []
+    assert [record.name for record in manifest.files] == sorted(NAMES)
+
+
+def test_candidates_are_newest_first_and_ignore_everything_else(tmp_path: Path) -> None:
+    for iteration in (3, 12_345_678, 20):
+        _save(tmp_path, iteration)
+    CheckpointDirectory(root=tmp_path).begin(99)
+    (tmp_path / "iter_0000050").write_text("a file")
+    (tmp_path / "iter_77").mkdir()
+    (tmp_path / "iter_0000060").symlink_to(tmp_path / "iter_0000020")
+    found = [path.name for path in CheckpointDirectory(root=tmp_path).candidates()]
+    assert found == ["iter_12345678", "iter_0000020", "iter_0000003"]
+
+
+def test_candidates_of_a_missing_folder_are_none(tmp_path: Path) -> None:
+    assert CheckpointDirectory(root=tmp_path / "absent").candidates() == []
+    assert CheckpointDirectory(root=tmp_path / "absent").clean() == []
+
+
+def test_clean_removes_only_torn_saves(tmp_path: Path) -> None:
+    _save(tmp_path, 20)
+    torn = CheckpointDirectory(root=tmp_path).begin(30)
+    (torn / "half").write_text("x")
+    (tmp_path / "iter_0000030.tmp-mine").mkdir()
+    assert CheckpointDirectory(root=tmp_path).clean() == [torn.name]
+    assert not torn.exists()
+    assert (tmp_path / "iter_0000030.tmp-mine").exists()
+    assert _newest_whole(tmp_path) == 20
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
+    _save(tmp_path, 20)
+    marker = tmp_path / "iter_0000020" / "marker"
+    marker.write_text("old")
+    _save(tmp_path, 20)
+    assert not marker.exists()
+    assert _newest_whole(tmp_path) == 20
+    assert not [name for name in os.listdir(tmp_path) if ".tmp" in name]
+
+
+def _in_killed_child(operation: int, work: Callable[[], Any]) -> bool:
+    """Run ``work`` in a forked child that dies without cleanup at its n-th file operation; True if it died."""
+    child = os.fork()
+    if child == 0:
+        remaining = [operation]
+
+        def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                remaining[0] -= 1
+                if remaining[0] == 0:
+                    os._exit(KILLED)
+                return function(*args, **kwargs)
+
+            return call
+
+        for name in ("fsync", "rename", "replace", "mkdir", "open", "rmdir", "unlink"):
+            setattr(os, name, dying(getattr(os, name)))
+        builtins.open = dying(builtins.open)
+        Path.open = dying(Path.open)  # type: ignore[method-assign]
+        work()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, KILLED), code
+    return code == KILLED
+
+
+def test_a_save_killed_at_any_file_operation_leaves_a_whole_newest_checkpoint(tmp_path: Path) -> None:
+    outcomes = []
+    for operation in range(1, 100):
+        root = tmp_path / f"at{operation}"
+        _save(root, 10)
+        died = _in_killed_child(operation, lambda root=root: _save(root, 20))  # type: ignore[misc]
+        newest = _newest_whole(root)
+        outcomes.append(newest)
+        assert newest in (10, 20)
+        CheckpointDirectory(root=root).clean()
+        assert not [name for name in os.listdir(root) if ".tmp-" in name]
+        assert _newest_whole(root) == newest
+        _save(root, 30)
+        assert _newest_whole(root) == 30
+        if not died:
+            break
+    else:
+        pytest.fail("the save never ran to its end")
+    assert len(outcomes) > 15, "the file operations were not counted"
+    assert outcomes == sorted(outcomes), "once complete, the new checkpoint stays"
+    assert outcomes[0] == 10
+    assert outcomes[-1] == 20
+
+
+def test_every_flip_and_truncation_is_found_and_named(tmp_path: Path) -> None:
+    source = _save(tmp_path, 20)
+    rng = random.Random(0)
+    for name in NAMES:
+        size = (source / name).stat().st_size
+        for _ in range(50):
+            damaged = _copy(source, tmp_path / "damaged")
+            data = bytearray((damaged / name).read_bytes())
+            data[rng.randrange(size)] ^= 1 << rng.randrange(8)
+            (damaged / name).write_bytes(data)
+            assert Manifest.read(damaged).problems(damaged) == [f"{name} is damaged (SHA-256 differs)"]
+        for length in (0, 1, size // 2, size - 1):
+            damaged = _copy(source, tmp_path / "damaged")
+            os.truncate(damaged / name, length)
+            assert Manifest.read(damaged).problems(damaged) == [
+                f"{name} has {length} bytes and should have {size}"
+            ]
+        damaged = _copy(source, tmp_path / "damaged")
+        (damaged / name).unlink()
+        assert Manifest.read(damaged).problems(damaged) == [f"{name} is missing"]
+
+
+def _copy(source: Path, target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return target
+
+
+def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 20)
+    text = (folder / MANIFEST_NAME).read_bytes()
+    rng = random.Random(1)
+    positions = [rng.randrange(len(text)) for _ in range(200)]
+    survivors = 0
+    for position in positions:
+        data = bytearray(text)
+        data[position] ^= 1 << rng.randrange(8)
+        (folder / MANIFEST_NAME).write_bytes(data)
+        try:
+            assert Manifest.read(folder) == Manifest.loads(text.decode())
+            survivors += 1  # a flip in white space between tokens that leaves white space
+        except CheckpointError:
+            continue
+    assert survivors < 10
+    for length in (0, 1, len(text) // 2, len(text) - 1):
+        (folder / MANIFEST_NAME).write_bytes(text[:length])
+        with pytest.raises(CheckpointError, match=r"manifest\.json.*has a manifest that can be read"):
+            Manifest.read(folder)
+
+
+def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="FileNotFoundError"):
+        Manifest.read(tmp_path)
+
+
+def test_manifest_round_trip_and_parts() -> None:
+    files = tuple(FileRecord(name=f"f{i}", num_bytes=i, sha256="0" * 64) for i in range(5))
+    manifest = _manifest(7, files)
+    assert Manifest.loads(manifest.dumps()) == manifest
+    absent = Path("absent")
+    parts = [manifest.problems(absent, part=part, num_parts=3) for part in range(3)]
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert sorted(name for part in parts for name in part) == [f"f{i} is missing" for i in range(5)]
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "", "a/../../b", "a\\b", "a\0b"])
+def test_file_names_that_lead_outside_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="leads out of the checkpoint"):
+        check_relative(name)
+    manifest = _manifest(1, (FileRecord(name=name, num_bytes=0, sha256=""),))
+    with pytest.raises(ValueError, match="leads out of the checkpoint"):
+        Manifest.loads(manifest.dumps())
+
+
+def test_unknown_manifest_formats_and_keys_are_refused(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 1)
+    content = json.loads((folder / MANIFEST_NAME).read_text())["content"]
+    for change in ({"format": 2}, {"surprise": 1}):
+        changed = {**content, **change}
+        document = {"content": changed, "sha256": _content_hash(changed)}
+        (folder / MANIFEST_NAME).write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            Manifest.read(folder)
+
+
+def test_iteration_of_another_name_is_refused() -> None:
+    assert iteration_of(Path(checkpoint_name(42))) == 42
+    with pytest.raises(CheckpointError, match="folder is named like iter_0000020"):
+        iteration_of(Path("step_42"))
+
+
+def test_a_symbolic_link_is_no_file_of_a_checkpoint(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 20)
+    target = folder / NAMES[0]
+    copy = tmp_path / "elsewhere"
+    target.rename(copy)
+    target.symlink_to(copy)
+    assert Manifest.read(folder).problems(folder) == [f"{NAMES[0]} is missing"]
