@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,10 +32,18 @@ class P2PTransport:
     """Transfers as ``isend``/``irecv`` pairs in one process group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        # Weak, so that what is remembered of a group (attention.dist_attention) does not keep it alive.
+        self._group_ref = weakref.ref(group)
         self.rank = group.rank()
         self.size = group.size()
         self._is_nccl = dist.get_backend(group) == "nccl"
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._group_ref()
+        if group is None:
+            raise TransportError(f"rank {self.rank}: the process group has been destroyed")
+        return group
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Works:
         if self._is_nccl:

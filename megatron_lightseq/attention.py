@@ -1,0 +1,306 @@
+"""Distributed attention: local shards in, local shard out.
+
+Shape letters: S = local tokens, B = batch, H = query heads, G = key/value heads (query groups), D = head dim of
+queries and keys, Dv = head dim of values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, explain
+from megatron_lightseq.groups import Group, rank_in, size_of
+from megatron_lightseq.kernels.registry import Kernel, accumulator_dtype, resolve_kernel
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Mask
+from megatron_lightseq.runtime import AttentionStats, BackwardPass, BoundProgram, ForwardPass, Runtime
+from megatron_lightseq.schedule import Direction, Method, Payload, build, compile_program, resolve_method
+from megatron_lightseq.transport import connect
+
+
+def dist_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group | None = None,
+    layout: str | SequenceLayout = "contiguous",
+    method: str | Method = "lightseq",
+    mask: Mask | None = None,
+    softmax_scale: float | None = None,
+    kernel: str | Kernel = "auto",
+    overlap: bool = True,
+) -> Tensor:
+    """Attention over a sequence that is cut over the ranks of ``group`` (DistFlashAttn, arXiv 2310.03294).
+
+    Every rank of the group calls it with its own shards. The first call of a kind compares a fingerprint of the
+    whole plan across ranks, so that ranks that disagree stop with a message instead of a wrong result.
+
+    Args:
+        q: (S, B, H, D), this rank's queries. fp32 or bf16; fp64 with the reference kernel.
+        k: (S, B, G, D), keys; G divides H.
+        v: (S, B, G, Dv), values.
+        group: torch ProcessGroup of the context-parallel ranks; None for one rank.
+        layout: how the shards given were cut: ``contiguous``, ``zigzag``, ``striped`` or a SequenceLayout.
+        method: ``lightseq``, ``ring``, ``zigzag`` or a :class:`schedule.Method`.
+        mask: default causal.
+        softmax_scale: default 1 / sqrt(D).
+        kernel: ``auto``, ``cpu`` or ``reference``.
+        overlap: transfer while computing.
+
+    Returns:
+        (S, B, H, Dv), q's dtype, differentiable in q, k and v.
+
+    Raises:
+        ConfigError: shapes, dtypes or devices do not fit together.
+        UnsupportedError: an unknown method or kernel, or one that does not take these inputs.
+        TransportError: the ranks disagree, or a peer was lost.
+    """
+    if group is None:
+        attention = DistAttention(
+            None, layout=layout, method=method, mask=mask, kernel=kernel, overlap=overlap
+        )
+    else:
+        memo = _MEMO.setdefault(group, {})
+        key = (layout, method, mask, kernel, overlap)
+        if key not in memo:
+            memo[key] = DistAttention(
+                group, layout=layout, method=method, mask=mask, kernel=kernel, overlap=overlap
+            )
+        attention = memo[key]
+    return attention(q, k, v, softmax_scale)
+
+
+class DistAttention:
+    """Attention of one kind over one group, with what it has learned: plans, buffers and counts.
+
+    :func:`dist_attention` keeps one a group and kind of call; a module of a model owns its own.
+    """
+
+    def __init__(
+        self,
+        group: Group | None = None,
+        *,
+        layout: str | SequenceLayout = "contiguous",
+        method: str | Method = "lightseq",
+        mask: Mask | None = None,
+        kernel: str | Kernel = "auto",
+        overlap: bool = True,
+        stats: AttentionStats | None = None,
+    ) -> None:
+        """Arguments as :func:`dist_attention`; ``stats`` is where to count, default a fresh one."""
+        size = size_of(group)
+        self.layout = SequenceLayout(layout, size) if isinstance(layout, str) else layout
+        if self.layout.cp_size != size:
+            raise LayoutError(
+                explain(
+                    got=f"layout {self.layout} over a group of {size} ranks",
+                    rule="a layout cuts for as many ranks as the group has",
+                    remedy="Build the layout with the group's size",
+                )
+            )
+        self.method = resolve_method(method)
+        self.method.check_layout(self.layout)
+        self.mask = Mask.causal() if mask is None else mask
+        self.rank = rank_in(group)
+        self.stats = AttentionStats() if stats is None else stats
+        self._kernel = kernel
+        transport = connect(group) if group is not None and size > 1 else None
+        self._runtime = Runtime(transport=transport, overlap=overlap, stats=self.stats)
+        self._plans: dict[_Inputs, _Plan] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> Tensor:
+        """The local output (S, B, H, Dv); shapes as in :func:`dist_attention`."""
+        return self.forward_with_lse(q, k, v, softmax_scale)[0]
+
+    def forward_with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The local output (S, B, H, Dv) and log-sum-exp (B, H, S; accumulator dtype, not differentiable)."""
+        plan = self._plan_for(q, k, v)
+        out, lse = _Attention.apply(q, k, v, None, None, plan, _scale(softmax_scale, q))
+        return out, lse
+
+    def reattach(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float | None = None
+    ) -> Tensor:
+        """``out`` with a backward: the forward and its communication are not repeated.
+
+        Args:
+            q, k, v: recomputed inputs, equal to those that gave ``out``.
+            out: (S, B, H, Dv), lse: (B, H, S): what :meth:`forward_with_lse` returned for them.
+        """
+        plan = self._plan_for(q, k, v)
+        attached, _ = _Attention.apply(q, k, v, out, lse, plan, _scale(softmax_scale, q))
+        return attached
+
+    @torch.compiler.disable
+    def _plan_for(self, q: Tensor, k: Tensor, v: Tensor) -> _Plan:
+        inputs = _Inputs.of(q, k, v)
+        if inputs not in self._plans:
+            self._plans[inputs] = self._make_plan(inputs, resolve_kernel(self._kernel, q, k, v))
+        return self._plans[inputs]
+
+    def _make_plan(self, inputs: _Inputs, kernel: Kernel) -> _Plan:
+        seq_length = inputs.q_shape[0] * self.layout.cp_size
+        schedules = [
+            build(self.method, self.layout, mask=self.mask, direction=direction, seq_length=seq_length)
+            for direction in Direction
+        ]
+        self._agree("\n".join([*map(str, schedules), kernel.name, inputs.describe()]), inputs)
+        forward, backward = (
+            BoundProgram.bind(compile_program(schedule, self.rank), inputs.device) for schedule in schedules
+        )
+        return _Plan(forward, backward, kernel, self._runtime)
+
+    def _agree(self, plan_text: str, inputs: _Inputs) -> None:
+        """Raise :class:`TransportError` unless every rank is about to run the same plan."""
+        if self._runtime.transport is None:
+            return
+        digest = hashlib.sha256(plan_text.encode()).digest()
+        everyone = self._runtime.transport.gather_digests(digest)
+        others = [rank for rank, other in enumerate(everyone) if other != digest]
+        if others:
+            raise TransportError(
+                explain(
+                    got=f"rank {self.rank} plans {self.method.name} on {self.layout}, {self.mask} mask, "
+                    f"{inputs.describe()} (plan {digest.hex()[:12]}); rank(s) {others} plan something else",
+                    rule="all ranks of a group run one schedule on equally shaped inputs",
+                    remedy="Compare method, layout, mask, kernel, shapes and package version of these ranks",
+                )
+            )
+
+
+_MEMO: weakref.WeakKeyDictionary[Any, dict[Any, DistAttention]] = weakref.WeakKeyDictionary()
+"""What :func:`dist_attention` remembers of a group; gone with the group."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """All of the inputs that a plan depends on."""
+
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor) -> _Inputs:
+        _check_inputs(q, k, v)
+        return _Inputs(tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device)
+
+    def describe(self) -> str:
+        return f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}, {self.dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Both programs, ready to run."""
+
+    forward: BoundProgram
+    backward: BoundProgram
+    kernel: Kernel
+    runtime: Runtime
+
+    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        acc = accumulator_dtype(q.dtype)
+        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=acc, device=q.device)
+        lse = torch.empty((q.shape[1], q.shape[2], q.shape[0]), dtype=acc, device=q.device)
+        self.runtime.run(self.forward, ForwardPass.over(q, k, v, out, lse, self.kernel, scale))
+        self.runtime.stats.forwards += 1
+        return out.to(q.dtype), lse
+
+    def run_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        acc = accumulator_dtype(q.dtype)
+        delta = (out.to(acc) * dout.to(acc)).sum(-1).permute(1, 2, 0).contiguous()  # (B, H, S)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
+        inputs = {Payload.QDO: (q, dout, lse, delta), Payload.KV: (k, v)}
+        grads = {Payload.DQ: (dq,), Payload.DKV: (dk, dv)}
+        self.runtime.run(self.backward, BackwardPass.over(inputs, grads, self.kernel, scale))
+        self.runtime.stats.backwards += 1
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """The forward runs the forward program, or takes a result that was kept; the backward runs the backward one."""
+
+    @staticmethod
+    @torch.compiler.disable
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept_out: Tensor | None,
+        kept_lse: Tensor | None,
+        plan: _Plan,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if kept_out is not None and kept_lse is not None:
+            out, lse = kept_out.view_as(kept_out), kept_lse.view_as(kept_lse)
+        else:
+            out, lse = plan.run_forward(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.compiler.disable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = ctx.plan.run_backward(dout.contiguous(), q, k, v, out, lse, ctx.scale)
+        return dq, dk, dv, None, None, None, None
+
+
+def _scale(softmax_scale: float | None, q: Tensor) -> float:
+    return float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+
+
+_RULES: tuple[tuple[str, Callable[[Tensor, Tensor, Tensor], bool]], ...] = (
+    (
+        "q, k and v have 4 dimensions: tokens, batch, heads, head dim",
+        lambda q, k, v: q.dim() == k.dim() == v.dim() == 4,
+    ),
+    (
+        "q, k and v have one dtype and one device",
+        lambda q, k, v: len({(x.dtype, x.device) for x in (q, k, v)}) == 1,
+    ),
+    ("the dtype is a floating-point type", lambda q, k, v: q.is_floating_point()),  # noqa: ARG005
+    ("q, k and v hold the same tokens and batch", lambda q, k, v: q.shape[:2] == k.shape[:2] == v.shape[:2]),
+    ("a shard holds at least one token", lambda q, k, v: q.shape[0] > 0),  # noqa: ARG005
+    ("k and v have the same heads", lambda q, k, v: k.shape[2] == v.shape[2]),  # noqa: ARG005
+    (
+        "the key/value heads divide the query heads",
+        lambda q, k, v: k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0,
+    ),
+    ("q and k have the same head dim", lambda q, k, v: q.shape[3] == k.shape[3]),  # noqa: ARG005
+)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for rule, holds in _RULES:
+        if not holds(q, k, v):
+            shown = ", ".join(
+                f"{name} {tuple(x.shape)} {x.dtype} on {x.device}"
+                for name, x in (("q", q), ("k", k), ("v", v))
+            )
+            raise ConfigError(
+                explain(
+                    got=shown,
+                    rule=rule,
+                    remedy="Give local shards as (S, B, H, D), (S, B, G, D), (S, B, G, Dv)",
+                )
+            )
