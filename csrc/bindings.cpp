@@ -1,0 +1,238 @@
+// torch.ops.mls.*: schemas and argument checks, on torch's stable ABI so that one build serves later
+// versions.
+//
+// S = tokens (Sq queries, Sk keys), B = batch, H = query heads, G = key/value heads, D, Dv = head dims.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+
+#include "attention_params.h"
+#include "checks.h"
+#include "cpu/run.h"
+
+namespace mls {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_text(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text + ")";
+}
+
+const char* dtype_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> want,
+                 const char* axes) {
+  bool equal = tensor.dim() == static_cast<int64_t>(want.size());
+  std::string text = "(";
+  int64_t d = 0;
+  for (int64_t size : want) {
+    equal = equal && tensor.size(d) == size;
+    text += (d++ ? ", " : "") + std::to_string(size);
+  }
+  MLS_CHECK(equal, name, " has shape ", shape_text(tensor), ": it must be ", axes, " = ", text, ").");
+}
+
+void check_dtype(const char* name, const Tensor& tensor, ScalarType want, const char* why) {
+  MLS_CHECK(tensor.scalar_type() == want, name, " is ", dtype_text(tensor.scalar_type()), ": it must be ",
+            dtype_text(want), why, ".");
+}
+
+void check_cpu(const char* name, const Tensor& tensor) {
+  MLS_CHECK(tensor.is_cpu(), name, " is not on the CPU: all tensors of a call must be on one device.");
+}
+
+void check_last_dim(const char* name, const Tensor& tensor) {
+  MLS_CHECK(tensor.size(3) == 1 || tensor.stride(3) == 1, name, " has stride ", tensor.stride(3),
+            " in its last dimension: it must be contiguous there (stride 1).");
+}
+
+AttentionShape check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
+  MLS_CHECK(q.dim() == 4, "q has shape ", shape_text(q), ": it must have 4 dimensions (Sq, B, H, D).");
+  MLS_CHECK(k.dim() == 4, "k has shape ", shape_text(k), ": it must have 4 dimensions (Sk, B, G, D).");
+  MLS_CHECK(v.dim() == 4, "v has shape ", shape_text(v), ": it must have 4 dimensions (Sk, B, G, Dv).");
+  const AttentionShape shape{q.size(0), k.size(0), q.size(1), q.size(2), k.size(2), q.size(3), v.size(3)};
+  check_shape("k", k, {shape.num_keys, shape.batch, shape.num_kv_heads, shape.head_dim}, "(Sk, B, G, D)");
+  check_shape("v", v, {shape.num_keys, shape.batch, shape.num_kv_heads, shape.value_dim}, "(Sk, B, G, Dv)");
+  MLS_CHECK(shape.num_kv_heads > 0 && shape.num_heads > 0 && shape.num_heads % shape.num_kv_heads == 0,
+            "q has ", shape.num_heads, " heads and k has ", shape.num_kv_heads,
+            ": key/value heads must divide query heads, both at least 1.");
+  MLS_CHECK(shape.head_dim > 0 && shape.value_dim > 0, "head dims are D = ", shape.head_dim,
+            ", Dv = ", shape.value_dim, ": both must be at least 1.");
+  constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
+  MLS_CHECK(shape.num_queries < kMaxTokens && shape.num_keys < kMaxTokens, "Sq = ", shape.num_queries,
+            ", Sk = ", shape.num_keys, ": key indices are 32-bit, so both must be below ", kMaxTokens, ".");
+  const ScalarType dtype = q.scalar_type();
+  MLS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "q is ", dtype_text(dtype),
+            ": the fused kernel takes float32 or bfloat16.");
+  check_dtype("k", k, dtype, ", the dtype of q");
+  check_dtype("v", v, dtype, ", the dtype of q");
+  check_cpu("q", q), check_cpu("k", k), check_cpu("v", v);
+  check_last_dim("q", q), check_last_dim("k", k), check_last_dim("v", v);
+  return shape;
+}
+
+KeyMask check_mask(const AttentionShape& shape, int64_t band_lo, int64_t band_hi,
+                   const std::optional<Tensor>& key_ranges) {
+  KeyMask mask{std::clamp(band_lo, -shape.num_queries - 1, shape.num_keys),
+               std::clamp(band_hi, -shape.num_queries - 1, shape.num_keys), nullptr, nullptr};
+  if (key_ranges.has_value()) {
+    check_shape("key_ranges", *key_ranges, {2, shape.num_queries}, "(2, Sq)");
+    check_dtype("key_ranges", *key_ranges, ScalarType::Int, "");
+    check_cpu("key_ranges", *key_ranges);
+    MLS_CHECK(key_ranges->is_contiguous(), "key_ranges is strided: it must be contiguous.");
+    mask.range_begin = static_cast<const int32_t*>(key_ranges->data_ptr());
+    mask.range_end = mask.range_begin + shape.num_queries;
+  }
+  return mask;
+}
+
+float check_scale(double scale) {
+  MLS_CHECK(std::isfinite(scale) && scale > 0, "softmax_scale is ", scale,
+            ": it must be finite and above 0.");
+  return static_cast<float>(scale);
+}
+
+ElementType element_type(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Float ? ElementType::kFloat32 : ElementType::kBFloat16;
+}
+
+template <typename T>
+TokenTensor<T> token_tensor(const Tensor& t) {
+  return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+template <typename T>
+RowTensor<T> row_tensor(const Tensor& t) {
+  return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+TokenTensor<float> accumulator(const char* name, const Tensor& t, std::initializer_list<int64_t> want,
+                               const char* axes) {
+  check_shape(name, t, want, axes);
+  check_dtype(name, t, ScalarType::Float, ", the accumulator dtype");
+  check_cpu(name, t);
+  check_last_dim(name, t);
+  return token_tensor<float>(t);
+}
+
+template <typename T>
+RowTensor<T> row_accumulator(const char* name, const Tensor& t, const AttentionShape& shape) {
+  check_shape(name, t, {shape.batch, shape.num_heads, shape.num_queries}, "(B, H, Sq)");
+  check_dtype(name, t, ScalarType::Float, ", the accumulator dtype");
+  check_cpu(name, t);
+  return row_tensor<T>(t);
+}
+
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse,
+                       int64_t band_lo, int64_t band_hi, std::optional<Tensor> key_ranges,
+                       double softmax_scale, bool accumulate) {
+  const AttentionShape s = check_inputs(q, k, v);
+  const ForwardParams params{
+      .shape = s,
+      .element_type = element_type(q),
+      .q = token_tensor<const void>(q),
+      .k = token_tensor<const void>(k),
+      .v = token_tensor<const void>(v),
+      .out = accumulator("out", out, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)"),
+      .lse = row_accumulator<float>("lse", lse, s),
+      .mask = check_mask(s, band_lo, band_hi, key_ranges),
+      .softmax_scale = check_scale(softmax_scale),
+      .accumulate = accumulate,
+  };
+  cpu::run_forward(params);
+}
+
+void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Tensor& lse, const Tensor& delta, Tensor dq, Tensor dk, Tensor dv,
+                        int64_t band_lo, int64_t band_hi, std::optional<Tensor> key_ranges,
+                        double softmax_scale) {
+  const AttentionShape s = check_inputs(q, k, v);
+  check_shape("dout", dout, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
+  check_dtype("dout", dout, q.scalar_type(), ", the dtype of q");
+  check_cpu("dout", dout);
+  check_last_dim("dout", dout);
+  const BackwardParams params{
+      .shape = s,
+      .element_type = element_type(q),
+      .dout = token_tensor<const void>(dout),
+      .q = token_tensor<const void>(q),
+      .k = token_tensor<const void>(k),
+      .v = token_tensor<const void>(v),
+      .lse = row_accumulator<const float>("lse", lse, s),
+      .delta = row_accumulator<const float>("delta", delta, s),
+      .dq = accumulator("dq", dq, {s.num_queries, s.batch, s.num_heads, s.head_dim}, "(Sq, B, H, D)"),
+      .dk = accumulator("dk", dk, {s.num_keys, s.batch, s.num_kv_heads, s.head_dim}, "(Sk, B, G, D)"),
+      .dv = accumulator("dv", dv, {s.num_keys, s.batch, s.num_kv_heads, s.value_dim}, "(Sk, B, G, Dv)"),
+      .mask = check_mask(s, band_lo, band_hi, key_ranges),
+      .softmax_scale = check_scale(softmax_scale),
+  };
+  cpu::run_backward(params);
+}
+
+}  // namespace
+}  // namespace mls
+
+STABLE_TORCH_LIBRARY(mls, m) {
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int band_lo, int "
+      "band_hi, "
+      "Tensor? key_ranges, float softmax_scale, bool accumulate) -> ()");
+  m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) "
+      "dq, "
+      "Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale) -> "
+      "()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mls, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&mls::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&mls::attention_backward));
+}
+
+// Importing the module runs the registrations above; its attributes say what was built and chosen.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module == nullptr) return nullptr;
+  try {
+    PyModule_AddStringConstant(module, "cpu_isa", mls::cpu::isa_name());
+  } catch (const std::exception& error) {
+    Py_DECREF(module);
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
+#if defined(MLS_WITH_CUDA)
+  PyModule_AddIntConstant(module, "with_cuda", 1);
+#else
+  PyModule_AddIntConstant(module, "with_cuda", 0);
+#endif
+  return module;
+}

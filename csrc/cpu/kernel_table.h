@@ -1,0 +1,39 @@
+// The seam of instruction-set variants: every variant fills one table, and nothing else knows them apart.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "attention_params.h"
+
+namespace mls::cpu {
+
+// Work is cut into numbered tasks; a worker takes the lowest task not yet taken. The cut depends on the
+// shape alone, never on the number of threads, so results are bit for bit the same on any number of cores.
+struct Workload {
+  int64_t num_tasks;
+  size_t scratch_bytes;  // per worker
+  int64_t num_counters;  // backward: turn counters shared by all workers
+};
+
+using TurnCounter = std::atomic<int32_t>;
+
+struct KernelTable {
+  const char* name;
+  Workload (*forward_workload)(const ForwardParams&);
+  void (*forward_task)(const ForwardParams&, int64_t task, void* scratch);
+  Workload (*backward_workload)(const BackwardParams&);
+  void (*init_turns)(const BackwardParams&, TurnCounter* turns);
+  void (*backward_task)(const BackwardParams&, int64_t task, void* scratch, TurnCounter* turns);
+};
+
+extern const KernelTable kBaselineTable;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Table;
+extern const KernelTable kAvx512Table;
+#endif
+
+// The fastest variant this machine runs, or the one named by MLS_CPU_ISA (tests). Throws if it cannot run.
+const KernelTable& selected_table();
+
+}  // namespace mls::cpu

@@ -1,0 +1,99 @@
+// Moves between tensors in memory and the fp32 panels the micro-kernel reads.
+#pragma once
+#include "row_tile.h"
+#include "simd.h"
+#include "tiles.h"
+
+namespace mls::cpu::MLS_VARIANT {
+
+// dst[0..padded(dim)) = src[0..dim) widened to fp32, zeros behind.
+template <class Element>
+MLS_INLINE void load_row(const typename Element::Storage* src, int64_t dim, float* dst) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(dst + d, Element::load(src + d));
+  if (d < dim) {
+    store(dst + d, Vec{});
+    for (; d < dim; ++d) dst[d] = Element::scalar(src[d]);
+  }
+}
+
+// Keys [first, first + count) of one kv head as rows of a panel; stride padded(dim).
+template <class Element>
+inline void load_key_panel(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
+                           int64_t dim, float* panel) {
+  const auto* base = static_cast<const typename Element::Storage*>(tensor.data) +
+                     at.batch * tensor.batch_stride + at.kv_head * tensor.head_stride;
+  for (int64_t r = 0; r < count; ++r) {
+    load_row<Element>(base + (first + r) * tensor.token_stride, dim, panel + r * padded(dim));
+  }
+}
+
+// Rows of a tile, zeros for lanes past its end; stride padded(dim).
+template <class Element>
+inline void load_tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
+                           const RowTile& tile, int64_t dim, float* rows) {
+  using Storage = typename Element::Storage;
+  const TokenTensor<const Storage> typed{static_cast<const Storage*>(tensor.data), tensor.token_stride,
+                                         tensor.batch_stride, tensor.head_stride};
+  for (int r = 0; r < tile.num_rows; ++r) {
+    load_row<Element>(row_pointer(typed, group, at, tile.first_row + r), dim, rows + r * padded(dim));
+  }
+  std::memset(rows + tile.num_rows * padded(dim), 0,
+              (kTileRows - tile.num_rows) * padded(dim) * sizeof(float));
+}
+
+// lanes[d][row] = rows[row][d]: rows go into the SIMD lanes.
+inline void rows_to_lanes(const float* rows, int64_t dim, float* lanes) {
+  for (int row = 0; row < kTileRows; row += kLanes) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(rows + (row + i) * padded(dim) + d);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(lanes + (d + i) * kTileRows + row, block[i]);
+    }
+  }
+}
+
+// rows[row][d] = lanes[d][row] * factor[row]
+inline void lanes_to_rows(const float* lanes, int64_t dim, const float* factor, float* rows) {
+  for (int row = 0; row < kTileRows; row += kLanes) {
+    const Vec scale = load(factor + row);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + (d + i) * kTileRows + row) * scale;
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(rows + (row + i) * padded(dim) + d, block[i]);
+    }
+  }
+}
+
+// dst[0..dim) += src[0..dim) * factor
+MLS_INLINE void add_row(const float* src, int64_t dim, float factor, float* dst) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(dst + d, load(dst + d) + load(src + d) * factor);
+  for (; d < dim; ++d) dst[d] += src[d] * factor;
+}
+
+// Hands out consecutive cache-line aligned pieces of a worker's scratch; with a null base it only counts.
+class ScratchCursor {
+ public:
+  explicit ScratchCursor(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* objects(int64_t count) {
+    void* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += round_up(count * sizeof(T), kCacheLine);
+    return static_cast<T*>(piece);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t kCacheLine = 64;
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace mls::cpu::MLS_VARIANT

@@ -1,0 +1,89 @@
+// A row tile: kTileRows (query, head) pairs that share one key/value head, and the keys each may see.
+//
+// All heads of a group are laid side by side in the lanes (row = query * heads_per_group + head): a key panel
+// then serves the whole group, few queries still fill the lanes, and a causal tile spans few queries, so
+// less of it is masked. Band, ranges, ragged ends: all are one [begin, end) of keys per lane.
+#pragma once
+#include "simd.h"
+#include "softmax.h"
+#include "tiles.h"
+
+namespace mls::cpu::MLS_VARIANT {
+
+struct RowTile {
+  int64_t first_row;
+  int num_rows;
+  int64_t key_begin, key_end;  // keys that some row sees lie in here; empty if begin >= end
+  int64_t all_begin, all_end;  // every row sees all of these keys
+  alignas(MLS_VEC_BYTES) int32_t begin[kTileRows];
+  alignas(MLS_VEC_BYTES) int32_t end[kTileRows];
+
+  // Do rows differ on keys [first, last), so that scores need masking?
+  bool needs_mask(int64_t first, int64_t last) const { return first < all_begin || last > all_end; }
+};
+
+struct KeyHead {
+  int64_t batch;
+  int64_t kv_head;
+};
+
+MLS_INLINE int64_t rows_per_kv_head(const AttentionShape& shape) {
+  return shape.num_queries * shape.heads_per_group();
+}
+
+template <typename T>
+MLS_INLINE T* row_pointer(const TokenTensor<T>& tensor, int64_t group, KeyHead at, int64_t row) {
+  return tensor.data + row / group * tensor.token_stride + at.batch * tensor.batch_stride +
+         (at.kv_head * group + row % group) * tensor.head_stride;
+}
+
+template <typename T>
+MLS_INLINE T& row_value(const RowTensor<T>& tensor, int64_t group, KeyHead at, int64_t row) {
+  return tensor
+      .data[at.batch * tensor.batch_stride + (at.kv_head * group + row % group) * tensor.head_stride +
+            row / group * tensor.query_stride];
+}
+
+inline void visible_keys(const AttentionShape& shape, const KeyMask& mask, int64_t query, int64_t& begin,
+                         int64_t& end) {
+  begin = std::max<int64_t>(0, query + mask.band_lo);
+  end = std::min<int64_t>(shape.num_keys, query + mask.band_hi + 1);
+  if (mask.range_begin != nullptr) {
+    begin = std::max<int64_t>(begin, mask.range_begin[query]);
+    end = std::min<int64_t>(end, mask.range_end[query]);
+  }
+  if (begin >= end) begin = end = 0;
+}
+
+inline void fill_row_tile(const AttentionShape& shape, const KeyMask& mask, int64_t first_row,
+                          RowTile& tile) {
+  const int64_t group = shape.heads_per_group();
+  tile.first_row = first_row;
+  tile.num_rows = static_cast<int>(std::min<int64_t>(kTileRows, rows_per_kv_head(shape) - first_row));
+  tile.key_begin = shape.num_keys, tile.key_end = 0;
+  tile.all_begin = 0, tile.all_end = shape.num_keys;
+  for (int lane = 0; lane < kTileRows; ++lane) {
+    int64_t begin = 0,
+            end = shape.num_keys;  // lanes past the end: never read back, so never a reason to mask
+    if (lane < tile.num_rows) {
+      visible_keys(shape, mask, (first_row + lane) / group, begin, end);
+      if (begin < end) {
+        tile.key_begin = std::min(tile.key_begin, begin);
+        tile.key_end = std::max(tile.key_end, end);
+      }
+      tile.all_begin = std::max(tile.all_begin, begin);
+      tile.all_end = std::min(tile.all_end, end);
+    }
+    tile.begin[lane] = static_cast<int32_t>(begin);
+    tile.end[lane] = static_cast<int32_t>(end);
+  }
+}
+
+// Scores of `key` (one row of S^T), with -inf where a lane may not see it.
+MLS_INLINE Vec mask_scores(const RowTile& tile, int64_t key, int vec, Vec scores) {
+  const IntVec k = splat_int(static_cast<int32_t>(key));
+  const IntVec begin = load_int(tile.begin + vec * kLanes), end = load_int(tile.end + vec * kLanes);
+  return select((k >= begin) & (k < end), scores, splat(-kInfinity));
+}
+
+}  // namespace mls::cpu::MLS_VARIANT

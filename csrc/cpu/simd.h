@@ -1,0 +1,100 @@
+// Vectors of floats by compiler vector extensions: no intrinsics, so the same source is AVX-512, AVX2, SSE
+// or NEON. The width is our own macro because g++ does not refresh __AVX512F__ after a target pragma.
+#pragma once
+#if !defined(MLS_VEC_BYTES) || !defined(MLS_VARIANT)
+#error "include from a variant_*.cpp that defines MLS_VEC_BYTES and MLS_VARIANT"
+#endif
+
+#define MLS_INLINE __attribute__((always_inline)) inline
+
+namespace mls::cpu::MLS_VARIANT {
+
+constexpr int kLanes = MLS_VEC_BYTES / sizeof(float);
+
+typedef float Vec __attribute__((vector_size(MLS_VEC_BYTES)));
+typedef int32_t IntVec __attribute__((vector_size(MLS_VEC_BYTES)));
+typedef float UnalignedVec __attribute__((vector_size(MLS_VEC_BYTES), aligned(4), may_alias));
+typedef int32_t UnalignedIntVec __attribute__((vector_size(MLS_VEC_BYTES), aligned(4), may_alias));
+typedef uint32_t WordVec __attribute__((vector_size(MLS_VEC_BYTES)));
+typedef uint16_t HalfWordVec __attribute__((vector_size(MLS_VEC_BYTES / 2)));
+typedef uint16_t UnalignedHalfWordVec __attribute__((vector_size(MLS_VEC_BYTES / 2), aligned(2), may_alias));
+
+MLS_INLINE Vec splat(float x) {
+  return x - Vec{};
+}
+MLS_INLINE IntVec splat_int(int32_t x) {
+  return x - IntVec{};
+}
+MLS_INLINE Vec load(const float* p) {
+  return *reinterpret_cast<const UnalignedVec*>(p);
+}
+MLS_INLINE void store(float* p, Vec x) {
+  *reinterpret_cast<UnalignedVec*>(p) = x;
+}
+MLS_INLINE IntVec load_int(const int32_t* p) {
+  return *reinterpret_cast<const UnalignedIntVec*>(p);
+}
+MLS_INLINE Vec max(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+MLS_INLINE Vec select(IntVec keep, Vec a, Vec b) {
+  return keep ? a : b;
+}
+
+// Element types widen to fp32 on load. A bf16 is the upper half of a float.
+struct Float32 {
+  using Storage = float;
+  static MLS_INLINE Vec load(const float* p) { return MLS_VARIANT::load(p); }
+  static MLS_INLINE float scalar(float x) { return x; }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  static MLS_INLINE Vec load(const uint16_t* p) {
+    const HalfWordVec half = *reinterpret_cast<const UnalignedHalfWordVec*>(p);
+    return reinterpret_cast<Vec>(__builtin_convertvector(half, WordVec) << 16);
+  }
+  static MLS_INLINE float scalar(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+};
+
+// out lane j = j-th index into the 2 * kLanes floats of (a, b), fixed at compile time.
+template <int... kIndex>
+MLS_INLINE Vec shuffle(Vec a, Vec b, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndex...);
+#else
+  return __builtin_shuffle(a, b, IntVec{kIndex...});
+#endif
+}
+
+constexpr int exchange_index(int lane, int distance, bool upper) {
+  const bool second = (lane & distance) != 0;
+  return upper ? (second ? kLanes + lane : lane + distance) : (second ? kLanes + lane - distance : lane);
+}
+
+template <int kDistance, bool kUpper, int... kLane>
+MLS_INLINE Vec exchange(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return shuffle(a, b, std::integer_sequence<int, exchange_index(kLane, kDistance, kUpper)...>{});
+}
+
+// kLanes x kLanes transpose in registers: blocks of kDistance swap across the diagonal, then halve.
+template <int kDistance = kLanes / 2>
+MLS_INLINE void transpose(Vec (&rows)[kLanes]) {
+  using AllLanes = std::make_integer_sequence<int, kLanes>;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kDistance) == 0) {
+      const Vec a = rows[i], b = rows[i + kDistance];
+      rows[i] = exchange<kDistance, false>(a, b, AllLanes{});
+      rows[i + kDistance] = exchange<kDistance, true>(a, b, AllLanes{});
+    }
+  }
+  if constexpr (kDistance > 1) transpose<kDistance / 2>(rows);
+}
+
+}  // namespace mls::cpu::MLS_VARIANT

@@ -1,0 +1,33 @@
+// Every size of the blocking, in one place.
+//
+//   row tile     kTileRows query rows in the SIMD lanes: the columns of the transposed scores S^T[key][row]
+//   row block    kTilesPerBlock row tiles that share each packed key panel (one forward task)
+//   key panel    kPanelKeys keys: S^T of one (row tile, key panel) stays in the L1 cache
+//   key chunk    kPanelsPerChunk panels whose dK and dV stay in the L2 cache (one backward task)
+//   micro tile   kMicroRows x kMicroVecs accumulators in registers
+#pragma once
+#include "simd.h"
+
+namespace mls::cpu::MLS_VARIANT {
+
+constexpr int kMicroVecs = 4;
+// 24 accumulators, 4 operands and a broadcast fit the 32 registers of AVX-512; 12 fit the 16 of AVX2 and SSE.
+constexpr int kMicroRows = MLS_VEC_BYTES == 64 ? 6 : 3;
+constexpr int kTileRows = kMicroVecs * kLanes;
+constexpr int kTilesPerBlock = 256 / kTileRows;
+constexpr int kPanelKeys = 96;
+constexpr int kPanelsPerChunk = 4;
+constexpr int kChunkKeys = kPanelKeys * kPanelsPerChunk;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+constexpr int64_t ceil_div(int64_t n, int64_t divisor) {
+  return (n + divisor - 1) / divisor;
+}
+// Dimensions that run along lanes are padded with zeros to whole vectors.
+constexpr int64_t padded(int64_t dim) {
+  return round_up(dim, kLanes);
+}
+
+}  // namespace mls::cpu::MLS_VARIANT

@@ -1,0 +1,14 @@
+// Every header of the kernel that is not its own. A variant includes these before its target pragma, so that
+// library functions shared with other objects are never compiled for instructions the machine may lack.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <utility>
+
+#include "attention_params.h"
+#include "kernel_table.h"

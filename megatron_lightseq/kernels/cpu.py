@@ -1,0 +1,86 @@
+"""The fused C++ kernel for CPUs (csrc/cpu): blockwise online softmax, fp32 accumulation, no S x S anywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.kernels.extension import load_extension, missing_extension
+from megatron_lightseq.kernels.registry import TileMask
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class CpuKernel:
+    """float32 and bfloat16, any head dims and lengths, grouped heads; masked keys are skipped, not computed.
+
+    Bit for bit repeatable, on any number of threads (``torch.set_num_threads``).
+    """
+
+    name = "cpu"
+
+    @property
+    def isa(self) -> str:
+        """The instruction-set variant in use, e.g. ``avx512``; the variable MLS_CPU_ISA overrides the choice.
+
+        Raises:
+            UnsupportedError: the compiled kernels were not built.
+        """
+        return str(load_extension().cpu_isa)
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why this kernel cannot take these inputs, or None."""
+        if any(x.device.type != "cpu" for x in (q, k, v)):
+            return "it takes tensors on the CPU only"
+        if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+            return "it takes float32 or bfloat16, the same for q, k and v"
+        return missing_extension()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        mask: TileMask,
+        softmax_scale: float,
+        accumulate: bool,
+    ) -> None:
+        """Merge one tile into ``(out, lse)`` in place. Shapes as in :class:`~.registry.Kernel`.
+
+        Raises:
+            UnsupportedError: the compiled kernels were not built.
+            RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
+        """
+        load_extension()
+        torch.ops.mls.attention_forward(
+            q, k, v, out, lse, mask.band_lo, mask.band_hi, mask.key_ranges, softmax_scale, accumulate
+        )
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        *,
+        mask: TileMask,
+        softmax_scale: float,
+    ) -> None:
+        """Add the tile's gradients to ``dq, dk, dv``. Shapes as in :class:`~.registry.Kernel`.
+
+        Raises:
+            UnsupportedError: the compiled kernels were not built.
+            RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
+        """
+        load_extension()
+        torch.ops.mls.attention_backward(
+            dout, q, k, v, lse, delta, dq, dk, dv, mask.band_lo, mask.band_hi, mask.key_ranges, softmax_scale
+        )

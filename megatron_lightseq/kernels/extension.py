@@ -1,0 +1,63 @@
+"""Loads the compiled kernels (``megatron_lightseq._C``) when they are first needed.
+
+Loading registers ``torch.ops.mls.attention_forward`` and ``attention_backward``; the fake implementations
+added here let torch.compile and FakeTensor trace through them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+from megatron_lightseq.errors import UnsupportedError, explain
+
+BUILD_COMMAND = "python setup.py build_ext --inplace"
+
+
+@functools.cache
+def _import_extension() -> ModuleType | str:
+    """The module, or why it cannot be imported."""
+    try:
+        module = importlib.import_module("megatron_lightseq._C")
+    except ModuleNotFoundError:
+        return "the compiled kernels (megatron_lightseq._C) have not been built"
+    except ImportError as error:  # built for another torch or machine, or told to use an absent variant
+        return f"the compiled kernels (megatron_lightseq._C) cannot be loaded: {error}"
+    _register_fakes()
+    return module
+
+
+def missing_extension() -> str | None:
+    """Why the compiled kernels are not there, with the command that builds them; None when they are."""
+    module = _import_extension()
+    return f"{module} (build them: {BUILD_COMMAND})" if isinstance(module, str) else None
+
+
+def load_extension() -> ModuleType:
+    """The compiled kernels.
+
+    Raises:
+        UnsupportedError: they were not built, or cannot be loaded here.
+    """
+    module = _import_extension()
+    if isinstance(module, str):
+        raise UnsupportedError(
+            explain(
+                got="kernel 'cpu'",
+                rule=module,
+                remedy=f"Build them in the repository with `{BUILD_COMMAND}`, or choose kernel='reference'",
+            )
+        )
+    return module
+
+
+def _register_fakes() -> None:
+    for op in ("mls::attention_forward", "mls::attention_backward"):
+        torch.library.register_fake(op, _write_into_arguments)
+
+
+def _write_into_arguments(*_: object) -> None:
+    """Both ops only write into tensors they are given: there is nothing to allocate or infer."""
