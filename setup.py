@@ -110,6 +110,7 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(max_jobs()) as pool:
             extension.extra_objects += list(pool.map(compile_one, extension.sources))
+        extension.depends = extension.extra_objects  # else a module that exists is never linked again
         extension.sources = []
 
     def add_cuda(self, extension: Extension, nvcc: str, sources: list[Path]) -> None:
