@@ -1,12 +1,14 @@
 """Frozen configuration: YAML files and command-line flags both end here.
 
-Importing this package needs the standard library only; reading files needs jsonargparse, which
-:func:`load_config` imports when it is called.
+Importing this package needs PyYAML and the standard library; jsonargparse is imported when a file or a command
+line is first read.
 """
 
 from __future__ import annotations
 
 from megatron_lightseq.config.flat import from_flat, keys, to_flat, with_values
+from megatron_lightseq.config.load import from_yaml, load_config, parse_config, to_yaml
+from megatron_lightseq.config.rules import Machine
 from megatron_lightseq.config.sections import (
     CheckpointConfig,
     ContextParallelConfig,
@@ -19,12 +21,14 @@ from megatron_lightseq.config.sections import (
     RecomputeConfig,
     TrainingConfig,
 )
+from megatron_lightseq.config.validate import rules, validate, violations
 
 __all__ = [
     "CheckpointConfig",
     "ContextParallelConfig",
     "DataConfig",
     "LoggingConfig",
+    "Machine",
     "ModelConfig",
     "OptimizerSettings",
     "ParallelConfig",
@@ -32,7 +36,14 @@ __all__ = [
     "RecomputeConfig",
     "TrainingConfig",
     "from_flat",
+    "from_yaml",
     "keys",
+    "load_config",
+    "parse_config",
+    "rules",
     "to_flat",
+    "to_yaml",
+    "validate",
+    "violations",
     "with_values",
 ]

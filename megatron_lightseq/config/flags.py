@@ -1,0 +1,126 @@
+"""The command line of a run: configuration files, then flags that override them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_lightseq.config.names import MEGATRON_SPELLINGS
+from megatron_lightseq.config.strict_yaml import Entry
+from megatron_lightseq.config.typed import is_list, is_switch, key_types, takes_null
+from megatron_lightseq.errors import explain
+
+COMMAND_LINE = "command line"
+ACTIONS = ("help", "print_config")
+NO_VALUE = "(no value)"
+_SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0", "null", "none")
+"""Words after a switch that are meant as its value (only true and false are accepted), not as a file."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Invocation:
+    """What a command line asks for, before any name or type is checked."""
+
+    files: list[Path] = field(default_factory=list)
+    """Configuration files, in order."""
+    entries: dict[str, Entry] = field(default_factory=dict)
+    """Values by key with underscores; unknown keys too. The last of two equal flags stands."""
+    actions: set[str] = field(default_factory=set)
+    """Those of ACTIONS that were asked for."""
+    problems: list[str] = field(default_factory=list)
+    """What is no flag, file or value at all."""
+
+
+def read_flags(arguments: Sequence[str]) -> Invocation:
+    """Sort a command line into files, values and actions; `--a-b`, `--a_b`, `--a=v` and `--a v` are alike."""
+    found = Invocation()
+    position = 0
+    while position < len(arguments):
+        word = arguments[position]
+        position += 1
+        if word in ("-h", "--help"):
+            found.actions.add("help")
+        elif word.startswith("--") and len(word) > 2:
+            position += _read_flag(word, arguments[position:], found)
+        elif word.startswith("-"):
+            found.problems.append(_stray(word))
+        else:
+            found.files.append(Path(word))
+    return found
+
+
+def _read_flag(word: str, following: Sequence[str], found: Invocation) -> int:
+    """Enter one flag; returns how many of the following words were its values."""
+    name, has_value, inline = word[2:].partition("=")
+    key = name.replace("-", "_")
+    if key in ACTIONS and not has_value:
+        found.actions.add(key)
+        return 0
+    if _negates_switch(key):
+        if has_value:
+            found.problems.append(_no_value(word))
+        _enter(key.removeprefix("no_"), "false", name, found)
+        return 0
+    values = [inline] if has_value else _values(key, following)
+    if key == "config":
+        found.files.extend(map(Path, values))
+    else:
+        _enter(key, _value(key, values), name, found)
+    return 0 if has_value else len(values)
+
+
+def _enter(key: str, value: object, name: str, found: Invocation) -> None:
+    found.entries.pop(key, None)  # the last of two equal flags stands, in its place
+    found.entries[key] = Entry(value, f"{COMMAND_LINE}, --{name}")
+
+
+def _negates_switch(key: str) -> bool:
+    """Whether a key is `no_` before a switch of ours, and no key by itself as `no_load_optim` is."""
+    positive = key.removeprefix("no_")
+    return positive != key and key not in key_types() and positive in key_types() and is_switch(positive)
+
+
+def _values(key: str, following: Sequence[str]) -> list[str]:
+    """The words after a flag that are its values: at most one, or all up to the next flag for a list."""
+    words: list[str] = []
+    for word in following:
+        if word.startswith("-") and not re.match(r"-[.\d]", word):
+            break
+        words.append(word)
+    if key == "config":
+        return words[:1]
+    if key in MEGATRON_SPELLINGS and MEGATRON_SPELLINGS[key].refusal is None:
+        return []
+    if key not in key_types() or is_list(key):  # an unknown flag's values are no files
+        return words
+    if is_switch(key):
+        return [word for word in words[:1] if word.lower() in _SWITCH_WORDS]
+    return words[:1]
+
+
+def _value(key: str, values: list[str]) -> object:
+    if key not in key_types():
+        return values[0] if values else True
+    if is_list(key):
+        return values
+    if not values:
+        return True if is_switch(key) else NO_VALUE
+    return None if takes_null(key) and values[0] == "null" else values[0]
+
+
+def _stray(word: str) -> str:
+    return explain(
+        got=f"{word!r} on the command line",
+        rule="flags have two dashes and a name",
+        remedy="Write --key value, or --help for the list of keys",
+    )
+
+
+def _no_value(word: str) -> str:
+    return explain(
+        got=f"{word} on the command line",
+        rule="a negated switch takes no value",
+        remedy=f"Write {word.partition('=')[0]}",
+    )

@@ -1,0 +1,261 @@
+"""Rules on recompute, optimizer, batch, data and checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_lightseq.config.rules import Machine, RuleBook
+from megatron_lightseq.config.rules_model import data_parallel_size
+from megatron_lightseq.config.sections import PretrainConfig
+
+RECOMPUTE, BATCH, DATA, CHECKPOINT = RuleBook(), RuleBook(), RuleBook(), RuleBook()
+
+BYTE_VOCABULARY = 257
+"""256 bytes and the end-of-document token."""
+
+
+# --- recompute --------------------------------------------------------------------------------------------------
+
+
+@RECOMPUTE.rule(
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    text="full recompute must be told which layers: recompute_method and recompute_num_layers",
+    remedy="Set recompute_method to uniform and recompute_num_layers to 1",
+)
+def full_recompute_names_layers(c: PretrainConfig, _: Machine) -> bool:
+    named = c.recompute.recompute_method is not None and c.recompute.recompute_num_layers is not None
+    return c.recompute.recompute_granularity != "full" or named
+
+
+@RECOMPUTE.rule(
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    text="recompute_method and recompute_num_layers belong to full recompute",
+    remedy="Set recompute_granularity to full, or both to null",
+)
+def layers_belong_to_full_recompute(c: PretrainConfig, _: Machine) -> bool:
+    named = c.recompute.recompute_method is not None or c.recompute.recompute_num_layers is not None
+    return c.recompute.recompute_granularity == "full" or not named
+
+
+@RECOMPUTE.rule(
+    "recompute_granularity",
+    "recompute_num_layers",
+    "num_layers",
+    "pipeline_model_parallel_size",
+    text="recompute_num_layers must not exceed the layers of a pipeline stage",
+    remedy="Lower recompute_num_layers",
+)
+def recompute_fits_stage(c: PretrainConfig, _: Machine) -> bool:
+    count = c.recompute.recompute_num_layers
+    if c.recompute.recompute_granularity != "full" or count is None:
+        return True
+    return count <= c.model.num_layers // c.parallel.pipeline_model_parallel_size
+
+
+@RECOMPUTE.rule(
+    "recompute_granularity",
+    "recompute_modules",
+    text="selective recompute needs modules, each named once",
+    remedy="Set recompute_modules, for example to [core_attn]",
+)
+def selective_recompute_names_modules(c: PretrainConfig, _: Machine) -> bool:
+    modules = c.recompute.recompute_modules
+    return c.recompute.recompute_granularity != "selective" or 0 < len(modules) == len(set(modules))
+
+
+# --- optimizer --------------------------------------------------------------------------------------------------
+
+
+@BATCH.rule(
+    "min_lr", "lr", text="min_lr must not exceed lr", remedy="Lower min_lr, for example to a tenth of {lr}"
+)
+def min_lr_is_below_lr(c: PretrainConfig, _: Machine) -> bool:
+    return c.optimizer.min_lr <= c.optimizer.lr
+
+
+@BATCH.rule(
+    "lr_warmup_iters",
+    "lr_decay_iters",
+    "train_iters",
+    text="warm-up must end before the decay does (lr_decay_iters, or train_iters where it is null)",
+    remedy="Lower lr_warmup_iters",
+)
+def warmup_ends_before_decay(c: PretrainConfig, _: Machine) -> bool:
+    decay = c.training.train_iters if c.optimizer.lr_decay_iters is None else c.optimizer.lr_decay_iters
+    return c.optimizer.lr_warmup_iters < decay
+
+
+# --- batch ------------------------------------------------------------------------------------------------------
+
+
+@BATCH.rule(
+    "global_batch_size",
+    "micro_batch_size",
+    text="global_batch_size must be a multiple of micro_batch_size",
+    remedy="Change global_batch_size to a multiple of {micro_batch_size}",
+)
+def batch_divides_by_micro_batch(c: PretrainConfig, _: Machine) -> bool:
+    return c.training.global_batch_size % c.training.micro_batch_size == 0
+
+
+@BATCH.rule(
+    "global_batch_size",
+    "micro_batch_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    needs="world_size",
+    text="global_batch_size must be a multiple of micro_batch_size * data parallel size, which is the world size "
+    "over the product of the parallel sizes",
+    remedy="Change global_batch_size, or start fewer ranks",
+)
+def batch_divides_by_data_parallel(c: PretrainConfig, m: Machine) -> bool:
+    sequences = c.training.micro_batch_size * data_parallel_size(c, m)
+    if sequences == 0 or c.training.global_batch_size % c.training.micro_batch_size:
+        return True  # each has a rule of its own
+    return c.training.global_batch_size % sequences == 0
+
+
+@BATCH.rule(
+    "eod_mask_loss",
+    "calculate_per_token_loss",
+    text="with masked tokens the ranks count unequally, and only calculate_per_token_loss weighs them rightly",
+    remedy="Set calculate_per_token_loss to true",
+)
+def masked_loss_counts_tokens(c: PretrainConfig, _: Machine) -> bool:
+    return not c.data.eod_mask_loss or c.training.calculate_per_token_loss
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+@DATA.rule(
+    "data_path",
+    text="there is no corpus to train on",
+    remedy="Run `lightseq prepare-data FOLDER --output PREFIX`, then set data_path to [PREFIX]",
+)
+def data_is_given(c: PretrainConfig, _: Machine) -> bool:
+    return bool(c.data.data_path)
+
+
+@DATA.rule(
+    "data_path",
+    text="several data prefixes must alternate with positive weights: weight, prefix, weight, prefix",
+    remedy="Write for example data_path: [0.3, data/a, 0.7, data/b]",
+)
+def data_weights_alternate(c: PretrainConfig, _: Machine) -> bool:
+    if len(c.data.data_path) < 2:
+        return True
+    return len(c.data.data_path) % 2 == 0 and all(map(_is_weight, c.data.data_path[::2]))
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def split_shares(split: str) -> tuple[float, float, float] | None:
+    """Shares of training, validation and test, summing to 1; None when the text is no such split."""
+    try:
+        numbers = [float(part) for part in split.split(",")]
+    except ValueError:
+        return None
+    total = sum(numbers)
+    if len(numbers) != 3 or min(numbers) < 0 or not 0 < total < math.inf:
+        return None
+    return numbers[0] / total, numbers[1] / total, numbers[2] / total
+
+
+@DATA.rule(
+    "split",
+    text="a split is three numbers, none negative, and the first (training) above 0",
+    remedy="Write for example 969,30,1",
+)
+def split_is_three_shares(c: PretrainConfig, _: Machine) -> bool:
+    shares = split_shares(c.data.split)
+    return shares is not None and shares[0] > 0
+
+
+@DATA.rule(
+    "eval_interval",
+    "split",
+    text="evaluation reads the validation share, which is 0",
+    remedy="Set eval_interval to null, or give validation a share such as 969,30,1",
+)
+def evaluation_has_data(c: PretrainConfig, _: Machine) -> bool:
+    shares = split_shares(c.data.split)
+    return c.training.eval_interval is None or shares is None or shares[1] > 0
+
+
+@DATA.rule(
+    "tokenizer_type",
+    "tokenizer_model",
+    text="the hf tokenizer is read from tokenizer_model, and no other tokenizer has a model",
+    remedy="Set tokenizer_model to a `tokenizers` JSON file with tokenizer_type hf, to null with byte or null",
+)
+def tokenizer_model_belongs_to_hf(c: PretrainConfig, _: Machine) -> bool:
+    return (c.data.tokenizer_type == "hf") == (c.data.tokenizer_model is not None)
+
+
+@DATA.rule(
+    "tokenizer_type",
+    "vocab_size",
+    text="the null tokenizer knows no vocabulary",
+    remedy="Set vocab_size to one more than the largest token id",
+)
+def null_tokenizer_gives_vocabulary(c: PretrainConfig, _: Machine) -> bool:
+    return c.data.tokenizer_type != "null" or c.data.vocab_size is not None
+
+
+@DATA.rule(
+    "tokenizer_type",
+    "vocab_size",
+    text=f"the byte tokenizer has {BYTE_VOCABULARY} tokens",
+    remedy=f"Set vocab_size to null or to at least {BYTE_VOCABULARY}",
+)
+def vocabulary_holds_bytes(c: PretrainConfig, _: Machine) -> bool:
+    return c.data.tokenizer_type != "byte" or (c.data.vocab_size or BYTE_VOCABULARY) >= BYTE_VOCABULARY
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------
+
+
+@CHECKPOINT.rule(
+    "save_interval",
+    "save",
+    text="save_interval says how often, and save does not say where",
+    remedy="Set save to a folder, or save_interval to null",
+)
+def save_interval_needs_save(c: PretrainConfig, _: Machine) -> bool:
+    return c.checkpoint.save_interval is None or c.checkpoint.save is not None
+
+
+@CHECKPOINT.rule(
+    "finetune",
+    "load",
+    text="finetune starts from the weights of a checkpoint, and load names none",
+    remedy="Set load to a checkpoint folder, or finetune to false",
+)
+def finetune_needs_load(c: PretrainConfig, _: Machine) -> bool:
+    return not c.checkpoint.finetune or c.checkpoint.load is not None
+
+
+@CHECKPOINT.rule(
+    "use_distributed_optimizer",
+    "load",
+    "no_load_optim",
+    "finetune",
+    needs="has_fused_adam",
+    text="Megatron's distributed optimizer cannot read its state back into torch's AdamW, which has none before "
+    "its first step; it needs the FusedAdam of Transformer Engine or apex",
+    remedy="Install Transformer Engine, or set no_load_optim, or train without use_distributed_optimizer",
+)
+def distributed_optimizer_resumes(c: PretrainConfig, m: Machine) -> bool:
+    reads_state = c.checkpoint.load is not None and not (c.checkpoint.no_load_optim or c.checkpoint.finetune)
+    return not (c.parallel.use_distributed_optimizer and reads_state) or m.has_fused_adam is not False

@@ -1,0 +1,155 @@
+"""The type of every key: conversion, refusal and help, by jsonargparse."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from functools import cache
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from megatron_lightseq.config.flat import field_of_key, from_flat, section_of_key, section_types, to_flat
+from megatron_lightseq.config.names import nearest
+from megatron_lightseq.config.strict_yaml import Entry, dump_scalar, parse_scalar
+from megatron_lightseq.errors import ConfigError, explain
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+_LOADER = "lightseq-strict-yaml"
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+@cache
+def key_types() -> dict[str, Any]:
+    """The annotated type of every key."""
+    hints = {name: get_type_hints(cls) for name, cls in section_types().items()}
+    return {key: hints[section][key] for key, section in section_of_key().items()}
+
+
+def is_switch(key: str) -> bool:
+    """Whether a key is a boolean, whose flag needs no value."""
+    return key_types()[key] is bool
+
+
+def is_list(key: str) -> bool:
+    """Whether a key takes several values."""
+    return get_origin(key_types()[key]) is tuple
+
+
+def takes_null(key: str) -> bool:
+    """Whether null is a value of a key."""
+    return NoneType in _alternatives(key_types()[key])
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The words a key may take; empty where it takes anything else."""
+    return tuple(
+        choice
+        for part in _alternatives(key_types()[key])
+        if get_origin(part) is Literal
+        for choice in get_args(part)
+    )
+
+
+def describe(key: str) -> str:
+    """The type of a key in words: `an integer or null`, `one of a, b`."""
+    annotation = key_types()[key]
+    if is_list(key):
+        (item, _) = get_args(annotation)
+        return f"a list of {' | '.join(get_args(item)) if get_origin(item) is Literal else _WORDS[item]}"
+    parts = [part for part in _alternatives(annotation) if part is not NoneType]
+    words = [
+        f"one of {', '.join(get_args(part))}" if get_origin(part) is Literal else _WORDS[part]
+        for part in parts
+    ]
+    return " or ".join([*words, "null"]) if takes_null(key) else " or ".join(words)
+
+
+@cache
+def parser() -> ArgumentParser:
+    """A jsonargparse parser with one typed argument per key, grouped by section."""
+    import jsonargparse  # 0.1 s, needed only where files or flags are read
+
+    jsonargparse.set_loader(_LOADER, parse_scalar, (yaml.YAMLError,), json_superset=False)
+    made = jsonargparse.ArgumentParser(
+        prog="lightseq pretrain",
+        usage="%(prog)s [CONFIG.yaml ...] [--key value ...]",
+        exit_on_error=False,
+        parser_mode=_LOADER,
+    )
+    made.add_argument("--print-config", action="store_true", help="Print the whole configuration and stop.")
+    defaults = to_flat(from_flat({}))
+    for name, cls in section_types().items():
+        group = made.add_argument_group(f"{name}: {inspect.getdoc(cls)}")
+        texts = field_docstrings(cls)
+        for key in (key for key, section in section_of_key().items() if section == name):
+            group.add_argument(
+                f"--{key.replace('_', '-')}", type=key_types()[key], default=defaults[key], help=texts[key]
+            )
+    return made
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    found: dict[str, str] = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            found[statement.target.id] = _text(following)
+    return found
+
+
+def coerce(key: str, entry: Entry) -> Any:
+    """The value of a key in its type; raises ConfigError that names key, value, origin and remedy.
+
+    Strings stand for what they say, as flags always are strings; a boolean is never a number and a fraction
+    never an integer.
+    """
+    value = _as_list(entry.value) if is_list(key) else entry.value
+    if isinstance(value, str) and str in _alternatives(key_types()[key]):
+        return value
+    try:
+        if value is None and not takes_null(key):
+            raise ValueError("null")
+        return getattr(parser().parse_object({key: value}, defaults=False), key)
+    except Exception as error:  # jsonargparse lets converters' own exceptions through
+        raise _wrong_type(key, entry) from error
+
+
+def _as_list(value: Any) -> Any:
+    """Lists may hold numbers (weights between data prefixes); one item needs no brackets."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [dump_scalar(item) if type(item) in (int, float) else item for item in items]
+
+
+def _wrong_type(key: str, entry: Entry) -> ConfigError:
+    near = nearest(str(entry.value), choices(key))
+    remedy = f"Perhaps {near} was meant" if near else f"Write for example {key}: {_example(key)}"
+    return ConfigError(
+        explain(
+            got=f"{key} {entry.value!r} ({entry.origin})",
+            rule=f"{key} must be {describe(key)}",
+            remedy=remedy,
+        )
+    )
+
+
+def _example(key: str) -> str:
+    default = field_of_key(key).default
+    if default is None:
+        part = _alternatives(key_types()[key])[0]
+        return {int: "1", float: "1.0", str: "name"}.get(part) or choices(key)[0]
+    return dump_scalar(list(default) if isinstance(default, tuple) else default)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return (annotation,) if get_origin(annotation) in (Literal, tuple, None) else get_args(annotation)
+
+
+def _text(statement: ast.stmt) -> str:
+    is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return inspect.cleandoc(str(ast.literal_eval(ast.unparse(statement)))) if is_text else ""
