@@ -1,0 +1,271 @@
+"""Megatron's ``core_attention`` module, computed by a schedule over the context-parallel group.
+
+Shapes, per rank: S local tokens, B micro-batch, H query heads, G key/value heads (G divides H), D and Dv head
+dimensions. Megatron calls it after the projections and RoPE and before the output projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import utils as transformer_utils
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_lightseq.attention import AttentionStats, DistAttention
+from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError, explain
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Mask
+from megatron_lightseq.megatron.checkpoint_scope import current_scope, track_checkpoints
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoreAttentionSettings:
+    """What a layer spec hands to every :class:`LightSeqCoreAttention` it builds."""
+
+    method: str = "lightseq"
+    """How attention tiles are placed on ranks: lightseq, ring or zigzag."""
+    layout: str = "contiguous"
+    """Which rank holds which tokens: contiguous, zigzag or striped."""
+    kernel: str = "auto"
+    """Attention kernel."""
+    overlap: bool = True
+    """Move the next step's blocks while this step's are computed."""
+    keep_on_recompute: bool = True
+    """Keep (out, lse) across activation recomputation instead of running attention again."""
+    stats: AttentionStats = field(default_factory=AttentionStats)
+    """Counts of all layers built with these settings."""
+    _shared: dict[Any, DistAttention] = field(default_factory=dict, repr=False, compare=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CoreAttentionSettings:
+        """Itself: layers of copied specifications still count and communicate together."""
+        del memo
+        return self
+
+    def attention(self, group: torch.distributed.ProcessGroup | None, mask: Mask) -> DistAttention:
+        """The attention that all layers with these settings share, and with it plans and receive buffers."""
+        key = (group, mask)
+        if key not in self._shared:
+            self._shared[key] = DistAttention(
+                group,
+                layout=self.layout,
+                method=self.method,
+                mask=mask,
+                kernel=self.kernel,
+                overlap=self.overlap,
+                stats=self.stats,
+            )
+        return self._shared[key]
+
+
+class LightSeqCoreAttention(MegatronModule):
+    """Drop-in for ``DotProductAttention`` / ``TEDotProductAttention`` of megatron-core 0.14 and later.
+
+    It has no parameters, so checkpoints do not know which attention a model was trained with.
+
+    Raises:
+        UnsupportedError: the configuration asks for something this attention would have to ignore.
+        ConfigError: the context-parallel group and the configuration disagree in size.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        *,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        settings: CoreAttentionSettings | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(config=config)
+        settings = settings or CoreAttentionSettings()
+        group = _context_parallel_group(pg_collection or options.pop("model_comm_pgs", None))
+        cp_size = 1 if group is None else group.size()
+        _check_supported(config, attention_type, options, cp_size)
+        if config.context_parallel_size != cp_size:
+            raise ConfigError(
+                explain(
+                    got=f"context_parallel_size {config.context_parallel_size} with a group of {cp_size} ranks",
+                    rule="the model's configuration and its context-parallel group must have one size",
+                    remedy="Initialise model parallelism with the configuration's context_parallel_size",
+                )
+            )
+        self.layer_number = layer_number
+        self.attn_mask_type = attn_mask_type
+        self.settings = settings
+        self.group = group
+        self.layout: SequenceLayout = getattr(SequenceLayout, settings.layout)(cp_size)
+        # Megatron's apply_query_key_layer_scaling divides scores by the layer number and multiplies them back in
+        # fp32 (FusedScaleMaskSoftmax): a guard for fp16 scores, without effect where scores are fp32, as here.
+        self.softmax_scale = softmax_scale
+        self.window = _window(config, layer_number)
+        self.layout_adopted = False
+        """Set by :func:`megatron_lightseq.megatron.adopt_layout`: batches and RoPE follow this layout."""
+        if settings.keep_on_recompute:
+            track_checkpoints()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        **extras: Any,
+    ) -> torch.Tensor:
+        """Attention of this rank's queries over all ranks' keys and values.
+
+        Args:
+            query: (S, B, H, D), fp32 or bf16.
+            key: (S, B, G, D).
+            value: (S, B, G, Dv).
+            attention_mask: not read: the mask type says what may be seen.
+            attn_mask_type: overrides the type given at construction.
+            extras: ``attention_bias`` and ``packed_seq_params`` among them; refused unless None.
+
+        Returns:
+            (S, B, H * Dv), in query's dtype.
+
+        Raises:
+            UnsupportedError: a mask type, bias or packing that this attention would have to ignore.
+            LayoutError: nobody has made sure that data and attention agree on the layout.
+        """
+        del attention_mask
+        _refuse_given(extras, "forward argument")
+        if self.layout.cp_size > 1 and not self.layout_adopted:
+            raise LayoutError(
+                explain(
+                    got=f"attention on layout {self.layout} in a model that was not told so",
+                    rule="batches and rotary embeddings must be cut as the attention expects, "
+                    "or queries would silently see future tokens",
+                    remedy="Call megatron_lightseq.megatron.adopt_layout(model) after building the model, "
+                    "and cut batches with shard_batch",
+                )
+            )
+        mask = self._mask(attn_mask_type or self.attn_mask_type)
+        attention = self.settings.attention(self.group, mask)
+        out = self._attend(attention, query, key, value)
+        return out.reshape(*out.shape[:2], -1)
+
+    def _attend(
+        self, attention: DistAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        scope = current_scope() if self.settings.keep_on_recompute else None
+        if scope is None:
+            return attention(query, key, value, self.softmax_scale)
+        stash = scope.stash(self)
+        if not scope.replaying:
+            out, lse = attention.forward_with_lse(query, key, value, self.softmax_scale)
+            stash.push(out, lse)
+            return out
+        if not stash:  # a second backward through a retained graph: the first has taken the result
+            return attention(query, key, value, self.softmax_scale)
+        out, lse = stash.pop(query.shape)
+        return attention.reattach(query, key, value, out, lse, self.softmax_scale)
+
+    def _mask(self, attn_mask_type: AttnMaskType) -> Mask:
+        if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
+            raise UnsupportedError(
+                explain(
+                    got=f"attn_mask_type {attn_mask_type.name}",
+                    rule="this attention knows the mask types causal and no_mask",
+                    remedy="Use one of the two, or Megatron's own attention for this layer",
+                )
+            )
+        mask = Mask.causal() if attn_mask_type is AttnMaskType.causal else Mask.full()
+        return mask if self.window is None else mask & self.window
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Nothing to save: there are no parameters."""
+        del prefix, sharded_offsets, metadata
+        return {}
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self.settings.method} on {self.layout}, kernel={self.settings.kernel}"
+
+
+def _context_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | None:
+    """The CP group of Megatron's collection, or of its global state when a layer is built without one."""
+    if collection is None:
+        collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+    group: torch.distributed.ProcessGroup | None = collection.cp
+    return group
+
+
+def _window(config: TransformerConfig, layer_number: int) -> Mask | None:
+    """The sliding window of this layer; Megatron writes (left, right), -1 for unbounded."""
+    size = getattr(config, "window_size", None)
+    skip = getattr(config, "window_attn_skip_freq", None)
+    if not size or (
+        skip is not None and not transformer_utils.is_layer_window_attention(size, skip, layer_number)
+    ):
+        return None
+    left, right = (None if side < 0 else side for side in size)
+    return Mask.window(left, right)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is refused
+# --------------------------------------------------------------------------------------------------------------------
+
+_HARMLESS_OPTIONS = {
+    "k_channels": "head dimensions are read from the tensors",
+    "v_channels": "head dimensions are read from the tensors",
+    "attn_mask_type": "checked at every call",
+}
+
+
+def _check_supported(
+    config: TransformerConfig, attention_type: str, options: dict[str, Any], cp_size: int
+) -> None:
+    dropout = options.pop("attention_dropout", None)
+    refused = {
+        "attention_dropout": (config.attention_dropout if dropout is None else dropout) > 0,
+        "softmax_type": getattr(config, "softmax_type", "vanilla") != "vanilla",
+        "qk_clip": getattr(config, "qk_clip", False),
+        "log_max_attention_logit": getattr(config, "log_max_attention_logit", False),
+        "fp8_dot_product_attention": getattr(config, "fp8_dot_product_attention", False),
+        "fp8_multi_head_attention": getattr(config, "fp8_multi_head_attention", False),
+        "mtp_num_layers": cp_size > 1 and getattr(config, "mtp_num_layers", None),
+    }
+    for name, given in refused.items():
+        if given:
+            raise _refusal(f"{name} = {getattr(config, name)!r}")
+    if attention_type != "self":
+        raise _refusal(f"attention_type {attention_type!r}")
+    if options.pop("cp_comm_type", None) not in (
+        None,
+        "p2p",
+    ):  # p2p is the default of Megatron's --cp-comm-type
+        raise _refusal(
+            "cp_comm_type (it chooses among Transformer Engine's methods; ours is chosen by cp_method)"
+        )
+    _refuse_given({name: value for name, value in options.items() if name not in _HARMLESS_OPTIONS}, "option")
+
+
+def _refuse_given(values: dict[str, Any], kind: str) -> None:
+    for name, value in values.items():
+        if value is not None:
+            raise _refusal(f"the {kind} {name} = {type(value).__name__}")
+
+
+def _refusal(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        explain(
+            got=what,
+            rule="LightSeqCoreAttention does not support it and would otherwise have to ignore it",
+            remedy="Switch it off, or use Megatron's own attention (cp_method megatron)",
+        )
+    )

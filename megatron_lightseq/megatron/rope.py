@@ -1,0 +1,108 @@
+"""Rotary position embeddings cut by the attention's layout.
+
+Megatron's rotary modules give each context-parallel rank its zigzag chunks
+(models/common/embeddings/rope_utils.py), whatever the attention does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.layout import SequenceLayout
+
+
+class LayoutRotaryEmbedding(torch.nn.Module):
+    """A rotary module of Megatron's whose angles follow a :class:`SequenceLayout`.
+
+    Args:
+        rotary: Megatron's RotaryEmbedding or YarnRotaryEmbedding; everything but ``forward`` stays its own.
+        layout: which rank holds which tokens.
+        rank: this context-parallel rank.
+    """
+
+    def __init__(self, rotary: RotaryEmbedding, layout: SequenceLayout, rank: int) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.layout = layout
+        self.rank = rank
+        self._shards: dict[tuple[int, int], Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("rotary"), name)
+
+    def forward(
+        self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
+    ) -> Any:
+        """The angles of this rank's tokens.
+
+        Args:
+            max_seq_len: length of the whole sequence, over all ranks.
+            offset: added to every position.
+            packed_seq: packed sequences; refused.
+            cp_group: another group for this call (Megatron's hybrid context parallelism); refused.
+
+        Returns:
+            (max_seq_len / cp_size, 1, 1, rotary dimensions), and for YaRN its scale beside it.
+
+        Raises:
+            UnsupportedError: packed sequences or another group.
+            LayoutError: ``max_seq_len`` does not divide among the ranks.
+        """
+        for name, given in (("packed_seq", packed_seq), ("cp_group", cp_group is not None)):
+            if given:
+                raise UnsupportedError(
+                    explain(
+                        got=f"rotary embedding with {name}",
+                        rule=f"positions are those of one sequence on layout {self.layout}",
+                        remedy="Use unpacked sequences and the model's own context-parallel group",
+                    )
+                )
+        key = (max_seq_len, offset)
+        if key not in self._shards:
+            embedding = self.rotary.get_emb(max_seq_len, offset)
+            if isinstance(embedding, tuple):  # YaRN: (angles, scale)
+                self._shards[key] = (self._cut(embedding[0]), *embedding[1:])
+            else:
+                self._shards[key] = self._cut(embedding)
+        return self._shards[key]
+
+    def _cut(self, angles: torch.Tensor) -> torch.Tensor:
+        shard: torch.Tensor = self.layout.shard(angles, self.rank, 0)
+        return shard.contiguous()
+
+
+def adopt_rotary(model: torch.nn.Module, layout: SequenceLayout, rank: int) -> int:
+    """Make every rotary module below ``model`` follow ``layout``.
+
+    Returns:
+        How many rotary modules there were; they are replaced in place.
+
+    Raises:
+        UnsupportedError: a kind of rotary module that cannot be cut by a layout other than zigzag.
+    """
+    found = 0
+    for owner in list(model.modules()):
+        rotary = owner._modules.get("rotary_pos_emb")
+        if rotary is None:
+            continue
+        found += 1
+        if isinstance(rotary, LayoutRotaryEmbedding):
+            rotary = rotary.rotary
+        if isinstance(rotary, RotaryEmbedding):
+            owner.rotary_pos_emb = LayoutRotaryEmbedding(rotary, layout, rank)
+        elif layout.name != "zigzag":
+            raise UnsupportedError(
+                explain(
+                    got=f"{type(rotary).__name__} with layout {layout}",
+                    rule="it cuts its angles by Megatron's zigzag itself",
+                    remedy="Use cp_layout zigzag, or rope or yarn positions",
+                )
+            )
+    return found

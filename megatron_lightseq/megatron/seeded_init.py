@@ -1,0 +1,82 @@
+"""Initial weights that depend on the seed and on nothing else.
+
+Megatron draws weights from one random stream in the order in which a rank builds its modules, so they change with
+the pipeline's cut. Here every weight has a stream of its own, named by what it is: with
+``use_cpu_initialization``, which draws whole matrices and cuts them, the same seed gives the same model on any
+number of tensor-, pipeline-, context- and data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+
+Init = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(slots=True)
+class WeightNames:
+    """Names the weights of one model while it is built: role, layer, and how many of that role came before."""
+
+    seed: int
+    layer: int = 0
+    """Global number of the layer being built, from 1; 0 outside of layers."""
+    _drawn: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    def normal(self, role: str, std: float) -> Init:
+        """An initialiser N(0, std) for Megatron's ``init_method`` fields.
+
+        Args:
+            role: distinguishes weights of one layer that have initialisers of their own.
+            std: standard deviation.
+        """
+
+        def draw(tensor: torch.Tensor) -> torch.Tensor:
+            index = self._drawn[role, self.layer]
+            self._drawn[role, self.layer] += 1
+            name = f"{self.seed}/{role}/{self.layer}/{index}"
+            stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+            generator = torch.Generator(tensor.device).manual_seed(stream)
+            with torch.no_grad():
+                return tensor.normal_(0.0, std, generator=generator)
+
+        return draw
+
+    @contextmanager
+    def building_layer(self, number: int) -> Iterator[None]:
+        """Weights drawn inside belong to this layer."""
+        self.layer = number
+        try:
+            yield
+        finally:
+            self.layer = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightNames:
+        """Itself: Megatron copies configurations and specifications while building one model."""
+        del memo
+        return self
+
+
+class NamedTransformerLayer(TransformerLayer):
+    """A TransformerLayer that says which layer it is while its weights are drawn."""
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any,
+        layer_number: int = 1,
+        *args: Any,
+        weight_names: WeightNames,
+        vp_stage: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        number = layer_number + get_transformer_layer_offset(config, vp_stage)
+        with weight_names.building_layer(number):
+            super().__init__(config, submodules, layer_number, *args, vp_stage=vp_stage, **kwargs)

@@ -1,0 +1,147 @@
+"""Layer specifications for Megatron's GPTModel: Megatron's own, with ``core_attention`` replaced.
+
+    config = TransformerConfig(..., context_parallel_size=2)
+    model = GPTModel(config, gpt_layer_spec(config, context=ContextParallelConfig(cp_method="lightseq")), ...)
+    adopt_layout(model)
+
+Everything else of the layer stays Megatron's: Transformer Engine's modules where that is importable, Megatron's
+local ones elsewhere; norms, MLPs, mixture of experts, latent attention.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_lightseq.attention import AttentionStats
+from megatron_lightseq.config import ContextParallelConfig, PretrainConfig
+from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+TRANSFORMER_IMPL_VARIABLE = "MLS_TRANSFORMER_IMPL"
+
+
+def gpt_layer_spec(
+    config: TransformerConfig | PretrainConfig,
+    *,
+    context: ContextParallelConfig | None = None,
+    keep_attention_on_recompute: bool | None = None,
+    stats: AttentionStats | None = None,
+) -> ModuleSpec:
+    """The specification of one decoder layer with LightSeq attention.
+
+    Args:
+        config: what the layer is built with: Megatron's TransformerConfig, or this package's PretrainConfig.
+        context: method, layout, kernel and overlap; default: those of a PretrainConfig, else the defaults.
+            Its ``cp_method="megatron"`` returns Megatron's specification as it is, for a baseline.
+        keep_attention_on_recompute: whether attention results survive activation recomputation; default:
+            what a PretrainConfig says, else True.
+        stats: where all layers count forwards, bytes and waiting time; default: counters nobody sees.
+
+    Returns:
+        A ModuleSpec for ``GPTModel(transformer_layer_spec=...)``. With context parallelism the built model needs
+        :func:`megatron_lightseq.megatron.adopt_layout`.
+
+    Raises:
+        ConfigError: MLS_TRANSFORMER_IMPL names an implementation that does not exist or cannot be imported.
+    """
+    if isinstance(config, PretrainConfig):
+        context = context or config.context
+        if keep_attention_on_recompute is None:
+            keep_attention_on_recompute = config.recompute.keep_attention_on_recompute
+    context = context or ContextParallelConfig()
+    spec = _megatron_layer_spec(config)
+    if context.cp_method == "megatron":
+        return spec
+    keep = True if keep_attention_on_recompute is None else keep_attention_on_recompute
+    settings = CoreAttentionSettings(
+        method=context.cp_method,
+        layout=context.layout_name,
+        kernel=context.cp_kernel,
+        overlap=context.cp_overlap,
+        keep_on_recompute=keep,
+        stats=AttentionStats() if stats is None else stats,
+    )
+    return _with_core_attention(spec, settings)
+
+
+def _with_core_attention(spec: ModuleSpec, settings: CoreAttentionSettings) -> ModuleSpec:
+    spec = copy.deepcopy(spec)  # Megatron may share a specification between callers
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(module=LightSeqCoreAttention, params={"settings": settings})
+    return spec
+
+
+def _megatron_layer_spec(config: TransformerConfig | PretrainConfig) -> ModuleSpec:
+    options: dict[str, Any] = _layer_options(config)
+    normalization = options.pop("normalization")
+    if use_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(**options)
+    return get_gpt_layer_local_spec(normalization=normalization, **options)
+
+
+def _layer_options(config: TransformerConfig | PretrainConfig) -> dict[str, Any]:
+    if isinstance(config, PretrainConfig):
+        return {"normalization": config.model.normalization, "qk_layernorm": config.model.qk_layernorm}
+    return {
+        "normalization": config.normalization,
+        "qk_layernorm": config.qk_layernorm,
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "multi_latent_attention": config.multi_latent_attention,
+    }
+
+
+def use_transformer_engine() -> bool:
+    """Whether layers are built from Transformer Engine's modules: where it is importable, unless told otherwise.
+
+    The environment variable MLS_TRANSFORMER_IMPL (``transformer_engine``, ``local`` or ``auto``) decides; this
+    is the only place that reads it.
+
+    Raises:
+        ConfigError: the variable has another value, or asks for Transformer Engine where it cannot be imported.
+    """
+    wanted = os.environ.get(TRANSFORMER_IMPL_VARIABLE, "auto")
+    if wanted not in ("auto", "local", "transformer_engine"):
+        raise ConfigError(
+            explain(
+                got=f"{TRANSFORMER_IMPL_VARIABLE}={wanted!r}",
+                rule="layers are built from transformer_engine or local modules",
+                remedy="Set it to transformer_engine, local or auto, or unset it",
+            )
+        )
+    if wanted == "local":
+        return False
+    problem = _transformer_engine_problem()
+    if problem is not None and wanted == "transformer_engine":
+        raise ConfigError(
+            explain(
+                got=f"{TRANSFORMER_IMPL_VARIABLE}=transformer_engine, whose import fails with {problem}",
+                rule="Transformer Engine must be importable to build layers from it",
+                remedy=f"Install a transformer_engine that fits this torch, or set {TRANSFORMER_IMPL_VARIABLE}=local",
+            )
+        )
+    return problem is None
+
+
+def _transformer_engine_problem() -> str | None:
+    """Why Transformer Engine cannot be used, or None. A broken installation raises more than ImportError."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+        extension = importlib.import_module("megatron.core.extensions.transformer_engine")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the local modules work
+        return f"{type(error).__name__}: {error}"
+    if not getattr(extension, "HAVE_TE", True):
+        return "Megatron having found no Transformer Engine"
+    return None

@@ -1,0 +1,446 @@
+"""From a configuration to everything a training step needs, out of megatron-core's own parts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_lightseq.attention import AttentionStats
+from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
+from megatron_lightseq.groups import ParallelSizes, ProcessGroups, rank_in
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.megatron import cpu_platform
+from megatron_lightseq.megatron.batch import adopt_layout
+from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
+from megatron_lightseq.megatron.spec import gpt_layer_spec, use_transformer_engine
+
+
+@dataclass(kw_only=True, slots=True)
+class Training:
+    """A model ready to train: what :func:`build_training` returns and :func:`train_step` takes."""
+
+    config: PretrainConfig
+    model_config: TransformerConfig
+    """Megatron's view of the configuration."""
+    chunks: list[DistributedDataParallel]
+    """This rank's model: one chunk, or one for each virtual pipeline stage."""
+    optimizer: Any
+    """A MegatronOptimizer."""
+    scheduler: OptimizerParamScheduler
+    """Counts steps; ``num_steps`` is the number of optimizer steps taken."""
+    groups: ProcessGroups
+    collection: ProcessGroupCollection
+    """Megatron's groups, among them ``dp_cp``: data and context parallel ranks together."""
+    sizes: ParallelSizes
+    layout: SequenceLayout
+    """Which context-parallel rank holds which tokens."""
+    padded_vocab_size: int
+    attention_stats: AttentionStats = field(default_factory=AttentionStats)
+    """Attention forwards, bytes and waiting time of this rank; nothing with ``cp_method: megatron``."""
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a step on each data-parallel rank."""
+        training = self.config.training
+        return training.global_batch_size // (training.micro_batch_size * self.sizes.data)
+
+    @property
+    def models(self) -> list[GPTModel]:
+        """The chunks without DDP and precision wrappers, as checkpoints see them."""
+        return [gpt_model(chunk) for chunk in self.chunks]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return model_device()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes losses."""
+        return any(model.post_process for model in self.models)
+
+
+def gpt_model(module: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside DDP and precision wrappers."""
+    inner: Any = module
+    while not isinstance(inner, GPTModel):
+        inner = inner.module
+    return inner
+
+
+def model_device() -> torch.device:
+    """This process's GPU where CUDA is available, else the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def initialize_parallel(config: PretrainConfig) -> ProcessGroups:
+    """Build Megatron's process groups over the initialised ``torch.distributed`` world.
+
+    Raises:
+        ConfigError: the world size is no multiple of tensor x pipeline x context, torch.distributed is not
+            initialised, or there is no GPU and the CPU platform is not active.
+    """
+    if not dist.is_initialized():
+        raise ConfigError(
+            explain(
+                got="torch.distributed uninitialised",
+                rule="process groups are built over its world",
+                remedy="Call torch.distributed.init_process_group first",
+            )
+        )
+    if not torch.cuda.is_available() and not cpu_platform.is_active():
+        raise ConfigError(
+            explain(
+                got="no CUDA device and no CPU platform",
+                rule="megatron-core needs one of the two",
+                remedy="Call megatron_lightseq.megatron.cpu_platform.activate() first",
+            )
+        )
+    sizes = parallel_sizes(config)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            sizes.tensor,
+            sizes.pipeline,
+            virtual_stages(config),
+            context_parallel_size=sizes.context,
+            distributed_timeout_minutes=math.ceil(config.parallel.distributed_timeout_minutes),
+            create_gloo_process_groups=_gloo_groups_needed(),
+        )
+    groups = ProcessGroups.from_collection(ProcessGroupCollection.use_mpu_process_groups())
+    groups.check(sizes)
+    return groups
+
+
+def parallel_sizes(config: PretrainConfig) -> ParallelSizes:
+    """The sizes of the configuration, checked against the world.
+
+    Raises:
+        ConfigError: the world size is no multiple of their product.
+    """
+    parallel = config.parallel
+    return ParallelSizes(
+        world_size=dist.get_world_size(),
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
+    )
+
+
+def virtual_stages(config: PretrainConfig) -> int | None:
+    """Model chunks of each pipeline rank, None without interleaving.
+
+    Raises:
+        ConfigError: the layers do not divide among the stages.
+    """
+    parallel, layers = config.parallel, config.model.num_layers
+    if layers % parallel.pipeline_model_parallel_size:
+        raise _indivisible(config, "num_layers", parallel.pipeline_model_parallel_size)
+    if parallel.num_layers_per_virtual_pipeline_stage is None:
+        return None
+    layers_of_chunks = parallel.pipeline_model_parallel_size * parallel.num_layers_per_virtual_pipeline_stage
+    if parallel.pipeline_model_parallel_size == 1 or layers % layers_of_chunks:
+        raise _indivisible(config, "num_layers_per_virtual_pipeline_stage", layers_of_chunks)
+    if not parallel.overlap_p2p_comm:
+        raise UnsupportedError(
+            explain(
+                got="an interleaved pipeline with overlap_p2p_comm off",
+                rule="Megatron then cross-matches sends and receives of a pair of ranks and trains on garbage",
+                remedy="Leave overlap_p2p_comm on",
+            )
+        )
+    return layers // layers_of_chunks
+
+
+def _indivisible(config: PretrainConfig, key: str, divisor: int) -> ConfigError:
+    return ConfigError(
+        explain(
+            got=f"{config.model.num_layers} layers over {config.parallel.pipeline_model_parallel_size} pipeline stages",
+            rule=f"{key} asks for a multiple of {divisor} layers and, if interleaved, for two stages or more",
+            remedy="Change num_layers, pipeline_model_parallel_size or num_layers_per_virtual_pipeline_stage",
+        )
+    )
+
+
+def _gloo_groups_needed() -> bool:
+    """Megatron keeps gloo groups beside NCCL's for checkpoints; over gloo they would be duplicates."""
+    return bool(dist.get_backend() != "gloo")
+
+
+def pad_vocab_size(config: PretrainConfig, vocab_size: int) -> int:
+    """The least multiple of ``make_vocab_size_divisible_by`` (and of TP) that holds the vocabulary.
+
+    Megatron-LM pads to a multiple of ``make_vocab_size_divisible_by * TP``. Padding takes part in the softmax, so
+    that makes the loss depend on TP; this does not, as long as TP divides the first factor.
+    """
+    multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_training(
+    config: PretrainConfig, *, vocab_size: int, groups: ProcessGroups | None = None
+) -> Training:
+    """Model chunks, optimizer and schedule of this rank, initialised alike on every parallel layout.
+
+    Args:
+        config: validated configuration.
+        vocab_size: of the tokenizer; padded here.
+        groups: from :func:`initialize_parallel`, which is called if they are not given.
+
+    Raises:
+        ConfigError: sizes that do not divide, named with their values.
+        UnsupportedError: ``cp_method: megatron`` with context parallelism and without Transformer Engine.
+    """
+    groups = groups or initialize_parallel(config)
+    sizes = parallel_sizes(config)
+    groups.check(sizes)
+    _check_batch(config, sizes)
+    _check_baseline(config)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    _seed_dropout(config, groups, collection)
+    names = WeightNames(config.training.seed)
+    model_config = transformer_config(config, names)
+    stats = AttentionStats()
+    padded_vocab_size = pad_vocab_size(config, vocab_size)
+    spec = _named_layers(gpt_layer_spec(config, stats=stats), names)
+    models = [
+        _build_model(config, model_config, spec, padded_vocab_size, vp_stage)
+        for vp_stage in ([None] if virtual_stages(config) is None else range(virtual_stages(config) or 0))
+    ]
+    layout = _adopt_layout(config, models)
+    chunks = _wrap(config, model_config, models)
+    optimizer = get_megatron_optimizer(
+        optimizer_config(config), chunks, use_gloo_process_groups=_gloo_groups_needed()
+    )
+    _connect(config, model_config, chunks, optimizer)
+    return Training(
+        config=config,
+        model_config=model_config,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=_scheduler(config, optimizer),
+        groups=groups,
+        collection=collection,
+        sizes=sizes,
+        layout=layout,
+        padded_vocab_size=padded_vocab_size,
+        attention_stats=stats,
+    )
+
+
+def _check_batch(config: PretrainConfig, sizes: ParallelSizes) -> None:
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if batch % (micro * sizes.data):
+        raise ConfigError(
+            explain(
+                got=f"global_batch_size {batch} with micro_batch_size {micro} on {sizes.data} data-parallel rank(s)",
+                rule=f"it must be a multiple of their product, {micro * sizes.data}",
+                remedy="Change global_batch_size or micro_batch_size",
+            )
+        )
+    if virtual_stages(config) is not None and (batch // (micro * sizes.data)) % sizes.pipeline:
+        raise ConfigError(
+            explain(
+                got=f"{batch // (micro * sizes.data)} micro-batches on {sizes.pipeline} pipeline stages",
+                rule="the interleaved schedule runs micro-batches in groups of as many as there are stages",
+                remedy="Change global_batch_size, or do not interleave",
+            )
+        )
+
+
+def _check_baseline(config: PretrainConfig) -> None:
+    cp_size = config.parallel.context_parallel_size
+    if config.context.cp_method == "megatron" and cp_size > 1 and not use_transformer_engine():
+        raise UnsupportedError(
+            explain(
+                got=f"cp_method megatron with context_parallel_size {cp_size} and without Transformer Engine",
+                rule="Megatron's own attention has context parallelism only in Transformer Engine",
+                remedy="Set context_parallel_size to 1, or choose cp_method lightseq, ring or zigzag",
+            )
+        )
+
+
+def _seed_dropout(config: PretrainConfig, groups: ProcessGroups, collection: ProcessGroupCollection) -> None:
+    """Dropout differs between ranks that hold different tokens or layers, and agrees between tensor-parallel ones."""
+    seed = config.training.seed + 100 * rank_in(groups.pp) + 100_000 * rank_in(collection.dp_cp)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def transformer_config(config: PretrainConfig, names: WeightNames | None = None) -> TransformerConfig:
+    """Megatron's configuration of the model and of how it is parallelised."""
+    model, parallel, recompute = config.model, config.parallel, config.recompute
+    names = names or WeightNames(config.training.seed)
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    fused = (
+        torch.cuda.is_available()
+    )  # Megatron's fusions compile with torch.compile: minutes on a CPU, no gain
+    selective = recompute.recompute_granularity == "selective"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        add_bias_linear=model.add_bias_linear,
+        qk_layernorm=model.qk_layernorm,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        init_method=names.normal("weight", model.init_method_std),
+        output_layer_init_method=names.normal(
+            "residual", model.init_method_std / math.sqrt(2 * model.num_layers)
+        ),
+        embedding_init_method=names.normal("embedding", model.init_method_std),
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages(config),
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        overlap_p2p_comm=parallel.virtual_pipeline,
+        batch_p2p_comm=not parallel.virtual_pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.training.bf16,
+        calculate_per_token_loss=config.training.calculate_per_token_loss,
+        recompute_granularity=recompute.recompute_granularity,
+        recompute_method=recompute.recompute_method,
+        recompute_num_layers=recompute.recompute_num_layers,
+        recompute_modules=list(recompute.recompute_modules) if selective else None,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _named_layers(spec: ModuleSpec, names: WeightNames) -> ModuleSpec:
+    return replace(spec, module=NamedTransformerLayer, params={**spec.params, "weight_names": names})
+
+
+def _build_model(
+    config: PretrainConfig,
+    model_config: TransformerConfig,
+    spec: ModuleSpec,
+    vocab_size: int,
+    vp_stage: int | None,
+) -> GPTModel:
+    model = config.model
+    built = GPTModel(
+        config=model_config,
+        transformer_layer_spec=spec,
+        vocab_size=vocab_size,
+        max_sequence_length=model.max_position_embeddings or config.training.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+    return built.to(model_device())
+
+
+def _adopt_layout(config: PretrainConfig, models: list[GPTModel]) -> SequenceLayout:
+    cp_size = config.parallel.context_parallel_size
+    if config.context.cp_method != "megatron":
+        return adopt_layout(models)
+    return SequenceLayout.zigzag(cp_size) if cp_size > 1 else SequenceLayout.contiguous(1)
+
+
+def _wrap(
+    config: PretrainConfig, model_config: TransformerConfig, models: list[GPTModel]
+) -> list[DistributedDataParallel]:
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    modules = [Float16Module(model_config, model) if config.training.bf16 else model for model in models]
+    # Megatron overlaps the first chunk's buckets only: the others' gradients are all ready at the end.
+    return [
+        DistributedDataParallel(model_config, ddp_config, module, disable_bucketing=index > 0)
+        for index, module in enumerate(modules)
+    ]
+
+
+def optimizer_config(config: PretrainConfig) -> OptimizerConfig:
+    """Megatron's configuration of the optimizer; norms and biases are not decayed."""
+    settings = config.optimizer
+    return OptimizerConfig(
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.training.bf16,
+        params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+
+
+def _connect(
+    config: PretrainConfig,
+    model_config: TransformerConfig,
+    chunks: list[DistributedDataParallel],
+    optimizer: Any,
+) -> None:
+    """Tell the pipeline schedules how to scale, synchronise and finish gradients."""
+    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.grad_scale_func = optimizer.scale_loss
+    if config.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        model_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+
+
+def _scheduler(config: PretrainConfig, optimizer: Any) -> OptimizerParamScheduler:
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=settings.lr_decay_iters or config.training.train_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=config.training.train_iters,
+        wd_incr_style="constant",
+    )

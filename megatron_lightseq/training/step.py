@@ -1,0 +1,195 @@
+"""One optimizer step, and one evaluation, through Megatron's pipeline schedules.
+
+The loss is exact for any loss mask, on any number of ranks. A rank sums the losses of its own unmasked tokens; what
+the sums are divided by is common to all ranks:
+
+* ``calculate_per_token_loss`` (default): the unmasked tokens of the global batch. Megatron adds gradients up over
+  data- and context-parallel ranks and divides once (distributed/finalize_model_grads.py);
+* otherwise Megatron's average of averages: each micro-batch by its own unmasked tokens, over all context-parallel
+  ranks, then the mean over micro-batches and data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_lightseq.groups import rank_in, size_of
+from megatron_lightseq.megatron.batch import shard_batch
+from megatron_lightseq.training.setup import Training, gpt_model
+
+Batch = Mapping[str, torch.Tensor]
+"""``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each (micro_batch_size, seq_length)."""
+DataIterators = Iterator[Batch] | Sequence[Iterator[Batch]]
+"""One iterator, or one for each model chunk of an interleaved pipeline: chunks read the same batches independently.
+Every rank of a data-parallel replica reads the same whole sequences; they are cut here."""
+
+_MODEL_INPUTS = ("tokens", "position_ids")
+_LOSS_INPUTS = ("labels", "loss_mask")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one step did; the same on every rank."""
+
+    loss: float
+    """Mean loss in nats per token, over the global batch."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    num_tokens: int
+    """Unmasked tokens of the global batch."""
+    learning_rate: float
+    """Learning rate of this step."""
+    skipped: bool
+    """Whether the optimizer refused the step (gradients were not finite)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalResult:
+    """What an evaluation found; the same on every rank."""
+
+    loss: float
+    """Mean loss in nats per token."""
+    num_tokens: int
+    """Unmasked tokens that were evaluated."""
+
+
+def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
+    """Forward, backward and update on one global batch; collective over all ranks.
+
+    Args:
+        training: from :func:`build_training`.
+        data_iterators: whole sequences for this data-parallel rank, ``num_microbatches`` of them.
+    """
+    for chunk in training.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    training.optimizer.zero_grad()
+    reports = _run_schedule(training, data_iterators, training.num_microbatches, forward_only=False)
+    learning_rate = training.optimizer.param_groups[0]["lr"]
+    updated, grad_norm, _ = training.optimizer.step()
+    if updated:
+        training.scheduler.step(increment=1)
+    loss, num_tokens = _reduce(training, reports)
+    return StepResult(
+        loss=loss,
+        grad_norm=float(grad_norm if grad_norm is not None else 0.0),
+        num_tokens=num_tokens,
+        learning_rate=float(learning_rate),
+        skipped=not updated,
+    )
+
+
+def evaluate(training: Training, data_iterators: DataIterators, num_batches: int) -> EvalResult:
+    """The loss on ``num_batches`` global batches, without gradients or dropout; collective over all ranks."""
+    with _parameters_in_place(training):
+        for chunk in training.chunks:
+            chunk.eval()
+        reports = []
+        for _ in range(num_batches):
+            reports += _run_schedule(training, data_iterators, training.num_microbatches, forward_only=True)
+        for chunk in training.chunks:
+            chunk.train()
+    loss, num_tokens = _reduce(training, reports)
+    return EvalResult(loss=loss, num_tokens=num_tokens)
+
+
+@contextmanager
+def _parameters_in_place(training: Training) -> Iterator[None]:
+    """With overlap_param_gather the last step's parameters arrive during the next training forward: fetch them now."""
+    overlapped = training.config.parallel.overlap_param_gather
+    for chunk in training.chunks if overlapped else ():
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in training.chunks if overlapped else ():
+        chunk.enable_forward_pre_hook()
+
+
+def _run_schedule(
+    training: Training, data_iterators: DataIterators, num_microbatches: int, forward_only: bool
+) -> list[torch.Tensor]:
+    settings = training.config.training
+    iterators = data_iterators
+    if len(training.chunks) == 1 and isinstance(data_iterators, Sequence):
+        iterators = data_iterators[0]
+    reports: list[torch.Tensor] = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, training),
+        data_iterator=iterators,
+        model=training.chunks if len(training.chunks) > 1 else training.chunks[0],
+        num_microbatches=num_microbatches,
+        seq_length=settings.seq_length,
+        micro_batch_size=settings.micro_batch_size,
+        decoder_seq_length=settings.seq_length,
+        forward_only=forward_only,
+    )
+    return reports
+
+
+def _forward_step(
+    training: Training, iterator: Iterator[Batch], chunk: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
+    """Megatron's ``forward_step_func``: the chunk's output, and what turns it into a loss on the last stage."""
+    model = gpt_model(chunk)
+    wanted = (*(_MODEL_INPUTS if model.pre_process else ()), *(_LOSS_INPUTS if model.post_process else ()))
+    whole: dict[str, torch.Tensor | None] = {}
+    if wanted:  # stages in the middle get hidden states, not batches
+        batch = next(iterator)
+        whole = {name: batch[name].to(training.device, non_blocking=True) for name in wanted}
+    shard = shard_batch(whole, training.layout, rank_in(training.groups.cp))
+    output = chunk(shard.get("tokens"), shard.get("position_ids"), None, labels=shard.get("labels"))
+    return output, partial(_loss, training, shard.get("loss_mask"), whole.get("loss_mask"))
+
+
+def _loss(
+    training: Training,
+    loss_mask: torch.Tensor | None,
+    whole_mask: torch.Tensor | None,
+    token_losses: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Megatron's ``loss_func``: (loss to differentiate, its divisor, report).
+
+    Args:
+        training: says which average is wanted.
+        loss_mask: (B, S), this rank's; 0 where a token does not count.
+        whole_mask: (B, seq_length), of the whole sequences: every rank knows it without asking the others.
+        token_losses: (B, S).
+
+    Returns:
+        The sum of this rank's losses, the divisor (int), and [numerator, denominator, tokens] in fp64, to be summed
+        over micro-batches and over data- and context-parallel ranks.
+    """
+    assert loss_mask is not None
+    assert whole_mask is not None  # the last stage, the only one to get here, has read both
+    loss_sum = (token_losses.float() * loss_mask).sum()
+    tokens = loss_mask.sum()
+    if training.config.training.calculate_per_token_loss:
+        report = torch.stack([loss_sum.detach(), tokens, tokens]).double()
+        return loss_sum, tokens.int(), report
+    # Megatron divides by the tokens, by the micro-batches and by all data- and context-parallel ranks; the latter
+    # hold parts of one micro-batch, which are added, not averaged.
+    cp_size = size_of(training.groups.cp)
+    all_tokens = whole_mask.sum().clamp(min=1)
+    mean_share = loss_sum.detach() / all_tokens
+    report = torch.stack([mean_share, torch.full_like(mean_share, 1 / cp_size), tokens]).double()
+    return loss_sum * cp_size, all_tokens.int(), report
+
+
+def _reduce(training: Training, reports: list[torch.Tensor]) -> tuple[float, int]:
+    """Mean loss and token count of all ranks' reports, on every rank."""
+    total = torch.zeros(3, dtype=torch.float64, device=training.device)
+    if reports:
+        total += torch.stack(reports).sum(0)
+    if training.is_last_stage:
+        dist.all_reduce(total, group=training.collection.dp_cp)
+    pipeline = training.collection.pp
+    if pipeline.size() > 1:
+        dist.broadcast(total, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
+    numerator, denominator, tokens = total.tolist()
+    return numerator / max(denominator, 1e-12), int(tokens)
