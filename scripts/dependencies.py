@@ -1,0 +1,83 @@
+"""What pip is to install, and at which versions: for scripts/setup_env.sh. Standard library only.
+
+    python scripts/dependencies.py requirements [--dev]          requirement lines, from pyproject.toml alone
+    python scripts/dependencies.py constraints [--keep-torch]    constraint lines, from constraints.txt
+
+`--keep-torch` is for images that bring their own torch (NVIDIA's): whatever is installed of torch and the packages
+compiled against it is pinned at the version found, so that pip cannot replace it, and the image's own constraint
+file (`PIP_CONSTRAINT`) wins over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILED_AGAINST_TORCH = re.compile(r"(torch|(pytorch-)?triton|transformer-engine|apex|flash-attn|nvidia-)")
+
+
+def distribution_name(line: str) -> str | None:
+    """The normalised name (PEP 503) a requirement line starts with; None for comments, options and blank lines."""
+    match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)", line)
+    return re.sub(r"[-_.]+", "-", match.group(1)).lower() if match else None
+
+
+def requirements(pyproject: Path, *, dev: bool) -> list[str]:
+    """What building, running and (with dev) testing the package needs, as pyproject.toml says it."""
+    parsed = tomllib.loads(pyproject.read_text())
+    lines = [*parsed["build-system"]["requires"], *parsed["project"]["dependencies"]]
+    if dev:
+        lines += parsed["project"]["optional-dependencies"]["dev"]
+    return lines
+
+
+def constraints(pins: str, installed: Mapping[str, str], image_constraints: str = "") -> list[str]:
+    """Constraint lines that keep an installed torch and its relatives, and pin the rest as `pins` does.
+
+    `installed` maps normalised distribution names to versions; names in `image_constraints` are left to it.
+    """
+    kept = {name: version for name, version in installed.items() if COMPILED_AGAINST_TORCH.match(name)}
+    left_alone = set(installed) | {distribution_name(line) for line in image_constraints.splitlines()}
+    ours = [line for line in pins.splitlines() if distribution_name(line) not in {None, *left_alone}]
+    return [f"{name}=={version}" for name, version in sorted(kept.items())] + ours
+
+
+def _installed() -> dict[str, str]:
+    names = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {distribution_name(name) or name: version for name, version in names.items()}
+
+
+def _image_constraints() -> str:
+    files = os.environ.get("PIP_CONSTRAINT", "").split()
+    return "\n".join(Path(file).read_text() for file in files if Path(file).is_file())
+
+
+def main() -> None:
+    """Print what the arguments ask for, one line each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("requirements").add_argument(
+        "--dev", action="store_true", help="tests and linters too"
+    )
+    commands.add_parser("constraints").add_argument("--keep-torch", action="store_true")
+    arguments = parser.parse_args()
+    pins = (ROOT / "constraints.txt").read_text()
+    if arguments.command == "requirements":
+        lines = requirements(ROOT / "pyproject.toml", dev=arguments.dev)
+    elif arguments.keep_torch:
+        lines = constraints(pins, _installed(), _image_constraints())
+    else:
+        lines = pins.splitlines()
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

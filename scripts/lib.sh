@@ -1,0 +1,49 @@
+# shellcheck shell=bash
+# Functions shared by the scripts beside this file; source it, do not run it.
+#
+# Variables a user may set:
+#   PYTHON           the Python to build the environment from (default: the first 3.11+ found)
+#   LIGHTSEQ_VENV    where the virtual environment lives (default: .venv in the repository);
+#                    `none` means the Python on PATH, with no virtual environment (containers)
+#   LIGHTSEQ_SETUP   0 skips set-up altogether: the environment is known to be ready (jobs on a cluster)
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${LIGHTSEQ_VENV:-$ROOT/.venv}
+
+say() { printf '[lightseq] %s\n' "$*"; }
+
+# die REASON [REMEDY]: says what is wrong and what to do about it, and ends the script.
+die() {
+    printf '[lightseq] error: %s\n' "$1" >&2
+    [ $# -lt 2 ] || printf '[lightseq] remedy: %s\n' "$2" >&2
+    exit 1
+}
+
+# The python of the environment the scripts work in.
+env_python() {
+    if [ "$VENV" = none ]; then command -v python3; else printf '%s\n' "$VENV/bin/python"; fi
+}
+
+# Prints the first interpreter that is Python 3.11 or newer. Candidates are started, not just looked up: a version
+# manager's shim exists for versions that are not installed. 3.11 comes first: it is the version the pins were made with.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3 python3.12 python3.13 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+            command -v "$candidate"
+            return
+        fi
+        [ "$candidate" != "${PYTHON:-}" ] || die "PYTHON=$PYTHON is not a working Python 3.11 or newer" \
+            "point PYTHON at one, or unset it to have one looked for"
+    done
+    die "no Python 3.11 or newer was found on PATH" \
+        "install one (Debian and Ubuntu: apt-get install python3 python3-venv python3-dev), or set PYTHON=/path/to/python3.11"
+}
+
+# Puts the environment's programs first on PATH, as `activate` does, without its prompt.
+use_env() {
+    [ "$VENV" != none ] || return 0
+    [ -x "$VENV/bin/python" ] || die "there is no environment at $VENV" "run: bash $ROOT/scripts/setup_env.sh"
+    export VIRTUAL_ENV=$VENV PATH="$VENV/bin:$PATH"
+    unset PYTHONHOME
+}

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Every static check of the project: Python style and types, import directions, C++ format, shell, Dockerfile.
+# All of them run, whatever fails first; the exit status says whether all passed.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+bash "$ROOT/scripts/setup_env.sh" --dev
+use_env
+cd "$ROOT"
+
+failed=''
+check() {
+    local name=$1 start=$SECONDS
+    shift
+    if "$@"; then
+        say "lint: $name passed in $((SECONDS - start)) s"
+    else
+        say "lint: $name FAILED"
+        failed="$failed $name"
+    fi
+}
+
+format_of_csrc() {
+    find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -exec clang-format --dry-run -Werror {} +
+}
+
+check ruff ruff check --quiet .
+check ruff-format ruff format --quiet --check .
+check mypy mypy
+check import-linter lint-imports
+check clang-format format_of_csrc
+check shellcheck shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*.sbatch .ci/run
+check hadolint hadolint --failure-threshold style Dockerfile
+
+[ -z "$failed" ] || die "these checks failed:$failed" "ruff format . and clang-format -i fix layout; the rest is said above"
