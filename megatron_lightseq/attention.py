@@ -259,7 +259,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     @torch.compiler.disable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = ctx.plan.run_backward(dout.contiguous(), q, k, v, out, lse, ctx.scale)
         return dq, dk, dv, None, None, None, None
@@ -278,15 +278,15 @@ _RULES: tuple[tuple[str, Callable[[Tensor, Tensor, Tensor], bool]], ...] = (
         "q, k and v have one dtype and one device",
         lambda q, k, v: len({(x.dtype, x.device) for x in (q, k, v)}) == 1,
     ),
-    ("the dtype is a floating-point type", lambda q, k, v: q.is_floating_point()),  # noqa: ARG005
+    ("the dtype is a floating-point type", lambda q, k, v: q.is_floating_point()),
     ("q, k and v hold the same tokens and batch", lambda q, k, v: q.shape[:2] == k.shape[:2] == v.shape[:2]),
-    ("a shard holds at least one token", lambda q, k, v: q.shape[0] > 0),  # noqa: ARG005
-    ("k and v have the same heads", lambda q, k, v: k.shape[2] == v.shape[2]),  # noqa: ARG005
+    ("a shard holds at least one token", lambda q, k, v: q.shape[0] > 0),
+    ("k and v have the same heads", lambda q, k, v: k.shape[2] == v.shape[2]),
     (
         "the key/value heads divide the query heads",
         lambda q, k, v: k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0,
     ),
-    ("q and k have the same head dim", lambda q, k, v: q.shape[3] == k.shape[3]),  # noqa: ARG005
+    ("q and k have the same head dim", lambda q, k, v: q.shape[3] == k.shape[3]),
 )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from megatron_lightseq.errors import ConfigError, explain
 
 
+@runtime_checkable
 class Group(Protocol):
     """What is asked of a group: torch's ProcessGroup and transport.LoopbackGroup both answer."""
 
@@ -98,7 +99,17 @@ class ProcessGroups:
 
 def size_of(group: Group | None) -> int:
     """Ranks in a group; 1 for None."""
-    return 1 if group is None else group.size()
+    if group is None:
+        return 1
+    if not isinstance(group, Group):
+        raise ConfigError(
+            explain(
+                got=f"a group of type {type(group).__name__}",
+                rule="a group is a torch.distributed.ProcessGroup or a transport.LoopbackGroup",
+                remedy="Pass the group object itself, not ranks or a name",
+            )
+        )
+    return group.size()
 
 
 def rank_in(group: Group | None) -> int:

@@ -49,8 +49,9 @@ class AttentionStats:
 class Pass(Protocol):
     """What flows through a program in one direction."""
 
-    own: dict[Payload, Bundle]
-    """The rank's own shard of every payload: inputs are read, results accumulate."""
+    @property
+    def own(self) -> dict[Payload, Bundle]:
+        """The rank's own shard of every payload: inputs are read, results accumulate."""
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
@@ -87,12 +88,12 @@ class ForwardPass:
             q, k, v, out, lse, mask=mask, softmax_scale=self.softmax_scale, accumulate=not call.fresh
         )
 
-    def clear(self, payload: Payload, bundle: Bundle) -> None:  # noqa: ARG002 - OUT is the only result
+    def clear(self, payload: Payload, bundle: Bundle) -> None:
         out, lse = bundle
         out.zero_()
         lse.fill_(float("-inf"))
 
-    def absorb(self, payload: Payload, mine: Bundle, arrived: Bundle) -> None:  # noqa: ARG002
+    def absorb(self, payload: Payload, mine: Bundle, arrived: Bundle) -> None:
         merge_into(*mine, *arrived)
 
 
@@ -119,11 +120,11 @@ class BackwardPass:
             dout, q, k, v, lse, delta, dq, dk, dv, mask=mask, softmax_scale=self.softmax_scale
         )
 
-    def clear(self, payload: Payload, bundle: Bundle) -> None:  # noqa: ARG002 - all results are sums
+    def clear(self, payload: Payload, bundle: Bundle) -> None:
         for tensor in bundle:
             tensor.zero_()
 
-    def absorb(self, payload: Payload, mine: Bundle, arrived: Bundle) -> None:  # noqa: ARG002
+    def absorb(self, payload: Payload, mine: Bundle, arrived: Bundle) -> None:
         for total, part in zip(mine, arrived, strict=True):
             total += part
 

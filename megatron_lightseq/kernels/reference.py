@@ -18,7 +18,7 @@ class ReferenceKernel:
 
     name = "reference"
 
-    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:  # noqa: ARG002 - takes everything
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None
 
     def forward(

@@ -58,7 +58,7 @@ def with_local_ends(layout: SequenceLayout, remote_steps: Placement) -> Placemen
     return [first, *remote_steps, last]
 
 
-def place_ring(layout: SequenceLayout, mask: Mask) -> Placement:  # noqa: ARG001 - the ring suits every mask
+def place_ring(layout: SequenceLayout, mask: Mask) -> Placement:
     """Every rank computes its own queries against the keys of rank after rank (DistFlashAttn, Algorithm 1).
 
     Balanced if the layout is; on contiguous shards a causal mask leaves half of the ranks' time unused.

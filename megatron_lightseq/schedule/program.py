@@ -161,7 +161,8 @@ def compile_program(schedule: Schedule, rank: int) -> Program:
     tag = 0
     steps = []
     for t, step in enumerate(schedule.steps):
-        sends, receives = [], []
+        sends: list[Transfer] = []
+        receives: list[Transfer] = []
         for payload, src, dst, span in transfers[t]:
             if rank in (src, dst):
                 peer, ends = (dst, sends) if rank == src else (src, receives)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from megatron_lightseq.groups import Group
 from megatron_lightseq.transport.base import Message, Pending, Transport
 from megatron_lightseq.transport.buffers import BufferPool
 from megatron_lightseq.transport.loopback import LoopbackGroup, LoopbackTransport, run_loopback
@@ -12,6 +13,9 @@ from megatron_lightseq.transport.p2p import P2PTransport
 __all__ = ["BufferPool", "LoopbackGroup", "Message", "Pending", "Transport", "connect", "run_loopback"]
 
 
-def connect(group: dist.ProcessGroup | LoopbackGroup) -> Transport:
+def connect(group: Group) -> Transport:
     """The transport for a group."""
-    return LoopbackTransport(group) if isinstance(group, LoopbackGroup) else P2PTransport(group)
+    if isinstance(group, LoopbackGroup):
+        return LoopbackTransport(group)
+    assert isinstance(group, dist.ProcessGroup), type(group)
+    return P2PTransport(group)

@@ -18,12 +18,13 @@ class _Works:
     """Asynchronous works with the messages they carry; NCCL gives one work for all messages."""
 
     rank: int
-    works: list[tuple[dist.Work, str]]
+    works: list[tuple[dist.Work | None, str]]
 
     def wait(self) -> None:
         for work, what in self.works:
             try:
-                work.wait()
+                if work is not None:  # None: this rank is not in the group, which torch answers so
+                    work.wait()
             except RuntimeError as error:
                 raise TransportError(f"rank {self.rank}, {what}: {error}") from error
 

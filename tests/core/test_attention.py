@@ -5,55 +5,20 @@ import torch
 from torch import Tensor
 
 import megatron_lightseq as mls
-from megatron_lightseq.kernels.reference import visible
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.attention import DistAttention
+from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError
+from megatron_lightseq.groups import Group
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule import Method, Tile
+from megatron_lightseq.schedule.place import place_ring
 from megatron_lightseq.transport import run_loopback
-
-
-def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Whole-sequence attention (S, B, H, D) by torch's own softmax; nothing of the package but the mask."""
-    tokens = range(q.shape[0])
-    shared = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(shared, 2) for x in (k, v))
-    scores = torch.einsum("qbhd,kbhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    seen = visible(TileMask.of(mask, tokens, tokens, q.device), len(tokens), len(tokens), q.device)
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bhqk,kbhd->qbhd", weights, v)
-
-
-def whole_inputs(
-    seq_length: int, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seq_length)
-    (h, g), (d, dv) = heads, dims
-    shapes = [(seq_length, 2, h, d), (seq_length, 2, g, d), (seq_length, 2, g, dv), (seq_length, 2, h, dv)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def attend_shards(
-    group, method: str, layout: SequenceLayout, mask: Mask, whole: list[Tensor], overlap: bool = True
-):  # type: ignore[no-untyped-def]
-    """One rank's outputs and gradients."""
-    rank = 0 if group is None else group.rank()
-    q, k, v, dout = (layout.shard(x, rank, 0).clone() for x in whole)
-    for x in (q, k, v):
-        x.requires_grad_()
-    out = mls.dist_attention(q, k, v, group=group, layout=layout, method=method, mask=mask, overlap=overlap)
-    out.backward(dout)
-    return [out.detach(), q.grad, k.grad, v.grad]
-
-
-def expected(whole: list[Tensor], mask: Mask) -> list[Tensor]:
-    q, k, v = (x.double().requires_grad_() for x in whole[:3])
-    out = oracle(q, k, v, mask)
-    out.backward(whole[3].double())
-    return [out.detach(), q.grad, k.grad, v.grad]  # type: ignore[list-item]
-
+from tests.core import oracle
+from tests.harness.ranks import RankError, run_ranks
 
 CASES = [("lightseq", "contiguous"), ("ring", "contiguous"), ("ring", "striped"), ("zigzag", "zigzag")]
 MASKS = ["causal", "full", "window(5,0)", "window(3,4)", "documents", "causal&documents"]
+HEADS = [(1, 1), (4, 1), (4, 2), (4, 4), (6, 3), (3, 3)]
 
 
 def mask_for(text: str, seq_length: int) -> Mask:
@@ -61,16 +26,274 @@ def mask_for(text: str, seq_length: int) -> Mask:
     return Mask.parse(text.replace("documents", f"documents({','.join(map(str, borders))})"))
 
 
+def attend(
+    group: Group | None,
+    method: str,
+    layout: SequenceLayout,
+    mask: Mask,
+    whole: list[Tensor],
+    overlap: bool = True,
+) -> list[Tensor]:
+    """One rank's output and gradients."""
+    rank = 0 if group is None else group.rank()
+    q, k, v, dout = (layout.shard(x, rank, 0).clone() for x in whole)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = mls.dist_attention(q, k, v, group=group, layout=layout, method=method, mask=mask, overlap=overlap)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    return [out.detach(), *grads]
+
+
+def unshard(layout: SequenceLayout, parts: list[list[Tensor]]) -> list[Tensor]:
+    return [layout.unshard(shards, 0) for shards in zip(*parts, strict=True)]
+
+
+def check_exact(got: list[Tensor], whole: list[Tensor], mask: Mask, what: object) -> None:
+    for name, result, want in zip(oracle.NAMES, got, oracle.expected(whole, mask), strict=True):
+        error = (result - want).abs().max().item()
+        assert error <= 1e-12, f"{what} {name}: {error:.2e}"
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize(("method", "layout_name"), CASES)
 def test_loopback_equals_one_device_in_fp64(size: int, method: str, layout_name: str) -> None:
-    layout = SequenceLayout(layout_name, size)
-    seq_length = 2 * size * 7
-    for index, text in enumerate(MASKS):
-        heads = [(1, 1), (4, 1), (4, 2), (4, 4), (6, 3), (3, 3)][index]
+    layout, seq_length = SequenceLayout(layout_name, size), 2 * size * 7
+    for index, (text, heads) in enumerate(zip(MASKS, HEADS, strict=True)):
         mask = mask_for(text, seq_length)
-        whole = whole_inputs(seq_length, heads, (8, 8 if index % 2 else 5), torch.float64)
-        parts = run_loopback(size, lambda group: attend_shards(group, method, layout, mask, whole))  # noqa: B023
-        for name, want, *got in zip(["out", "dq", "dk", "dv"], expected(whole, mask), *parts, strict=True):
-            error = (layout.unshard(got, 0) - want).abs().max().item()
-            assert error <= 1e-12, (method, size, text, name, error)
+        whole = oracle.inputs(seq_length, heads, (8, 8 if index % 2 else 5), torch.float64)
+        parts = run_loopback(size, lambda group: attend(group, method, layout, mask, whole))  # noqa: B023
+        check_exact(unshard(layout, parts), whole, mask, text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(("method", "layout_name"), CASES)
+def test_low_precision_stays_within_its_budget(
+    size: int, method: str, layout_name: str, dtype: torch.dtype
+) -> None:
+    layout, mask = SequenceLayout(layout_name, size), Mask.causal()
+    whole = oracle.inputs(2 * size * 33, (4, 2), (64, 64), dtype)
+    parts = run_loopback(size, lambda group: attend(group, method, layout, mask, whole))
+    oracle.check_within_budget(unshard(layout, parts), whole, mask, f"{method} on {size} ranks")
+
+
+def gloo_cases(whole: list[Tensor], seq_length: int) -> list[list[Tensor]]:
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    assert group is not None
+    return [
+        attend(
+            group, method, SequenceLayout(layout, group.size()), mask_for(text, seq_length), whole, overlap
+        )
+        for method, layout in CASES
+        for text in ("causal", "causal&documents")
+        for overlap in (True, False)
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_gloo_equals_one_device_in_fp64(size: int) -> None:
+    seq_length = 2 * size * 11
+    whole = oracle.inputs(seq_length, (4, 2), (8, 6), torch.float64)
+    parts = run_ranks(size, gloo_cases, whole, seq_length)
+    texts = [
+        (layout, text)
+        for _, layout in CASES
+        for text in ("causal", "causal&documents")
+        for _ in (True, False)
+    ]
+    for index, (layout, text) in enumerate(texts):
+        got = unshard(SequenceLayout(layout, size), [part[index] for part in parts])
+        check_exact(got, whole, mask_for(text, seq_length), (layout, text))
+
+
+def gloo_low_precision(whole: list[Tensor]) -> list[Tensor]:
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    assert group is not None
+    return attend(group, "lightseq", SequenceLayout.contiguous(group.size()), Mask.causal(), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gloo_carries_low_precision(dtype: torch.dtype) -> None:
+    whole = oracle.inputs(2 * 65, (4, 2), (64, 64), dtype)
+    parts = run_ranks(2, gloo_low_precision, whole)
+    oracle.check_within_budget(unshard(SequenceLayout.contiguous(2), parts), whole, Mask.causal(), "gloo")
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_runs_repeat_bit_for_bit_with_and_without_overlap(size: int) -> None:
+    layout, mask = SequenceLayout.contiguous(size), Mask.causal()
+    whole = oracle.inputs(size * 24, (4, 2), (16, 16), torch.float32)
+
+    def run(overlap: bool) -> list[Tensor]:
+        parts = run_loopback(size, lambda group: attend(group, "lightseq", layout, mask, whole, overlap))
+        return unshard(layout, parts)
+
+    runs = [run(overlap) for overlap in (True, True, False)]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_strided_views_are_taken() -> None:
+    qkv = torch.randn(12, 2, 3, 4 * 8, dtype=torch.float64)
+    q, k, v = (part.unflatten(-1, (4, 8)) for part in qkv.unbind(2))
+    out = mls.dist_attention(q, k, v)
+    torch.testing.assert_close(out, oracle.attention(q, k, v, Mask.causal()), rtol=0, atol=1e-12)
+
+
+def test_softmax_scale_is_used() -> None:
+    q, k, v, _ = oracle.inputs(9, (2, 2), (4, 4), torch.float64)
+    out = mls.dist_attention(q, k, v, softmax_scale=0.25)
+    torch.testing.assert_close(out, oracle.attention(q * 0.5, k, v, Mask.causal()), rtol=0, atol=1e-12)
+
+
+def test_a_placement_of_the_users_own_runs() -> None:
+    """Whoever owns the keys computes: an owner-computes method in three lines."""
+
+    def place(layout: SequenceLayout, mask: Mask) -> list[list[list[Tile]]]:
+        return [[[Tile(q, k) for q in range(layout.num_chunks)] for k in range(layout.num_chunks)]]
+
+    method, layout = Method("key_owner", place), SequenceLayout.contiguous(3)
+    whole = oracle.inputs(3 * 6, (4, 2), (8, 8), torch.float64)
+    parts = run_loopback(3, lambda group: attend(group, method, layout, Mask.full(), whole))  # type: ignore[arg-type]
+    check_exact(unshard(layout, parts), whole, Mask.full(), "key_owner")
+
+
+def reattached(group: Group, whole: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    layout = SequenceLayout.contiguous(group.size())
+    q, k, v, dout = (layout.shard(x, group.rank(), 0).clone() for x in whole)
+    for x in (q, k, v):
+        x.requires_grad_()
+    attention = DistAttention(group)
+    out = attention(q, k, v)
+    plain = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+    with torch.no_grad():
+        kept = attention.forward_with_lse(q, k, v)
+    stats = attention.stats
+    counts = [stats.forwards, stats.bytes_sent]
+    again = attention.reattach(q, k, v, *kept)
+    counts += [stats.forwards, stats.bytes_sent]
+    return plain, [again.detach(), *torch.autograd.grad(again, (q, k, v), dout)], counts
+
+
+def test_reattach_repeats_neither_forward_nor_communication() -> None:
+    whole = oracle.inputs(3 * 10, (4, 2), (8, 8), torch.float64)
+    for plain, again, counts in run_loopback(3, lambda group: reattached(group, whole)):
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+        assert counts[:2] == counts[2:]
+        assert counts[0] == 2
+
+
+def test_bytes_counted_are_bytes_predicted() -> None:
+    from megatron_lightseq.schedule import TensorShape, build, simulate
+
+    size, seq_length = 4, 4 * 16
+    layout = SequenceLayout.contiguous(size)
+    whole = oracle.inputs(seq_length, (4, 2), (8, 6), torch.float32)
+    shape = TensorShape(batch=2, num_heads=4, num_query_groups=2, head_dim=8, v_head_dim=6, element_bytes=4)
+    predicted = [
+        simulate(build("lightseq", layout, direction=direction, seq_length=seq_length), shape=shape)
+        for direction in ("forward", "backward")
+    ]
+
+    def counted(group: Group) -> tuple[int, int]:
+        attention = DistAttention(group)
+        q, k, v, dout = (layout.shard(x, group.rank(), 0).clone().requires_grad_() for x in whole)
+        attention(q, k, v).backward(dout.detach())
+        return attention.stats.bytes_sent, attention.stats.bytes_received
+
+    for rank, (sent, received) in enumerate(run_loopback(size, counted)):
+        assert sent == sum(result.bytes_sent[rank] for result in predicted)
+        assert received == sum(result.bytes_received[rank] for result in predicted)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_torch_compile_gives_the_same_numbers() -> None:
+    q, k, v, _ = oracle.inputs(16, (4, 2), (8, 8), torch.float32)
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.tanh(mls.dist_attention(q * 2, k, v)).sum()
+
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    eager = torch.autograd.grad(block(*inputs), inputs)
+    compiled = torch.autograd.grad(torch.compile(block, backend="aot_eager")(*inputs), inputs)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def shards(h: int = 4, g: int = 2, d: int = 8, dv: int = 8, tokens: int = 4) -> list[Tensor]:
+    return [torch.randn(tokens, 1, heads, dim) for heads, dim in ((h, d), (g, d), (g, dv))]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: [x[0] for x in shards()], "4 dimensions"),
+        (lambda: [shards()[0].double(), *shards()[1:]], "one dtype and one device"),
+        (lambda: [x.long() for x in shards()], "floating-point"),
+        (lambda: [shards(tokens=5)[0], *shards()[1:]], "same tokens and batch"),
+        (lambda: shards(tokens=0), "at least one token"),
+        (lambda: [*shards()[:2], shards(g=4)[2]], "k and v have the same heads"),
+        (lambda: shards(h=4, g=3), r"q \(4, 1, 4, 8\).* divide the query heads"),
+        (lambda: [shards(d=16)[0], *shards()[1:]], "same head dim"),
+    ],
+)
+def test_bad_shapes_are_refused(make, text: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError, match=text):
+        mls.dist_attention(*make())
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="Did you mean 'reference'"):
+        mls.dist_attention(*shards(), kernel="referense")
+    with pytest.raises(UnsupportedError, match="method 'helix'"):
+        mls.dist_attention(*shards(), method="helix")
+    with pytest.raises(LayoutError, match="layout 'spiral'"):
+        mls.dist_attention(*shards(), layout="spiral")
+    with pytest.raises(LayoutError, match="over a group of 1 ranks"):
+        mls.dist_attention(*shards(), layout=SequenceLayout.contiguous(2))
+    with pytest.raises(ConfigError, match="a group of type list"):
+        DistAttention([0, 1])  # type: ignore[arg-type]
+
+
+def disagree(group: Group) -> None:
+    method = "ring" if group.rank() == 1 else "lightseq"
+    mls.dist_attention(*shards(), group=group, method=method)
+
+
+def test_ranks_that_disagree_stop_before_the_first_transfer() -> None:
+    with pytest.raises(TransportError, match=r"plans (lightseq|ring).*plan something else"):
+        run_loopback(3, disagree)
+
+
+def disagree_over_gloo() -> None:
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    assert group is not None
+    disagree(group)
+
+
+def test_ranks_that_disagree_stop_over_gloo() -> None:
+    with pytest.raises(RankError, match="plan something else"):
+        run_ranks(2, disagree_over_gloo)
+
+
+def test_a_failing_rank_wakes_the_others() -> None:
+    def fail(group: Group) -> None:
+        if group.rank() == 1:
+            raise ZeroDivisionError("rank 1 broke")
+        mls.dist_attention(*shards(), group=group)
+
+    with pytest.raises(ZeroDivisionError, match="rank 1 broke"):
+        run_loopback(3, fail)
+
+
+def test_ring_places_for_every_mask() -> None:
+    assert place_ring(SequenceLayout.contiguous(1), Mask.full()) == [[[Tile(0, 0)]]]

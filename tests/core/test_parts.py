@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_lightseq.errors import ConfigError, LightSeqError
+from megatron_lightseq.groups import ParallelSizes, ProcessGroups
+from megatron_lightseq.kernels.merge import merge_into
+from megatron_lightseq.recompute import AttentionStash
+from megatron_lightseq.transport import BufferPool
+
+
+def test_merging_is_softmax_over_the_union() -> None:
+    scores, values = (
+        torch.randn(2, 3, 5, 8, dtype=torch.float64),
+        torch.randn(2, 3, 8, 4, dtype=torch.float64),
+    )
+
+    def partial(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        out = scores[..., part].softmax(-1) @ values[..., part, :]
+        return out.permute(2, 0, 1, 3).contiguous(), scores[..., part].logsumexp(-1)
+
+    out, lse = partial(slice(0, 3))
+    merge_into(out, lse, *partial(slice(3, 8)))
+    want_out, want_lse = partial(slice(0, 8))
+    torch.testing.assert_close(out, want_out, rtol=0, atol=1e-14)
+    torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("empty_side", ["left", "right", "both"])
+def test_merging_with_an_empty_side_is_exact(empty_side: str) -> None:
+    empty = torch.zeros(5, 1, 2, 4), torch.full((1, 2, 5), float("-inf"))
+    some = torch.randn(5, 1, 2, 4), torch.randn(1, 2, 5)
+    left = [x.clone() for x in (empty if empty_side in ("left", "both") else some)]
+    right = empty if empty_side in ("right", "both") else some
+    merge_into(*left, *right)
+    want = empty if empty_side == "both" else some
+    assert all(torch.equal(a, b) for a, b in zip(left, want, strict=True))
+
+
+def test_stash_is_first_in_first_out_and_checks_shapes() -> None:
+    stash = AttentionStash()
+    for index in (1.0, 2.0):
+        stash.push(torch.full((4, 1, 2, 8), index, requires_grad=True), torch.zeros(1, 2, 4))
+    out, _ = stash.pop((4, 1, 2, 16))  # D may differ from Dv
+    assert out[0, 0, 0, 0] == 1.0
+    assert not out.requires_grad
+    with pytest.raises(
+        LightSeqError, match=r"queries \(3, 1, 2, 8\), the oldest kept output is \(4, 1, 2, 8\)"
+    ):
+        stash.pop((3, 1, 2, 8))
+    stash.clear()
+    with pytest.raises(LightSeqError, match="kept output is None"):
+        stash.pop((4, 1, 2, 8))
+
+
+def test_buffers_are_used_again_only_for_the_same_shape() -> None:
+    pool = BufferPool()
+    first = pool.take((2, 3), torch.float32, torch.device("cpu"))
+    pool.give(first)
+    assert pool.take((3, 2), torch.float32, torch.device("cpu")) is not first
+    assert pool.take((2, 3), torch.float32, torch.device("cpu")) is first
+    assert pool.take((2, 3), torch.float32, torch.device("cpu")) is not first
+
+
+def test_parallel_sizes() -> None:
+    assert ParallelSizes(world_size=24, tensor=2, pipeline=3, context=2).data == 2
+    with pytest.raises(
+        ConfigError, match=r"world size 6 with tensor 2 x pipeline 1 x context 2 = 4.* Start 4 processes"
+    ):
+        ParallelSizes(world_size=6, tensor=2, context=2)
+    with pytest.raises(ConfigError, match="context 0"):
+        ParallelSizes(world_size=1, context=0)
+
+
+def test_groups_are_checked_against_the_configuration() -> None:
+    class Pair:
+        def rank(self) -> int:
+            return 0
+
+        def size(self) -> int:
+            return 2
+
+    groups = ProcessGroups.from_collection(SimpleNamespace(tp=None, cp=Pair()))
+    groups.check(ParallelSizes(world_size=2, context=2))
+    with pytest.raises(ConfigError, match="a cp group of 2 ranks, configured 1"):
+        groups.check(ParallelSizes(world_size=1))
+    ProcessGroups.single().check(ParallelSizes(world_size=1))
+    assert ProcessGroups.from_group(None) == ProcessGroups.single()
