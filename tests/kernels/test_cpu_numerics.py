@@ -1,0 +1,140 @@
+"""The CPU kernel against fp64, in every instruction-set variant that this machine runs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lightseq.kernels.cpu import CpuKernel
+from tests.kernels.oracle import Case, check, expect_close
+
+VARIANTS = ("amx", "avx512", "avx2", "baseline")
+DTYPES = (torch.float32, torch.bfloat16)
+
+CAUSAL = {"band_hi": 0}
+CASES = [
+    # head dims: common, small, odd, and values unlike queries and keys
+    *[Case(queries=65, keys=130, head_dim=d, value_dim=d) for d in (1, 7, 24, 33, 40, 64, 80, 96, 128)],
+    Case(queries=65, keys=130, head_dim=192, value_dim=128),
+    Case(queries=65, keys=130, head_dim=24, value_dim=200),
+    # heads: multi-head, grouped, multi-query; a group that divides no tile; batch
+    Case(queries=70, keys=70, heads=3, groups=3, **CAUSAL),
+    Case(queries=70, keys=70, heads=6, groups=2, batch=2, **CAUSAL),
+    Case(queries=70, keys=70, heads=7, groups=1, batch=3, **CAUSAL),
+    # lengths: one token, less than a lane, several blocks and chunks, queries and keys unlike
+    Case(queries=1, keys=1, **CAUSAL),
+    Case(queries=1, keys=333, heads=4),
+    Case(queries=7, keys=7, **CAUSAL),
+    Case(queries=333, keys=333, head_dim=64, value_dim=64, **CAUSAL),
+    Case(queries=333, keys=7, head_dim=32, value_dim=32),
+    Case(queries=300, keys=900, heads=1, band_hi=600),
+    Case(queries=900, keys=300, heads=1, band_hi=-600),
+    # bands: windows, offsets, nothing visible
+    Case(queries=333, keys=333, band_lo=-50, band_hi=0),
+    Case(queries=200, keys=500, band_lo=37, band_hi=290),
+    Case(queries=200, keys=200, band_lo=-3, band_hi=5, heads=4, groups=2),
+    Case(queries=90, keys=90, band_lo=91),
+    Case(queries=90, keys=90, band_lo=5, band_hi=-5),
+    # documents, ragged and empty ranges, with and without a band
+    Case(queries=333, keys=333, ranges="documents", **CAUSAL),
+    Case(queries=333, keys=200, ranges="documents", heads=4, groups=2),
+    Case(queries=333, keys=500, ranges="random"),
+    Case(queries=150, keys=150, ranges="random", band_lo=-20, band_hi=0),
+    Case(queries=50, keys=50, ranges="empty"),
+    # a softmax that is nearly a maximum
+    Case(queries=129, keys=400, head_dim=64, value_dim=64, amplitude=20.0),
+]
+
+
+def _choose_variant(name: str) -> None:
+    os.environ["MLS_CPU_ISA"] = name
+    torch.set_num_threads(1)
+
+
+def _loaded_variant() -> str:
+    return CpuKernel().isa
+
+
+class Variant:
+    """A process in which one variant was chosen: the choice is made once, when the extension is loaded."""
+
+    def __init__(self, name: str) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_choose_variant, initargs=(name,))
+
+    def call(self, function: Callable[..., Any], *args: object) -> Any:
+        return self.pool.submit(function, *args).result(timeout=120)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Iterator[Variant]:
+    worker = Variant(request.param)
+    try:
+        name = worker.call(_loaded_variant)
+    except Exception as error:
+        worker.pool.shutdown()
+        if "have no such variant" not in str(error):
+            raise
+        pytest.skip(f"this machine does not run {request.param}")
+    assert name == request.param
+    yield worker
+    worker.pool.shutdown()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_budget(variant: Variant, case: Case, dtype: torch.dtype) -> None:
+    variant.call(check, case, dtype)
+
+
+SIZES = st.integers(1, 150)
+DIMS = st.integers(1, 70)
+OFFSETS = st.integers(-160, 160)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    groups, group = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    return Case(
+        queries=draw(SIZES),
+        keys=draw(SIZES),
+        heads=groups * group,
+        groups=groups,
+        head_dim=draw(DIMS),
+        value_dim=draw(DIMS),
+        band_lo=draw(OFFSETS),
+        band_hi=draw(OFFSETS),
+        ranges=draw(st.sampled_from(["none", "none", "documents", "random"])),
+    )
+
+
+@settings(max_examples=60)
+@given(case=random_cases(), dtype=st.sampled_from(DTYPES))
+def test_error_budget_anywhere(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: x.index_put((torch.tensor(3),), x[3] + 1e-3), "largest error"),
+        (lambda x: x + 2e-5, "error"),
+        (lambda x: x.index_put((torch.tensor(3),), torch.tensor(float("nan"))), "largest error"),
+        (lambda x: x.index_put((torch.tensor(0),), torch.tensor(0.0)), "infinities differ"),
+    ],
+)
+def test_budget_sees_wrong_results(wrong: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    want = torch.linspace(0, 1, 50, dtype=torch.float64)
+    want[0] = float("-inf")
+    low = want.float() + 1e-6
+    expect_close("right", want.float(), want, low)
+    with pytest.raises(AssertionError, match=message):
+        expect_close("wrong", wrong(want.float()), want, low)
