@@ -35,6 +35,10 @@ class CheckpointError(LightSeqError, RuntimeError):
     """A checkpoint is missing, damaged, unsafe, or of another model."""
 
 
+class DataError(LightSeqError, ValueError):
+    """A corpus or one of its indexes is missing, damaged, unsafe, or of another tokenizer."""
+
+
 class PeerFailureError(LightSeqError, RuntimeError):
     """Another rank failed first; the message names it, its step and its error."""
 

@@ -1,0 +1,207 @@
+"""A prepared corpus on disk: Megatron's `PREFIX.bin` and `PREFIX.idx`, and our facts in `PREFIX.json`.
+
+Megatron maps an index into memory and trusts every number in it: a damaged one ends in a crash or in other tokens.
+:func:`check_index` reads the same bytes first and refuses by name. Nothing here executes what it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lightseq.errors import DataError, explain
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+"""Megatron's codes of the token types that are integers."""
+_HEADER = struct.Struct("<9sQBQQ")
+_PREPARE = "Prepare the corpus again with `lightseq prepare-data`"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusFacts:
+    """What `prepare-data` knows about a corpus; stored as `PREFIX.json`."""
+
+    fingerprint: str
+    """SHA-256 over inputs (names, sizes, times), tokenizer and format: equal means up to date."""
+    content: str
+    """SHA-256 over the tokens and the document lengths: equal means the same corpus."""
+    tokenizer: dict[str, str]
+    vocab_size: int
+    documents: int
+    tokens: int
+    """End-of-document tokens included."""
+    entropy: float
+    """Unigram entropy of the tokens in nats: the loss of a model that knows frequencies only."""
+    length_histogram: list[list[int]]
+    """Rows of (shortest, longest, number of documents), in powers of two."""
+    files: int
+    skipped: dict[str, int]
+    bin_bytes: int
+    idx_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Index:
+    """The checked contents of an `.idx` file."""
+
+    token_type: type[np.integer[Any]]
+    lengths: npt.NDArray[np.int32]
+    """Tokens of every sequence."""
+    documents: npt.NDArray[np.int64]
+    """First sequence of every document, and the number of sequences."""
+
+
+def file_of(prefix: Path | str, suffix: str) -> Path:
+    """`PREFIX.suffix`; a dot in the prefix stays."""
+    return Path(f"{prefix}.{suffix}")
+
+
+def write_index(path: Path, lengths: npt.NDArray[np.int32], token_type: type[np.integer[Any]]) -> None:
+    """Write an index with one sequence per document, byte for byte as Megatron's IndexedDatasetBuilder does."""
+    code = next(code for code, known in TOKEN_TYPES.items() if known is token_type)
+    ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(token_type).itemsize
+    pointers = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(lengths)]
+    documents = np.arange(len(lengths) + 1, dtype=np.int64)
+    with path.open("wb") as stream:
+        stream.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents)))
+        for array in (lengths.astype(np.int32), pointers, documents):
+            stream.write(array.tobytes())
+
+
+def check_index(prefix: Path | str) -> Index:
+    """Read and check `PREFIX.idx` against `PREFIX.bin`; raises DataError naming the file and the fault."""
+    path, data = file_of(prefix, "idx"), file_of(prefix, "bin")
+    for file in (path, data):
+        if not file.is_file():
+            raise DataError(
+                explain(
+                    got=f"{file} is missing",
+                    rule=f"data_path names a prefix of two files, {prefix}.bin and {prefix}.idx",
+                    remedy=f"Run `lightseq prepare-data FOLDER --output {prefix}`, or correct data_path",
+                )
+            )
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+    _require(len(header) == _HEADER.size, path, f"it has {size} bytes", "a header has 34")
+    magic, version, code, num_sequences, num_documents = _HEADER.unpack(header)
+    _require(magic == MAGIC, path, f"it begins with {magic!r}", f"an index begins with {MAGIC!r}")
+    _require(version == VERSION, path, f"it has version {version}", f"this reader knows version {VERSION}")
+    _require(code in TOKEN_TYPES, path, f"its token type code is {code}", f"codes are {sorted(TOKEN_TYPES)}")
+    wanted = _HEADER.size + 12 * num_sequences + 8 * num_documents
+    _require(
+        size in (wanted, wanted + num_sequences),  # multimodal data adds one byte per sequence
+        path,
+        f"it has {size} bytes for {num_sequences} sequences and {num_documents} document marks",
+        f"these need {wanted}",
+    )
+    raw = np.memmap(path, mode="r", dtype=np.uint8)[_HEADER.size :]
+    lengths = np.frombuffer(raw[: 4 * num_sequences].tobytes(), dtype=np.int32)
+    pointers = np.frombuffer(raw[4 * num_sequences : 12 * num_sequences].tobytes(), dtype=np.int64)
+    documents = np.frombuffer(raw[12 * num_sequences :].tobytes()[: 8 * num_documents], dtype=np.int64)
+    token_type = TOKEN_TYPES[code]
+    _check_sequences(path, lengths, pointers, np.dtype(token_type).itemsize, data.stat().st_size)
+    _check_documents(path, documents, num_sequences)
+    return Index(token_type=token_type, lengths=lengths, documents=documents)
+
+
+def _check_sequences(
+    path: Path,
+    lengths: npt.NDArray[np.int32],
+    pointers: npt.NDArray[np.int64],
+    item_size: int,
+    data_size: int,
+) -> None:
+    _require(len(lengths) > 0, path, "it has no sequences", "a corpus has documents")
+    _require(
+        bool((lengths >= 0).all()), path, f"a sequence has {lengths.min()} tokens", "lengths are not negative"
+    )
+    _require(bool((pointers >= 0).all()), path, f"a pointer is {pointers.min()}", "pointers are not negative")
+    _require(bool((pointers % item_size == 0).all()), path, "a pointer is inside a token", "tokens are whole")
+    _require(
+        bool((pointers <= data_size - lengths.astype(np.int64) * item_size).all()),
+        path,
+        f"a sequence ends after byte {data_size}",
+        "that is the end of the .bin file, which was cut or belongs to another index",
+    )
+
+
+def _check_documents(path: Path, documents: npt.NDArray[np.int64], num_sequences: int) -> None:
+    ordered = len(documents) > 0 and documents[0] == 0 and bool((np.diff(documents) >= 0).all())
+    _require(ordered, path, "document marks are out of order", "they begin at 0 and never fall")
+    _require(
+        int(documents[-1]) == num_sequences,
+        path,
+        f"the last document ends at sequence {documents[-1]}",
+        f"there are {num_sequences} sequences",
+    )
+
+
+def _require(holds: bool, path: Path, got: str, rule: str) -> None:
+    if not holds:
+        raise DataError(explain(got=f"{path} is damaged, {got}", rule=rule, remedy=_PREPARE))
+
+
+def read_facts(prefix: Path | str) -> CorpusFacts | None:
+    """The facts of a corpus; None where there are none (data that Megatron's own tools prepared)."""
+    path = file_of(prefix, "json")
+    if not path.is_file():
+        return None
+    try:
+        facts = CorpusFacts(**json.loads(path.read_text(encoding="utf-8")))
+        if not (isinstance(facts.entropy, float) and isinstance(facts.vocab_size, int)):
+            raise TypeError("wrong types")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(
+            explain(
+                got=f"{path} is damaged ({type(error).__name__})",
+                rule="it holds the facts that prepare-data wrote",
+                remedy=_PREPARE,
+            )
+        ) from error
+    return facts
+
+
+def write_facts(path: Path, facts: CorpusFacts) -> None:
+    """Write the facts as JSON with sorted keys."""
+    path.write_text(json.dumps(asdict(facts), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def entropy_nats(counts: npt.NDArray[np.int64]) -> float:
+    """Entropy of the distribution with these counts, in nats."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def length_histogram(lengths: npt.NDArray[np.int32]) -> list[list[int]]:
+    """Rows (shortest, longest, count) of documents by length, in powers of two, up to the longest."""
+    edges = 2 ** np.arange(int(lengths.max(initial=1)).bit_length() + 1)
+    counts, _ = np.histogram(lengths, bins=np.concatenate([[0], edges]))
+    rows = zip([0, *edges.tolist()], edges.tolist(), counts.tolist(), strict=False)
+    return [[low, high - 1, count] for low, high, count in rows if count]
+
+
+def content_digest(prefix: Path | str) -> str:
+    """What tells one corpus from another: the stored digest, else one over sizes and times of the files."""
+    facts = read_facts(prefix)
+    if facts is not None:
+        return facts.content
+    stamps = [file_of(prefix, suffix).stat() for suffix in ("bin", "idx")]
+    text = ",".join(f"{stamp.st_size}:{stamp.st_mtime_ns}" for stamp in stamps)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,80 @@
+"""The one seam between Megatron's index caches and this package: no pickle, no half file.
+
+Megatron-Core 0.16.1 reads its caches with `numpy.load(..., allow_pickle=True)`, which executes what a file named
+`.npy` tells it to, and writes them in place, so that an interrupted run leaves half of one. Both go through the name
+`numpy` of two of its modules. Inside :func:`safe_index_caches` that name is a view of numpy whose `load` refuses
+pickles, foreign types and negative indexes, and whose `save` writes to a temporary file and renames. The fix exists
+upstream only after 0.16.1; where a version has it, this seam changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from megatron_lightseq.errors import DataError, explain
+
+
+def load_index_cache(file: str | Path, mmap_mode: Any = "r", **_: Any) -> np.ndarray[Any, Any]:
+    """An array of indexes from a `.npy` file; raises DataError for a pickle or anything else that is none."""
+    try:
+        array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise _refused(file, f"is no plain array ({error})") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        raise _refused(file, f"holds {getattr(array, 'dtype', type(array).__name__)}, not integers")
+    if array.size and array.min() < 0:
+        raise _refused(file, f"holds the index {array.min()}")
+    return array
+
+
+def save_index_cache(file: str | Path, array: np.ndarray[Any, Any], **_: Any) -> None:
+    """Write an array of indexes such that the name appears only with the whole content."""
+    temporary = Path(f"{file}.tmp-{os.getpid()}")
+    with temporary.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+class _SafeNumpy(ModuleType):
+    """numpy, with `load` and `save` of this module."""
+
+    load = staticmethod(load_index_cache)
+    save = staticmethod(save_index_cache)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+@contextlib.contextmanager
+def safe_index_caches() -> Iterator[None]:
+    """While this lasts, Megatron's GPTDataset and BlendedDataset read and write caches through this module."""
+    from megatron.core.datasets import blended_dataset, gpt_dataset
+
+    modules = (blended_dataset, gpt_dataset)
+    before = [module.numpy for module in modules]
+    for module in modules:
+        module.numpy = _SafeNumpy("numpy")
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, before, strict=True):
+            module.numpy = original
+
+
+def _refused(file: str | Path, problem: str) -> DataError:
+    return DataError(
+        explain(
+            got=f"the index cache {file} {problem}",
+            rule="caches hold plain arrays of indexes, and nothing in them is executed",
+            remedy="Remove the folder of that file: it is built again",
+        )
+    )
