@@ -79,7 +79,7 @@ def shard_batch(
 def adopt_layout(model: torch.nn.Module | Iterable[torch.nn.Module]) -> SequenceLayout:
     """Make a model (or the chunks of an interleaved pipeline) follow its attention's layout.
 
-    Call it once, after building and before the first forward pass; wrapped in Float16Module or DDP or not. Rotary
+    Call it after building and before the first forward pass; wrapped in Float16Module or DDP or not. Rotary
     embeddings are cut by the layout from then on, and every forward pass refuses data of another layout. Without
     context parallelism nothing changes.
 
@@ -101,7 +101,8 @@ def adopt_layout(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Sequence
             )
         )
     layout = next(iter(layouts.values()))
-    if layout.cp_size > 1:
+    adopted = all(attention.layout_adopted for attention in attentions)
+    if layout.cp_size > 1 and not adopted:
         rank = attentions[0].group.rank()  # type: ignore[union-attr]  # cp_size > 1 implies a group
         for chunk in chunks:
             adopt_rotary(chunk, layout, rank)

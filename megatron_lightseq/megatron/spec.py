@@ -15,6 +15,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -127,7 +128,7 @@ def use_transformer_engine() -> bool:
     if problem is not None and wanted == "transformer_engine":
         raise ConfigError(
             explain(
-                got=f"{TRANSFORMER_IMPL_VARIABLE}=transformer_engine, whose import fails with {problem}",
+                got=f"{TRANSFORMER_IMPL_VARIABLE}=transformer_engine, which cannot be used: {problem}",
                 rule="Transformer Engine must be importable to build layers from it",
                 remedy=f"Install a transformer_engine that fits this torch, or set {TRANSFORMER_IMPL_VARIABLE}=local",
             )
@@ -137,11 +138,13 @@ def use_transformer_engine() -> bool:
 
 def _transformer_engine_problem() -> str | None:
     """Why Transformer Engine cannot be used, or None. A broken installation raises more than ImportError."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
     try:
         importlib.import_module("transformer_engine.pytorch")
         extension = importlib.import_module("megatron.core.extensions.transformer_engine")
     except Exception as error:  # noqa: BLE001 - whatever it is, the local modules work
         return f"{type(error).__name__}: {error}"
     if not getattr(extension, "HAVE_TE", True):
-        return "Megatron having found no Transformer Engine"
+        return "Megatron found none when it was imported"
     return None

@@ -89,7 +89,7 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
 
 def evaluate(training: Training, data_iterators: DataIterators, num_batches: int) -> EvalResult:
     """The loss on ``num_batches`` global batches, without gradients or dropout; collective over all ranks."""
-    with _parameters_in_place(training):
+    with parameters_in_place(training):
         for chunk in training.chunks:
             chunk.eval()
         reports = []
@@ -102,14 +102,19 @@ def evaluate(training: Training, data_iterators: DataIterators, num_batches: int
 
 
 @contextmanager
-def _parameters_in_place(training: Training) -> Iterator[None]:
-    """With overlap_param_gather the last step's parameters arrive during the next training forward: fetch them now."""
-    overlapped = training.config.parallel.overlap_param_gather
-    for chunk in training.chunks if overlapped else ():
+def parameters_in_place(training: Training) -> Iterator[None]:
+    """Inside, every rank has the last step's parameters, as evaluating and saving need.
+
+    With ``overlap_param_gather`` they would arrive only during the next training forward.
+    """
+    overlapped = training.chunks if training.config.parallel.overlap_param_gather else []
+    for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)
-    yield
-    for chunk in training.chunks if overlapped else ():
-        chunk.enable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
 
 
 def _run_schedule(

@@ -86,7 +86,7 @@ def _train(flat: dict[str, Any]) -> Run:
 
 
 def batches(training: Any, step: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The micro-batches of this data-parallel rank: tokens that can be learned, loss masks uneven along the sequence."""
+    """The micro-batches of this data-parallel rank: learnable tokens, loss masks uneven along them."""
     settings = training.config.training
     data_ranks, length = training.sizes.data, settings.seq_length
     generator = torch.Generator().manual_seed(1000 + step)
