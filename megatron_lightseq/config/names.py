@@ -97,7 +97,9 @@ MEGATRON_SPELLINGS: dict[str, Spelling] = {
     "use_megatron_fsdp": _refused("Use use_distributed_optimizer"),
     "data_parallel_size": _refused(_RANKS),
     "world_size": _refused(_RANKS),
-    "mock_data": _refused("Use `lightseq prepare-data --output PREFIX` (the Python standard library) and data_path"),
+    "mock_data": _refused(
+        "Use `lightseq prepare-data --output PREFIX` (the Python standard library) and data_path"
+    ),
     "train_data_path": _refused("Use data_path with split"),
     "valid_data_path": _refused("Use data_path with split"),
     "test_data_path": _refused("Use data_path with split"),

@@ -24,8 +24,6 @@ class Machine:
     """Number of ranks that torchrun starts."""
     num_gpus: int | None = None
     """Number of CUDA devices visible on this host."""
-    has_fused_adam: bool | None = None
-    """Whether Transformer Engine or apex offers its FusedAdam."""
 
 
 Predicate = Callable[[PretrainConfig, Machine], bool]

@@ -244,18 +244,3 @@ def save_interval_needs_save(c: PretrainConfig, _: Machine) -> bool:
 )
 def finetune_needs_load(c: PretrainConfig, _: Machine) -> bool:
     return not c.checkpoint.finetune or c.checkpoint.load is not None
-
-
-@CHECKPOINT.rule(
-    "use_distributed_optimizer",
-    "load",
-    "no_load_optim",
-    "finetune",
-    needs="has_fused_adam",
-    text="Megatron's distributed optimizer cannot read its state back into torch's AdamW, which has none before "
-    "its first step; it needs the FusedAdam of Transformer Engine or apex",
-    remedy="Install Transformer Engine, or set no_load_optim, or train without use_distributed_optimizer",
-)
-def distributed_optimizer_resumes(c: PretrainConfig, m: Machine) -> bool:
-    reads_state = c.checkpoint.load is not None and not (c.checkpoint.no_load_optim or c.checkpoint.finetune)
-    return not (c.parallel.use_distributed_optimizer and reads_state) or m.has_fused_adam is not False

@@ -76,7 +76,7 @@ class ModelConfig:
     init_method_std: float = 0.02
     """Standard deviation of the normal initialisation."""
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times tensor_model_parallel_size."""
+    """The vocabulary is padded to a multiple of this and of tensor_model_parallel_size."""
 
     @property
     def head_dim(self) -> int:

@@ -1,0 +1,185 @@
+"""Megatron's GPTDataset over checked corpora.
+
+Two steps, because they fail differently: :func:`open_corpora` reads and checks files before any process group
+exists, alike on every rank; :func:`build_datasets` then builds Megatron's index caches, rank 0 first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.config.rules_run import split_shares
+from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.training.data.corpus import CorpusFacts, Index, check_index, content_digest, read_facts
+from megatron_lightseq.training.data.safe_cache import safe_index_caches
+from megatron_lightseq.training.data.tokenizers import Tokenizer, build_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpora:
+    """The corpora of a run, read and checked; no process group is needed."""
+
+    tokenizer: Tokenizer
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    """Weight of each prefix; None for one prefix without a weight."""
+    indexes: tuple[Index, ...]
+    facts: tuple[CorpusFacts | None, ...]
+    """None where Megatron's own tools prepared the data."""
+    cache: Path
+    """Folder of index caches; named after the contents, so that other data never meets old indexes."""
+    vocab_size: int
+    """Number of token ids before padding."""
+
+    @property
+    def entropy(self) -> float | None:
+        """Unigram entropy in nats, weighted over corpora; None where a corpus has no facts."""
+        weights = self.weights or (1.0,)
+        known = [facts.entropy for facts in self.facts if facts is not None]
+        if len(known) < len(self.facts):
+            return None
+        return sum(w * e for w, e in zip(weights, known, strict=True)) / sum(weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Datasets:
+    """What `build_datasets` gives; items are dicts of `tokens`, `labels`, `position_ids` (int64, (seq_length,)) and
+    `loss_mask` (fp32, (seq_length,))."""
+
+    train: Any
+    valid: Any | None
+    """None where `eval_interval` is null."""
+
+
+def open_corpora(config: PretrainConfig) -> Corpora:
+    """Read and check everything that `data_path` names; raises DataError naming file, fault and remedy."""
+    tokenizer = build_tokenizer(config.data)
+    prefixes, weights = split_blend(config.data.data_path)
+    indexes = tuple(check_index(prefix) for prefix in prefixes)
+    facts = tuple(read_facts(prefix) for prefix in prefixes)
+    for prefix, known, index in zip(prefixes, facts, indexes, strict=True):
+        if known is not None:
+            _check_tokenizer(prefix, known, tokenizer)
+        _check_splits(prefix, index, config)
+    digest = hashlib.sha256("".join(map(content_digest, prefixes)).encode()).hexdigest()[:16]
+    folder = config.data.data_cache_path or str(Path(prefixes[0]).parent / "cache")
+    return Corpora(
+        tokenizer=tokenizer,
+        prefixes=prefixes,
+        weights=weights,
+        indexes=indexes,
+        facts=facts,
+        cache=Path(folder) / digest,
+        vocab_size=_vocabulary(config, tokenizer),
+    )
+
+
+def split_blend(data_path: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    """Prefixes and weights of `[prefix]` or `[weight, prefix, weight, prefix, ...]`."""
+    if len(data_path) == 1:
+        return data_path, None
+    return data_path[1::2], tuple(map(float, data_path[::2]))
+
+
+def build_datasets(config: PretrainConfig, corpora: Corpora) -> Datasets:
+    """Training and validation datasets; with a process group, a collective call (rank 0 builds, others then read).
+
+    `seed`, `seq_length`, `train_iters * global_batch_size` and `split` decide the order of samples.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    _make_cache_folder(corpora.cache)
+    blend = (list(corpora.prefixes), None if corpora.weights is None else list(corpora.weights))
+    dataset_config = GPTDatasetConfig(
+        random_seed=config.training.seed,
+        sequence_length=config.training.seq_length,
+        blend=blend,
+        split=config.data.split,
+        path_to_cache=str(corpora.cache),
+        tokenizer=corpora.tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=config.data.eod_mask_loss,
+        create_attention_mask=False,
+    )
+    evaluates = config.training.eval_interval is not None
+    assert dataset_config.split_matrix is not None
+    dataset_config.split_matrix[1:] = [dataset_config.split_matrix[1] if evaluates else None, None]
+    batch = config.training.global_batch_size
+    sizes = [config.training.train_iters * batch, config.training.eval_iters * batch, 0]
+    with safe_index_caches():
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config)
+        train, valid, _ = builder.build()
+    return Datasets(train=train, valid=valid)
+
+
+def _check_tokenizer(prefix: str, facts: CorpusFacts, tokenizer: Tokenizer) -> None:
+    if facts.tokenizer != tokenizer.unique_identifiers:
+        raise DataError(
+            explain(
+                got=f"{prefix} was prepared with {facts.tokenizer}, the run has {tokenizer.unique_identifiers}",
+                rule="a run reads tokens with the tokenizer that wrote them",
+                remedy="Set tokenizer_type and tokenizer_model as in prepare-data, or prepare the corpus again",
+            )
+        )
+
+
+def _check_splits(prefix: str, index: Index, config: PretrainConfig) -> None:
+    """Every split that is used must hold a sequence: Megatron would search for one without end."""
+    shares = split_shares(config.data.split)
+    assert shares is not None, "the rules let no other split pass"
+    needed = config.training.seq_length + 1
+    bounds = [0.0, shares[0], shares[0] + shares[1]]
+    wanted = {"training": (bounds[0], bounds[1])}
+    if config.training.eval_interval is not None:
+        wanted["validation"] = (bounds[1], bounds[2])
+    for name, (start, end) in wanted.items():
+        first, last = round(start * len(index.lengths)), round(end * len(index.lengths))
+        tokens = int(index.lengths[first:last].sum(dtype=np.int64))
+        if tokens < needed:
+            raise DataError(
+                explain(
+                    got=f"the {name} split of {prefix} has {last - first} documents with {tokens} tokens",
+                    rule=f"one sequence takes seq_length + 1 = {needed}",
+                    remedy="Prepare more text, change split, or lower seq_length",
+                )
+            )
+
+
+def _vocabulary(config: PretrainConfig, tokenizer: Tokenizer) -> int:
+    asked = config.data.vocab_size
+    if asked is not None and asked < tokenizer.vocab_size:
+        raise DataError(
+            explain(
+                got=f"vocab_size {asked} with a tokenizer of {tokenizer.vocab_size} tokens",
+                rule="the model must know every token",
+                remedy=f"Set vocab_size to null or to at least {tokenizer.vocab_size}",
+            )
+        )
+    return asked or tokenizer.vocab_size
+
+
+def _make_cache_folder(folder: Path) -> None:
+    """Create the folder on every rank before rank 0 writes: a refusal later would leave the others waiting."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder, os.W_OK)
+        reason = "no permission to write"
+    except OSError as error:
+        usable, reason = False, str(error.strerror)
+    if not usable:
+        raise DataError(
+            explain(
+                got=f"the cache folder {folder} cannot be used ({reason})",
+                rule="index caches are written beside the data unless data_cache_path says where",
+                remedy="Set data_cache_path to a folder that all ranks share and can write",
+            )
+        )

@@ -1,0 +1,110 @@
+"""Batches for every rank: deterministic, and resumable from the number of samples already used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.training.data.datasets import Datasets
+
+Batch = dict[str, torch.Tensor]
+
+KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+"""What a batch holds; tensors are (micro_batch_size, seq_length), whole sequences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataShare:
+    """Which part of every global batch a rank reads: alike for all tensor, pipeline and context parallel ranks."""
+
+    rank: int = 0
+    """Data parallel rank."""
+    size: int = 1
+    """Data parallel ranks."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size, f"data parallel rank {self.rank} of {self.size}"
+
+
+class ShareSampler:
+    """Indexes of one rank's micro-batches, in order, from `consumed_samples` to `num_samples`.
+
+    Of every micro_batch_size * size consecutive samples rank r takes the r-th micro_batch_size; a last group that is
+    not whole is left out.
+    """
+
+    def __init__(
+        self, *, num_samples: int, consumed_samples: int, micro_batch_size: int, share: DataShare
+    ) -> None:
+        self._group = micro_batch_size * share.size
+        self._offset = micro_batch_size * share.rank
+        self._micro_batch_size = micro_batch_size
+        self._range = range(consumed_samples, num_samples - self._group + 1, self._group)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self._range:
+            first = start + self._offset
+            yield list(range(first, first + self._micro_batch_size))
+
+
+def train_iterator(
+    config: PretrainConfig, datasets: Datasets, share: DataShare, *, consumed_samples: int = 0
+) -> Iterator[Batch]:
+    """Micro-batches of training data after `consumed_samples` sequences (over all ranks); ends with `train_iters`.
+
+    Raises DataError when the dataset is shorter than the run.
+    """
+    needed = config.training.train_iters * config.training.global_batch_size
+    if len(datasets.train) < needed:
+        raise DataError(
+            explain(
+                got=f"the training data has {len(datasets.train)} samples",
+                rule=f"train_iters * global_batch_size = {needed}",
+                remedy="Remove the index cache, it is of another run",
+            )
+        )
+    return _iterate(config, datasets.train, share, first=consumed_samples, last=needed)
+
+
+def valid_iterator(config: PretrainConfig, datasets: Datasets, share: DataShare) -> Iterator[Batch]:
+    """The `eval_iters` validation batches: the same ones at every evaluation, so that losses compare."""
+    assert datasets.valid is not None, "eval_interval is null: there is no validation data"
+    needed = config.training.eval_iters * config.training.global_batch_size
+    return _iterate(config, datasets.valid, share, first=0, last=needed)
+
+
+def _iterate(
+    config: PretrainConfig, dataset: Any, share: DataShare, *, first: int, last: int
+) -> Iterator[Batch]:
+    sampler = ShareSampler(
+        num_samples=last,
+        consumed_samples=first,
+        micro_batch_size=config.training.micro_batch_size,
+        share=share,
+    )
+    # A loader without a generator of its own draws one number from the global one whenever it is iterated: a
+    # resumed run, which makes one more iterator, would then differ in every dropout mask.
+    generator = torch.Generator().manual_seed(config.training.seed)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=config.data.num_workers,
+        generator=generator,
+        collate_fn=collate,
+    )
+    return iter(loader)
+
+
+def collate(samples: list[dict[str, Any]]) -> Batch:
+    """Stack samples; drops what only a blend adds."""
+    batch: Batch = default_collate([{key: sample[key] for key in KEYS} for sample in samples])
+    return batch
