@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_lightseq.errors import DataError, explain
 
 STDLIB_SKIPPED = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo")
-    + ("encodings", "pydoc_data")
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+    | {"encodings", "pydoc_data"}
 )
 """Folders of the standard library that hold other people's code, test data or generated tables."""
 

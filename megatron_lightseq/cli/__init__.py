@@ -1,0 +1,83 @@
+"""The `lightseq` command: names of subcommands, each imported when it is called.
+
+Exit status: 0 done, 1 something failed while running, 2 the command line or its files are wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_lightseq import __version__
+from megatron_lightseq.cli.launched import Rank
+from megatron_lightseq.config.names import nearest
+from megatron_lightseq.errors import ConfigError, DataError, LayoutError, LightSeqError, UnsupportedError
+
+USER_ERRORS = (ConfigError, DataError, LayoutError, UnsupportedError)
+"""Errors in what was asked for; any other one happened while doing it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand: where it lives and what it does."""
+
+    module: str
+    summary: str
+
+    def load(self) -> Callable[[Sequence[str]], int]:
+        """Its function from arguments to exit status."""
+        run_command: Callable[[Sequence[str]], int] = importlib.import_module(self.module).run
+        return run_command
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "megatron_lightseq.cli.pretrain", "train a GPT; start it with torchrun for several ranks"
+    ),
+    "prepare-data": Command("megatron_lightseq.cli.prepare_data", "turn text into a corpus of tokens"),
+    "schedule": Command("megatron_lightseq.cli.schedule", "print or draw who computes what, when"),
+    "bench": Command("megatron_lightseq.bench.__main__", "time the attention kernels"),
+    "doctor": Command("megatron_lightseq.cli.doctor", "say what this machine offers and what is missing"),
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; errors of ours become a message on standard error, other errors stay exceptions."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name == "--version":
+        sys.stdout.write(f"megatron-lightseq {__version__}\n")
+        return 0
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        hint = f"Perhaps {near} was meant" if near else f"The commands are {', '.join(COMMANDS)}"
+        sys.stderr.write(f"lightseq: there is no command {name!r}. {hint}.\n")
+        return 2
+    try:
+        return COMMANDS[name].load()(rest)
+    except LightSeqError as error:
+        if Rank.from_environment().speaks_for(error):
+            sys.stderr.write(f"lightseq {name}: {error}\n")
+        return 2 if isinstance(error, USER_ERRORS) else 1
+
+
+def usage() -> str:
+    """The help text of `lightseq`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lightseq COMMAND [arguments]",
+            "",
+            "LightSeq / DistFlashAttn context parallelism for Megatron-Core.",
+            "",
+            *lines,
+            "",
+            "`lightseq COMMAND --help` says more about one of them.",
+            "",
+        ]
+    )

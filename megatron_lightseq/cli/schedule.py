@@ -1,0 +1,104 @@
+"""`lightseq schedule --method lightseq --cp 8`: who computes what, when, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lightseq.config.sections import LAYOUT_OF_METHOD
+from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
+from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule import METHODS, Schedule, TensorShape, build, resolve_method, simulate
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print a schedule and its figures; draw it too when asked."""
+    options = _parser().parse_args(arguments)
+    _check(options)
+    method = resolve_method(options.method)
+    layout_name = options.layout or LAYOUT_OF_METHOD.get(method.name, "contiguous")
+    schedule = build(
+        method,
+        SequenceLayout(layout_name, options.cp),
+        mask=Mask.parse(options.mask),
+        direction=options.direction,
+        seq_length=options.seq_length,
+    )
+    shape = TensorShape(
+        num_heads=options.heads,
+        num_query_groups=options.groups or options.heads,
+        head_dim=options.head_dim,
+        element_bytes=2 if options.dtype == "bf16" else 4,
+    )
+    sys.stdout.write(f"{schedule}\n\n{figures(schedule, shape)}\n")
+    if options.png is not None:
+        from megatron_lightseq.plots import draw_schedule
+
+        draw_schedule(schedule, options.png)
+        sys.stdout.write(f"drawn in        {options.png}\n")
+    return 0
+
+
+def figures(schedule: Schedule, shape: TensorShape) -> str:
+    """Makespan, busy fraction and bytes, one a line; the unit of time is one whole tile of a rank's tokens."""
+    played = simulate(schedule, shape=shape)
+    sent, received = played.bytes_sent, played.bytes_received
+    return "\n".join(
+        [
+            f"fingerprint     {schedule.fingerprint}",
+            f"steps           {len(schedule.steps)}",
+            f"makespan        {played.makespan_s:.3f} tiles (ideal {played.ideal_s:.3f})",
+            f"busy            {played.busy:.1%}",
+            f"sent per rank   {_range(sent)}, {_megabytes(sum(sent))} in all",
+            f"received        {_range(received)}",
+        ]
+    )
+
+
+def _range(sizes: Sequence[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return _megabytes(low) if low == high else f"{_megabytes(low)} to {_megabytes(high)}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB"
+
+
+def _check(options: argparse.Namespace) -> None:
+    groups = options.groups or options.heads
+    if min(options.cp, options.heads, groups, options.head_dim) < 1 or options.heads % groups:
+        raise ConfigError(
+            explain(
+                got=f"--cp {options.cp}, --heads {options.heads}, --groups {groups}, --head-dim {options.head_dim}",
+                rule="all are 1 or more, and the groups divide the heads",
+                remedy=f"Use --groups that divides {options.heads}",
+            )
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="lightseq schedule",
+        allow_abbrev=False,
+        description="Print the schedule of an attention: tiles by rank and step (q5k2: queries of chunk 5, keys of "
+        "chunk 2), then the transfers that run beside them.",
+    )
+    made.add_argument("--method", default="lightseq", help=f"one of {', '.join(METHODS)} (default: lightseq)")
+    made.add_argument("--cp", type=int, default=4, metavar="P", help="context parallel ranks (default: 4)")
+    made.add_argument("--layout", choices=LAYOUT_NAMES, help="default: the method's own")
+    made.add_argument("--direction", choices=("forward", "backward"), default="forward")
+    made.add_argument("--mask", default="causal", help="text form of a mask (default: causal)")
+    made.add_argument(
+        "--seq-length", type=int, metavar="N", help="tokens over all ranks (default: 1024 a chunk)"
+    )
+    made.add_argument("--heads", type=int, default=32, metavar="H", help="query heads (default: 32)")
+    made.add_argument("--groups", type=int, metavar="G", help="key/value heads (default: as many)")
+    made.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: 128")
+    made.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the inputs (default: bf16)"
+    )
+    made.add_argument("--png", type=Path, metavar="FILE", help="draw it")
+    return made
