@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -28,5 +29,9 @@ def run(arguments: Sequence[str]) -> int:
 
     from megatron_lightseq.training.pretrain import pretrain
 
-    machine = Machine(world_size=rank.world_size, num_gpus=torch.cuda.device_count())
+    machine = Machine(
+        world_size=rank.world_size,
+        num_gpus=torch.cuda.device_count(),
+        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+    )
     return pretrain(load_config(arguments, machine=machine))

@@ -24,6 +24,8 @@ class Machine:
     """Number of ranks that torchrun starts."""
     num_gpus: int | None = None
     """Number of CUDA devices visible on this host."""
+    has_transformer_engine: bool | None = None
+    """Whether Transformer Engine is installed."""
 
 
 Predicate = Callable[[PretrainConfig, Machine], bool]
@@ -51,7 +53,7 @@ class Rule:
         values = to_flat(config)
         shown = [f"{key} {_shown(values[key])}" for key in self.keys]
         if self.needs is not None:
-            shown.append(f"{self.needs.replace('_', ' ')} {getattr(machine, self.needs)}")
+            shown.append(f"{self.needs.replace('_', ' ')} {_shown(getattr(machine, self.needs))}")
         facts = {**values, "world_size": machine.world_size, "num_gpus": machine.num_gpus}
         return explain(got=", ".join(shown), rule=self.text, remedy=self.remedy.format_map(facts))
 

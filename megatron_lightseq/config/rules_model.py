@@ -281,8 +281,7 @@ def seq_length_divides_by_context_parallel(c: PretrainConfig, _: Machine) -> boo
 )
 def seq_length_divides_by_zigzag(c: PretrainConfig, _: Machine) -> bool:
     size = c.parallel.context_parallel_size
-    cut_in_two = c.context.layout_name == "zigzag" and size > 1
-    if not cut_in_two or c.training.seq_length % size:  # the latter has a rule of its own
+    if c.context.layout_name != "zigzag" or c.training.seq_length % size:  # the latter has a rule of its own
         return True
     return c.training.seq_length % (2 * size) == 0
 
@@ -309,12 +308,24 @@ def zigzag_is_zigzag(c: PretrainConfig, _: Machine) -> bool:
 
 @CONTEXT.rule(
     "cp_method",
+    "cp_layout",
+    text="cp_method megatron cuts sequences as Megatron does, zigzag",
+    remedy="Set cp_layout to auto",
+)
+def megatron_method_is_zigzag(c: PretrainConfig, _: Machine) -> bool:
+    return c.context.cp_method != "megatron" or c.context.layout_name == "zigzag"
+
+
+@CONTEXT.rule(
+    "cp_method",
     "context_parallel_size",
-    text="cp_method megatron is plain Megatron attention, which without Transformer Engine has no context parallelism",
+    needs="has_transformer_engine",
+    text="cp_method megatron is Megatron's own attention, which has context parallelism in Transformer Engine only",
     remedy="Set context_parallel_size to 1, or cp_method to lightseq, ring or zigzag",
 )
-def megatron_method_has_no_context_parallelism(c: PretrainConfig, _: Machine) -> bool:
-    return c.context.cp_method != "megatron" or c.parallel.context_parallel_size == 1
+def megatron_method_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
+    plain = c.context.cp_method == "megatron" and c.parallel.context_parallel_size > 1
+    return not plain or m.has_transformer_engine is not False
 
 
 @CONTEXT.rule(

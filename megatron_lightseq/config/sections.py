@@ -28,7 +28,7 @@ LAYOUT_OF_METHOD: dict[str, str] = {
     "lightseq": "contiguous",
     "ring": "contiguous",
     "zigzag": "zigzag",
-    "megatron": "contiguous",
+    "megatron": "zigzag",  # what Transformer Engine's context parallelism expects
 }
 """The layout that `cp_layout: auto` stands for."""
 
@@ -145,9 +145,9 @@ class ContextParallelConfig:
     """How attention runs over the context parallel ranks."""
 
     cp_method: CPMethod = "lightseq"
-    """Placement of attention tiles on ranks; megatron: Megatron's own attention, without CP."""
+    """Placement of attention tiles on ranks; megatron: Megatron's own attention (CP needs TE)."""
     cp_layout: CPLayout = "auto"
-    """Which rank owns which tokens; auto: zigzag for the zigzag method, contiguous otherwise."""
+    """Which rank owns which tokens; auto: zigzag for zigzag and megatron, contiguous otherwise."""
     cp_overlap: bool = True
     """Transfer the next step's blocks while this step's are computed."""
     cp_kernel: CPKernel = "auto"
