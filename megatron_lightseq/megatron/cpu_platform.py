@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.layout import SequenceLayout
 
 PATCHED_MODULES: dict[str, str] = {
     "parallel_state": "synchronises the device after building groups",
@@ -257,6 +258,11 @@ def _attribute_patches() -> Iterator[tuple[Any, str, Any]]:
         staticmethod(_sequence_parallel_norm(torch_norm.WrappedTorchNorm)),
     )
 
+    # The index of the zigzag cut is pinned and moved to CUDA (models/common/embeddings/rope_utils.py).
+    for name in ("rope_utils", "rotary_pos_embedding"):  # the second imports the function from the first
+        embeddings = importlib.import_module(f"megatron.core.models.common.embeddings.{name}")
+        yield embeddings, "get_pos_emb_on_this_cp_rank", _zigzag_angles
+
     # HAVE_TE is wrongly true without Transformer Engine, whose wrapper module imports anyway; then
     # `isinstance(x, TELinear)` meets TELinear = None (transformer/multi_latent_attention.py).
     latent_attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
@@ -270,6 +276,14 @@ def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
 
 def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(new_state)
+
+
+def _zigzag_angles(
+    pos_emb: torch.Tensor, seq_dim: int, cp_group: torch.distributed.ProcessGroup
+) -> torch.Tensor:
+    layout = SequenceLayout.zigzag(cp_group.size())
+    angles: torch.Tensor = layout.shard(pos_emb, cp_group.rank(), seq_dim)
+    return angles
 
 
 def _sequence_parallel_norm(wrapped: type) -> Callable[..., torch.nn.Module]:

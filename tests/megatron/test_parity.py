@@ -158,19 +158,20 @@ def local_average_loss() -> Callable[[], None]:
 
 
 def last_in_first_out() -> Callable[[], None]:
-    """Recomputation takes the wrong layer's attention when one checkpoint holds several calls of one module."""
+    """Recomputation of several layers in one checkpoint takes another layer's attention."""
     from megatron_lightseq.megatron.checkpoint_scope import CheckpointScope
-
-    stash = CheckpointScope.stash
-    CheckpointScope.stash = lambda self, module: stash(
-        self, None
-    )  # one FIFO for all modules is still in order
-
     from megatron_lightseq.recompute import AttentionStash
 
-    pop = AttentionStash.pop
+    stash, pop = CheckpointScope.stash, AttentionStash.pop
+    CheckpointScope.stash = lambda self, module: stash(
+        self, None
+    )  # one for all layers: still right, in order
     AttentionStash.pop = lambda self, q_shape: self._kept.pop()
-    return lambda: (setattr(CheckpointScope, "stash", stash), setattr(AttentionStash, "pop", pop))  # type: ignore[return-value]
+
+    def undo() -> None:
+        CheckpointScope.stash, AttentionStash.pop = stash, pop
+
+    return undo
 
 
 def unmarked_norms() -> Callable[[], None]:

@@ -1,0 +1,161 @@
+"""LightSeqCoreAttention in Megatron's place: same results, and a refusal of whatever it would have to ignore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def transformer_config(**overrides: Any) -> Any:
+    from megatron.core.transformer import TransformerConfig
+
+    options = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "attention_dropout": 0.0}
+    return TransformerConfig(**{**options, "masked_softmax_fusion": False, **overrides})
+
+
+def build(config: Any, layer_number: int = 1, **options: Any) -> Any:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_lightseq.megatron import LightSeqCoreAttention
+
+    options = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", **options}
+    return LightSeqCoreAttention(config, layer_number, **options)
+
+
+def megatrons(config: Any, layer_number: int = 1, **options: Any) -> Any:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    options = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", **options}
+    return DotProductAttention(config, layer_number, **options)
+
+
+def qkv(num_query_groups: int = 4, length: int = 13) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(length, 2, heads, 8) for heads in (4, num_query_groups, num_query_groups)]
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+def output_and_gradients(attention: Any, inputs: list[torch.Tensor], **call: Any) -> list[torch.Tensor]:
+    out = attention(*inputs, None, **call)
+    gradients = torch.autograd.grad((out * torch.arange(out.shape[-1])).sum(), inputs)
+    return [out.detach(), *gradients]
+
+
+EQUIVALENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "multi-head": ({}, {}),
+    "grouped": ({"num_query_groups": 2}, {}),
+    "multi-query": ({"num_query_groups": 1}, {}),
+    "softmax-scale": ({}, {"softmax_scale": 0.07}),
+    "query-key-layer-scaling": ({"apply_query_key_layer_scaling": True}, {"layer_number": 2}),
+    "window": ({"window_size": (4, 0)}, {}),
+    "window-skipped-layer": ({"window_size": (4, 0), "window_attn_skip_freq": 2}, {"layer_number": 2}),
+    "window-kept-layer": ({"window_size": (4, 0), "window_attn_skip_freq": 2}, {"layer_number": 1}),
+}
+
+
+@pytest.mark.parametrize("case", EQUIVALENT)
+def test_equals_megatrons_attention(case: str) -> None:
+    settings, options = EQUIVALENT[case]
+    config = transformer_config(**settings)
+    inputs = qkv(config.num_query_groups)
+    ours, theirs = (output_and_gradients(make(config, **options), inputs) for make in (build, megatrons))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_and_layers_do_change_the_result() -> None:
+    """The comparison above tells masks and scales apart."""
+    plain = output_and_gradients(build(transformer_config()), qkv())
+    for settings, options in ({"window_size": (4, 0)}, {}), ({}, {"softmax_scale": 0.07}):
+        other = output_and_gradients(build(transformer_config(**settings), **options), qkv())
+        assert not torch.allclose(plain[0], other[0], atol=1e-3)
+
+
+def test_mask_type_may_change_by_call() -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    attention = build(transformer_config())
+    q, k, v = qkv()
+    full = output_and_gradients(attention, [q, k, v], attn_mask_type=AttnMaskType.no_mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)))
+    torch.testing.assert_close(full[0], expected.permute(2, 0, 1, 3).flatten(2), rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        UnsupportedError, match=r"attn_mask_type padding: .* causal and no_mask.*Use one of the two"
+    ):
+        attention(q, k, v, None, attn_mask_type=AttnMaskType.padding)
+
+
+def test_values_may_have_their_own_head_dim() -> None:
+    """Latent attention: keys and values differ in width."""
+    q, k, _ = qkv()
+    v = torch.randn(13, 2, 4, 5)
+    assert build(transformer_config(), k_channels=8, v_channels=5)(q, k, v, None).shape == (13, 2, 20)
+
+
+def test_has_no_state() -> None:
+    attention = build(transformer_config())
+    assert attention.state_dict() == {}
+    assert attention.sharded_state_dict("prefix.") == {}
+    assert "lightseq on contiguous(1)" in repr(attention)
+
+
+def test_megatron_014_passes_its_groups_by_another_name() -> None:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+    assert build(transformer_config(), model_comm_pgs=groups).group is groups.cp
+    assert build(transformer_config(), pg_collection=groups).group is groups.cp
+
+
+CONSTRUCTION = {
+    "attention_dropout": ({"attention_dropout": 0.1}, {}),
+    "attention_dropout ": ({}, {"attention_dropout": 0.1}),
+    "softmax_type = 'off-by-one'": ({"softmax_type": "off-by-one"}, {}),
+    "softmax_type = 'learnable'": ({"softmax_type": "learnable"}, {}),
+    "qk_clip": ({"qk_clip": True}, {}),
+    "fp8_dot_product_attention": ({"fp8_dot_product_attention": True}, {}),
+    "attention_type 'cross'": ({}, {"attention_type": "cross"}),
+    "cp_comm_type": ({}, {"cp_comm_type": "a2a"}),
+    "the option sliding_sinks": ({}, {"sliding_sinks": 4}),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTION)
+def test_refuses_at_construction(name: str) -> None:
+    settings, options = CONSTRUCTION[name]
+    with pytest.raises(UnsupportedError, match=f"{name.strip()}.*does not support it.*Switch it off"):
+        build(transformer_config(**settings), **options)
+
+
+def test_accepts_options_that_change_nothing() -> None:
+    build(transformer_config(), attention_dropout=0.0, cp_comm_type="p2p", num_splits=None)
+
+
+@pytest.mark.parametrize("name", ["attention_bias", "packed_seq_params", "something_new"])
+def test_refuses_at_call(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"the forward argument {name} = Tensor: .*have to ignore"):
+        build(transformer_config())(*qkv(), None, **{name: torch.zeros(1)})
+
+
+def test_group_and_configuration_must_have_one_size() -> None:
+    config = transformer_config()
+    config.context_parallel_size = 2
+    with pytest.raises(ConfigError, match=r"context_parallel_size 2 with a group of 1 ranks: .*Initialise"):
+        build(config)
+
+
+def test_refuses_to_run_in_a_model_that_was_not_told_the_layout() -> None:
+    from megatron_lightseq.layout import SequenceLayout
+
+    attention = build(transformer_config())
+    attention.layout = SequenceLayout.contiguous(2)
+    with pytest.raises(
+        LayoutError, match=r"contiguous\(2\) in a model that was not told.*future tokens.*adopt_layout"
+    ):
+        attention(*qkv(), None)

@@ -1,0 +1,297 @@
+"""Batches, rotary embeddings and attention agree on which rank holds which tokens, or nothing runs."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.megatron import shard_batch
+from tests.harness.ranks import run_ranks
+from tests.megatron.runs import TINY, VOCAB_SIZE
+
+LENGTH = 16
+
+
+def whole_batch(length: int = LENGTH) -> dict[str, torch.Tensor]:
+    tokens = torch.arange(2 * length).view(2, length) % VOCAB_SIZE
+    return {
+        "tokens": tokens,
+        "labels": tokens + 1,
+        "loss_mask": torch.ones(2, length),
+        "position_ids": torch.arange(length).expand(2, -1),
+        "attention_mask": torch.ones(2, 1, length, length, dtype=torch.bool).tril(),
+    }
+
+
+# --- batches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
+def test_shards_hold_the_positions_of_the_layout(name: str) -> None:
+    layout, whole = SequenceLayout(name, 4), whole_batch()
+    for rank in range(4):
+        shard = shard_batch(whole, layout, rank)
+        positions = torch.tensor(layout.positions(rank, LENGTH))
+        for key in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert torch.equal(shard[key], whole[key][:, positions])
+            assert shard[key].is_contiguous()
+        assert torch.equal(shard["attention_mask"], whole["attention_mask"][:, :, positions])
+
+
+def test_zigzag_shards_are_megatrons() -> None:
+    for ours, theirs in run_ranks(4, _zigzag_shards):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def _zigzag_shards() -> tuple[dict[str, Any], dict[str, Any]]:
+    import torch.distributed as dist
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    ours = shard_batch(whole_batch(), SequenceLayout.zigzag(4), dist.get_rank())
+    return dict(ours), get_batch_on_this_cp_rank(whole_batch(), dist.group.WORLD)
+
+
+def test_one_rank_keeps_the_batch() -> None:
+    whole = whole_batch()
+    shard = shard_batch(whole, SequenceLayout.contiguous(1), 0)
+    assert all(shard[key] is whole[key] for key in whole)
+    assert shard_batch({"tokens": None}, SequenceLayout.zigzag(2), 0) == {"tokens": None}
+
+
+def test_unknown_entries_and_lengths_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch entry 'cu_seqlens': .*tokens, labels.*Take it out"):
+        shard_batch({"cu_seqlens": torch.zeros(3)}, SequenceLayout.contiguous(2), 0)
+    with pytest.raises(LayoutError, match=r"seq_length 16 over cp_size 3: .*multiple of"):
+        shard_batch(whole_batch(), SequenceLayout.contiguous(3), 0)
+
+
+# --- rotary embeddings ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("kind", ["RotaryEmbedding", "YarnRotaryEmbedding"])
+def test_angles_follow_the_layout(kind: str, name: str) -> None:
+    from megatron.core.models.common import embeddings
+
+    from megatron_lightseq.megatron.rope import adopt_rotary
+
+    rotary = getattr(embeddings, kind)(8, rotary_percent=1.0, use_cpu_initialization=True)
+    whole = rotary(LENGTH)
+    layout = SequenceLayout(name, 4)
+    for rank in range(4):
+        model = torch.nn.Module()
+        model.rotary_pos_emb = rotary
+        assert adopt_rotary(model, layout, rank) == 1
+        shard = model.rotary_pos_emb(LENGTH)
+        positions = layout.positions(rank, LENGTH)
+        if kind == "YarnRotaryEmbedding":
+            assert torch.equal(shard[0], whole[0][positions])
+            assert shard[1] == whole[1]
+        else:
+            assert torch.equal(shard, whole[positions])
+        assert model.rotary_pos_emb.get_rotary_seq_len == rotary.get_rotary_seq_len
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_rotary_embeddings_that_cut_themselves_are_refused() -> None:
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
+
+    from megatron_lightseq.megatron.rope import LayoutRotaryEmbedding, adopt_rotary
+
+    model = torch.nn.Module()
+    model.rotary_pos_emb = MultimodalRotaryEmbedding(8, 1.0)
+    adopt_rotary(model, SequenceLayout.zigzag(2), 0)
+    with pytest.raises(UnsupportedError, match=r"Multimodal.* with layout contiguous\(2\): .*zigzag itself"):
+        adopt_rotary(model, SequenceLayout.contiguous(2), 0)
+    with pytest.raises(UnsupportedError, match=r"rotary embedding with packed_seq: .*unpacked"):
+        LayoutRotaryEmbedding(model.rotary_pos_emb, SequenceLayout.zigzag(2), 0)(LENGTH, packed_seq=True)
+
+
+# --- a user's own GPTModel --------------------------------------------------------------------------------------
+
+
+def own_model(method: str, adopt: bool = True) -> tuple[Any, Any]:
+    """A GPTModel as a user of Megatron would build it, on two context-parallel ranks."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_lightseq.config import ContextParallelConfig
+    from megatron_lightseq.megatron import adopt_layout, cpu_platform, gpt_layer_spec
+
+    cpu_platform.activate()
+    size = dist.get_world_size()
+    parallel_state.initialize_model_parallel(context_parallel_size=size, create_gloo_process_groups=False)
+    torch.manual_seed(1)
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=TINY["num_query_groups"],
+        context_parallel_size=size,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=0.3,
+        bias_dropout_fusion=False,
+    )
+    spec = gpt_layer_spec(config, context=ContextParallelConfig(cp_method=method))
+    model = GPTModel(config, spec, VOCAB_SIZE, LENGTH, position_embedding_type="rope").eval()
+    return model, adopt_layout(model) if adopt else None
+
+
+def _losses(model: Any, batch: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+
+def _all_losses(method: str) -> torch.Tensor:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    model, layout = own_model(method)
+    whole = whole_batch()
+    del whole["attention_mask"]
+    local = _losses(model, shard_batch(whole, layout, dist.get_rank()))
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.contiguous())
+    parallel_state.destroy_model_parallel()
+    return layout.unshard(parts, 1)
+
+
+@pytest.mark.parametrize("method", ["lightseq", "zigzag"])
+def test_own_model_gives_every_token_the_loss_of_one_rank(method: str) -> None:
+    (expected,) = run_ranks(1, _all_losses, method)
+    for losses in run_ranks(2, _all_losses, method):
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+def _refusal(method: str, fed: str, tagged: bool) -> str:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    model, _ = own_model(method)
+    whole = whole_batch()
+    del whole["attention_mask"]
+    shard = shard_batch(whole, SequenceLayout(fed, 2), dist.get_rank())
+    if not tagged:
+        shard = {key: value.clone() for key, value in shard.items() if value is not None}
+    try:
+        _losses(model, shard)
+    except LayoutError as error:
+        return str(error)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return "ran"
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize(
+    ("method", "fed"), [("lightseq", "zigzag"), ("ring", "striped"), ("zigzag", "contiguous")]
+)
+def test_data_of_another_layout_is_refused_by_both_names(method: str, fed: str, tagged: bool) -> None:
+    wanted = "zigzag(2)" if method == "zigzag" else "contiguous(2)"
+    for message in run_ranks(2, _refusal, method, fed, tagged):
+        assert f"cut by {fed}(2)" in message
+        assert f"attention on {wanted}" in message
+        assert "future tokens" in message
+        assert "shard_batch" in message
+    assert run_ranks(2, _refusal, method, wanted.partition("(")[0], tagged) == ["ran", "ran"]
+
+
+def _without_positions() -> str:
+    from megatron.core import parallel_state
+
+    model, _ = own_model("lightseq")
+    try:
+        model(whole_batch()["tokens"][:, : LENGTH // 2].clone(), None, None)
+    except LayoutError as error:
+        return str(error)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return "ran"
+
+
+def test_data_that_cannot_be_checked_is_refused() -> None:
+    for message in run_ranks(2, _without_positions):
+        assert "a batch without position_ids that shard_batch did not cut" in message
+
+
+def _unadopted() -> str:
+    from megatron.core import parallel_state
+
+    model, _ = own_model("lightseq", adopt=False)
+    try:
+        _losses(model, shard_batch(whole_batch(), SequenceLayout.contiguous(2), 0))
+    except LayoutError as error:
+        return str(error)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return "ran"
+
+
+def test_a_model_that_was_not_told_its_layout_is_refused() -> None:
+    for message in run_ranks(2, _unadopted):
+        assert "adopt_layout(model)" in message
+
+
+def _tokens_seen_too_early(method: str, fed: str, guarded: bool) -> list[int]:
+    """Positions whose loss changes when only the sequence's last input token does."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    model, layout = own_model(method)
+    if not guarded:
+        model._forward_pre_hooks.clear()
+        layout = SequenceLayout(fed, 2)
+    whole = whole_batch()
+    del whole["attention_mask"]
+    changed = {**whole, "tokens": whole["tokens"].clone()}
+    changed["tokens"][:, -1] += 1
+    rank = dist.get_rank()
+    before, after = (_losses(model, shard_batch(batch, layout, rank)) for batch in (whole, changed))
+    parallel_state.destroy_model_parallel()
+    moved = (before - after).abs().amax(0) > 1e-4
+    return [position for position, hit in zip(layout.positions(rank, LENGTH), moved, strict=True) if hit]
+
+
+def test_without_the_guard_future_tokens_leak() -> None:
+    """Why the guard is there: Megatron's zigzag data in a contiguous attention, no error, and a loss that knows."""
+    leaked = sorted(chain(*run_ranks(2, _tokens_seen_too_early, "lightseq", "zigzag", False)))
+    assert len(leaked) > 1
+    assert leaked[0] < LENGTH - 1
+    for method in ("lightseq", "zigzag"):
+        assert list(chain(*run_ranks(2, _tokens_seen_too_early, method, "", True))) == [LENGTH - 1]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_adopting_needs_one_layout() -> None:
+    from megatron_lightseq.megatron import adopt_layout
+
+    with pytest.raises(LayoutError, match=r"attentions have the layouts \(none\): .*one gpt_layer_spec"):
+        adopt_layout(torch.nn.Linear(1, 1))
+
+
+def _twice() -> int:
+    from megatron.core import parallel_state
+
+    from megatron_lightseq.megatron import adopt_layout
+
+    model, layout = own_model("lightseq")
+    assert adopt_layout([model]) == layout
+    parallel_state.destroy_model_parallel()
+    return len(model._forward_pre_hooks)
+
+
+def test_adopting_twice_checks_once() -> None:
+    assert run_ranks(2, _twice) == [1, 1]
