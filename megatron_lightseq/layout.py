@@ -121,7 +121,8 @@ class SequenceLayout:
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
         """The chunks of a rank in the order in which its shard stores them."""
-        return tuple(chunk for chunk, owner in enumerate(self.owner) if owner == rank)
+        pieces = (rank, 2 * self.cp_size - 1 - rank) if self.name == "zigzag" else (rank,)
+        return tuple(piece * self.splits + part for piece in pieces for part in range(self.splits))
 
     def chunk_positions(self, chunk: int, seq_length: int) -> range:
         """Global positions of a chunk's tokens, in a sequence of ``seq_length`` tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
@@ -79,7 +80,7 @@ def build(
     )
 
 
-def drop_empty(placement: Placement, work: dict[Tile, int]) -> Placement:
+def drop_empty(placement: Placement, work: Mapping[Tile, int]) -> Placement:
     """The placement without tiles that hold no work and without steps that then hold no tile."""
     kept = [[[tile for tile in tiles if tile in work] for tiles in row] for row in placement]
     return [row for row in kept if any(row)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Direction(StrEnum):
@@ -54,9 +55,11 @@ DATAFLOW = {
 RESULTS = frozenset({Payload.OUT, Payload.DQ, Payload.DKV})
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Tile:
-    """Chunk ``q`` of the queries against chunk ``k`` of the keys. Text form: ``q3k1``."""
+class Tile(NamedTuple):
+    """Chunk ``q`` of the queries against chunk ``k`` of the keys. Text form: ``q3k1``.
+
+    A tuple, because a schedule over P ranks holds about 2 P^2 of them and every check hashes each.
+    """
 
     q: int
     k: int
@@ -65,8 +68,7 @@ class Tile:
         return f"q{self.q}k{self.k}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Move:
+class Move(NamedTuple):
     """One transfer of one chunk. Text form: ``kv1:0>2`` (payload, chunk, source rank, destination rank).
 
     An input is the chunk itself. A result is the sum over all that the source computed for that chunk.

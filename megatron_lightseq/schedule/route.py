@@ -47,22 +47,25 @@ def _time_spans(
     spans: dict[Move, tuple[int, int]] = {}
     for t, row in enumerate(placement):
         for rank, tiles in enumerate(row):
-            for tile in tiles:
-                for move in _moves_of(tile, rank, owner, direction):
-                    first, _ = spans.get(move, (t, t))
-                    spans[move] = (first, t)
+            for move in _moves_of(tiles, rank, owner, direction):
+                first, _ = spans.get(move, (t, t))
+                spans[move] = (first, t)
     return spans
 
 
-def _moves_of(tile: Tile, rank: int, owner: tuple[int, ...], direction: Direction) -> Iterator[Move]:
+def _moves_of(
+    tiles: list[Tile], rank: int, owner: tuple[int, ...], direction: Direction
+) -> Iterator[Move]:
+    """What has to travel for ``rank`` to compute ``tiles``."""
     flow = DATAFLOW[direction]
-    sides: tuple[tuple[int, Payload, Payload | None], ...] = (
-        (tile.q, flow.q_input, flow.q_result),
-        (tile.k, flow.k_input, flow.k_result),
+    sides: tuple[tuple[set[int], Payload, Payload | None], ...] = (
+        ({q for q, _ in tiles}, flow.q_input, flow.q_result),
+        ({k for _, k in tiles}, flow.k_input, flow.k_result),
     )
-    for chunk, needed, result in sides:
-        if owner[chunk] == rank:
-            continue
-        yield Move(needed, chunk, owner[chunk], rank)
-        if result is not None:
-            yield Move(result, chunk, rank, owner[chunk])
+    for chunks, needed, result in sides:
+        for chunk in chunks:
+            if owner[chunk] == rank:
+                continue
+            yield Move(needed, chunk, owner[chunk], rank)
+            if result is not None:
+                yield Move(result, chunk, rank, owner[chunk])

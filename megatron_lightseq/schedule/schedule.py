@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from types import MappingProxyType
 
 from megatron_lightseq.errors import ScheduleError, explain
 from megatron_lightseq.layout import SequenceLayout
@@ -47,7 +49,7 @@ class Schedule:
             raise ScheduleError(f"{fault}\n{self._draw(marked_step=fault.step)}")
 
     @cached_property
-    def work(self) -> dict[Tile, int]:
+    def work(self) -> Mapping[Tile, int]:
         """Every tile that holds work, with its area: how many (query, key) pairs the mask allows in it."""
         return work_of(self.layout, self.mask, self.seq_length)
 
@@ -97,15 +99,23 @@ class Schedule:
         )
 
 
-def work_of(layout: SequenceLayout, mask: Mask, seq_length: int) -> dict[Tile, int]:
-    """Tiles with work and their areas, for ``seq_length`` tokens cut by ``layout`` under ``mask``."""
+@lru_cache(maxsize=8)
+def work_of(layout: SequenceLayout, mask: Mask, seq_length: int) -> Mapping[Tile, int]:
+    """Tiles with work and their areas, for ``seq_length`` tokens cut by ``layout`` under ``mask``; read-only."""
     positions = [layout.chunk_positions(chunk, seq_length) for chunk in range(layout.num_chunks)]
-    areas = {
-        Tile(q, k): mask.area(positions[q], positions[k])
-        for q in range(layout.num_chunks)
-        for k in range(layout.num_chunks)
-    }
-    return {tile: area for tile, area in areas.items() if area}
+    # Without documents a tile's area depends on the distance of its queries and keys and on their lengths only.
+    areas: dict[tuple[int, int, int], int] = {}
+    work: dict[Tile, int] = {}
+    for q, queries in enumerate(positions):
+        q_start, q_length = queries.start, len(queries)
+        for k, keys in enumerate(positions):
+            like = (keys.start - q_start, q_length, len(keys))
+            area = None if mask.cu_seqlens else areas.get(like)
+            if area is None:
+                area = areas[like] = mask.area(queries, keys)
+            if area:
+                work[Tile(q, k)] = area
+    return MappingProxyType(work)
 
 
 def _parse_step(line: str) -> Step:

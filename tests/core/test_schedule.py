@@ -83,9 +83,9 @@ def mutants(schedule: Schedule) -> Iterator[tuple[str, tuple[Step, ...]]]:
             rest = step.moves[:i] + step.moves[i + 1 :]
             yield f"drop {move} at {t}", with_step(replace(step, moves=rest))
             yield f"repeat {move} at {t}", with_step(replace(step, moves=(*step.moves, move)))
-            elsewhere = replace(move, dst=(move.dst + 1) % size)
+            elsewhere = move._replace(dst=(move.dst + 1) % size)
             yield f"redirect {move} at {t}", with_step(replace(step, moves=(*rest, elsewhere)))
-            other_chunk = replace(move, chunk=(move.chunk + 1) % schedule.layout.num_chunks)
+            other_chunk = move._replace(chunk=(move.chunk + 1) % schedule.layout.num_chunks)
             if other_chunk not in step.moves:
                 yield f"exchange {move} at {t}", with_step(replace(step, moves=(*rest, other_chunk)))
             if t + 1 < len(schedule.steps) and move.payload not in RESULTS:
