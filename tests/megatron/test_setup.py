@@ -1,0 +1,163 @@
+"""build_training: sizes that do not fit are named with their values, and a seed names one model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.errors import LightSeqError
+from tests.harness.ranks import run_ranks
+from tests.megatron.runs import TINY, VOCAB_SIZE
+
+REFUSED: list[Any] = [
+    pytest.param(
+        {"context_parallel_size": 3},
+        r"world size 2 with tensor 1 x pipeline 1 x context 3 = 3: .*multiple.*Start 3 processes",
+        id="world-size",
+    ),
+    pytest.param(
+        {"global_batch_size": 3},
+        r"global_batch_size 3 with micro_batch_size 1 on 2 data-parallel rank\(s\): .*multiple of their product, 2",
+        id="batch",
+    ),
+    pytest.param(
+        {"pipeline_model_parallel_size": 2, "num_layers": 3},
+        r"3 layers over 2 pipeline stages: num_layers asks for a multiple of 2",
+        id="layers",
+    ),
+    pytest.param(
+        {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 3},
+        r"4 layers over 2 pipeline stages: num_layers_per_virtual_pipeline_stage asks for a multiple of 6",
+        id="virtual-layers",
+    ),
+    pytest.param(
+        {
+            "pipeline_model_parallel_size": 2,
+            "num_layers_per_virtual_pipeline_stage": 1,
+            "overlap_p2p_comm": False,
+        },
+        r"interleaved pipeline with overlap_p2p_comm off: .*trains on garbage\. Leave overlap_p2p_comm on",
+        id="interleaved-without-overlap",
+    ),
+    pytest.param(
+        {
+            "pipeline_model_parallel_size": 2,
+            "num_layers_per_virtual_pipeline_stage": 1,
+            "global_batch_size": 3,
+        },
+        r"3 micro-batches on 2 pipeline stages: .*groups of as many.*do not interleave",
+        id="interleaved-micro-batches",
+    ),
+    pytest.param(
+        {"context_parallel_size": 2, "cp_method": "megatron"},
+        r"cp_method megatron with context_parallel_size 2 and without Transformer Engine: .*choose cp_method lightseq",
+        id="baseline-with-cp",
+    ),
+]
+
+
+def _build(overrides: dict[str, Any], activate: bool = True) -> Any:
+    from megatron.core import parallel_state
+
+    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.training.setup import build_training
+
+    if activate:
+        cpu_platform.activate()
+    else:
+        cpu_platform.deactivate()
+    try:
+        build_training(with_values(PretrainConfig(), **{**TINY, **overrides}), vocab_size=VOCAB_SIZE)
+    except LightSeqError as error:
+        return str(error)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return None
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
+def test_refuses_sizes_that_do_not_fit(overrides: dict[str, Any], message: str) -> None:
+    for found in run_ranks(2, _build, overrides):
+        assert re.search(message, found), found
+
+
+def test_needs_a_platform_and_a_world() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("runs on machines without a GPU")
+    (message,) = run_ranks(1, _build, {}, False)
+    assert re.search(r"no CUDA device and no CPU platform: .*cpu_platform\.activate\(\)", message), message
+    assert re.search(r"torch.distributed uninitialised: .*init_process_group", _build({})), "in this process"
+
+
+def test_vocabulary_is_padded_alike_for_every_tensor_parallel_size() -> None:
+    from megatron_lightseq.training.setup import pad_vocab_size
+
+    def padded(vocab_size: int, **overrides: int) -> int:
+        return pad_vocab_size(with_values(PretrainConfig(), **overrides), vocab_size)
+
+    assert [padded(257, tensor_model_parallel_size=tp) for tp in (1, 2, 4, 8)] == [384] * 4
+    assert padded(256) == 256
+    assert padded(257, make_vocab_size_divisible_by=1, tensor_model_parallel_size=2) == 258
+
+
+def _weights(overrides: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """This rank's weights, by their names in the whole model."""
+    from megatron.core import parallel_state
+
+    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.training.setup import build_training
+
+    cpu_platform.activate()
+    training = build_training(with_values(PretrainConfig(), **{**TINY, **overrides}), vocab_size=VOCAB_SIZE)
+    weights: dict[str, torch.Tensor] = {}
+    for model in training.models:
+        numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
+        for name, parameter in model.named_parameters():
+            found = re.sub(r"layers\.(\d+)\.", lambda match: f"layers.{numbers[int(match[1])]}.", name)  # noqa: B023
+            weights[found] = parameter.detach().clone()
+    parallel_state.destroy_model_parallel()
+    return weights
+
+
+UNTIED = {"untie_embeddings_and_output_weights": True, "num_layers": 4}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"pipeline_model_parallel_size": 2}, id="pp2"),
+        pytest.param(
+            {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, id="pp2vpp"
+        ),
+        pytest.param({"context_parallel_size": 2}, id="cp2"),
+        pytest.param({"tensor_model_parallel_size": 2}, id="tp2"),
+    ],
+)
+def test_a_seed_names_one_model(layout: dict[str, int]) -> None:
+    (whole,) = run_ranks(1, _weights, UNTIED)
+    parts = run_ranks(2, _weights, {**UNTIED, **layout})
+    assert set().union(*parts) == set(whole)
+    for name, weight in whole.items():
+        shards = [part[name] for part in parts if name in part]
+        if shards[0].shape == weight.shape:
+            assert all(torch.equal(shard, weight) for shard in shards), name
+        else:
+            assert {tuple(row) for row in weight.flatten().view(-1, 4).tolist()} == {
+                tuple(row) for shard in shards for row in shard.flatten().view(-1, 4).tolist()
+            }, name
+
+
+def test_layers_and_seeds_differ() -> None:
+    (whole,) = run_ranks(1, _weights, UNTIED)
+    (other,) = run_ranks(1, _weights, {**UNTIED, "seed": 7})
+    first, second = (whole[f"decoder.layers.{i}.mlp.linear_fc1.weight"] for i in range(2))
+    assert not torch.equal(first, second)
+    assert not torch.equal(whole["embedding.word_embeddings.weight"], whole["output_layer.weight"])
+    assert not torch.equal(first, other["decoder.layers.0.mlp.linear_fc1.weight"])
+    assert first.std().item() == pytest.approx(TINY["init_method_std"], rel=0.1)
+    projection = whole["decoder.layers.0.self_attention.linear_proj.weight"]
+    assert projection.std().item() == pytest.approx(TINY["init_method_std"] / 8**0.5, rel=0.1)
