@@ -61,9 +61,13 @@ class Manifest:
     iteration: int
     consumed_samples: int
     model: Mapping[str, Any]
-    """The configuration keys that decide the names and shapes of the weights."""
+    """The configuration keys that decide what the weights are and mean."""
+    optimizer: Mapping[str, Any]
+    """The configuration keys that decide the form of the optimizer's state."""
+    data: Mapping[str, Any]
+    """The configuration keys that decide the order of the training samples."""
     world: Mapping[str, int]
-    """Sizes of the parallel groups that saved it: ``tp``, ``pp``, ``cp``, ``dp``, ``world_size``."""
+    """Sizes of the parallel groups that saved it."""
     config_fingerprint: str
     versions: Mapping[str, str]
     files: tuple[FileRecord, ...] = field(default=())

@@ -1,0 +1,93 @@
+"""The optimizer's state as Megatron's sharded state dict, and back; torch's AdamW included.
+
+Megatron-Core can save the state of its DistributedOptimizer over ``torch.optim.AdamW`` and not load it
+(0.16.1, when neither Transformer Engine nor apex provides the optimizer): it asks for state that torch makes
+in the first step, then for the step count among tensors that hold none, and gives all parameters one step
+tensor, which each of them would count up. The functions here supply what is missing, around Megatron's own
+methods, and leave FusedAdam alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+SHARDING: dict[str, Any] = {
+    # In terms of the model's parameters: may be loaded into any parallel layout.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def sharded_optimizer_state(
+    optimizer: Any, model_state: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    """Megatron's sharded state dict of the optimizer.
+
+    Args:
+        optimizer: a MegatronOptimizer.
+        model_state: the model's sharded state dict, which names the parameters.
+        is_loading: whether it is a template to load into. State that does not exist yet is made as zeros.
+    """
+    for part in _parts(optimizer):
+        _make_state(part.optimizer)  # on saving, too: the run may have been stopped before its first step
+    # On loading Megatron makes the state of Adam, and fails on SGD, whose state is there already.
+    template = is_loading and not any(
+        isinstance(part.optimizer, torch.optim.SGD) for part in _parts(optimizer)
+    )
+    state: dict[str, Any] = optimizer.sharded_state_dict(model_state, template, metadata=dict(SHARDING))
+    return state
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what :func:`sharded_optimizer_state` described and the checkpoint filled in."""
+    parts = _parts(optimizer)
+    states = [state] if len(parts) == 1 else [state[index] for index in sorted(state)]
+    for part, part_state in zip(parts, states, strict=True):
+        if isinstance(part, DistributedOptimizer):
+            _load_distributed(part, part_state)
+        else:
+            _restore_zero_step(part.optimizer, part_state)
+            part.load_state_dict(part_state)
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _load_distributed(part: Any, state: dict[str, Any]) -> None:
+    """Step and groups first, then the tensors, with the step count out of Megatron's way."""
+    tensors = state.pop("param_state")
+    state.pop("param_state_sharding_type")
+    part.load_state_dict(state)
+    inner = part.optimizer.state
+    steps = {param: inner[param].pop("step") for param in inner if "step" in inner[param]}
+    part.load_parameter_state_from_fully_reshardable(tensors)
+    for param, step in steps.items():
+        inner[param]["step"] = step.clone()
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """The state that torch's AdamW or SGD would make in its first step."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if optimizer.state[param]:
+                continue
+            if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+                optimizer.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+            elif isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+                optimizer.state[param] = {"momentum_buffer": torch.zeros_like(param)}
+
+
+def _restore_zero_step(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Megatron does not save a step count of zero, and AdamW cannot do without."""
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        by_param = state.get("optimizer", state)["state"]
+        by_param.setdefault("common_step", torch.tensor(0.0))

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lightseq.errors import CheckpointError
+from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory
+from megatron_lightseq.training.manifest import MANIFEST_NAME, Manifest, record_files
+from tests.harness.ranks import run_ranks
+from tests.training import saved_runs
+from tests.training.hostile import payloads
+from tests.training.saved_runs import SAVED_AT, Outcome, refusal, resume, train_and_save
+
+BITWISE = {
+    "fp32": (1, {}),
+    "bf16": (1, {"bf16": True}),
+    "sgd": (1, {"optimizer": "sgd"}),
+    "cp2 dropout": (2, {"context_parallel_size": 2, "hidden_dropout": 0.1}),
+    "distributed optimizer": (2, {"use_distributed_optimizer": True}),
+    "distributed optimizer, cp2, bf16": (
+        2,
+        {"use_distributed_optimizer": True, "context_parallel_size": 2, "bf16": True},
+    ),
+    "distributed optimizer, overlapped": (
+        2,
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    ),
+    "tp2 sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2 interleaved": (
+        2,
+        {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BITWISE)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, name: str) -> None:
+    world_size, overrides = BITWISE[name]
+    whole = run_ranks(world_size, train_and_save, overrides, str(tmp_path))
+    resumed = run_ranks(world_size, resume, overrides, str(tmp_path))
+    for rank in range(world_size):
+        assert resumed[rank].started_at == SAVED_AT
+        assert resumed[rank].consumed_samples == 4 * SAVED_AT
+        assert resumed[rank].losses == whole[rank].losses[SAVED_AT:]
+        assert resumed[rank].grad_norms == whole[rank].grad_norms[SAVED_AT:]
+        assert resumed[rank].learning_rates == whole[rank].learning_rates[SAVED_AT:]
+        assert resumed[rank].next_random == whole[rank].next_random
+
+
+RESHARD = {
+    "tp2 x cp2": (4, {"tensor_model_parallel_size": 2, "context_parallel_size": 2}),
+    "tp2+sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "cp3": (3, {"context_parallel_size": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A run on one rank with two checkpoints; do not change its folder, copy it."""
+    root = tmp_path_factory.mktemp("single")
+    return root, run_ranks(1, train_and_save, {}, str(root), (2, SAVED_AT))[0]
+
+
+@pytest.mark.parametrize("name", RESHARD)
+def test_a_checkpoint_of_one_rank_resumes_on_other_layouts(single: tuple[Path, Outcome], name: str) -> None:
+    root, whole = single
+    world_size, overrides = RESHARD[name]
+    for outcome in run_ranks(world_size, resume, overrides, str(root)):
+        assert outcome.losses == pytest.approx(whole.losses[SAVED_AT:], rel=1e-5)
+        assert outcome.losses[0] == pytest.approx(whole.losses[SAVED_AT], rel=1e-6)
+        assert outcome.grad_norms == pytest.approx(whole.grad_norms[SAVED_AT:], rel=1e-4)
+
+
+def test_a_checkpoint_of_four_ranks_resumes_on_one(tmp_path: Path) -> None:
+    overrides = {"tensor_model_parallel_size": 2, "context_parallel_size": 2}
+    whole = run_ranks(4, train_and_save, overrides, str(tmp_path))[0]
+    single = run_ranks(1, resume, {}, str(tmp_path))[0]
+    assert single.losses == pytest.approx(whole.losses[SAVED_AT:], rel=1e-5)
+
+
+def test_distributed_optimizer_state_resumes_on_another_layout(tmp_path: Path) -> None:
+    sharded = {"use_distributed_optimizer": True}
+    whole = run_ranks(2, train_and_save, sharded, str(tmp_path))[0]
+    other = run_ranks(2, resume, {**sharded, "tensor_model_parallel_size": 2}, str(tmp_path))[0]
+    assert other.losses == pytest.approx(whole.losses[SAVED_AT:], rel=1e-5)
+
+
+def test_without_optimizer_state_the_run_differs(single: tuple[Path, Outcome]) -> None:
+    """The comparison above can fail: losing the optimizer's state alone shows in the second step."""
+    root, whole = single
+    outcome = run_ranks(1, resume, {"no_load_optim": True}, str(root))[0]
+    assert outcome.losses[0] == whole.losses[SAVED_AT]
+    assert outcome.losses[1] != pytest.approx(whole.losses[SAVED_AT + 1], rel=1e-4)
+
+
+def test_without_random_state_dropout_differs(tmp_path: Path) -> None:
+    overrides = {"hidden_dropout": 0.1}
+    whole = run_ranks(1, train_and_save, overrides, str(tmp_path))[0]
+    outcome = run_ranks(1, resume, {**overrides, "no_load_rng": True}, str(tmp_path))[0]
+    assert outcome.losses[0] != pytest.approx(whole.losses[SAVED_AT], rel=1e-6)
+
+
+def test_finetune_takes_the_weights_only(single: tuple[Path, Outcome]) -> None:
+    root, whole = single
+    outcome = run_ranks(1, resume, {"finetune": True}, str(root))[0]
+    assert (outcome.started_at, outcome.consumed_samples) == (0, 0)
+    assert len(outcome.losses) == saved_runs.STEPS
+    assert outcome.losses[0] < whole.losses[0], "it starts from trained weights"
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------
+
+
+def damaged_copy(root: Path, target: Path) -> Path:
+    shutil.copytree(root, target)
+    return target / f"iter_{SAVED_AT:07d}"
+
+
+def resume_with_log(overrides: dict[str, Any], root: str) -> tuple[int, list[str]]:
+    """The iteration resumed from, and what was logged."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    package = logging.getLogger("megatron_lightseq")
+    package.addHandler(handler)
+    try:
+        return resume(overrides, root).started_at, records
+    finally:
+        package.removeHandler(handler)
+
+
+def _files(root: Path) -> list[str]:
+    return [record.name for record in Manifest.read(root / f"iter_{SAVED_AT:07d}").files]
+
+
+def test_the_manifest_covers_every_file(single: tuple[Path, Outcome]) -> None:
+    folder = single[0] / f"iter_{SAVED_AT:07d}"
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert present == {*_files(single[0]), "manifest.json"}
+    assert {".metadata", "common.pt", "metadata.json", "__0_0.distcp", "random/rank_00000.pt"} <= present
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_damage_in_any_file_falls_back_to_the_checkpoint_before(
+    single: tuple[Path, Outcome], tmp_path: Path, harm: str
+) -> None:
+    for index, name in enumerate([*_files(single[0]), "manifest.json"]):
+        root = tmp_path / str(index)
+        path = damaged_copy(single[0], root) / name
+        data = bytearray(path.read_bytes())
+        data[len(data) * 2 // 3] ^= 4
+        if harm == "flip":
+            path.write_bytes(data)
+        elif harm == "cut":
+            os.truncate(path, len(data) - 1)
+        else:
+            path.unlink()
+        started_at, messages = run_ranks(1, resume_with_log, {}, str(root))[0]
+        assert started_at == 2
+        assert any(name in message and f"iter_{SAVED_AT:07d}" in message for message in messages), messages
+
+
+def test_strict_load_refuses_a_damaged_newest_checkpoint(
+    single: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    path = damaged_copy(single[0], tmp_path / "copy") / "common.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    message = run_ranks(2, refusal, {"strict_load": True}, str(tmp_path / "copy"))[1]
+    assert message.startswith("checkpoint iter_0000003: common.pt is damaged (SHA-256 differs): every file")
+    assert message.endswith("Drop --strict-load to fall back to the one before.")
+
+
+def test_damage_seen_by_one_rank_is_acted_upon_by_all(single: tuple[Path, Outcome], tmp_path: Path) -> None:
+    """The ranks hash different files; the verdict must be common."""
+    path = damaged_copy(single[0], tmp_path / "copy") / "metadata.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    outcomes = run_ranks(3, resume, {"context_parallel_size": 3}, str(tmp_path / "copy"))
+    assert [outcome.started_at for outcome in outcomes] == [2, 2, 2]
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    message = run_ranks(1, refusal, {}, str(tmp_path))[0]
+    assert message.startswith(f"no whole checkpoint in {tmp_path}: --load names a folder")
+
+
+def test_another_order_of_samples_is_warned_about(single: tuple[Path, Outcome]) -> None:
+    started_at, messages = run_ranks(1, resume_with_log, {"train_iters": 50}, str(single[0]))[0]
+    assert started_at == SAVED_AT
+    expected = (
+        "train_iters * global_batch_size is 20 there and 200 here: training samples come in another order"
+    )
+    assert any(expected in message for message in messages), messages
+    assert run_ranks(1, resume_with_log, {}, str(single[0]))[0] == (SAVED_AT, [])
+
+
+# ---- other models, hostile files ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_model_names_the_keys(single: tuple[Path, Outcome]) -> None:
+    overrides = {"hidden_size": 64, "num_query_groups": 4}
+    message = run_ranks(1, refusal, overrides, str(single[0]))[0]
+    assert "hidden_size is 32 there and 64 here" in message
+    assert "num_query_groups is 2 there and 4 here" in message
+    assert "num_layers" not in message
+
+
+def test_a_checkpoint_of_another_optimizer_names_the_keys(single: tuple[Path, Outcome]) -> None:
+    message = run_ranks(1, refusal, {"optimizer": "sgd"}, str(single[0]))[0]
+    assert "optimizer is adam there and sgd here" in message
+    assert message.endswith("or --no-load-optim.")
+    outcome = run_ranks(1, resume, {"optimizer": "sgd", "no_load_optim": True}, str(single[0]))[0]
+    assert outcome.losses[0] == single[1].losses[SAVED_AT]
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "random/rank_00000.pt"])
+def test_hostile_files_with_a_matching_manifest_are_refused(
+    single: tuple[Path, Outcome], tmp_path: Path, name: str
+) -> None:
+    """The manifest guards against accidents; whoever writes hostile files writes a manifest as well."""
+    for case in ("os.system-4", "exec-in-dict-2", "INST", "dotted"):
+        root, canary = tmp_path / case, tmp_path / "canary"
+        folder = damaged_copy(single[0], root)
+        (folder / name).write_bytes(dict(payloads(canary))[case])
+        manifest = Manifest.read(folder)
+        files = tuple(record_files(folder, [record.name for record in manifest.files]))
+        (folder / MANIFEST_NAME).write_text(replace(manifest, files=files).dumps())
+        message = run_ranks(1, refusal, {}, str(root))[0]
+        assert "a checkpoint is data and may not contain code" in message
+        assert not canary.exists()
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    message = run_ranks(1, save_twice_without_room, str(tmp_path))[0]
+    assert "rank 0: OSError: [Errno 27] File too large: every rank must be able to write its part" in message
+    assert message.endswith("older checkpoints are untouched.")
+    (leftover,) = CheckpointDirectory(root=tmp_path).clean()
+    assert leftover.startswith("iter_0000002.tmp-")
+    outcome = run_ranks(1, resume, {}, str(tmp_path))[0]
+    assert outcome.started_at == 1
+
+
+def save_twice_without_room(root: str) -> str:
+    """The second save meets a limit on file size, which writes like a full disk."""
+    import resource
+    import signal
+
+    from megatron_lightseq.training.checkpoint import Position, save_checkpoint
+
+    with saved_runs.built({}) as training:
+        save_checkpoint(training, Path(root), Position(iteration=1, consumed_samples=4))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try:
+            save_checkpoint(training, Path(root), Position(iteration=2, consumed_samples=8))
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    raise AssertionError("there was room")
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"bf16": True}, {"use_distributed_optimizer": True}, {"optimizer": "sgd"}]
+)
+def test_a_run_stopped_before_its_first_step_resumes(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    whole = run_ranks(1, train_and_save, overrides, str(tmp_path), (0,))[0]
+    resumed = run_ranks(1, resume, overrides, str(tmp_path))[0]
+    assert resumed.started_at == 0
+    assert resumed.losses == whole.losses
+
+
+def test_stored_weights_are_what_was_trained(tmp_path: Path) -> None:
+    """With parameters still on their way (overlap_param_gather) a save must fetch them first."""
+    overlapped = {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    }
+    whole = run_ranks(2, train_and_save, overlapped, str(tmp_path))[0]
+    weights_only = {"no_load_optim": True}
+    outcome = run_ranks(1, resume, weights_only, str(tmp_path))[0]
+    assert outcome.losses[0] == pytest.approx(whole.losses[SAVED_AT], rel=1e-5)
+    assert torch.isfinite(torch.tensor(outcome.losses)).all()
