@@ -1,0 +1,156 @@
+"""Writes the generated parts of the documentation in place: everything between these two comments.
+
+    <!-- generated: KIND ARGUMENTS -->
+    <!-- end -->
+
+    python scripts/write_docs.py            rewrites README.md, CONTRIBUTING.md and docs/*.md where they differ
+    python scripts/write_docs.py --check    changes nothing; exits with 1 and the names of stale files
+
+KIND is one of
+    flags SECTION ...        the configuration keys of these sections (megatron_lightseq/config/sections.py)
+    schedule METHOD P [DIRECTION]  a schedule over P ranks, as it prints
+    balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
+    traffic                  bytes sent by method and P
+    code FILE [FIRST | LAST] a file, or its lines from the one with FIRST to the next one with LAST
+    run PATH ...             figures of a recorded run (docs/results/*.json)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import megatron_lightseq as mls
+from megatron_lightseq.config.flat import to_flat
+from megatron_lightseq.config.sections import PretrainConfig
+from megatron_lightseq.config.strict_yaml import dump_scalar
+from megatron_lightseq.config.typed import describe, field_docstrings, section_types
+from megatron_lightseq.schedule import METHODS, TensorShape, simulate
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- generated: (?P<what>.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SIZES = (2, 3, 4, 5, 8, 16)
+
+
+def documents() -> list[Path]:
+    """Files that may hold generated blocks."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def flags(*sections: str) -> str:
+    """Keys, defaults and meanings."""
+    defaults = to_flat(PretrainConfig())
+    rows = []
+    for section in sections:
+        for key, text in field_docstrings(section_types()[section]).items():
+            default = dump_scalar(list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key])
+            meaning = f"{text} *({describe(key)})*".replace("|", "\\|")
+            rows.append([f"`--{key.replace('_', '-')}`", f"`{default}`", meaning])
+    return table(["flag", "default", "meaning"], rows)
+
+
+def layout_for(method: str, size: int) -> mls.SequenceLayout:
+    """The layout a method is made for."""
+    return mls.SequenceLayout(METHODS[method].layouts[0], size)
+
+
+def schedule(method: str, size: str, direction: str = "forward") -> str:
+    """A schedule as it prints."""
+    built = mls.schedule.build(method, layout_for(method, int(size)), direction=direction)
+    return f"```text\n{built}\n```"
+
+
+def balance() -> str:
+    """How busy the slowest rank leaves the others, when transfers cost nothing."""
+    methods = ("ring", "zigzag", "lightseq")
+    rows = [
+        [str(size), *(f"{simulate(mls.schedule.build(m, layout_for(m, size))).busy:.0%}" for m in methods)]
+        for size in SIZES
+    ]
+    return table(["ranks", *methods], rows)
+
+
+def traffic() -> str:
+    """Forward bytes that a rank sends, for MHA and for GQA, mean over ranks and busiest rank."""
+    rows = []
+    for size in SIZES:
+        cells = [str(size)]
+        for groups in (8, 2):
+            shape = TensorShape(num_heads=8, num_query_groups=groups)
+            for method in ("zigzag", "lightseq"):
+                built = mls.schedule.build(method, layout_for(method, size))
+                sent = simulate(built, shape=shape).bytes_sent
+                chunk = built.seq_length // size * 8 * 128 * 2
+                cells.append(f"{sum(sent) / size / chunk:.2f} / {max(sent) / chunk:.2f}")
+        rows.append(cells)
+    return table(["ranks", "zigzag, MHA", "lightseq, MHA", "zigzag, GQA 4:1", "lightseq, GQA 4:1"], rows)
+
+
+def code(path: str, *between: str) -> str:
+    """A file of the repository, or a part of it."""
+    lines = (ROOT / path).read_text().splitlines()
+    if between:
+        first, last = " ".join(between).split(" | ")
+        start = next(number for number, line in enumerate(lines) if first in line)
+        end = next(number for number, line in enumerate(lines) if number >= start and last in line)
+        lines = lines[start : end + 1]
+    body = textwrap.dedent("\n".join(lines)).strip("\n")
+    return f"```{'python' if path.endswith('.py') else 'yaml'}\n{body}\n```"
+
+
+def run(path: str, *template: str) -> str:
+    """A sentence whose `{names}` are filled from a recorded run."""
+    recorded = json.loads((ROOT / path).read_text())
+    return " ".join(template).format(**recorded)
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "flags": flags,
+    "schedule": schedule,
+    "balance": balance,
+    "traffic": traffic,
+    "code": code,
+    "run": run,
+}
+
+
+def rewritten(text: str) -> str:
+    """A document with its generated blocks made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        kind, *arguments = match["what"].split()
+        return f"{match[1]}{KINDS[kind](*arguments)}\n{match[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main() -> int:
+    """Rewrite or check; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where a file is stale")
+    check = parser.parse_args().check
+    stale = [path for path in documents() if rewritten(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'stale' if check else 'rewritten'}")
+        if not check:
+            path.write_text(rewritten(path.read_text()))
+    if check and stale:
+        print("run: python scripts/write_docs.py", file=sys.stderr)
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Documents say what is true: their code runs, their generated parts are fresh."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_lightseq as mls
+from docs.examples.travelling_queries import travelling_queries
+from megatron_lightseq.config import keys as configuration_keys
+from megatron_lightseq.schedule import Payload
+from megatron_lightseq.transport import run_loopback
+from tests.core import oracle
+from tests.core.test_attention import attend, check_exact, unshard
+from tests.packaging.fakes import ROOT
+from tests.packaging.test_setup import load
+
+write_docs = load("write_docs")
+
+
+def test_generated_parts_are_fresh() -> None:
+    stale = [
+        path.name
+        for path in write_docs.documents()
+        if write_docs.rewritten(path.read_text()) != path.read_text()
+    ]
+    assert stale == [], "run: python scripts/write_docs.py"
+
+
+def test_a_stale_part_is_noticed() -> None:
+    text = (ROOT / "docs" / "algorithms.md").read_text()
+    changed = text.replace("| 4 | 57% |", "| 4 | 58% |")
+    assert changed != text
+    assert write_docs.rewritten(changed) == text
+
+
+def test_every_key_is_documented() -> None:
+    documented = (ROOT / "docs" / "configuration.md").read_text()
+    missing = [key for key in configuration_keys() if f"| `--{key.replace('_', '-')}` |" not in documented]
+    assert missing == []
+
+
+def test_the_methods_balance_as_the_readme_says() -> None:
+    """README: all ranks are busy all the time, for every number of ranks."""
+    for size in range(1, 34):
+        built = mls.schedule.build("lightseq", mls.SequenceLayout.contiguous(size))
+        assert mls.schedule.simulate(built).busy == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_the_method_of_the_contributing_guide(size: int) -> None:
+    layout, mask = mls.SequenceLayout.contiguous(size), mls.Mask.causal()
+    whole = oracle.inputs(size * 7, (4, 2), (8, 5), torch.float64)
+    parts = run_loopback(size, lambda group: attend(group, travelling_queries, layout, mask, whole))
+    check_exact(unshard(layout, parts), whole, mask, "travelling queries")
+    moved = {
+        move.payload for step in mls.schedule.build(travelling_queries, layout).steps for move in step.moves
+    }
+    assert moved == ({Payload.Q, Payload.OUT} if size > 1 else set())
+
+
+def python_blocks(document: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_code_of_the_contributing_guide_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    placement, look, use = python_blocks(ROOT / "CONTRIBUTING.md")
+    assert placement.rstrip() in (ROOT / "docs" / "examples" / "travelling_queries.py").read_text()
+    namespace: dict[str, object] = {}
+    exec(look, namespace)
+    exec(use, namespace)  # ends with a comparison of its own
+    assert "assert_close" in use
+
+
+def run_example(name: str, num_ranks: int) -> str:
+    """What a documented program prints, started as its docstring says."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_ranks),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    example = str(ROOT / "docs" / "examples" / name)
+    done = subprocess.run([*command, example], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_program_without_megatron() -> None:
+    printed = run_example("own_attention.py", 2)
+    assert len(re.findall(r"rank \d: \(512, 1, 8, 64\) of \(1024, 1, 8, 64\)", printed)) == 2
+
+
+def test_the_program_with_megatron_has_the_same_loss_on_any_number_of_ranks() -> None:
+    with ThreadPoolExecutor() as pool:
+        alone, cut = pool.map(lambda ranks: run_example("own_megatron_code.py", ranks), (1, 2))
+    losses = {float(loss) for loss in re.findall(r"mean loss (\d+\.\d+)", alone + cut)}
+    assert "rank 1: 128 of 256 tokens" in cut
+    assert max(losses) - min(losses) <= 2e-4  # printed with four digits
+    assert 5.0 < min(losses) < 7.5  # about log 512: a model that has learned nothing
