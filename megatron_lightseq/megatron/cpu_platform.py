@@ -123,9 +123,12 @@ def is_active() -> bool:
 
 
 def _replace(owner: Any, attribute: str, value: Any) -> None:
-    before = inspect.getattr_static(owner, attribute)
+    missing = object()
+    before = inspect.getattr_static(owner, attribute, missing)
     setattr(owner, attribute, value)
-    _undo.append(lambda: setattr(owner, attribute, before))
+    _undo.append(
+        lambda: delattr(owner, attribute) if before is missing else setattr(owner, attribute, before)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -259,15 +262,22 @@ def _attribute_patches() -> Iterator[tuple[Any, str, Any]]:
     )
 
     # The index of the zigzag cut is pinned and moved to CUDA (models/common/embeddings/rope_utils.py).
-    for name in ("rope_utils", "rotary_pos_embedding"):  # the second imports the function from the first
+    for name in (
+        "rope_utils",
+        "rotary_pos_embedding",
+        "yarn_rotary_pos_embedding",
+    ):  # imported by name from the first
         embeddings = importlib.import_module(f"megatron.core.models.common.embeddings.{name}")
         yield embeddings, "get_pos_emb_on_this_cp_rank", _zigzag_angles
 
-    # HAVE_TE is wrongly true without Transformer Engine, whose wrapper module imports anyway; then
-    # `isinstance(x, TELinear)` meets TELinear = None (transformer/multi_latent_attention.py).
-    latent_attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
-    if getattr(latent_attention, "TELinear", None) is None:
+    # Without Transformer Engine, Megatron's wrappers of it are mock objects that import all the same, so HAVE_TE is
+    # wrongly true and `isinstance(x, TELinear)` fails (transformer/multi_latent_attention.py).
+    extension = importlib.import_module("megatron.core.extensions.transformer_engine")
+    if not extension.HAVE_TE:
+        latent_attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
         yield latent_attention, "HAVE_TE", False
+        # The same import fails half-way here and leaves the name undefined (transformer/moe/moe_utils.py).
+        yield importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm", None
 
 
 def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:

@@ -73,6 +73,17 @@ class LayoutRotaryEmbedding(torch.nn.Module):
                 self._shards[key] = self._cut(embedding)
         return self._shards[key]
 
+    def get_cached_cos_sin(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: YaRN's tables for fused latent attention are cut by Megatron's zigzag."""
+        del args, kwargs
+        raise UnsupportedError(
+            explain(
+                got="apply_rope_fusion with latent attention and context parallelism",
+                rule="its tables of angles do not follow a layout",
+                remedy="Switch apply_rope_fusion off",
+            )
+        )
+
     def _cut(self, angles: torch.Tensor) -> torch.Tensor:
         shard: torch.Tensor = self.layout.shard(angles, self.rank, 0)
         return shard.contiguous()

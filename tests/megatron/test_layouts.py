@@ -112,18 +112,54 @@ def test_rotary_embeddings_that_cut_themselves_are_refused() -> None:
         adopt_rotary(model, SequenceLayout.contiguous(2), 0)
     with pytest.raises(UnsupportedError, match=r"rotary embedding with packed_seq: .*unpacked"):
         LayoutRotaryEmbedding(model.rotary_pos_emb, SequenceLayout.zigzag(2), 0)(LENGTH, packed_seq=True)
+    with pytest.raises(
+        UnsupportedError, match=r"apply_rope_fusion with latent.*Switch apply_rope_fusion off"
+    ):
+        LayoutRotaryEmbedding(model.rotary_pos_emb, SequenceLayout.zigzag(2), 0).get_cached_cos_sin(LENGTH)
 
 
 # --- a user's own GPTModel --------------------------------------------------------------------------------------
 
 
-def own_model(method: str, adopt: bool = True) -> tuple[Any, Any]:
+def own_config(kind: str, cp_size: int) -> Any:
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+    options = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": TINY["num_query_groups"],
+        "context_parallel_size": cp_size,
+        "use_cpu_initialization": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": 0.3,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+    }
+    if kind == "experts":
+        return TransformerConfig(
+            **options, num_moe_experts=2, add_bias_linear=False, moe_router_load_balancing_type="none"
+        )
+    if kind == "latent":
+        widths = {
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_head_dim": 8,
+            "qk_pos_emb_head_dim": 8,
+            "v_head_dim": 12,
+        }
+        options["num_query_groups"] = None
+        return MLATransformerConfig(**options, **widths, multi_latent_attention=True, apply_rope_fusion=False)
+    return TransformerConfig(**options)
+
+
+def own_model(method: str, adopt: bool = True, kind: str = "dense") -> tuple[Any, Any]:
     """A GPTModel as a user of Megatron would build it, on two context-parallel ranks."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
 
     from megatron_lightseq.config import ContextParallelConfig
     from megatron_lightseq.megatron import adopt_layout, cpu_platform, gpt_layer_spec
@@ -133,18 +169,7 @@ def own_model(method: str, adopt: bool = True) -> tuple[Any, Any]:
     parallel_state.initialize_model_parallel(context_parallel_size=size, create_gloo_process_groups=False)
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=TINY["num_query_groups"],
-        context_parallel_size=size,
-        use_cpu_initialization=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=0.3,
-        bias_dropout_fusion=False,
-    )
+    config = own_config(kind, size)
     spec = gpt_layer_spec(config, context=ContextParallelConfig(cp_method=method))
     model = GPTModel(config, spec, VOCAB_SIZE, LENGTH, position_embedding_type="rope").eval()
     return model, adopt_layout(model) if adopt else None
@@ -155,11 +180,11 @@ def _losses(model: Any, batch: Any) -> torch.Tensor:
         return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
 
-def _all_losses(method: str) -> torch.Tensor:
+def _all_losses(method: str, kind: str) -> torch.Tensor:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    model, layout = own_model(method)
+    model, layout = own_model(method, kind=kind)
     whole = whole_batch()
     del whole["attention_mask"]
     local = _losses(model, shard_batch(whole, layout, dist.get_rank()))
@@ -170,9 +195,10 @@ def _all_losses(method: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["lightseq", "zigzag"])
-def test_own_model_gives_every_token_the_loss_of_one_rank(method: str) -> None:
-    (expected,) = run_ranks(1, _all_losses, method)
-    for losses in run_ranks(2, _all_losses, method):
+@pytest.mark.parametrize("kind", ["dense", "experts", "latent"])
+def test_own_model_gives_every_token_the_loss_of_one_rank(kind: str, method: str) -> None:
+    (expected,) = run_ranks(1, _all_losses, method, kind)
+    for losses in run_ranks(2, _all_losses, method, kind):
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
