@@ -200,7 +200,13 @@ def pad_vocab_size(config: PretrainConfig, vocab_size: int) -> int:
 
 
 def build_training(
-    config: PretrainConfig, *, vocab_size: int, groups: ProcessGroups | None = None
+    config: PretrainConfig,
+    *,
+    vocab_size: int,
+    groups: ProcessGroups | None = None,
+    stats: AttentionStats | None = None,
+    layer_spec: ModuleSpec | None = None,
+    weight_names: WeightNames | None = None,
 ) -> Training:
     """Model chunks, optimizer and schedule of this rank, initialised alike on every parallel layout.
 
@@ -208,6 +214,9 @@ def build_training(
         config: validated configuration.
         vocab_size: of the tokenizer; padded here.
         groups: from :func:`initialize_parallel`, which is called if they are not given.
+        stats: where attention layers count; default: fresh counters.
+        layer_spec: a layer of another make (comparisons); default: :func:`gpt_layer_spec` of the configuration.
+        weight_names: draws the initial weights; default: by the configuration's seed.
 
     Raises:
         ConfigError: sizes that do not divide, named with their values.
@@ -220,11 +229,11 @@ def build_training(
     _check_baseline(config)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     _seed_dropout(config, groups, collection)
-    names = WeightNames(config.training.seed)
+    names = weight_names or WeightNames(config.training.seed)
     model_config = transformer_config(config, names)
-    stats = AttentionStats()
+    stats = stats or AttentionStats()
     padded_vocab_size = pad_vocab_size(config, vocab_size)
-    spec = _named_layers(gpt_layer_spec(config, stats=stats), names)
+    spec = _named_layers(layer_spec or gpt_layer_spec(config, stats=stats), names)
     models = [
         _build_model(config, model_config, spec, padded_vocab_size, vp_stage)
         for vp_stage in ([None] if virtual_stages(config) is None else range(virtual_stages(config) or 0))
