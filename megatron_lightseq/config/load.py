@@ -7,7 +7,6 @@ spellings, nearest names for unknown keys, and one report of everything that is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from megatron_lightseq.config.flags import ACTIONS, COMMAND_LINE, read_flags
 from megatron_lightseq.config.flat import from_flat, keys, section_of_key, section_types, to_flat
@@ -58,12 +57,8 @@ def from_entries(layers: Iterable[Mapping[str, Entry]], problems: Sequence[str] 
             else:
                 found.append(_unknown(name, entry))
     found.extend(_missing(key, entry) for key, entry in needed.items() if key not in merged)
-    values: dict[str, Any] = {}
-    for key, entry in merged.items():
-        try:
-            values[key] = coerce(key, entry)
-        except ConfigError as error:
-            found.append(str(error))
+    values, wrong = coerce(merged)
+    found.extend(wrong)
     if found:
         raise report(found)
     return from_flat(values)

@@ -10,13 +10,9 @@ from typing import Any
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like `name`, or None when nothing is near."""
-    wanted = name.lower().replace("-", "_")
-    scored = [
-        (difflib.SequenceMatcher(None, wanted, candidate.lower().replace("-", "_")).ratio(), candidate)
-        for candidate in candidates
-    ]
-    score, best = max(scored, default=(0.0, ""))
-    return best if score >= 0.5 else None
+    by_spelling = {candidate.lower().replace("-", "_"): candidate for candidate in candidates}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), by_spelling, n=1, cutoff=0.5)
+    return by_spelling[found[0]] if found else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -94,7 +94,9 @@ def parse_scalar(text: str) -> Any:
 
 def dump_scalar(value: Any) -> str:
     """One value on one line, such that :func:`parse_scalar` gives it back."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**9, allow_unicode=True)
+    items = value if isinstance(value, list) else [value]
+    readable = all(str(item).isprintable() for item in items)  # else escaped: PyYAML reads U+0085 as a blank
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**9, allow_unicode=readable)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

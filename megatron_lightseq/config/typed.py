@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Mapping
 from functools import cache
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -13,7 +14,7 @@ import yaml
 from megatron_lightseq.config.flat import field_of_key, from_flat, section_of_key, section_types, to_flat
 from megatron_lightseq.config.names import nearest
 from megatron_lightseq.config.strict_yaml import Entry, dump_scalar, parse_scalar
-from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.errors import explain
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -103,21 +104,52 @@ def field_docstrings(cls: type) -> dict[str, str]:
     return found
 
 
-def coerce(key: str, entry: Entry) -> Any:
-    """The value of a key in its type; raises ConfigError that names key, value, origin and remedy.
+def coerce(entries: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
+    """Values in their types, and a message for every entry that is not of its key's type.
 
     Strings stand for what they say, as flags always are strings; a boolean is never a number and a fraction
     never an integer.
     """
-    value = _as_list(entry.value) if is_list(key) else entry.value
-    if isinstance(value, str) and str in _alternatives(key_types()[key]):
-        return value
-    try:
-        if value is None and not takes_null(key):
-            raise ValueError("null")
-        return getattr(parser().parse_object({key: value}, defaults=False), key)
-    except Exception as error:  # jsonargparse lets converters' own exceptions through
-        raise _wrong_type(key, entry) from error
+    ready: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for key, entry in entries.items():
+        try:
+            ready[key] = _understood(key, entry.value)
+        except (ValueError, yaml.YAMLError):
+            problems[key] = _wrong_type(key, entry)
+    try:  # all at once is fast
+        return _checked(ready), list(problems.values())
+    except Exception:  # noqa: BLE001  jsonargparse lets converters' own exceptions through
+        values: dict[str, Any] = {}
+    for key, value in ready.items():  # one by one finds every culprit
+        try:
+            values.update(_checked({key: value}))
+        except Exception:  # noqa: BLE001
+            problems[key] = _wrong_type(key, entries[key])
+    return values, [problems[key] for key in entries if key in problems]
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as jsonargparse converts them; text passes as it is, which jsonargparse would read once more."""
+    text = {key: value for key, value in values.items() if isinstance(value, str) and not choices(key)}
+    others = {key: value for key, value in values.items() if key not in text}
+    found = parser().parse_object(others, defaults=False)
+    return {key: text[key] if key in text else getattr(found, key) for key in values}
+
+
+def _understood(key: str, value: Any) -> Any:
+    """What a raw value says for a key of this type; raises ValueError or YAMLError where it says nothing."""
+    if is_list(key):
+        return _as_list(value)
+    if value is None and "null" in choices(key):  # a choice of that name
+        return "null"
+    if isinstance(value, str) and not choices(key) and str not in _alternatives(key_types()[key]):
+        value = parse_scalar(value)
+        if isinstance(value, str):
+            raise ValueError("text")
+    if value is None and not takes_null(key):
+        raise ValueError("null")
+    return value
 
 
 def _as_list(value: Any) -> Any:
@@ -126,15 +158,11 @@ def _as_list(value: Any) -> Any:
     return [dump_scalar(item) if type(item) in (int, float) else item for item in items]
 
 
-def _wrong_type(key: str, entry: Entry) -> ConfigError:
+def _wrong_type(key: str, entry: Entry) -> str:
     near = nearest(str(entry.value), choices(key))
     remedy = f"Perhaps {near} was meant" if near else f"Write for example {key}: {_example(key)}"
-    return ConfigError(
-        explain(
-            got=f"{key} {entry.value!r} ({entry.origin})",
-            rule=f"{key} must be {describe(key)}",
-            remedy=remedy,
-        )
+    return explain(
+        got=f"{key} {entry.value!r} ({entry.origin})", rule=f"{key} must be {describe(key)}", remedy=remedy
     )
 
 

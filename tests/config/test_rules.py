@@ -1,0 +1,301 @@
+"""Every rule has one configuration that breaks it, and only it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from megatron_lightseq.config import Machine, PretrainConfig, rules, validate, violations, with_values
+from megatron_lightseq.config.flat import keys
+from megatron_lightseq.config.rules import Rule, RuleBook
+from megatron_lightseq.config.rules_run import split_shares
+from megatron_lightseq.config.typed import key_types
+from megatron_lightseq.errors import ConfigError
+
+GOOD = with_values(PretrainConfig(), data_path=("corpus",))
+
+CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
+    # rule: (values, machine, what the message must say)
+    "hidden_size_divides_by_heads": ({"hidden_size": 260}, Machine(), "Use hidden_size in multiples of 8"),
+    "heads_divide_by_query_groups": ({"num_query_groups": 3}, Machine(), "num_query_groups that divides 8"),
+    "rotary_dimension_is_even": ({"kv_channels": 31}, Machine(), "Use an even head dimension"),
+    "positions_reach_seq_length": ({"max_position_embeddings": 4095}, Machine(), "at least 4096"),
+    "world_size_is_product": (
+        {"context_parallel_size": 2},
+        Machine(world_size=3),
+        "context_parallel_size 2, world size 3: the world size must be a multiple of the product",
+    ),
+    "heads_divide_by_tensor_parallel": (
+        {"tensor_model_parallel_size": 3, "ffn_hidden_size": 600, "num_query_groups": 1},
+        Machine(),
+        "Use tensor_model_parallel_size that divides 8",
+    ),
+    "query_groups_fit_tensor_parallel": (
+        {
+            "num_attention_heads": 12,
+            "hidden_size": 384,
+            "num_query_groups": 3,
+            "tensor_model_parallel_size": 2,
+        },
+        Machine(),
+        "num_query_groups 2 or a multiple",
+    ),
+    "ffn_divides_by_tensor_parallel": (
+        {"ffn_hidden_size": 601, "tensor_model_parallel_size": 2},
+        Machine(),
+        "Set ffn_hidden_size to a multiple of 2",
+    ),
+    "layers_divide_by_pipeline": (
+        {"pipeline_model_parallel_size": 3},
+        Machine(),
+        "num_layers in multiples of 3",
+    ),
+    "virtual_pipeline_needs_pipeline": (
+        {"num_layers_per_virtual_pipeline_stage": 1},
+        Machine(),
+        "needs pipeline_model_parallel_size > 1",
+    ),
+    "layers_divide_by_virtual_stages": (
+        {"num_layers_per_virtual_pipeline_stage": 2, "pipeline_model_parallel_size": 2},
+        Machine(),
+        "two or more virtual stages of equal size",
+    ),
+    "virtual_pipeline_needs_overlap": (
+        {
+            "num_layers_per_virtual_pipeline_stage": 1,
+            "pipeline_model_parallel_size": 2,
+            "overlap_p2p_comm": False,
+        },
+        Machine(),
+        "Set overlap_p2p_comm to true",
+    ),
+    "virtual_pipeline_divides_micro_batches": (
+        {
+            "num_layers_per_virtual_pipeline_stage": 1,
+            "pipeline_model_parallel_size": 2,
+            "global_batch_size": 3,
+        },
+        Machine(world_size=2),
+        "micro-batches per step in multiples of pipeline_model_parallel_size",
+    ),
+    "sequence_parallel_needs_tensor_parallel": (
+        {"sequence_parallel": True},
+        Machine(),
+        "Remove sequence_parallel",
+    ),
+    "sequence_parallel_divides_seq_length": (
+        {
+            "sequence_parallel": True,
+            "tensor_model_parallel_size": 2,
+            "context_parallel_size": 2,
+            "seq_length": 4098,
+        },
+        Machine(),
+        "must be a multiple of context_parallel_size * tensor_model_parallel_size",
+    ),
+    "param_gather_needs_sharding": (
+        {"overlap_param_gather": True, "use_distributed_optimizer": True},
+        Machine(),
+        "overlap_grad_reduce false",
+    ),
+    "distributed_optimizer_is_adam": (
+        {"use_distributed_optimizer": True, "optimizer": "sgd"},
+        Machine(),
+        "shards Adam only",
+    ),
+    "nccl_needs_gpus": (
+        {"distributed_backend": "nccl"},
+        Machine(num_gpus=0),
+        "distributed_backend to auto or gloo",
+    ),
+    "seq_length_divides_by_context_parallel": (
+        {"context_parallel_size": 3},
+        Machine(),
+        "seq_length 4096, context_parallel_size 3: seq_length must be a multiple of context_parallel_size",
+    ),
+    "seq_length_divides_by_zigzag": (
+        {"context_parallel_size": 4, "cp_method": "zigzag", "seq_length": 4100},
+        Machine(),
+        "multiple of 2 * 4",
+    ),
+    "lightseq_is_contiguous": ({"cp_layout": "zigzag"}, Machine(), "cp_method to ring or zigzag"),
+    "zigzag_is_zigzag": (
+        {"cp_method": "zigzag", "cp_layout": "striped"},
+        Machine(),
+        "ring on the zigzag layout",
+    ),
+    "megatron_method_is_zigzag": (
+        {"cp_method": "megatron", "cp_layout": "contiguous"},
+        Machine(),
+        "cuts sequences as Megatron does",
+    ),
+    "megatron_method_needs_transformer_engine": (
+        {"cp_method": "megatron", "context_parallel_size": 2},
+        Machine(has_transformer_engine=False),
+        "in Transformer Engine only",
+    ),
+    "attention_has_no_dropout": ({"attention_dropout": 0.1}, Machine(), "Set attention_dropout to 0"),
+    "cuda_kernel_needs_gpus": ({"cp_kernel": "cuda"}, Machine(num_gpus=0), "Set cp_kernel to auto or cpu"),
+    "cpu_kernel_is_not_nccl": (
+        {"cp_kernel": "cpu", "distributed_backend": "nccl"},
+        Machine(),
+        "nccl moves GPU memory",
+    ),
+    "megatron_method_has_no_kernel": (
+        {"cp_method": "megatron", "cp_kernel": "reference"},
+        Machine(),
+        "a kernel of ours cannot serve",
+    ),
+    "full_recompute_names_layers": (
+        {"recompute_granularity": "full", "recompute_method": "block"},
+        Machine(),
+        "Set recompute_method to uniform and recompute_num_layers to 1",
+    ),
+    "layers_belong_to_full_recompute": ({"recompute_num_layers": 1}, Machine(), "belong to full recompute"),
+    "recompute_fits_stage": (
+        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 5},
+        Machine(),
+        "must not exceed the layers of a pipeline stage",
+    ),
+    "selective_recompute_names_modules": (
+        {"recompute_granularity": "selective", "recompute_modules": ("mlp", "mlp")},
+        Machine(),
+        "each named once",
+    ),
+    "min_lr_is_below_lr": ({"min_lr": 1.0}, Machine(), "min_lr must not exceed lr"),
+    "warmup_ends_before_decay": ({"lr_warmup_iters": 100}, Machine(), "Lower lr_warmup_iters"),
+    "batch_divides_by_micro_batch": (
+        {"global_batch_size": 3, "micro_batch_size": 2},
+        Machine(world_size=1),
+        "multiple of micro_batch_size",
+    ),
+    "batch_divides_by_data_parallel": (
+        {"global_batch_size": 4, "micro_batch_size": 2, "context_parallel_size": 2},
+        Machine(world_size=6),
+        "global_batch_size 4, micro_batch_size 2",
+    ),
+    "masked_loss_counts_tokens": (
+        {"eod_mask_loss": True, "calculate_per_token_loss": False},
+        Machine(),
+        "Set calculate_per_token_loss to true",
+    ),
+    "data_is_given": ({"data_path": ()}, Machine(), "lightseq prepare-data"),
+    "data_weights_alternate": ({"data_path": ("0.5", "a", "b", "c")}, Machine(), r"data_path [0.5, a, b, c]"),
+    "split_is_three_shares": ({"split": "0,1,1"}, Machine(), "Write for example 969,30,1"),
+    "evaluation_has_data": (
+        {"split": "1,0,0", "eval_interval": 10},
+        Machine(),
+        "the validation share, which is 0",
+    ),
+    "tokenizer_model_belongs_to_hf": ({"tokenizer_type": "hf"}, Machine(), "Set tokenizer_model"),
+    "null_tokenizer_gives_vocabulary": ({"tokenizer_type": "null"}, Machine(), "Set vocab_size to one more"),
+    "vocabulary_holds_bytes": ({"vocab_size": 256}, Machine(), "at least 257"),
+    "save_interval_needs_save": ({"save_interval": 5}, Machine(), "Set save to a folder"),
+    "finetune_needs_load": ({"finetune": True}, Machine(), "Set load to a checkpoint folder"),
+}
+
+
+def _bounds_case(rule: Rule) -> tuple[dict[str, Any], str]:
+    (key,) = rule.keys
+    return {key: -1}, f"{key} -1: {key} must be "
+
+
+def test_every_rule_has_a_case_and_every_case_a_rule() -> None:
+    relations = [rule.name for rule in rules() if not rule.name.endswith("_in_bounds")]
+    assert relations == list(CASES)
+    assert len(rules()) == len(CASES) + sum(rule.name.endswith("_in_bounds") for rule in rules())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_breaks_its_rule_and_no_other(name: str) -> None:
+    values, machine, text = CASES[name]
+    found = violations(with_values(GOOD, **values), machine)
+    assert len(found) == 1, found
+    assert text in found[0]
+    rule = next(rule for rule in rules() if rule.name == name)
+    assert rule.text in found[0]
+    assert all(key in found[0] for key in rule.keys)
+
+
+@pytest.mark.parametrize(
+    "rule", [rule for rule in rules() if rule.name.endswith("_in_bounds")], ids=lambda r: r.name
+)
+def test_value_out_of_bounds_is_the_only_message(rule: Rule) -> None:
+    values, text = _bounds_case(rule)
+    found = violations(with_values(GOOD, **values), Machine(world_size=1, num_gpus=0))
+    assert len(found) == 1, found
+    assert text in found[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_every_number_refuses_what_is_not_finite(value: float) -> None:
+    numbers = [key for key in keys() if key_types()[key] in (float, float | None)]
+    assert len(numbers) >= 10
+    for key in numbers:
+        assert violations(with_values(GOOD, **{key: value})), key
+
+
+def test_every_number_has_bounds() -> None:
+    numbers = {key for key in keys() if key_types()[key] in (int, int | None, float, float | None)}
+    assert numbers == {rule.keys[0] for rule in rules() if rule.name.endswith("_in_bounds")}
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_the_default_configuration_breaks_no_rule(world_size: int) -> None:
+    config = with_values(GOOD, global_batch_size=world_size)
+    validate(config, Machine(world_size=world_size, num_gpus=0, has_transformer_engine=False))
+
+
+def test_all_violations_come_in_one_report() -> None:
+    values: Mapping[str, Any] = {
+        "hidden_size": 260,
+        "min_lr": 1.0,
+        "split": "x",
+        "cp_layout": "zigzag",
+        "lr": 0.5,
+    }
+    with pytest.raises(ConfigError) as caught:
+        validate(with_values(GOOD, **values))
+    message = str(caught.value)
+    assert message.startswith("4 problems in the configuration:\n1. hidden_size 260")
+    assert [line.split(".")[0] for line in message.splitlines()[1:]] == ["1", "2", "3", "4"]
+
+
+def test_both_numbers_are_named_when_the_world_is_no_product() -> None:
+    config = with_values(GOOD, tensor_model_parallel_size=2, context_parallel_size=2)
+    (message,) = violations(config, Machine(world_size=6))
+    for part in ("tensor_model_parallel_size 2", "context_parallel_size 2", "world size 6"):
+        assert part in message
+
+
+def test_rules_that_need_unknown_facts_are_not_asked() -> None:
+    config = with_values(GOOD, context_parallel_size=2, cp_kernel="cuda", distributed_backend="nccl")
+    assert violations(config) == []
+    assert len(violations(config, Machine(world_size=3, num_gpus=0))) == 3
+
+
+def test_a_book_refuses_two_rules_of_one_name() -> None:
+    rule = rules()[0]
+    with pytest.raises(AssertionError, match="two rules are named"):
+        RuleBook([rule, rule])
+
+
+@pytest.mark.parametrize(
+    ("split", "shares"),
+    [
+        ("969,30,1", (0.969, 0.03, 0.001)),
+        ("1, 1, 2", (0.25, 0.25, 0.5)),
+        ("1,1", None),
+        ("1,1,1,1", None),
+        ("-1,1,1", None),
+        ("0,0,0", None),
+        ("a,b,c", None),
+        ("nan,1,1", None),
+        ("inf,1,1", None),
+        ("", None),
+    ],
+)
+def test_split_shares(split: str, shares: tuple[float, ...] | None) -> None:
+    assert split_shares(split) == (None if shares is None else pytest.approx(shares))
