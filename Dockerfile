@@ -14,7 +14,7 @@ ARG PIP_EXTRA_INDEX_URL
 # Run the tests while building (0: don't).
 ARG RUN_TESTS=1
 # The image is the environment: no virtual environment inside it.
-ENV LIGHTSEQ_VENV=none PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+ENV LIGHTSEQ_VENV=none PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
 
 # A compiler is all that is needed besides Python; NVIDIA's image has one.
 # hadolint ignore=DL3008

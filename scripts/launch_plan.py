@@ -113,6 +113,12 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    if node.num_gpus and chosen.device == "cpu":
+        print(
+            f"note: {node.num_gpus} GPU(s) a node are fewer than the ranks need: running on CPUs. Smaller parallel sizes "
+            "(--context-parallel-size 1, say) would run on the GPUs.",
+            file=sys.stderr,
+        )
     print(chosen.processes, chosen.threads, chosen.device)
     return 0
 

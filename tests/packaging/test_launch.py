@@ -64,6 +64,7 @@ def test_processes_follow_the_gpus_that_are_there(
     assert done.returncode == 0, done.stderr
     call = machine.torchrun()
     assert call.value("--nproc-per-node") == str(processes)
+    assert ("fewer than the ranks need" in done.stderr) == (device == "cpu")
     # On CPUs nobody may see the odd GPU; on GPUs visibility is left alone.
     assert call.environment.get("CUDA_VISIBLE_DEVICES") == ("" if device == "cpu" else None)
 
