@@ -115,8 +115,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if node.num_gpus and chosen.device == "cpu":
         print(
-            f"note: {node.num_gpus} GPU(s) a node are fewer than the ranks need: running on CPUs. Smaller parallel sizes "
-            "(--context-parallel-size 1, say) would run on the GPUs.",
+            f"note: {node.num_gpus} GPU(s) a node are fewer than the ranks need: running on CPUs. Smaller "
+            "parallel sizes (--context-parallel-size 1, say) would run on the GPUs.",
             file=sys.stderr,
         )
     print(chosen.processes, chosen.threads, chosen.device)
