@@ -12,7 +12,8 @@ modules of :data:`PATCHED_MODULES`:
 2. constants and method names in the module's functions that name CUDA (``device='cuda'``, ``.cuda()``,
    ``'torch.cuda.FloatTensor'``) name the CPU instead: the functions get new code objects once, so their run time is
    untouched;
-3. a few attributes are replaced (:func:`_attribute_patches`), each with its reason.
+3. a few attributes are replaced (:func:`_attribute_patches`), each with its reason; and torch's norms serve
+   sequence parallelism (:mod:`megatron_lightseq.megatron.norms`).
 
 A ``TorchFunctionMode`` would do the same work, but taxes every operation of the forward and backward passes.
 
@@ -102,6 +103,7 @@ def activate() -> None:
             _patch_module(f"megatron.core.{name}")
         for owner, attribute, value in _attribute_patches():
             _replace(owner, attribute, value)
+        _undo.append(importlib.import_module("megatron_lightseq.megatron.norms").allow_sequence_parallel())
     except BaseException:
         deactivate()
         raise
@@ -254,13 +256,6 @@ def _attribute_patches() -> Iterator[tuple[Any, str, Any]]:
     )  # reaches the CUDA generator through torch's C functions
     yield random, "_set_cuda_rng_state", _set_rng_state
 
-    torch_norm = importlib.import_module("megatron.core.transformer.torch_norm")
-    yield (
-        torch_norm.WrappedTorchNorm,
-        "__new__",
-        staticmethod(_sequence_parallel_norm(torch_norm.WrappedTorchNorm)),
-    )
-
     # The index of the zigzag cut is pinned and moved to CUDA (models/common/embeddings/rope_utils.py).
     for name in (
         "rope_utils",
@@ -294,28 +289,6 @@ def _zigzag_angles(
     layout = SequenceLayout.zigzag(cp_group.size())
     angles: torch.Tensor = layout.shard(pos_emb, cp_group.rank(), seq_dim)
     return angles
-
-
-def _sequence_parallel_norm(wrapped: type) -> Callable[..., torch.nn.Module]:
-    """``WrappedTorchNorm.__new__`` that also serves sequence parallelism (transformer/torch_norm.py).
-
-    It refuses because torch's norms do not mark their weights for the gradient all-reduce over the tensor-parallel
-    group (distributed/finalize_model_grads.py). Marking them is all that is missing.
-    """
-    original = wrapped.__new__
-
-    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        sequence_parallel = config.sequence_parallel
-        config.sequence_parallel = False
-        try:
-            norm: torch.nn.Module = original(cls, config, *args, **kwargs)
-        finally:
-            config.sequence_parallel = sequence_parallel
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
-    return build
 
 
 def _not_cpu_state_warning(record: logging.LogRecord) -> bool:

@@ -30,6 +30,7 @@ from megatron_lightseq.groups import ParallelSizes, ProcessGroups, rank_in
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron import cpu_platform
 from megatron_lightseq.megatron.batch import adopt_layout
+from megatron_lightseq.megatron.norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
 from megatron_lightseq.megatron.spec import gpt_layer_spec, use_transformer_engine
 
@@ -228,6 +229,8 @@ def build_training(
     _check_batch(config, sizes)
     _check_baseline(config)
     collection = ProcessGroupCollection.use_mpu_process_groups()
+    if config.parallel.sequence_parallel:
+        allow_sequence_parallel()
     _seed_dropout(config, groups, collection)
     names = weight_names or WeightNames(config.training.seed)
     model_config = transformer_config(config, names)

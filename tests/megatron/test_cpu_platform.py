@@ -148,3 +148,24 @@ def _cuda_constants(module_name: str) -> list[str]:
 
     functions: list[FunctionType] = list(cpu_platform._functions_of(importlib.import_module(module_name)))
     return [constant for function in functions for constant in constants(function.__code__)]
+
+
+def test_norms_may_be_marked_without_the_platform() -> None:
+    """Sequence parallelism on GPUs without Transformer Engine and apex."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from megatron_lightseq.megatron.norms import allow_sequence_parallel
+
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
+    config.sequence_parallel = True
+    with pytest.raises(AssertionError, match="sequence parallel not supported"):
+        WrappedTorchNorm(config, 8)
+    undo = allow_sequence_parallel()
+    try:
+        allow_sequence_parallel()()  # nothing more to do, nor to undo
+        assert all(parameter.sequence_parallel for parameter in WrappedTorchNorm(config, 8).parameters())
+    finally:
+        undo()
+    with pytest.raises(AssertionError, match="sequence parallel not supported"):
+        WrappedTorchNorm(config, 8)
