@@ -1,0 +1,68 @@
+"""``lightseq pretrain``, on one rank."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.errors import PeerFailureError
+from megatron_lightseq.training.data.datasets import open_corpora
+from megatron_lightseq.training.distributed import Launch, join
+from megatron_lightseq.training.faults import EXIT_PEER_FAILED
+from megatron_lightseq.training.loop import build_loop
+from megatron_lightseq.training.report import finish
+from megatron_lightseq.training.signals import stop_on_signals
+
+_LEAVE_WITHIN_S = 30.0
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Train as configured, together with the other ranks; the exit code.
+
+    0: all steps taken, or stopped in order by a signal or by time, with a checkpoint where one was asked for.
+    3: another rank failed, which the message on standard error names. This rank's own errors are raised.
+
+    Raises:
+        LightSeqError: this rank failed first; subclasses say at what.
+    """
+    with stop_on_signals() as stop, _messages(Launch.from_environment().rank):
+        corpora = open_corpora(config)
+        try:
+            with join(config) as job:
+                outcome = build_loop(job, config, corpora, stop).run()
+                if job.launch.rank == 0:
+                    for line in finish(config, corpora, outcome):
+                        sys.stdout.write(line + "\n")
+                    sys.stdout.flush()
+        except PeerFailureError as error:
+            _leave_for_certain()
+            sys.stderr.write(f"rank {Launch.from_environment().rank}: {error}\n")
+            return EXIT_PEER_FAILED
+        except BaseException:
+            _leave_for_certain()
+            raise
+    return 0
+
+
+def _leave_for_certain() -> None:
+    """A process group whose peers are gone may block the interpreter's exit: bound it, by a thread of C."""
+    atexit.register(faulthandler.dump_traceback_later, _LEAVE_WITHIN_S, exit=True)
+
+
+@contextmanager
+def _messages(rank: int) -> Iterator[None]:
+    """Warnings of this package on standard error, from rank 0."""
+    package = logging.getLogger("megatron_lightseq")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.addFilter(lambda record: rank == 0 or record.levelno >= logging.ERROR)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)

@@ -1,0 +1,181 @@
+"""What is said about a run before its first step and after its last, and the pictures that go with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.schedule import build
+from megatron_lightseq.training.data.datasets import Corpora
+from megatron_lightseq.training.distributed import Job, kernel_name
+from megatron_lightseq.training.metrics import TrainMetrics, ValidationMetrics, read_metrics
+from megatron_lightseq.training.progress import count, describe_sizes, duration, verdict
+from megatron_lightseq.training.setup import Training
+
+if TYPE_CHECKING:
+    from megatron_lightseq.training.loop import Outcome
+
+SUMMARY_NAME, LOSS_PICTURE, SCHEDULE_PICTURE = "summary.json", "loss.png", "schedule.png"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The end of a run in numbers."""
+
+    steps: int
+    first_loss: float
+    """Of the first step on record, which a resumed run's predecessor may have taken."""
+    last_loss: float
+    """Mean of the last ten steps."""
+    entropy: float | None
+    """Unigram entropy of the corpus, nats per token."""
+    validation_loss: float | None
+    tokens_per_second: float
+    """Median over the steps of this run."""
+    seconds: float
+    stopped: str | None
+    checkpoint: str | None
+
+
+def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, str]]:
+    """Model, ranks, attention, data and batch; collective, because parameters are spread over ranks."""
+    config, sizes = training.config, training.sizes
+    model, settings = config.model, config.training
+    parallel = describe_sizes(tp=sizes.tensor, pp=sizes.pipeline, cp=sizes.context, dp=sizes.data)
+    extras = [
+        "sequence parallel" if config.parallel.sequence_parallel else "",
+        "distributed optimizer" if config.parallel.use_distributed_optimizer else "",
+    ]
+    attention = f"{config.context.cp_method}, kernel {kernel_name(config, job.device)}"
+    if sizes.context > 1:
+        overlap = "on" if config.context.cp_overlap else "off"
+        attention += f", {training.layout.name} layout over {sizes.context} ranks, overlap {overlap}"
+    tokens = sum(int(index.lengths.sum()) for index in corpora.indexes)
+    entropy = "unknown" if corpora.entropy is None else f"{corpora.entropy:.3f} nats"
+    batch = settings.seq_length * settings.global_batch_size
+    return [
+        (
+            "model",
+            f"{count(num_parameters(training))} parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
+            f"{model.num_attention_heads} heads in {model.query_groups} groups, vocabulary {corpora.vocab_size}, "
+            f"{'bf16' if settings.bf16 else 'fp32'}",
+        ),
+        (
+            "ranks",
+            ", ".join(
+                [f"{sizes.world_size} on {job.device.type}/{job.backend}: {parallel}", *filter(None, extras)]
+            ),
+        ),
+        ("attention", attention),
+        ("data", f"{count(tokens)} tokens, unigram entropy {entropy}"),
+        (
+            "steps",
+            f"{settings.train_iters} of {settings.global_batch_size} x {settings.seq_length} = {batch:,} tokens",
+        ),
+    ]
+
+
+def num_parameters(training: Training) -> int:
+    """Parameters of the whole model, each counted once; collective."""
+    tensor_rank = 0 if training.groups.tp is None else training.groups.tp.rank()
+    own = 0
+    for model in training.models:
+        for parameter in model.parameters():
+            sharded = getattr(parameter, "tensor_model_parallel", False)
+            copy_of_embedding = getattr(parameter, "shared", False) and not model.pre_process
+            if (sharded or tensor_rank == 0) and not copy_of_embedding:
+                own += parameter.numel()
+    total = torch.tensor(own, dtype=torch.int64, device=training.device)
+    dist.all_reduce(total)
+    return int(total.item()) // (training.sizes.data * training.sizes.context)
+
+
+def model_flops(training: Training) -> float:
+    """Floating point operations of one step over all ranks, forward and backward, without recomputation.
+
+    Six for every weight of a matrix and token, and 6 * seq_length * heads * head_dim for every token and
+    layer: the two products of causal attention, half of each masked.
+    """
+    config = training.config
+    model, settings = config.model, config.training
+    heads, groups, width = model.num_attention_heads, model.query_groups, model.head_dim
+    projections = model.hidden_size * width * (2 * heads + 2 * groups)
+    mlp = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_size
+    output = model.hidden_size * training.padded_vocab_size
+    attention = settings.seq_length * heads * width
+    tokens = settings.seq_length * settings.global_batch_size
+    return 6.0 * tokens * (model.num_layers * (projections + mlp + attention) + output)
+
+
+def finish(config: PretrainConfig, corpora: Corpora, outcome: Outcome) -> list[str]:
+    """Write summary and pictures into ``report_dir``; the lines that close a run. Rank 0 only."""
+    history = [] if outcome.metrics_path is None else read_metrics(outcome.metrics_path)
+    steps = [metrics for metrics in history if isinstance(metrics, TrainMetrics)]
+    checks = [metrics for metrics in history if isinstance(metrics, ValidationMetrics)]
+    lines = [] if outcome.stopped is None else [f"stopped early: {outcome.stopped}"]
+    if not steps:
+        return [*lines, *_files(config, outcome, [])]
+    summary = _summarise(steps, checks, corpora.entropy, outcome)
+    lines += [
+        f"{summary.steps} steps in {duration(summary.seconds)}, {summary.tokens_per_second:,.0f} tokens/s: "
+        f"loss {summary.first_loss:.2f} -> {summary.last_loss:.2f}"
+        + ("" if summary.validation_loss is None else f", validation {summary.validation_loss:.2f}"),
+        verdict(summary.last_loss, corpora.entropy),
+    ]
+    pictures = []
+    if config.logging.report_dir is not None:
+        pictures = _write(Path(config.logging.report_dir), config, summary, history)
+    return [*lines, *_files(config, outcome, pictures)]
+
+
+def _summarise(
+    steps: list[TrainMetrics], checks: list[ValidationMetrics], entropy: float | None, outcome: Outcome
+) -> Summary:
+    own = [metrics for metrics in steps if metrics.step > outcome.resumed_from] or steps
+    rates = sorted(metrics.tokens_per_second for metrics in own)
+    tail = [metrics.loss for metrics in steps[-10:]]
+    return Summary(
+        steps=outcome.position.iteration - outcome.resumed_from,
+        first_loss=steps[0].loss,
+        last_loss=sum(tail) / len(tail),
+        entropy=entropy,
+        validation_loss=checks[-1].loss if checks else None,
+        tokens_per_second=rates[len(rates) // 2],
+        seconds=outcome.seconds,
+        stopped=outcome.stopped,
+        checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
+    )
+
+
+def _write(
+    folder: Path, config: PretrainConfig, summary: Summary, history: list[Any]
+) -> list[tuple[str, Path]]:
+    from megatron_lightseq.plots import draw_loss, draw_schedule
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY_NAME).write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
+    written = [("summary", folder / SUMMARY_NAME), ("loss", folder / LOSS_PICTURE)]
+    draw_loss(history, summary.entropy, folder / LOSS_PICTURE)
+    if config.context.cp_method != "megatron":
+        layout = SequenceLayout(config.context.layout_name, config.parallel.context_parallel_size)
+        schedule = build(config.context.cp_method, layout, seq_length=config.training.seq_length)
+        draw_schedule(schedule, folder / SCHEDULE_PICTURE)
+        written.append(("schedule", folder / SCHEDULE_PICTURE))
+    return written
+
+
+def _files(config: PretrainConfig, outcome: Outcome, pictures: list[tuple[str, Path]]) -> list[str]:
+    found = [
+        ("checkpoint", outcome.checkpoint),
+        ("metrics", outcome.metrics_path),
+        ("tensorboard", config.logging.tensorboard_dir),
+        *pictures,
+    ]
+    return [f"{name:<11} {path}" for name, path in found if path is not None]
