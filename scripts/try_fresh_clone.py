@@ -1,0 +1,133 @@
+"""Does what a new user does, and times it: clones the committed repository into an empty folder, and runs the
+README's two commands there in an empty environment.
+
+    python scripts/try_fresh_clone.py [--no-tests] [--record]
+
+Nothing of this checkout's environment is used: PATH, an empty HOME, and pip's own variables (PIP_*) are all that the
+commands get. `--record` keeps the figures in docs/results/fresh_clone.json and the pictures in docs/images, from where
+the documents take them. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = Path("runs") / "gpt_stdlib" / "report"
+PHASE = re.compile(r"\[lightseq\] (\w+)[^:]*: done in (\d+) s")
+FIRST_STEP = re.compile(r"step +1/(\d+) ")
+PYTEST_SUMMARY = re.compile(r"\d+ passed.* in [\d.]+s")
+
+
+@dataclass(slots=True)
+class Command:
+    """One command, run and timed."""
+
+    words: list[str]
+    seconds: float = 0.0
+    status: int = 0
+    phases: dict[str, int] = field(default_factory=dict)
+    """Seconds of each set-up phase, as the scripts report them."""
+    first_step_s: float | None = None
+    """From the start of the command to the line of the first training step."""
+    last_line: str = ""
+
+
+def run(words: Sequence[str], folder: Path, environment: dict[str, str]) -> Command:
+    """Run a command, show its output with the seconds since its start, and pick the figures out of it."""
+    command, start = Command(list(words)), time.monotonic()
+    print(f"$ {' '.join(words)}", flush=True)
+    with subprocess.Popen(
+        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            elapsed = time.monotonic() - start
+            print(f"{elapsed:7.1f} s  {line}", end="", flush=True)
+            if phase := PHASE.search(line):
+                command.phases[phase[1]] = int(phase[2])
+            if command.first_step_s is None and FIRST_STEP.search(line):
+                command.first_step_s = round(elapsed, 1)
+            command.last_line = line.strip() or command.last_line
+    command.seconds = round(time.monotonic() - start, 1)
+    command.status = process.returncode
+    print(f"-> status {command.status} after {command.seconds} s\n", flush=True)
+    return command
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (name := re.search(r"model name\s*: (.+)", info.read_text())):
+        cpu = name[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
+
+
+def path_without_environment() -> str:
+    """PATH less an activated virtual environment."""
+    active = os.environ.get("VIRTUAL_ENV")
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(f for f in folders if not active or not Path(f).is_relative_to(active))
+
+
+def record(clone: Path, commands: dict[str, Command], commit: str) -> None:
+    """Keep figures and pictures for the documents."""
+    summary = json.loads((clone / REPORT / "summary.json").read_text())
+    figures = {
+        "commit": commit,
+        "machine": machine(),
+        "summary": summary,
+        "commands": {name: asdict(command) for name, command in commands.items()},
+    }
+    (ROOT / "docs" / "results").mkdir(exist_ok=True)
+    (ROOT / "docs" / "results" / "fresh_clone.json").write_text(json.dumps(figures, indent=1) + "\n")
+    for picture in ("loss.png", "schedule.png"):
+        shutil.copy(clone / REPORT / picture, ROOT / "docs" / "images" / picture)
+
+
+def main() -> int:
+    """Try it; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--no-tests", action="store_true", help="the first command only")
+    parser.add_argument("--record", action="store_true", help="keep figures and pictures for the documents")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="lightseq-fresh-") as folder:
+        clone, home = Path(folder) / "megatron_lightseq", Path(folder) / "home"
+        home.mkdir()
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=clone, check=True, capture_output=True, text=True
+        ).stdout.strip()
+        environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        environment |= {"PATH": path_without_environment(), "HOME": str(home)}
+        commands = {
+            "pretrain": run(["bash", "scripts/pretrain_gpt.sh"], clone, environment),
+            "again": run(["bash", "scripts/pretrain_gpt.sh", "--train-iters", "3"], clone, environment),
+        }
+        if not options.no_tests:
+            commands["tests"] = run(["bash", "scripts/run_tests.sh"], clone, environment)
+        failed = [name for name, command in commands.items() if command.status]
+        if options.record and not failed:
+            record(clone, commands, commit)
+    print(f"failed: {', '.join(failed)}" if failed else f"all passed, at commit {commit}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
