@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, explain
-from megatron_lightseq.groups import Group, rank_in, size_of
-from megatron_lightseq.kernels.registry import Kernel, accumulator_dtype, resolve_kernel
+from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError, explain
+from megatron_lightseq.exchange import HeadCut, HeadExchange
+from megatron_lightseq.groups import Group, UlyssesGroups, rank_in, size_of
+from megatron_lightseq.kernels.registry import Kernel, resolve_kernel
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.runtime import AttentionStats, BackwardPass, BoundProgram, ForwardPass, Runtime
-from megatron_lightseq.schedule import Direction, Method, Payload, build, compile_program, resolve_method
-from megatron_lightseq.transport import connect
+from megatron_lightseq.plans import HeadRun, Plan, Run, TileRun
+from megatron_lightseq.rsa import RowRun
+from megatron_lightseq.runtime import AttentionStats, BoundProgram, Runtime
+from megatron_lightseq.schedule import Direction, Method, Schedule, build, compile_program, resolve_method
+from megatron_lightseq.transport import SubTransport, connect
 
 
 def dist_attention(
@@ -49,7 +52,8 @@ def dist_attention(
         v: (S, B, G, Dv), values.
         group: torch ProcessGroup of the context-parallel ranks; None for one rank.
         layout: how the shards given were cut: ``contiguous``, ``zigzag``, ``striped`` or a SequenceLayout.
-        method: ``lightseq``, ``ring``, ``zigzag`` or a :class:`schedule.Method`.
+        method: ``lightseq``, ``ring``, ``zigzag``, ``all_gather``, ``mesh`` (``mesh:4x2``), ``ulysses``, ``usp``
+            (``usp:4``), ``rsa`` or a :class:`schedule.Method`.
         mask: default causal.
         softmax_scale: default 1 / sqrt(D).
         kernel: ``auto``, ``cpu`` or ``reference``.
@@ -111,10 +115,18 @@ class DistAttention:
         self.mask = Mask.causal() if mask is None else mask
         self.rank = rank_in(group)
         self.stats = AttentionStats() if stats is None else stats
+        if self.method.full_rows and not (isinstance(kernel, str) and kernel in ("auto", "reference")):
+            raise UnsupportedError(
+                explain(
+                    got=f"method {self.method.name!r} with kernel {kernel!r}",
+                    rule="full rows of scores are computed without a kernel of ours",
+                    remedy="Leave kernel='auto', or choose method='ring'",
+                )
+            )
         self._kernel = kernel
         transport = connect(group) if group is not None and size > 1 else None
         self._runtime = Runtime(transport=transport, overlap=overlap, stats=self.stats)
-        self._plans: dict[_Inputs, _Plan] = {}
+        self._plans: dict[_Inputs, Plan] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> Tensor:
         """The local output (S, B, H, Dv); shapes as in :func:`dist_attention`."""
@@ -142,23 +154,55 @@ class DistAttention:
         return attached
 
     @torch.compiler.disable
-    def _plan_for(self, q: Tensor, k: Tensor, v: Tensor) -> _Plan:
+    def _plan_for(self, q: Tensor, k: Tensor, v: Tensor) -> Plan:
         inputs = _Inputs.of(q, k, v)
         if inputs not in self._plans:
             self._plans[inputs] = self._make_plan(inputs, resolve_kernel(self._kernel, q, k, v))
         return self._plans[inputs]
 
-    def _make_plan(self, inputs: _Inputs, kernel: Kernel) -> _Plan:
+    def _make_plan(self, inputs: _Inputs, kernel: Kernel) -> Plan:
         seq_length = inputs.q_shape[0] * self.layout.cp_size
-        schedules = [
-            build(self.method, self.layout, mask=self.mask, direction=direction, seq_length=seq_length)
+        schedules = {
+            direction: build(
+                self.method, self.layout, mask=self.mask, direction=direction, seq_length=seq_length
+            )
             for direction in Direction
-        ]
-        self._agree("\n".join([*map(str, schedules), kernel.name, inputs.describe()]), inputs)
-        forward, backward = (
-            BoundProgram.bind(compile_program(schedule, self.rank), inputs.device) for schedule in schedules
+        }
+        exchanged = self.method.ulysses_size(self.layout.cp_size)
+        texts = [*map(str, schedules.values()), f"heads over {exchanged}", kernel.name, inputs.describe()]
+        self._agree("\n".join(texts), inputs)
+        run = self._make_run(schedules, exchanged, inputs, kernel)
+        return Plan(run[Direction.FORWARD], run[Direction.BACKWARD], self.stats)
+
+    def _make_run(
+        self, schedules: dict[Direction, Schedule], exchanged: int, inputs: _Inputs, kernel: Kernel
+    ) -> dict[Direction, Run]:
+        groups = UlyssesGroups.of(self.layout, exchanged, self.rank)
+        runtime = self._runtime
+        if exchanged > 1 and runtime.transport is not None:
+            ring = SubTransport(runtime.transport, groups.ring) if len(groups.ring) > 1 else None
+            runtime = Runtime(transport=ring, overlap=runtime.overlap, stats=self.stats)
+        programs = {
+            direction: BoundProgram.bind(
+                compile_program(schedule, groups.ring.index(self.rank)), inputs.device
+            )
+            for direction, schedule in schedules.items()
+        }
+        if self.method.full_rows:
+            rows = RowRun(programs[Direction.FORWARD], programs[Direction.BACKWARD], runtime)
+            return dict.fromkeys(Direction, rows)
+        runs: dict[Direction, Run] = {
+            direction: TileRun(program, kernel, runtime) for direction, program in programs.items()
+        }
+        if exchanged == 1 or self._runtime.transport is None:
+            return runs
+        exchange = HeadExchange(
+            SubTransport(self._runtime.transport, groups.ulysses),
+            self.layout,
+            HeadCut(inputs.q_shape[2], inputs.k_shape[2], exchanged),
+            self.stats,
         )
-        return _Plan(forward, backward, kernel, self._runtime)
+        return {direction: HeadRun(exchange, run) for direction, run in runs.items()}
 
     def _agree(self, plan_text: str, inputs: _Inputs) -> None:
         """Raise :class:`TransportError` unless every rank is about to run the same plan."""
@@ -201,36 +245,6 @@ class _Inputs:
         return f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}, {self.dtype}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Both programs, ready to run."""
-
-    forward: BoundProgram
-    backward: BoundProgram
-    kernel: Kernel
-    runtime: Runtime
-
-    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        acc = accumulator_dtype(q.dtype)
-        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=acc, device=q.device)
-        lse = torch.empty((q.shape[1], q.shape[2], q.shape[0]), dtype=acc, device=q.device)
-        self.runtime.run(self.forward, ForwardPass.over(q, k, v, out, lse, self.kernel, scale))
-        self.runtime.stats.forwards += 1
-        return out.to(q.dtype), lse
-
-    def run_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        acc = accumulator_dtype(q.dtype)
-        delta = (out.to(acc) * dout.to(acc)).sum(-1).permute(1, 2, 0).contiguous()  # (B, H, S)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
-        inputs = {Payload.QDO: (q, dout, lse, delta), Payload.KV: (k, v)}
-        grads = {Payload.DQ: (dq,), Payload.DKV: (dk, dv)}
-        self.runtime.run(self.backward, BackwardPass.over(inputs, grads, self.kernel, scale))
-        self.runtime.stats.backwards += 1
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
 class _Attention(torch.autograd.Function):
     """The forward runs the forward program, or takes a result that was kept; the backward runs the backward one."""
 
@@ -243,7 +257,7 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         kept_out: Tensor | None,
         kept_lse: Tensor | None,
-        plan: _Plan,
+        plan: Plan,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -251,6 +265,7 @@ class _Attention(torch.autograd.Function):
             out, lse = kept_out.view_as(kept_out), kept_lse.view_as(kept_lse)
         else:
             out, lse = plan.run_forward(q, k, v, scale)
+            plan.stats.forwards += 1
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         ctx.mark_non_differentiable(lse)
@@ -262,6 +277,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = ctx.plan.run_backward(dout.contiguous(), q, k, v, out, lse, ctx.scale)
+        ctx.plan.stats.backwards += 1
         return dq, dk, dv, None, None, None, None
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.layout import SequenceLayout
 
 
 @runtime_checkable
@@ -95,6 +96,32 @@ class ProcessGroups:
                         remedy="Initialise Megatron's model parallelism with the sizes of the configuration",
                     )
                 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UlyssesGroups:
+    """How a context-parallel group divides into u ranks that exchange heads, and P / u that pass tiles around.
+
+    Ranks of the context-parallel group, in order; no communicator of their own: transfers between them go through
+    the group that they belong to, so nothing collective has to happen when a method is chosen.
+    """
+
+    ulysses: tuple[int, ...]
+    """This rank's group for exchanging heads."""
+    ring: tuple[int, ...]
+    """This rank's group for schedules; all of its ranks hold the same heads."""
+
+    @staticmethod
+    def of(layout: SequenceLayout, ulysses_size: int, rank: int) -> UlyssesGroups:
+        """The groups of ``rank``, such that groups hold what :meth:`SequenceLayout.merged` says.
+
+        Raises:
+            LayoutError: ``ulysses_size`` does not divide the ranks.
+        """
+        groups = [layout.members(group, ulysses_size) for group in range(layout.merged(ulysses_size).cp_size)]
+        mine = next(group for group in groups if rank in group)
+        index = mine.index(rank)
+        return UlyssesGroups(ulysses=mine, ring=tuple(group[index] for group in groups))
 
 
 def size_of(group: Group | None) -> int:

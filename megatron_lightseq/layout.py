@@ -79,6 +79,43 @@ class SequenceLayout:
         """The same tokens on the same ranks, every piece addressed as ``splits`` adjacent chunks."""
         return replace(self, splits=splits)
 
+    # --- groups of ranks ----------------------------------------------------------------------------------
+
+    def merged(self, size: int) -> SequenceLayout:
+        """The layout of P / ``size`` groups, each holding all that its ``size`` ranks held.
+
+        Raises:
+            LayoutError: ``size`` does not divide P.
+        """
+        if size < 1 or self.cp_size % size:
+            raise LayoutError(
+                explain(
+                    got=f"groups of {size} among {self.cp_size} context-parallel ranks",
+                    rule="the group size (cp_ulysses_size) divides the number of ranks",
+                    remedy="Choose a divisor",
+                )
+            )
+        return replace(self, cp_size=self.cp_size // size)
+
+    def members(self, group: int, size: int) -> tuple[int, ...]:
+        """The ranks of a group of :meth:`merged`: adjacent ones, for stripes every (P / ``size``)-th."""
+        if self.name == "striped":
+            return tuple(range(group, self.cp_size, self.cp_size // size))
+        return tuple(range(group * size, (group + 1) * size))
+
+    def landing(self, member: int, size: int, shard_length: int) -> list[tuple[slice, slice]]:
+        """Where the shard of a group's ``member``-th rank lies in the group's: pairs of (there, here) slices."""
+        if self.name == "striped":
+            return [(slice(0, shard_length), slice(member, shard_length * size, size))]
+        if self.name == "contiguous":
+            return [(slice(0, shard_length), slice(member * shard_length, (member + 1) * shard_length))]
+        half = shard_length // 2  # late pieces follow each other in the opposite order
+        late = shard_length * size - (member + 1) * half
+        return [
+            (slice(0, half), slice(member * half, (member + 1) * half)),
+            (slice(half, shard_length), slice(late, late + half)),
+        ]
+
     def __str__(self) -> str:
         return f"{self.name}({self.cp_size})" + (f"/{self.splits}" if self.splits > 1 else "")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_lightseq.schedule.build import build, resolve_method
 from megatron_lightseq.schedule.ir import Direction, Move, Payload, Placement, Step, Tile
-from megatron_lightseq.schedule.place import METHODS, Method
+from megatron_lightseq.schedule.place import METHODS, Method, mesh, usp
 from megatron_lightseq.schedule.program import Program, compile_program
 from megatron_lightseq.schedule.schedule import Schedule
 from megatron_lightseq.schedule.simulate import Costs, Simulation, TensorShape, simulate
@@ -25,6 +25,8 @@ __all__ = [
     "Tile",
     "build",
     "compile_program",
+    "mesh",
     "resolve_method",
     "simulate",
+    "usp",
 ]

@@ -28,6 +28,11 @@ class Method:
     """Names of the layouts it accepts."""
     splits: int = 1
     """Adjacent chunks that each of a layout's pieces is addressed as; more than one allows finer tiles."""
+    ulysses_size: Callable[[int], int] = lambda cp_size: 1
+    """From P to u: ranks that exchange heads for tokens first (DeepSpeed-Ulysses, arXiv 2309.14509). Tiles are then
+    placed on the P / u ranks of a ring, each for its share of the heads."""
+    full_rows: bool = False
+    """Keep full rows of scores instead of merging partial softmaxes (Ring Self-Attention, arXiv 2105.13120)."""
 
     def check_layout(self, layout: SequenceLayout) -> None:
         """Raise :class:`UnsupportedError` unless this method computes from shards cut by ``layout``."""
@@ -39,6 +44,10 @@ class Method:
                     remedy=f"Cut the sequence with layout={self.layouts[0]!r}, or choose method='ring'",
                 )
             )
+
+    def inner_layout(self, layout: SequenceLayout) -> SequenceLayout:
+        """The layout on which tiles are placed: that of the ranks left after exchanging heads, finely addressed."""
+        return layout.merged(self.ulysses_size(layout.cp_size)).split(self.splits)
 
 
 def all_tiles(layout: SequenceLayout, q_rank: int, k_rank: int) -> list[Tile]:
@@ -95,11 +104,107 @@ def place_lightseq(layout: SequenceLayout, mask: Mask) -> Placement:
     return with_local_ends(layout, steps)
 
 
+def place_all_gather(layout: SequenceLayout, mask: Mask) -> Placement:
+    """Every rank receives all keys and values it may need at once, and computes its own queries against them.
+
+    One transfer step, behind the local tiles, for any number of ranks: best where latency counts and memory for
+    the whole sequence's keys is there (Llama 3's context parallelism, arXiv 2407.21783, 3.3.2).
+    """
+    size = layout.cp_size
+    remote = [
+        [tile for k_rank in range(size) if k_rank != rank for tile in all_tiles(layout, rank, k_rank)]
+        for rank in range(size)
+    ]
+    return with_local_ends(layout, [remote] if size > 1 else [])
+
+
+def mesh_rows(size: int, row_cost: float = 3.0, column_cost: float = 2.0) -> int:
+    """Rows a of the a x b process mesh that moves least: ``row_cost (b - 1) + column_cost (a - 1)``.
+
+    The costs are what a rank transfers for each other rank of its row (queries and results) and of its column
+    (keys and values). The defaults are those of a forward pass without grouped queries, in bf16 with fp32 results.
+    """
+    shapes = [rows for rows in range(1, size + 1) if size % rows == 0]
+    return min(shapes, key=lambda rows: row_cost * (size // rows - 1) + column_cost * (rows - 1))
+
+
+def place_mesh(layout: SequenceLayout, mask: Mask, rows: int | None = None) -> Placement:
+    """The P x P grid of rank pairs cut into P rectangles: a rank takes (queries of its row, keys of its column).
+
+    Rank x b + y stands at (x, y) of an a x b mesh. It receives the queries of the b ranks of its row and the keys
+    of the a ranks of its column, each once, and sends one result for each chunk of queries: volume O(sqrt(P)).
+    Every pair of ranks has equal causal work on the zigzag layout, nearly so on the striped one.
+
+    Keys stream in while the rank computes its own queries; from then on queries arrive, meet all keys of the
+    column and leave, one rank's a step. A pair of its own is kept for the end, beside the last result on its way.
+    """
+    size = layout.cp_size
+    rows = rows or mesh_rows(size)
+    columns = size // rows
+
+    def pair(rank: int, right: int, down: int) -> list[Tile]:
+        x, y = divmod(rank, columns)
+        return all_tiles(layout, x * columns + (y + right) % columns, (x + down) % rows * columns + y)
+
+    own = [[pair(rank, 0, down) for rank in range(size)] for down in range(rows)]
+    others = [
+        [[tile for down in range(rows) for tile in pair(rank, right, down)] for rank in range(size)]
+        for right in range(1, columns)
+    ]
+    if rows == 1:
+        return with_local_ends(layout, others)
+    return [*own[:-1], *others, own[-1]]
+
+
+def mesh(rows: int, columns: int) -> Method:
+    """The ``mesh`` method on a process mesh of a shape of your own, for ``rows * columns`` ranks."""
+
+    def place(layout: SequenceLayout, mask: Mask) -> Placement:
+        if layout.cp_size != rows * columns:
+            raise UnsupportedError(
+                explain(
+                    got=f"a mesh of {rows} x {columns} for {layout.cp_size} ranks",
+                    rule="the mesh has one place for every rank",
+                    remedy="Choose factors of the number of ranks, or method='mesh'",
+                )
+            )
+        return place_mesh(layout, mask, rows)
+
+    return Method(f"mesh:{rows}x{columns}", place, layouts=_MESH_LAYOUTS)
+
+
+_MESH_LAYOUTS = ("zigzag", "striped", "contiguous")  # in order of balance
+
+
+def place_usp(layout: SequenceLayout, mask: Mask) -> Placement:
+    """What runs between the groups that exchange heads: lightseq on contiguous shards, the ring elsewhere."""
+    return (place_lightseq if layout.name == "contiguous" else place_ring)(layout, mask)
+
+
+def usp(ulysses_size: int | None = None) -> Method:
+    """Heads exchanged among ``ulysses_size`` ranks, lightseq or a ring between them (USP, arXiv 2405.07719).
+
+    Default: the largest divisor of the number of ranks up to its square root.
+    """
+
+    def nearly_square(cp_size: int) -> int:
+        return max(u for u in range(1, cp_size + 1) if cp_size % u == 0 and u * u <= cp_size)
+
+    if ulysses_size is None:
+        return Method("usp", place_usp, splits=2, ulysses_size=nearly_square)
+    return Method(f"usp:{ulysses_size}", place_usp, splits=2, ulysses_size=lambda cp_size: ulysses_size)
+
+
 METHODS = {
     method.name: method
     for method in (
         Method("lightseq", place_lightseq, layouts=("contiguous",), splits=2),
         Method("ring", place_ring),
         Method("zigzag", place_ring, layouts=("zigzag",)),
+        Method("all_gather", place_all_gather),
+        Method("mesh", place_mesh, layouts=_MESH_LAYOUTS),
+        Method("ulysses", place_ring, ulysses_size=lambda cp_size: cp_size),
+        usp(),
+        Method("rsa", place_ring, full_rows=True),
     )
 }

@@ -53,9 +53,7 @@ def _time_spans(
     return spans
 
 
-def _moves_of(
-    tiles: list[Tile], rank: int, owner: tuple[int, ...], direction: Direction
-) -> Iterator[Move]:
+def _moves_of(tiles: list[Tile], rank: int, owner: tuple[int, ...], direction: Direction) -> Iterator[Move]:
     """What has to travel for ``rank`` to compute ``tiles``."""
     flow = DATAFLOW[direction]
     sides: tuple[tuple[set[int], Payload, Payload | None], ...] = (

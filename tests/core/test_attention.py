@@ -8,7 +8,7 @@ import megatron_lightseq as mls
 from megatron_lightseq.attention import DistAttention
 from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError
 from megatron_lightseq.groups import Group
-from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import Method, Tile
 from megatron_lightseq.schedule.place import place_ring
@@ -17,6 +17,14 @@ from tests.core import oracle
 from tests.harness.ranks import RankError, run_ranks
 
 CASES = [("lightseq", "contiguous"), ("ring", "contiguous"), ("ring", "striped"), ("zigzag", "zigzag")]
+PLACED = [*CASES, ("all_gather", "zigzag"), ("mesh", "zigzag"), ("mesh", "striped"), ("mesh", "contiguous")]
+WRAPPED = [
+    *(("ulysses", layout) for layout in LAYOUT_NAMES),
+    *(("usp", layout) for layout in LAYOUT_NAMES),
+    ("rsa", "contiguous"),
+    ("rsa", "striped"),
+]
+EVERY = [*PLACED, *WRAPPED]
 MASKS = ["causal", "full", "window(5,0)", "window(3,4)", "documents", "causal&documents"]
 HEADS = [(1, 1), (4, 1), (4, 2), (4, 4), (6, 3), (3, 3)]
 
@@ -55,7 +63,7 @@ def check_exact(got: list[Tensor], whole: list[Tensor], mask: Mask, what: object
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize(("method", "layout_name"), CASES)
+@pytest.mark.parametrize(("method", "layout_name"), PLACED)
 def test_loopback_equals_one_device_in_fp64(size: int, method: str, layout_name: str) -> None:
     layout, seq_length = SequenceLayout(layout_name, size), 2 * size * 7
     for index, (text, heads) in enumerate(zip(MASKS, HEADS, strict=True)):
@@ -65,9 +73,27 @@ def test_loopback_equals_one_device_in_fp64(size: int, method: str, layout_name:
         check_exact(unshard(layout, parts), whole, mask, text)
 
 
+# Heads that no number of ranks below divides, fewer key/value heads than ranks, fewer heads than ranks.
+UNEVEN_HEADS = [(6, 2), (5, 1), (8, 4), (2, 2)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("method", "layout_name"), WRAPPED)
+def test_wrappers_equal_one_device_in_fp64_for_any_heads(size: int, method: str, layout_name: str) -> None:
+    layout, seq_length = SequenceLayout(layout_name, size), 2 * size * 5
+    for index, heads in enumerate(UNEVEN_HEADS):
+        text = ("causal", "full", "causal&documents", "window(3,4)")[index]
+        mask = mask_for(text, seq_length)
+        whole = oracle.inputs(seq_length, heads, (8, 8 if index % 2 else 5), torch.float64)
+        parts = run_loopback(size, lambda group: attend(group, method, layout, mask, whole))  # noqa: B023
+        check_exact(unshard(layout, parts), whole, mask, (text, heads))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize(("method", "layout_name"), CASES)
+@pytest.mark.parametrize(
+    ("method", "layout_name"), [*CASES, ("mesh", "zigzag"), ("ulysses", "contiguous"), ("usp", "zigzag")]
+)
 def test_low_precision_stays_within_its_budget(
     size: int, method: str, layout_name: str, dtype: torch.dtype
 ) -> None:
@@ -86,10 +112,14 @@ def gloo_cases(whole: list[Tensor], seq_length: int) -> list[list[Tensor]]:
         attend(
             group, method, SequenceLayout(layout, group.size()), mask_for(text, seq_length), whole, overlap
         )
-        for method, layout in CASES
-        for text in ("causal", "causal&documents")
-        for overlap in (True, False)
+        for method, layout, text, overlap in GLOO_CASES
     ]
+
+
+GLOO_CASES = [
+    *((*case, text, overlap) for case in CASES for text in MASKS[::5] for overlap in (True, False)),
+    *((*case, text, True) for case in EVERY[len(CASES) :] for text in ("causal", "full")),
+]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -97,15 +127,9 @@ def test_gloo_equals_one_device_in_fp64(size: int) -> None:
     seq_length = 2 * size * 11
     whole = oracle.inputs(seq_length, (4, 2), (8, 6), torch.float64)
     parts = run_ranks(size, gloo_cases, whole, seq_length)
-    texts = [
-        (layout, text)
-        for _, layout in CASES
-        for text in ("causal", "causal&documents")
-        for _ in (True, False)
-    ]
-    for index, (layout, text) in enumerate(texts):
+    for index, (method, layout, text, _) in enumerate(GLOO_CASES):
         got = unshard(SequenceLayout(layout, size), [part[index] for part in parts])
-        check_exact(got, whole, mask_for(text, seq_length), (layout, text))
+        check_exact(got, whole, mask_for(text, seq_length), (method, layout, text))
 
 
 def gloo_low_precision(whole: list[Tensor]) -> list[Tensor]:
@@ -124,12 +148,13 @@ def test_gloo_carries_low_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4, 5])
-def test_runs_repeat_bit_for_bit_with_and_without_overlap(size: int) -> None:
-    layout, mask = SequenceLayout.contiguous(size), Mask.causal()
+@pytest.mark.parametrize(("method", "layout_name"), EVERY)
+def test_runs_repeat_bit_for_bit_with_and_without_overlap(size: int, method: str, layout_name: str) -> None:
+    layout, mask = SequenceLayout(layout_name, size), Mask.causal()
     whole = oracle.inputs(size * 24, (4, 2), (16, 16), torch.float32)
 
     def run(overlap: bool) -> list[Tensor]:
-        parts = run_loopback(size, lambda group: attend(group, "lightseq", layout, mask, whole, overlap))
+        parts = run_loopback(size, lambda group: attend(group, method, layout, mask, whole, overlap))
         return unshard(layout, parts)
 
     runs = [run(overlap) for overlap in (True, True, False)]
@@ -162,12 +187,14 @@ def test_a_placement_of_the_users_own_runs() -> None:
     check_exact(unshard(layout, parts), whole, Mask.full(), "key_owner")
 
 
-def reattached(group: Group, whole: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+def reattached(
+    group: Group, method: str, whole: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
     layout = SequenceLayout.contiguous(group.size())
     q, k, v, dout = (layout.shard(x, group.rank(), 0).clone() for x in whole)
     for x in (q, k, v):
         x.requires_grad_()
-    attention = DistAttention(group)
+    attention = DistAttention(group, method=method)
     out = attention(q, k, v)
     plain = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
     with torch.no_grad():
@@ -179,12 +206,14 @@ def reattached(group: Group, whole: list[Tensor]) -> tuple[list[Tensor], list[Te
     return plain, [again.detach(), *torch.autograd.grad(again, (q, k, v), dout)], counts
 
 
-def test_reattach_repeats_neither_forward_nor_communication() -> None:
-    whole = oracle.inputs(3 * 10, (4, 2), (8, 8), torch.float64)
-    for plain, again, counts in run_loopback(3, lambda group: reattached(group, whole)):
+@pytest.mark.parametrize("method", ["lightseq", "all_gather", "mesh", "ulysses", "usp:2", "rsa"])
+def test_reattach_repeats_neither_forward_nor_communication(method: str) -> None:
+    whole = oracle.inputs(4 * 10, (4, 2), (8, 8), torch.float64)
+    for plain, again, counts in run_loopback(4, lambda group: reattached(group, method, whole)):
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
         assert counts[:2] == counts[2:]
         assert counts[0] == 2
+        assert counts[1] > 0
 
 
 def test_bytes_counted_are_bytes_predicted() -> None:
@@ -260,6 +289,11 @@ def test_unknown_names_are_refused() -> None:
         mls.dist_attention(*shards(), layout=SequenceLayout.contiguous(2))
     with pytest.raises(ConfigError, match="a group of type list"):
         DistAttention([0, 1])  # type: ignore[arg-type]
+
+
+def test_full_rows_take_no_kernel() -> None:
+    with pytest.raises(UnsupportedError, match="method 'rsa' with kernel 'cpu'"):
+        DistAttention(method="rsa", kernel="cpu")
 
 
 def disagree(group: Group) -> None:

@@ -126,3 +126,20 @@ def test_and_is_intersection_and_text_round_trips(data: st.DataObject, n: int) -
 def test_bad_masks_are_refused(make, text: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match=text):
         make()
+
+
+@pytest.mark.parametrize("name", LAYOUT_NAMES)
+@pytest.mark.parametrize(("cp_size", "size"), [(4, 1), (4, 2), (6, 3), (5, 5), (8, 4)])
+def test_merged_groups_hold_their_members_shards(name: str, cp_size: int, size: int) -> None:
+    """Landing puts every member's tokens where the merged layout says that they are."""
+    layout, seq_length = SequenceLayout(name, cp_size), cp_size * 6
+    merged = layout.merged(size)
+    for group in range(merged.cp_size):
+        held: list[int | None] = [None] * (6 * size)
+        for member, rank in enumerate(layout.members(group, size)):
+            positions = layout.positions(rank, seq_length)
+            for there, here in layout.landing(member, size, 6):
+                held[here] = positions[there]
+        assert held == merged.positions(group, seq_length)
+    everyone = [rank for group in range(merged.cp_size) for rank in layout.members(group, size)]
+    assert sorted(everyone) == list(range(cp_size))

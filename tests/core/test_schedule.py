@@ -23,7 +23,15 @@ from megatron_lightseq.schedule.ir import RESULTS, Payload, Step
 from megatron_lightseq.schedule.place import all_tiles
 from megatron_lightseq.schedule.program import OWN
 
-CASES = [("lightseq", "contiguous"), ("ring", "contiguous"), ("ring", "striped"), ("zigzag", "zigzag")]
+CASES = [
+    ("lightseq", "contiguous"),
+    ("ring", "contiguous"),
+    ("ring", "striped"),
+    ("zigzag", "zigzag"),
+    ("all_gather", "zigzag"),
+    ("mesh", "zigzag"),
+    ("mesh", "striped"),
+]
 DIRECTIONS = ["forward", "backward"]
 
 
@@ -46,6 +54,46 @@ def test_lightseq_makespan_is_half_of_the_ranks(size: int) -> None:
     result = simulate(build("lightseq", "contiguous", size))
     assert result.makespan_s == pytest.approx(size / 2, rel=2e-3)
     assert result.busy == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("size", [96, 127, 128, 255, 256])
+def test_lightseq_stays_balanced_on_many_ranks(size: int) -> None:
+    assert simulate(build("lightseq", "contiguous", size)).busy >= 0.98
+
+
+@pytest.mark.parametrize(("size", "at_most"), [(16, 0.7), (64, 0.4), (256, 0.2)])
+def test_mesh_receives_far_fewer_bytes_and_stays_balanced(size: int, at_most: float) -> None:
+    """Busiest rank, MHA, forward, against the best of the methods whose volume grows with P."""
+    shape = TensorShape(num_heads=32, num_query_groups=32)
+
+    def received(method: str, layout: str) -> int:
+        return max(simulate(build(method, layout, size), shape=shape).bytes_received)
+
+    mesh = simulate(build("mesh", "zigzag", size), shape=shape)
+    others = [("lightseq", "contiguous"), ("zigzag", "zigzag"), ("all_gather", "zigzag")]
+    assert max(mesh.bytes_received) <= at_most * min(received(*other) for other in others)
+    assert mesh.busy >= 0.95
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_mesh_of_every_shape_is_valid(direction: str) -> None:
+    for size in range(1, 13):
+        for rows in (rows for rows in range(1, size + 1) if size % rows == 0):
+            schedule = build(f"mesh:{rows}x{size // rows}", "zigzag", size, direction)
+            inputs = [m for step in schedule.steps for m in step.moves if m.payload not in RESULTS]
+            # 2 chunks a rank, from each other rank of the row and of the column; without work, no transfer
+            assert len(inputs) <= 2 * size * (rows - 1 + size // rows - 1)
+
+
+def test_all_gather_transfers_in_one_step() -> None:
+    schedule = build("all_gather", "zigzag", 8)
+    assert [bool(step.moves) for step in schedule.steps] == [True, False, False]
+
+
+def test_usp_places_on_the_ranks_between_the_groups() -> None:
+    assert build("usp:2", "contiguous", 8).steps == build("lightseq", "contiguous", 4).steps
+    assert build("usp", "zigzag", 12).layout.cp_size == 4
+    assert build("ulysses", "zigzag", 8).layout.cp_size == 1
 
 
 def test_contiguous_ring_is_the_unbalanced_ablation() -> None:
@@ -204,6 +252,9 @@ def test_overlap_and_bandwidth_in_the_simulation() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
+        (lambda: build("mesh:2x2", "zigzag", 6), UnsupportedError, "a mesh of 2 x 2 for 6 ranks"),
+        (lambda: build("mesh:0x2", "zigzag", 2), UnsupportedError, "Did you mean 'mesh'"),
+        (lambda: build("usp:3", "contiguous", 4), LayoutError, "groups of 3 among 4 context-parallel ranks"),
         (lambda: build("lightsec", "contiguous", 2), UnsupportedError, "Did you mean 'lightseq'"),
         (lambda: build("lightseq", "zigzag", 2), UnsupportedError, "'lightseq' on the zigzag layout"),
         (lambda: build("zigzag", "contiguous", 2), UnsupportedError, "works on zigzag shards"),

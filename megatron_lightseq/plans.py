@@ -1,0 +1,133 @@
+"""What attention runs in one direction: tiles by a schedule, alone or with heads exchanged around them.
+
+A *run* takes local shards to local results. All of them share one runtime; which of them a method needs is said by
+its :class:`schedule.Method`.
+
+Shapes: q (S, B, H, D), k (S, B, G, D), v (S, B, G, Dv), out and dout (S, B, H, Dv), lse and delta (B, H, S).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.exchange import HeadExchange, expand, fold
+from megatron_lightseq.kernels.registry import Kernel, accumulator_dtype
+from megatron_lightseq.runtime import AttentionStats, BackwardPass, BoundProgram, ForwardPass, Runtime
+from megatron_lightseq.schedule import Payload
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Run(Protocol):
+    """Attention over a group, in the directions that it was made for."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """``out`` in q's dtype and ``lse`` in the accumulator dtype."""
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
+    ) -> Gradients:
+        """dq, dk, dv in the accumulator dtype or in the inputs'."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileRun:
+    """Tiles by a schedule: the program of one direction."""
+
+    program: BoundProgram
+    kernel: Kernel
+    runtime: Runtime
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        acc = accumulator_dtype(q.dtype)
+        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=acc, device=q.device)
+        lse = torch.empty((q.shape[1], q.shape[2], q.shape[0]), dtype=acc, device=q.device)
+        self.runtime.run(self.program, ForwardPass.over(q, k, v, out, lse, self.kernel, scale))
+        return out.to(q.dtype), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
+    ) -> Gradients:
+        acc = accumulator_dtype(q.dtype)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
+        inputs = {Payload.QDO: (q, dout, lse, delta), Payload.KV: (k, v)}
+        grads = {Payload.DQ: (dq,), Payload.DKV: (dk, dv)}
+        self.runtime.run(self.program, BackwardPass.over(inputs, grads, self.kernel, scale))
+        return dq, dk, dv
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRun:
+    """Heads exchanged for tokens, another run for this rank's share of the heads, and the exchange back.
+
+    The backward exchanges its inputs again instead of keeping both forms of them: attention that was kept over
+    recomputation then needs nothing of the forward's, and neither holds more memory than the other.
+    """
+
+    exchange: HeadExchange
+    inner: Run
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        cut = self.exchange.cut
+        (q_merged,) = self.exchange.to_heads([q], cut.heads)
+        k_merged, v_merged = self._keys_and_values(k, v)
+        if self.exchange.num_heads:
+            out, lse = self.inner.forward(q_merged, k_merged, v_merged, scale)
+        else:  # more ranks than heads
+            out = q_merged.new_empty((*q_merged.shape[:3], v.shape[3]))
+            lse = q_merged.new_empty(
+                (q_merged.shape[1], 0, q_merged.shape[0]), dtype=accumulator_dtype(q.dtype)
+            )
+        out, lse = self.exchange.to_tokens([out, lse], cut.heads)
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
+    ) -> Gradients:
+        cut = self.exchange.cut
+        dout_m, q_m, lse_m, delta_m = self.exchange.to_heads([dout, q, lse, delta], cut.heads)
+        k_m, v_m = self._keys_and_values(k, v)
+        if self.exchange.num_heads:
+            dq, dk, dv = self.inner.backward(dout_m, q_m, k_m, v_m, lse_m, delta_m, scale)
+        else:
+            dq, dk, dv = (x.to(accumulator_dtype(x.dtype)) for x in (q_m, k_m, v_m))
+        (dq,) = self.exchange.to_tokens([dq.to(q.dtype)], cut.heads)
+        dk, dv = (fold(grad, self._group_of_head(), self._num_groups()) for grad in (dk, dv))
+        if cut.groups_are_disjoint:  # final already, and half as many bytes
+            dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+        dk, dv = self.exchange.to_tokens([dk, dv], cut.groups, add=not cut.groups_are_disjoint)
+        return dq, dk, dv
+
+    def _keys_and_values(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        index = self._group_of_head()
+        return [expand(x, index) for x in self.exchange.to_heads([k, v], self.exchange.cut.groups)]
+
+    def _group_of_head(self) -> list[int] | None:
+        return self.exchange.cut.group_of_head(self.exchange.member)
+
+    def _num_groups(self) -> int:
+        return len(self.exchange.cut.groups[self.exchange.member])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Both directions, each with a run of its own; they may follow different methods."""
+
+    forward: Run
+    backward: Run
+    stats: AttentionStats
+
+    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return self.forward.forward(q, k, v, scale)
+
+    def run_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> Gradients:
+        acc = accumulator_dtype(q.dtype)
+        delta = (out.to(acc) * dout.to(acc)).sum(-1).permute(1, 2, 0).contiguous()  # (B, H, S)
+        dq, dk, dv = self.backward.backward(dout, q, k, v, lse, delta, scale)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
