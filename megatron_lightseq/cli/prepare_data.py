@@ -38,9 +38,8 @@ def run(arguments: Sequence[str]) -> int:
     console = Console(file=sys.stdout, quiet=options.quiet, highlight=False)
     facts = up_to_date(options.output, fingerprint(files, tokenizer))
     if facts is not None:
-        console.print(
-            f"{options.output} is up to date: {facts.documents:,} documents, {facts.tokens:,} tokens"
-        )
+        line = f"{options.output} is up to date: {facts.documents:,} documents, {facts.tokens:,} tokens"
+        console.print(line, soft_wrap=True)
         return 0
     facts = _prepare_with_bar(files, data, options.output, console)
     console.print(summary(options.output, facts, options.seq_length))

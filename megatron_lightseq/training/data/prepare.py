@@ -154,12 +154,25 @@ def _announced(files: Iterable[SourceFile], advance: Advance) -> Iterator[Source
 @contextlib.contextmanager
 def _temporary(prefix: Path) -> Iterator[Path]:
     """A prefix beside the target for files that are not complete; whatever is left there is removed."""
+    for left in prefix.parent.glob(f".{prefix.name}.tmp-*.*"):  # by a run that was killed
+        if not _is_running(int(left.name.split(".tmp-")[1].partition(".")[0])):
+            left.unlink(missing_ok=True)
     staged = prefix.with_name(f".{prefix.name}.tmp-{os.getpid()}")
     try:
         yield staged
     finally:
         for suffix in ("bin", "idx", "json"):
             file_of(staged, suffix).unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _publish(staged: Path, prefix: Path) -> None:
