@@ -6,17 +6,15 @@ import atexit
 import faulthandler
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.errors import PeerFailureError
-from megatron_lightseq.training.data.datasets import open_corpora
-from megatron_lightseq.training.distributed import Launch, join
 from megatron_lightseq.training.faults import EXIT_PEER_FAILED
-from megatron_lightseq.training.loop import build_loop
-from megatron_lightseq.training.report import finish
-from megatron_lightseq.training.signals import stop_on_signals
+from megatron_lightseq.training.launch import Launch
+from megatron_lightseq.training.signals import StopRequest, stop_on_signals
 
 _LEAVE_WITHIN_S = 30.0
 
@@ -30,23 +28,46 @@ def pretrain(config: PretrainConfig) -> int:
     Raises:
         LightSeqError: this rank failed first; subclasses say at what.
     """
-    with stop_on_signals() as stop, _messages(Launch.from_environment().rank):
-        corpora = open_corpora(config)
+    rank = Launch.from_environment().rank
+    with stop_on_signals() as stop, _messages(rank):
         try:
-            with join(config) as job:
-                outcome = build_loop(job, config, corpora, stop).run()
-                if job.launch.rank == 0:
-                    for line in finish(config, corpora, outcome):
-                        sys.stdout.write(line + "\n")
-                    sys.stdout.flush()
+            with _without_noise():
+                _run(config, stop)
         except PeerFailureError as error:
             _leave_for_certain()
-            sys.stderr.write(f"rank {Launch.from_environment().rank}: {error}\n")
+            sys.stderr.write(f"rank {rank}: {error}\n")
             return EXIT_PEER_FAILED
         except BaseException:
             _leave_for_certain()
             raise
     return 0
+
+
+def _run(config: PretrainConfig, stop: StopRequest) -> None:
+    from megatron_lightseq.training.data.datasets import open_corpora
+    from megatron_lightseq.training.distributed import join
+    from megatron_lightseq.training.loop import build_loop
+    from megatron_lightseq.training.report import finish
+
+    corpora = open_corpora(config)
+    with join(config) as job:
+        outcome = build_loop(job, config, corpora, stop).run()
+        if job.launch.rank == 0:
+            sys.stdout.writelines(line + "\n" for line in finish(config, corpora, outcome))
+            sys.stdout.flush()
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Without what Megatron warns of on every rank of every run, because this package does not need it.
+
+    Once per module that Transformer Engine and apex, optional here, are absent; and of the default value of a
+    setting for CUDA graphs.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Apex")
+        warnings.filterwarnings("ignore", message="full scope is deprecated")
+        yield
 
 
 def _leave_for_certain() -> None:
