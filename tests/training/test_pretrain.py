@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory
+from tests.training.launched import Launched, kill_hard, launch, make_corpus, train_metrics
+
+GOLDEN_TRAIN = {
+    "kind",
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "step_seconds",
+    "tflops_per_rank",
+    "memory_bytes",
+    "exposed_communication",
+    "consumed_samples",
+    "skipped",
+}
+GOLDEN_SUMMARY = {
+    "steps",
+    "first_loss",
+    "last_loss",
+    "entropy",
+    "validation_loss",
+    "tokens_per_second",
+    "seconds",
+    "stopped",
+    "checkpoint",
+}
+LINE = re.compile(
+    r"^step +\d+/12 \| loss \d+\.\d{4} \| grad norm \d+\.\d{3} \| lr \d\.\d\de[+-]\d\d \| [\d,]+ tokens/s "
+    r"\| \d+\.\d\d GiB \| ETA \d+s$",
+    re.MULTILINE,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def start(corpus: Path, tmp_path: Path) -> Iterator[Any]:
+    """Starts runs, and ends those that a failed test left behind."""
+    started: list[Launched] = []
+
+    def begin(**options: Any) -> Launched:
+        started.append(launch(corpus, tmp_path, **options))
+        return started[-1]
+
+    yield begin
+    for run in started:
+        run.stop()
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An undisturbed run: its folder and its output."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = launch(
+        corpus, folder, save_interval=5, eval_interval=6, eval_iters=1, tensorboard_dir=folder / "tb"
+    )
+    assert run.wait() == 0, run.text()
+    return folder, run.text()
+
+
+def test_a_run_says_what_it_does_and_leaves_its_files(whole: tuple[Path, str]) -> None:
+    folder, output = whole
+    assert len(LINE.findall(output)) == 12
+    assert re.search(r"^model +\d+\.\d k parameters: 2 layers, hidden 32, 4 heads in 2 groups", output, re.M)
+    assert re.search(r"^ranks +2 on cpu/gloo: CP 2$", output, re.M)
+    assert re.search(
+        r"^attention +lightseq, kernel reference, contiguous layout over 2 ranks, overlap on$", output, re.M
+    )
+    assert re.search(r"^data +[\d.]+ k tokens, unigram entropy \d\.\d{3} nats$", output, re.M)
+    assert re.search(r"^12 steps in .*: loss \d+\.\d\d -> \d+\.\d\d, validation \d+\.\d\d$", output, re.M)
+    assert "the corpus' unigram entropy of" in output
+    assert "Apex" not in output
+    names = {"loss.png", "schedule.png", "summary.json", "metrics.jsonl"}
+    assert {path.name for path in (folder / "report").iterdir()} == names
+    assert list((folder / "tb").glob("events.out.tfevents.*"))
+    saved = [path.name for path in CheckpointDirectory(root=folder / "checkpoints").candidates()]
+    assert saved == ["iter_0000012", "iter_0000010", "iter_0000005"]
+    for name in ("loss.png", "schedule.png"):
+        assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_and_summary_have_their_keys(whole: tuple[Path, str]) -> None:
+    report = whole[0] / "report"
+    lines = [json.loads(line) for line in (report / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    checks = [line for line in lines if line["kind"] == "validation"]
+    assert [line["step"] for line in train] == list(range(1, 13))
+    assert all(line.keys() == GOLDEN_TRAIN for line in train)
+    assert [line["step"] for line in checks] == [6, 12]
+    assert all(line.keys() == {"kind", "step", "loss", "num_tokens"} for line in checks)
+    assert all(0 <= line["exposed_communication"] <= 1 for line in train)
+    summary = json.loads((report / "summary.json").read_text())
+    assert summary.keys() == GOLDEN_SUMMARY
+    assert summary["steps"] == 12
+    assert summary["stopped"] is None
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_same_bit_for_bit(
+    start: Any, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    interrupted = start(save_interval=5, eval_interval=6, eval_iters=1)
+    interrupted.wait_for(r"step +3/12")
+    interrupted.rank_process(1).send_signal(signal.SIGTERM)  # one rank only: they must agree
+    assert interrupted.wait() == 0, interrupted.text()
+    assert "stopped early: another rank was asked to stop" in interrupted.text()
+    reached = train_metrics(tmp_path)[-1].step
+    assert 3 <= reached < 12
+    newest = CheckpointDirectory(root=tmp_path / "checkpoints").candidates()[0]
+    assert newest.name == f"iter_{reached:07d}"
+
+    resumed = start(save_interval=5, eval_interval=6, eval_iters=1, load=tmp_path / "checkpoints")
+    assert resumed.wait() == 0, resumed.text()
+    assert f"at step {reached}" in resumed.text()
+    ours, undisturbed = train_metrics(tmp_path), train_metrics(whole[0])
+    assert [m.step for m in ours] == list(range(1, 13))
+    assert [(m.loss, m.grad_norm, m.learning_rate) for m in ours] == [
+        (m.loss, m.grad_norm, m.learning_rate) for m in undisturbed
+    ]
+
+
+def test_a_killed_rank_is_named_by_the_others(start: Any) -> None:
+    run = start(ranks=3, context_parallel_size=3, seq_length=66, train_iters=5000)
+    run.wait_for(r"step +5/5000")
+    kill_hard(run.rank_process(1))
+    began = time.monotonic()
+    assert run.wait() == 1
+    assert time.monotonic() - began < 30.0
+    for rank in (0, 2):
+        assert re.search(
+            rf"rank {rank}: stopped because rank 1 failed at step \d+ \(train\): its process \d+ is gone \(killed\?\)",
+            run.text(),
+        ), run.text()
+    assert run.exit_codes() == {0: 3, 1: -9, 2: 3}
+
+
+def test_ranks_with_other_flags_are_refused_before_the_first_collective(corpus: Path, tmp_path: Path) -> None:
+    """Rank 1 has another learning rate: an environment variable that only it reads stands for another file."""
+    runs = launch_pair_with_different_flags(corpus, tmp_path)
+    for code, text in runs:
+        assert code == 2, text
+    message = runs[0][1]
+    assert "The ranks disagree before the first step" in message
+    assert re.search(r"^  lr +0\.003 +0$", message, re.M), message
+    assert re.search(r"^ +0\.004 +1$", message, re.M), message
+
+
+def launch_pair_with_different_flags(corpus: Path, folder: Path) -> list[tuple[int, str]]:
+    """Two ranks started by hand, as two machines would start them; exit codes and outputs."""
+    import os
+    import socket
+    import subprocess
+    import sys
+
+    from tests.training.launched import FLAGS, REPOSITORY, WALL_LIMIT_S
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    values = {**FLAGS, "data_path": corpus}
+    flags = [text for key, value in values.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    processes = []
+    for rank, rate in enumerate(("0.003", "0.004")):
+        environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "megatron_lightseq", "pretrain", *flags, "--lr", rate],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=REPOSITORY,
+                env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY)},
+            )
+        )
+    outputs = [process.communicate(timeout=WALL_LIMIT_S)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
