@@ -4,7 +4,7 @@
 
 namespace mls {
 
-enum class ElementType { kFloat32, kBFloat16 };
+enum class ElementType { kFloat32, kBFloat16, kFloat16 };
 
 struct AttentionShape {
   int64_t num_queries;   // Sq

@@ -1,0 +1,34 @@
+// Defines backward_sm80 for the tile sizes below. Budgets: 255 registers a thread, 163 KiB shared memory
+// (sm_80).
+#pragma once
+#include "cuda/backward_dq_sm80.h"
+#include "cuda/instances.h"
+
+namespace mls::cuda {
+
+// Warps along keys, warps along columns, queries a tile; keys a tile of the dQ kernel.
+template <int kHeadDim, int kValueDim>
+struct BackwardSizes {
+  static constexpr int kKeyWarps = 8, kColumnWarps = 1, kQueries = 64, kDqKeys = 64;
+};
+template <>
+struct BackwardSizes<192, 128> {
+  static constexpr int kKeyWarps = 4, kColumnWarps = 2, kQueries = 32, kDqKeys = 32;
+};
+template <>
+struct BackwardSizes<256, 256> {
+  static constexpr int kKeyWarps = 4, kColumnWarps = 2, kQueries = 32, kDqKeys = 32;
+};
+
+template <class Element, int kHeadDim, int kValueDim>
+const char* backward_sm80(const BackwardParams& params, bool deterministic, void* stream) {
+  using Sizes = BackwardSizes<kHeadDim, kValueDim>;
+  return launch_backward_sm80<
+      BackwardTraits<Element, kHeadDim, kValueDim, Sizes::kKeyWarps, Sizes::kColumnWarps, Sizes::kQueries>,
+      QueryGradientTraits<Element, kHeadDim, kValueDim, 4, Sizes::kDqKeys>>(params, deterministic, stream);
+}
+
+#define MLS_DEFINE_BACKWARD_SM80(Element, D, Dv) \
+  template const char* backward_sm80<Element, D, Dv>(const BackwardParams&, bool, void*);
+
+}  // namespace mls::cuda

@@ -1,0 +1,296 @@
+#include "cuda/emulation/hopper.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace mls::emu {
+namespace {
+
+constexpr int kRowBytes = 128;  // of a swizzled panel
+constexpr int kElementsPerRow = 64;
+
+// The 128-byte swizzle: 16-byte chunks of a row change places by the row's number in its group of eight.
+size_t swizzled(size_t offset) {
+  return offset ^ (offset >> 7 & 7) << 4;
+}
+
+// Where element e of the fragment (j, e) of thread t stands in a 64-row accumulator.
+int fragment_row(int thread, int element) {
+  return thread / 32 * 16 + thread % 32 / 4 + element / 2 * 8;
+}
+
+int fragment_column(int thread, int tile, int element) {
+  return tile * 8 + thread % 4 * 2 + element % 2;
+}
+
+}  // namespace
+
+void Hopper::reset() {
+  async_view.assign(block.shared_bytes(), 0xff);
+  unfenced.assign(block.num_threads(), {});
+  barriers.clear();
+  copies.clear();
+  warpgroups.assign((block.num_threads() + 127) / 128, {});
+}
+
+std::string Hopper::describe_waits() const {
+  std::string text;
+  for (const auto& [offset, barrier] : barriers)
+    if (!barrier.waiters.empty())
+      text += "; mbarrier at " + std::to_string(offset) + " awaits " + std::to_string(barrier.pending) +
+              " arrivals and " + std::to_string(barrier.transaction_bytes) + " bytes";
+  for (const Warpgroup& group : warpgroups)
+    if (group.arrived)
+      text += "; a warpgroup has only " + std::to_string(group.arrived) + " threads at wgmma";
+  return text;
+}
+
+void Hopper::note_store(int thread, size_t offset, size_t bytes) {
+  unfenced[thread].emplace_back(offset, bytes);
+}
+
+void Hopper::proxy_fence() {
+  auto& stores = unfenced[block.thread()];
+  for (const auto& [offset, bytes] : stores)
+    std::memcpy(async_view.data() + offset, block.shared() + offset, bytes);
+  stores.clear();
+}
+
+void Hopper::barrier_init(const void* barrier, int count) {
+  barriers[block.check_shared(barrier, 8)] = {count, count, 0, 0, {}};
+}
+
+Hopper::Barrier& Hopper::find(const void* barrier) {
+  const auto found = barriers.find(block.check_shared(barrier, 8));
+  if (found == barriers.end()) block.fail("mbarrier used before its initialisation");
+  return found->second;
+}
+
+void Hopper::advance(Barrier& barrier) {
+  if (barrier.pending > 0 || barrier.transaction_bytes > 0) return;
+  barrier.phase ^= 1;
+  barrier.pending = barrier.count;
+  block.wake(barrier.waiters);
+}
+
+void Hopper::barrier_arrive(const void* pointer, int transaction_bytes) {
+  Barrier& barrier = find(pointer);
+  if (barrier.pending == 0) block.fail("more arrivals at an mbarrier than its count");
+  --barrier.pending;
+  barrier.transaction_bytes += transaction_bytes;
+  advance(barrier);
+}
+
+// Until the phase of this parity has been completed.
+void Hopper::barrier_wait(const void* pointer, int parity) {
+  Barrier& barrier = find(pointer);
+  while (barrier.phase == parity) block.sleep(barrier.waiters);
+}
+
+void Hopper::tensor_copy(const void* target, const TensorMap& map, const void* barrier,
+                         std::array<int, 4> at) {
+  PendingCopy copy{block.check_shared(target, 16), map, block.check_shared(barrier, 8), at};
+  find(barrier);
+  const size_t bytes = static_cast<size_t>(map.rows) * kRowBytes;
+  if (copy.target % 1024) block.fail("tensor copy: a swizzled target must be 1024-byte aligned");
+  if (copy.target + bytes > block.shared_bytes()) block.fail("tensor copy beyond shared memory");
+  std::memset(block.shared() + copy.target, 0xff, bytes);
+  std::memset(async_view.data() + copy.target, 0xff, bytes);
+  copies.push_back(copy);
+  ++block.statistics.async_copies;
+}
+
+void Hopper::land_sometimes() {
+  if (!copies.empty() && block.random() % 16 == 0) land_one();
+}
+
+// Lands a copy in flight, any of them. False: none is.
+bool Hopper::land_one() {
+  if (copies.empty()) return false;
+  const size_t chosen = block.random() % copies.size();
+  const PendingCopy copy = copies[chosen];
+  copies.erase(copies.begin() + static_cast<ptrdiff_t>(chosen));
+  land(copy);
+  Barrier& barrier = barriers.at(copy.barrier);
+  barrier.transaction_bytes -= copy.map.rows * kRowBytes;
+  advance(barrier);
+  return true;
+}
+
+void Hopper::land(const PendingCopy& copy) {
+  const TensorMap& map = copy.map;
+  for (int row = 0; row < map.rows; ++row) {
+    unsigned char line[kRowBytes] = {};  // zeros outside the tensor
+    const int64_t token = copy.at[1] + row;
+    const bool inside =
+        token >= 0 && token < map.sizes[1] && copy.at[2] < map.sizes[2] && copy.at[3] < map.sizes[3];
+    const int64_t columns = std::min<int64_t>(kElementsPerRow, map.sizes[0] - copy.at[0]);
+    if (inside && columns > 0)
+      std::memcpy(line,
+                  map.data + copy.at[0] * map.strides[0] + token * map.strides[1] +
+                      copy.at[2] * map.strides[2] + copy.at[3] * map.strides[3],
+                  columns * 2);
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      const size_t offset = swizzled(copy.target + row * kRowBytes + chunk * 16);
+      std::memcpy(block.shared() + offset, line + chunk * 16, 16);
+      std::memcpy(async_view.data() + offset, line + chunk * 16, 16);
+    }
+  }
+}
+
+Hopper::Warpgroup& Hopper::warpgroup() {
+  return warpgroups[block.thread() / 128];
+}
+
+bool Hopper::warpgroup_arrive(WarpgroupStep step) {
+  Warpgroup& group = warpgroup();
+  if (group.arrived == 0) group.step = step;
+  if (group.step != step) block.fail("threads of one warpgroup are in different wgmma operations");
+  if (++group.arrived == 128) return true;
+  static thread_local Waiters nobody;  // the last thread wakes all 128 by warpgroup_release()
+  block.sleep(nobody);
+  return false;
+}
+
+void Hopper::warpgroup_release() {
+  warpgroup().arrived = 0;
+  Waiters all(block.num_threads() / 32, 0);
+  const int first = block.thread() / 128 * 4;
+  for (int warp = first; warp < first + 4; ++warp) all[warp] = 0xffffffffu;
+  all[block.thread() / 32] &= ~(1u << block.thread() % 32);
+  block.wake(all);
+}
+
+void Hopper::wgmma(float* accumulator, const WgmmaCall& call) {
+  Warpgroup& group = warpgroup();
+  group.accumulators[block.thread() % 128] = accumulator;
+  group.a_registers[block.thread() % 128] = call.a_registers;
+  if (!warpgroup_arrive(WarpgroupStep::kMma)) return;
+  if (!group.fenced) block.fail("wgmma without wgmma.fence after its registers may have been written");
+  issue(group, call);
+  warpgroup_release();
+}
+
+void Hopper::issue(Warpgroup& group, const WgmmaCall& call) {
+  ++block.statistics.wgmma;
+  const int per_thread = call.columns / 2;
+  float* name = group.accumulators[0];
+  InFlight& flight = group.in_flight[name];
+  if (flight.values.empty()) {
+    flight = {group.accumulators, call.columns, std::vector<float>(128 * per_thread)};
+    for (int t = 0; t < 128; ++t) {
+      std::memcpy(&flight.values[t * per_thread], group.accumulators[t], per_thread * sizeof(float));
+      std::fill_n(group.accumulators[t], per_thread, std::nanf(""));
+    }
+  }
+  WgmmaTask task{call, group.a_registers, name, {}, {}};
+  if (block.random() % 2) read_operands(task);
+  group.open.push_back(std::move(task));
+}
+
+void Hopper::wgmma_fence() {
+  if (!warpgroup_arrive(WarpgroupStep::kFence)) return;
+  warpgroup().fenced = true;
+  warpgroup_release();
+}
+
+void Hopper::wgmma_commit() {
+  if (!warpgroup_arrive(WarpgroupStep::kCommit)) return;
+  Warpgroup& group = warpgroup();
+  group.groups.push_back(std::move(group.open));
+  group.open.clear();
+  warpgroup_release();
+}
+
+void Hopper::wgmma_wait(int pending) {
+  if (!warpgroup_arrive(WarpgroupStep::kWait)) return;
+  Warpgroup& group = warpgroup();
+  while (static_cast<int>(group.groups.size()) > pending) {
+    for (WgmmaTask& task : group.groups.front()) multiply(group, task);
+    group.groups.erase(group.groups.begin());
+  }
+  write_back(group);
+  group.fenced = false;
+  warpgroup_release();
+}
+
+// Element (major, k) of an operand, by its matrix descriptor (PTX ISA, "Shared Memory Matrix Layout").
+// Transposed, 64 major elements are contiguous; otherwise the elements along k are.
+float Hopper::element(Format format, uint64_t descriptor, int major, int k, bool transposed) {
+  if (descriptor >> 62 != 1) block.fail("wgmma: the emulator knows only the 128-byte swizzle");
+  const size_t start = (descriptor & 0x3fff) << 4;
+  const size_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  const size_t offset =
+      transposed ? start + major / 64 * leading + major % 64 * 2 + k / 8 * stride + k % 8 * kRowBytes
+                 : start + major / 8 * stride + major % 8 * kRowBytes + k * 2;
+  if (offset + 2 > async_view.size()) block.fail("wgmma: descriptor outside shared memory");
+  uint16_t bits;
+  std::memcpy(&bits, async_view.data() + swizzled(offset), 2);
+  return to_float(format, bits);
+}
+
+void Hopper::read_operands(WgmmaTask& task) {
+  const WgmmaCall& call = task.call;
+  task.a.resize(64 * 16);
+  task.b.resize(call.columns * 16);
+  for (int n = 0; n < call.columns; ++n)
+    for (int k = 0; k < 16; ++k)
+      task.b[n * 16 + k] = element(call.format, call.descriptor_b, n, k, call.transpose_b);
+  if (call.a_registers == nullptr) {
+    for (int m = 0; m < 64; ++m)
+      for (int k = 0; k < 16; ++k)
+        task.a[m * 16 + k] = element(call.format, call.descriptor_a, m, k, call.transpose_a);
+    return;
+  }
+  for (int t = 0; t < 128; ++t)
+    for (int r = 0; r < 4; ++r) {
+      const int row = t / 32 * 16 + t % 32 / 4 + r % 2 * 8, k = t % 4 * 2 + r / 2 * 8;
+      const uint32_t pair = task.a_registers[t][r];
+      task.a[row * 16 + k] = to_float(call.format, static_cast<uint16_t>(pair));
+      task.a[row * 16 + k + 1] = to_float(call.format, static_cast<uint16_t>(pair >> 16));
+    }
+}
+
+void Hopper::multiply(Warpgroup& group, WgmmaTask& task) {
+  if (task.a.empty()) read_operands(task);
+  const int columns = task.call.columns;
+  std::vector<float> product(64 * columns, 0.0f), b_by_k(16 * columns);
+  for (int n = 0; n < columns; ++n)
+    for (int k = 0; k < 16; ++k) b_by_k[k * columns + n] = task.b[n * 16 + k];
+  for (int m = 0; m < 64; ++m)
+    for (int k = 0; k < 16; ++k) {
+      const float a = task.a[m * 16 + k];
+      for (int n = 0; n < columns; ++n) product[m * columns + n] += a * b_by_k[k * columns + n];
+    }
+  std::vector<float>& values = group.in_flight.at(task.accumulator).values;
+  for (int t = 0; t < 128; ++t)
+    for (int i = 0; i < columns / 2; ++i) {
+      float& value = values[t * (columns / 2) + i];
+      const float before = task.call.accumulate ? value : 0.0f;
+      value = before + product[fragment_row(t, i % 4) * columns + fragment_column(t, i / 4, i % 4)];
+    }
+}
+
+// Registers get their values when no product on them is in flight.
+void Hopper::write_back(Warpgroup& group) {
+  const auto busy = [&group](float* accumulator) {
+    const auto writes = [accumulator](const WgmmaTask& task) { return task.accumulator == accumulator; };
+    return std::any_of(group.open.begin(), group.open.end(), writes) ||
+           std::any_of(group.groups.begin(), group.groups.end(),
+                       [&](const auto& tasks) { return std::any_of(tasks.begin(), tasks.end(), writes); });
+  };
+  for (auto entry = group.in_flight.begin(); entry != group.in_flight.end();) {
+    if (busy(entry->first)) {
+      ++entry;
+      continue;
+    }
+    const InFlight& flight = entry->second;
+    const int per_thread = flight.columns / 2;
+    for (int t = 0; t < 128; ++t)
+      std::memcpy(flight.registers[t], &flight.values[t * per_thread], per_thread * sizeof(float));
+    entry = group.in_flight.erase(entry);
+  }
+}
+
+}  // namespace mls::emu

@@ -1,0 +1,50 @@
+// The kernels of csrc/cuda for the CPU, as a library that tests load: one C function per entry point.
+#include <cstring>
+
+#include "cuda/backward_sm80_instances.h"
+#include "cuda/emulation/machine.h"
+#include "cuda/forward_sm80_instances.h"
+
+namespace mls::cuda {
+namespace {
+
+template <class Run>
+const char* with_kernel(const AttentionShape& shape, ElementType type, Run run) {
+#define MLS_CASE(D, Dv)                                                                \
+  if (shape.head_dim == D && shape.value_dim == Dv)                                    \
+    return type == ElementType::kBFloat16 ? run.template operator()<BFloat16, D, Dv>() \
+                                          : run.template operator()<Float16, D, Dv>();
+  MLS_FOR_EACH_HEAD_DIM(MLS_CASE)
+#undef MLS_CASE
+  return "the library has no kernel for these head dims";
+}
+
+}  // namespace
+}  // namespace mls::cuda
+
+extern "C" {
+
+void mls_emu_configure(uint64_t seed, int threads) {
+  mls::emu::options() = {seed, threads};
+}
+
+void mls_emu_statistics(mls::emu::Statistics* copy) {
+  *copy = mls::emu::statistics();
+  mls::emu::statistics() = {};
+}
+
+const char* mls_emu_forward_sm80(const mls::ForwardParams* params) {
+  return mls::cuda::with_kernel(
+      params->shape, params->element_type, [params]<class Element, int kHeadDim, int kValueDim>() {
+        return mls::cuda::forward_sm80<Element, kHeadDim, kValueDim>(*params, nullptr);
+      });
+}
+
+const char* mls_emu_backward_sm80(const mls::BackwardParams* params, bool deterministic) {
+  return mls::cuda::with_kernel(
+      params->shape, params->element_type, [&]<class Element, int kHeadDim, int kValueDim>() {
+        return mls::cuda::backward_sm80<Element, kHeadDim, kValueDim>(*params, deterministic, nullptr);
+      });
+}
+
+}  // extern "C"

@@ -1,0 +1,38 @@
+// Defines forward_sm80 for the tile sizes below. Budgets: 255 registers a thread, 163 KiB shared memory
+// (sm_80).
+#pragma once
+#include "cuda/forward_sm80.h"
+#include "cuda/instances.h"
+
+namespace mls::cuda {
+
+// Warps, 16-query tiles a warp, keys a tile.
+template <int kHeadDim, int kValueDim>
+struct ForwardSizes {
+  static constexpr int kWarps = 4, kRowTiles = 2, kKeys = 64;
+};
+template <>
+struct ForwardSizes<128, 128> {
+  static constexpr int kWarps = 4, kRowTiles = 2, kKeys = 64;
+};
+template <>
+struct ForwardSizes<192, 128> {
+  static constexpr int kWarps = 8, kRowTiles = 1, kKeys = 64;
+};
+template <>
+struct ForwardSizes<256, 256> {
+  static constexpr int kWarps = 8, kRowTiles = 1, kKeys = 32;
+};
+
+template <class Element, int kHeadDim, int kValueDim>
+const char* forward_sm80(const ForwardParams& params, void* stream) {
+  using Sizes = ForwardSizes<kHeadDim, kValueDim>;
+  return launch_forward_sm80<
+      ForwardTraits<Element, kHeadDim, kValueDim, Sizes::kWarps, Sizes::kRowTiles, Sizes::kKeys>>(params,
+                                                                                                  stream);
+}
+
+#define MLS_DEFINE_FORWARD_SM80(Element, D, Dv) \
+  template const char* forward_sm80<Element, D, Dv>(const ForwardParams&, void*);
+
+}  // namespace mls::cuda

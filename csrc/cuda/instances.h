@@ -1,0 +1,18 @@
+// Which kernels exist: the tile sizes of every head dim. Each .cu file compiles some of them.
+#pragma once
+#include "attention_params.h"
+#include "cuda/primitives/sm80.h"
+
+namespace mls::cuda {
+
+// D = head dim of q and k, Dv of v.
+#define MLS_FOR_EACH_HEAD_DIM(X) X(64, 64) X(80, 80) X(96, 96) X(128, 128) X(192, 128) X(256, 256)
+
+// Each runs on the stream given and returns null, or what is wrong.
+template <class Element, int kHeadDim, int kValueDim>
+const char* forward_sm80(const ForwardParams& params, void* stream);
+
+template <class Element, int kHeadDim, int kValueDim>
+const char* backward_sm80(const BackwardParams& params, bool deterministic, void* stream);
+
+}  // namespace mls::cuda

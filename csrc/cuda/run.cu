@@ -1,0 +1,69 @@
+#include "cuda/run.h"
+
+#include <initializer_list>
+
+#include "cuda/dispatch.h"
+
+namespace mls::cuda {
+namespace {
+
+// 10 * major + minor of the current device; 0 with `failure` set where there is none.
+int current_capability(const char** failure) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  *failure = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return *failure == nullptr ? 10 * major + minor : 0;
+}
+
+constexpr const char* kNoKernel =
+    "no CUDA kernel: it takes compute capability 8.0 and later, bfloat16 or float16, and head dims 64, 80, "
+    "96, "
+    "128, 192 with value dim 128, or 256";
+
+const KernelEntry* choose(const AttentionShape& shape, ElementType element_type, const char** failure) {
+  if ((*failure = check_shape(shape)) != nullptr) return nullptr;
+  const int capability = current_capability(failure);
+  if (*failure != nullptr) return nullptr;
+  const KernelEntry* entry = find_kernel(capability, shape.head_dim, shape.value_dim, element_type);
+  if (entry == nullptr) *failure = kNoKernel;
+  return entry;
+}
+
+}  // namespace
+}  // namespace mls::cuda
+
+extern "C" {
+
+const char* mls_cuda_unsupported(int64_t head_dim, int64_t value_dim, mls::ElementType element_type) {
+  const char* failure = nullptr;
+  mls::cuda::choose({1, 1, 1, 1, 1, head_dim, value_dim}, element_type, &failure);
+  return failure;
+}
+
+const char* mls_cuda_forward(const mls::ForwardParams* params, void* stream) {
+  namespace cuda = mls::cuda;
+  if (cuda::nothing_to_do(params->shape)) return nullptr;
+  if (!cuda::aligned_input(params->q) || !cuda::aligned_input(params->k) || !cuda::aligned_input(params->v))
+    return cuda::kInputAlignment;
+  if (!cuda::aligned_result(params->out)) return cuda::kResultAlignment;
+  const char* failure = nullptr;
+  const cuda::KernelEntry* entry = cuda::choose(params->shape, params->element_type, &failure);
+  return entry == nullptr ? failure : entry->forward(*params, stream);
+}
+
+const char* mls_cuda_backward(const mls::BackwardParams* params, bool deterministic, void* stream) {
+  namespace cuda = mls::cuda;
+  if (cuda::nothing_to_do(params->shape) || params->shape.num_keys == 0) return nullptr;
+  for (const auto* input : {&params->q, &params->k, &params->v, &params->dout})
+    if (!cuda::aligned_input(*input)) return cuda::kInputAlignment;
+  for (const auto* result : {&params->dq, &params->dk, &params->dv})
+    if (!cuda::aligned_result(*result)) return cuda::kResultAlignment;
+  const char* failure = nullptr;
+  const cuda::KernelEntry* entry = cuda::choose(params->shape, params->element_type, &failure);
+  return entry == nullptr ? failure : entry->backward(*params, deterministic, stream);
+}
+}

@@ -1,0 +1,222 @@
+"""The CUDA kernels on the CPU: csrc/cuda compiled by g++ against emulated GPU primitives.
+
+The library is built once per content of csrc (a few seconds) and called through ctypes with numpy arrays; see
+csrc/cuda/emulation/machine.h for what this proves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.kernels.registry import TileMask
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+COMPILER = shutil.which("g++")
+FLAGS = ("-std=c++20", "-O2", "-march=x86-64-v3", "-fPIC", "-shared", "-pthread")
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def missing() -> str | None:
+    """Why the emulator cannot run here, or None."""
+    if platform.machine() != "x86_64":
+        return f"the GPU emulator needs x86-64, this is {platform.machine()}"
+    return None if COMPILER else "the GPU emulator needs g++"
+
+
+class EmulationError(Exception):
+    """The machine refused what a kernel did."""
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("queries", "keys", "batch", "heads", "groups", "head_dim", "value_dim")
+    ]
+
+
+class StridedTensor(ctypes.Structure):
+    """TokenTensor and RowTensor of csrc/include/attention_params.h: a pointer and three strides."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3)]
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [
+        ("band_lo", ctypes.c_int64),
+        ("band_hi", ctypes.c_int64),
+        ("range_begin", ctypes.c_void_p),
+        ("range_end", ctypes.c_void_p),
+    ]
+
+
+class ForwardParams(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        ("element_type", ctypes.c_int),
+        *[(name, StridedTensor) for name in ("q", "k", "v", "out", "lse")],
+        ("mask", Mask),
+        ("softmax_scale", ctypes.c_float),
+        ("accumulate", ctypes.c_bool),
+    ]
+
+
+class BackwardParams(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        ("element_type", ctypes.c_int),
+        *[(name, StridedTensor) for name in ("dout", "q", "k", "v", "lse", "delta", "dq", "dk", "dv")],
+        ("mask", Mask),
+        ("softmax_scale", ctypes.c_float),
+    ]
+
+
+class Statistics(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("mma", "ldmatrix", "shuffles", "barriers", "async_copies", "wgmma", "bank_conflicts")
+    ]
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor) -> Shape:
+    return Shape(q.shape[0], k.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+
+
+def _strided(x: Tensor) -> StridedTensor:
+    return StridedTensor(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3]))
+
+
+def _mask(mask: TileMask, queries: int, keys: int) -> Mask:
+    clamped = [min(max(bound, -queries - 1), keys) for bound in (mask.band_lo, mask.band_hi)]
+    if mask.key_ranges is None:
+        return Mask(*clamped, None, None)
+    return Mask(*clamped, mask.key_ranges[0].data_ptr(), mask.key_ranges[1].data_ptr())
+
+
+def build(csrc: Path, target: Path) -> None:
+    """Compiles the emulated kernels of a csrc tree into a shared library.
+
+    Raises:
+        EmulationError: the compiler refused it; its first words are in the message.
+    """
+    sources = [str(path) for path in sorted((csrc / "cuda" / "emulation").glob("*.cpp"))]
+    command = [str(COMPILER), *FLAGS, f"-I{csrc}", f"-I{csrc / 'include'}", *sources, "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise EmulationError(f"the emulated kernels do not compile: {result.stderr[:2000]}")
+
+
+def cached_library() -> Path:
+    """The library of this checkout, built unless one of the same sources is there."""
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in sorted([*(CSRC / "cuda").rglob("*"), *(CSRC / "include").glob("*.h")]):
+        if path.suffix in (".h", ".cpp"):
+            digest.update(path.name.encode() + path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"mls_emulator_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"{digest.hexdigest()[:20]}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        build(CSRC, unfinished)
+        unfinished.rename(library)
+    return library
+
+
+@dataclass
+class Emulator:
+    """A built library; a kernel by this protocol for one kind of GPU (``sm80`` or ``sm90``)."""
+
+    path: Path
+    architecture: str = "sm80"
+    deterministic: bool = False
+    seed: int = 1
+    threads: int = 1
+    name: str = "emulated-cuda"
+
+    @cached_property
+    def library(self) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(self.path))
+        for direction in ("forward", "backward"):
+            for architecture in ("sm80", "sm90"):
+                if function := getattr(library, f"mls_emu_{direction}_{architecture}", None):
+                    function.restype = ctypes.c_char_p
+        library.mls_emu_configure.argtypes = [ctypes.c_uint64, ctypes.c_int]
+        return library
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        return None
+
+    def statistics(self) -> Statistics:
+        """Counts since the last call."""
+        counts = Statistics()
+        self.library.mls_emu_statistics(ctypes.byref(counts))
+        return counts
+
+    def _call(self, direction: str, params: ctypes.Structure, *arguments: object) -> None:
+        self.library.mls_emu_configure(self.seed, self.threads)
+        function = getattr(self.library, f"mls_emu_{direction}_{self.architecture}")
+        failure = function(ctypes.byref(params), *arguments)
+        if failure is not None:
+            raise EmulationError(failure.decode())
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        mask: TileMask,
+        softmax_scale: float,
+        accumulate: bool,
+    ) -> None:
+        self._call(
+            "forward",
+            ForwardParams(
+                _shape(q, k, v),
+                ELEMENT_TYPES[q.dtype],
+                *[_strided(x) for x in (q, k, v, out, lse)],
+                _mask(mask, q.shape[0], k.shape[0]),
+                softmax_scale,
+                accumulate,
+            ),
+        )
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        *,
+        mask: TileMask,
+        softmax_scale: float,
+    ) -> None:
+        self._call(
+            "backward",
+            BackwardParams(
+                _shape(q, k, v),
+                ELEMENT_TYPES[q.dtype],
+                *[_strided(x) for x in (dout, q, k, v, lse, delta, dq, dk, dv)],
+                _mask(mask, q.shape[0], k.shape[0]),
+                softmax_scale,
+            ),
+            ctypes.c_bool(self.deterministic),
+        )
