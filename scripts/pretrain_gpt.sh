@@ -11,6 +11,7 @@
 # Variables: those of scripts/lib.sh, and
 #   NPROC_PER_NODE   processes on this node (default: derived from the recipe and the GPUs that are there)
 #   MAX_RESTARTS     how often torchrun starts all processes anew after one failed (default 0)
+#   SHUTDOWN_TIMEOUT seconds that ranks get to end a step and save after Ctrl-C or SIGTERM (default: torchrun's 30)
 #   NNODES, RDZV_ENDPOINT, RDZV_ID   several nodes: see scripts/slurm_pretrain.sbatch
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -78,5 +79,5 @@ else
     if [ -d /sys/class/net/lo ]; then export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"; fi
 fi
 
-exec torchrun "${meet[@]}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}" \
-    -m megatron_lightseq pretrain "${recipes[@]}" "$@"
+exec python "$ROOT/scripts/launch_ranks.py" "${meet[@]}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}" \
+    ${SHUTDOWN_TIMEOUT:+--shutdown-timeout "$SHUTDOWN_TIMEOUT"} -m megatron_lightseq pretrain "${recipes[@]}" "$@"

@@ -47,8 +47,9 @@ ensure_venv() {
     fi
     local base
     base=$(find_python)
-    LOG=$(mktemp)  # the real log's folder does not outlive --clear
-    REMEDY='Debian and Ubuntu: apt-get install python3-venv' phase "environment ($("$base" -V 2>&1), $VENV)" make_venv "$base"
+    # The log's own folder would not outlive --clear.
+    LOG=$(mktemp) REMEDY='Debian and Ubuntu: apt-get install python3-venv' \
+        phase "environment ($("$base" -V 2>&1), $VENV)" make_venv "$base"
 }
 
 install_dependencies() {

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +71,6 @@ class FakeMachine:
             "venv/bin/python",
             _RUN_LAUNCH_PLAN.format(python=sys.executable, pythonpath=pythonpath, plan=self.plan),
         )
-        self._program("venv/bin/torchrun")
         self._program("bin/srun", _RUN_THE_COMMAND)
         self._shell("bin/scontrol", f"for ((i = 0; i < {self.num_nodes}; i++)); do echo node-$i; done")
         self._shell(
@@ -105,9 +104,15 @@ class FakeMachine:
         ]
         return [call for call in recorded if call.program == program]
 
-    def torchrun(self) -> Call:
-        """The only call of torchrun."""
-        (call,) = self.calls("torchrun")
+    def launches(self) -> list[Call]:
+        """Calls of launch_ranks.py, which is torchrun, less that first argument."""
+        launcher = str(ROOT / "scripts" / "launch_ranks.py")
+        found = [call for call in self.calls("python") if call.arguments[:1] == [launcher]]
+        return [replace(call, arguments=call.arguments[1:]) for call in found]
+
+    def launch(self) -> Call:
+        """The only one of them."""
+        (call,) = self.launches()
         return call
 
     def _program(self, path: str, then: str = "") -> None:

@@ -35,16 +35,16 @@ def recipe(tmp_path: Path) -> Path:
 def test_no_arguments_prepares_the_corpus_and_runs_the_default_recipe(tmp_path: Path) -> None:
     machine = FakeMachine(folder=tmp_path / "machine", plan="2 1 cpu")
     assert machine.run(PRETRAIN, cwd=tmp_path).returncode == 0
-    prepare, plan = machine.calls("python")
+    prepare, plan, _ = machine.calls("python")
     assert prepare.arguments == ["-m", "megatron_lightseq", "prepare-data"]
     assert plan.arguments == [str(ROOT / "scripts" / "launch_plan.py"), DEFAULT]
-    assert flags_after_module(machine.torchrun().arguments) == [DEFAULT]
+    assert flags_after_module(machine.launch().arguments) == [DEFAULT]
 
 
 def test_one_node_without_gpus(machine: FakeMachine, recipe: Path) -> None:
     done = machine.run(PRETRAIN, str(recipe))
     assert done.returncode == 0, done.stderr
-    assert machine.torchrun().arguments == [
+    assert machine.launch().arguments == [
         *["--standalone", "--nproc-per-node", "2", "--max-restarts", "0"],
         *["-m", "megatron_lightseq", "pretrain", str(recipe)],
     ]
@@ -62,7 +62,7 @@ def test_processes_follow_the_gpus_that_are_there(
     machine = FakeMachine(folder=tmp_path / "gpus", num_gpus=num_gpus)
     done = machine.run(PRETRAIN, str(recipe))
     assert done.returncode == 0, done.stderr
-    call = machine.torchrun()
+    call = machine.launch()
     assert call.value("--nproc-per-node") == str(processes)
     assert ("fewer than the ranks need" in done.stderr) == (device == "cpu")
     # On CPUs nobody may see the odd GPU; on GPUs visibility is left alone.
@@ -73,11 +73,16 @@ def test_visible_devices_and_the_users_own_number_are_respected(tmp_path: Path, 
     machine = FakeMachine(folder=tmp_path / "gpus", num_gpus=8)
     hidden = machine.run(PRETRAIN, str(recipe), variables={"CUDA_VISIBLE_DEVICES": "3,5"})
     assert hidden.returncode == 0, hidden.stderr
-    asked = machine.run(PRETRAIN, str(recipe), variables={"NPROC_PER_NODE": "4", "MAX_RESTARTS": "3"})
+    asked = machine.run(
+        PRETRAIN,
+        str(recipe),
+        variables={"NPROC_PER_NODE": "4", "MAX_RESTARTS": "3", "SHUTDOWN_TIMEOUT": "90"},
+    )
     assert asked.returncode == 0, asked.stderr
-    first, second = machine.calls("torchrun")
+    first, second = machine.launches()
     assert (first.value("--nproc-per-node"), first.environment["CUDA_VISIBLE_DEVICES"]) == ("2", "3,5")
     assert (second.value("--nproc-per-node"), second.value("--max-restarts")) == ("4", "3")
+    assert second.value("--shutdown-timeout") == "90"
 
 
 def test_flags_arrive_literally_and_after_the_recipe(
@@ -98,23 +103,23 @@ def test_flags_arrive_literally_and_after_the_recipe(
     done = machine.run(PRETRAIN, str(recipe), *flags)
     assert done.returncode == 0, done.stderr
     # The last word wins (configuration), so flags must stand after the file they override.
-    assert flags_after_module(machine.torchrun().arguments) == [str(recipe), *flags]
+    assert flags_after_module(machine.launch().arguments) == [str(recipe), *flags]
     assert not canary.exists()
 
 
 def test_flags_override_the_file_before_processes_are_counted(machine: FakeMachine, recipe: Path) -> None:
     done = machine.run(PRETRAIN, str(recipe), "--context-parallel-size", "4")
     assert done.returncode == 0, done.stderr
-    assert machine.torchrun().value("--nproc-per-node") == "4"
+    assert machine.launch().value("--nproc-per-node") == "4"
 
 
 def test_a_recipe_is_found_from_anywhere(machine: FakeMachine, recipe: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
     assert machine.run(PRETRAIN, f"../{recipe.name}", cwd=elsewhere).returncode == 0
-    assert flags_after_module(machine.torchrun().arguments) == [
+    assert flags_after_module(machine.launch().arguments) == [
         f"{elsewhere}/../{recipe.name}"
-    ] or flags_after_module(machine.torchrun().arguments) == [str(recipe)]
+    ] or flags_after_module(machine.launch().arguments) == [str(recipe)]
 
 
 def test_a_missing_recipe_is_named_with_those_that_exist(machine: FakeMachine) -> None:
@@ -122,20 +127,20 @@ def test_a_missing_recipe_is_named_with_those_that_exist(machine: FakeMachine) -
     assert done.returncode == 1
     assert "there is no recipe configs/gpt_stdlb.yaml" in done.stderr
     assert "remedy: the recipes are: configs/" in done.stderr
-    assert not machine.calls("torchrun")
+    assert not machine.launches()
 
 
 def test_a_bad_flag_ends_before_any_process_starts(machine: FakeMachine, recipe: Path) -> None:
     done = machine.run(PRETRAIN, str(recipe), "--contxt-parallel-size", "2")
     assert done.returncode == 2
     assert "--context-parallel-size" in done.stderr
-    assert not machine.calls("torchrun")
+    assert not machine.launches()
 
 
 def test_help_needs_no_ranks(machine: FakeMachine) -> None:
     assert machine.run(PRETRAIN, "--help").returncode == 0
     assert machine.calls("python")[-1].arguments == ["-m", "megatron_lightseq", "pretrain", DEFAULT, "--help"]
-    assert not machine.calls("torchrun")
+    assert not machine.launches()
 
 
 def test_without_an_environment_the_remedy_is_named(machine: FakeMachine) -> None:
@@ -157,16 +162,16 @@ EXPORTED = {
 @pytest.mark.parametrize("name", EXPORTED)
 def test_launch_variables(machine: FakeMachine, recipe: Path, name: str) -> None:
     assert machine.run(PRETRAIN, str(recipe)).returncode == 0
-    assert machine.torchrun().environment[name] == EXPORTED[name]
+    assert machine.launch().environment[name] == EXPORTED[name]
     if name != "TORCH_DISABLE_SHARE_RDZV_TCP_STORE":  # that one is no matter of taste
         assert machine.run(PRETRAIN, str(recipe), variables={name: "mine"}).returncode == 0
-        assert machine.calls("torchrun")[1].environment[name] == "mine"
+        assert machine.launches()[1].environment[name] == "mine"
 
 
 def test_threads_are_shared_out(machine: FakeMachine, recipe: Path) -> None:
     assert machine.run(PRETRAIN, str(recipe)).returncode == 0
     cores = len(os.sched_getaffinity(0))
-    assert machine.torchrun().environment["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    assert machine.launch().environment["OMP_NUM_THREADS"] == str(max(1, cores // 2))
 
 
 @pytest.mark.parametrize("name", [name for name in EXPORTED if name.startswith("TORCH_")])
@@ -199,7 +204,7 @@ def test_slurm(tmp_path: Path, recipe: Path, num_nodes: int, global_batch: int) 
     assert done.returncode == 0, done.stderr
     (srun,) = machine.calls("srun")
     assert srun.arguments == ["--kill-on-bad-exit=1", "bash", PRETRAIN, str(recipe), *flags]
-    call = machine.torchrun()
+    call = machine.launch()
     meet = ["--nnodes", str(num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "node-0:23456"]
     expected = ["--standalone"] if num_nodes == 1 else [*meet, "--rdzv-id", "123456"]
     assert call.arguments == [
