@@ -38,6 +38,9 @@ COMMANDS = {
     ),
     "prepare-data": Command("megatron_lightseq.cli.prepare_data", "turn text into a corpus of tokens"),
     "schedule": Command("megatron_lightseq.cli.schedule", "print or draw who computes what, when"),
+    "compare": Command(
+        "megatron_lightseq.cli.compare", "train under several systems and compare speed, memory and traffic"
+    ),
     "bench": Command("megatron_lightseq.bench.__main__", "time the attention kernels"),
     "doctor": Command("megatron_lightseq.cli.doctor", "say what this machine offers and what is missing"),
 }

@@ -1,0 +1,135 @@
+"""`lightseq compare [CONFIG.yaml ...] [--key value ...]`: the same training under several systems, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_lightseq.compare import report
+from megatron_lightseq.compare.job import Job
+from megatron_lightseq.compare.launch import Cluster, Host
+from megatron_lightseq.compare.run import common_config, run_comparison
+from megatron_lightseq.compare.systems import BASELINE, SYSTEMS, choose
+from megatron_lightseq.config import parse_config
+from megatron_lightseq.errors import ConfigError, explain
+
+DEFAULTS = (
+    "--num-layers=2",
+    "--hidden-size=256",
+    "--num-attention-heads=4",
+    "--seq-length=8192",
+    "--recompute-granularity=full",
+    "--recompute-method=uniform",
+    "--recompute-num-layers=1",
+)
+"""What is compared when no file says what: long sequences for a small model, as a laptop can hold them."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compare, or predict the paper's table; exit status 0 when every loss agrees, 1 when one does not."""
+    options, rest = _parser().parse_known_args(arguments)
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
+    if options.paper:
+        from megatron_lightseq.compare.predict.show import show_paper
+
+        return show_paper(console, options.output)
+    systems = choose(options.systems, options.ranks)
+    _check(options)
+    from_file = any(not word.startswith("--") and word.endswith((".yaml", ".yml")) for word in rest)
+    config = parse_config(rest if from_file else [*DEFAULTS, *rest])
+    job = Job(
+        system=options.baseline,
+        common=common_config(config, options.ranks),
+        world_size=options.ranks,
+        folder="",
+        warmup_steps=options.warmup,
+        steps=options.steps,
+        threads=options.threads or max(1, _cores() // options.ranks),
+    )
+    comparison = run_comparison(
+        job,
+        systems,
+        baseline=options.baseline,
+        rounds=options.rounds,
+        cluster=_cluster(options),
+        report=_progress,
+    )
+    console.print(report.terminal_table(comparison))
+    console.print(report.verdict(comparison), markup=False)
+    if options.output is not None:
+        for path in report.write(comparison, options.output, options.name):
+            sys.stdout.write(f"wrote {path}\n")
+    return 0 if comparison.agrees else 1
+
+
+def _progress(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _cluster(options: argparse.Namespace) -> Cluster:
+    if options.network_namespaces is None:
+        return Cluster(timeout_s=options.timeout)
+    names = options.network_namespaces.split(",")
+    hosts = tuple(Host(network_namespace=name, interface=options.interface) for name in names)
+    return Cluster(hosts=hosts, timeout_s=options.timeout)
+
+
+def _check(options: argparse.Namespace) -> None:
+    numbers = {name: getattr(options, name) for name in ("ranks", "steps", "rounds")}
+    if min(numbers.values()) < 1 or options.warmup < 0 or options.baseline not in SYSTEMS:
+        raise ConfigError(
+            explain(
+                got=f"{', '.join(f'--{name} {value}' for name, value in numbers.items())}, "
+                f"--warmup {options.warmup}, --baseline {options.baseline}",
+                rule=f"counts are 1 or more, warm-up 0 or more, and the systems are {', '.join(SYSTEMS)}",
+                remedy="Correct the flag",
+            )
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="lightseq compare",
+        allow_abbrev=False,
+        description="Train the same model on the same text under several systems, one after another, and compare "
+        "speed, memory and traffic. Further arguments are configuration files and keys as in `lightseq pretrain`.",
+    )
+    made.add_argument(
+        "--systems", default="all", metavar="A,B", help=f"all (default), or some of: {', '.join(SYSTEMS)}"
+    )
+    made.add_argument(
+        "--baseline", default=BASELINE, help="what speed-ups are relative to (default: %(default)s)"
+    )
+    made.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
+    made.add_argument("--threads", type=int, metavar="N", help="threads of each (default: cores / ranks)")
+    made.add_argument("--steps", type=int, default=3, help="timed steps (default: 3)")
+    made.add_argument("--warmup", type=int, default=1, help="steps before them (default: 1)")
+    made.add_argument("--rounds", type=int, default=1, help="times to go round all systems (default: 1)")
+    made.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="for one system (default: 600)"
+    )
+    made.add_argument("--output", type=Path, metavar="DIR", help="write JSON, Markdown and a plot there")
+    made.add_argument("--name", default="compare", help="of the files written (default: %(default)s)")
+    made.add_argument(
+        "--network-namespaces",
+        metavar="A,B",
+        help="run ranks in these, as on as many hosts (compare_two_hosts.sh)",
+    )
+    made.add_argument(
+        "--interface", default="lo", help="network interface between them (default: %(default)s)"
+    )
+    made.add_argument(
+        "--paper",
+        action="store_true",
+        help="predict the published iteration times instead of running anything",
+    )
+    return made

@@ -1,0 +1,247 @@
+"""What is compared with what: every system as a change of configuration. No torch.
+
+Each is set up as favourably as its users would: Megatron with a fused attention, with sequence parallelism and
+without it, with and without recomputation, with heads padded when tensor parallelism does not divide them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from megatron_lightseq.config import Machine, ModelConfig, PretrainConfig, violations, with_values
+from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
+from megatron_lightseq.schedule import METHODS
+
+Attention = Literal["lightseq", "sdpa", "transformer_engine"]
+FULL_RECOMPUTE: Mapping[str, Any] = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+NO_RECOMPUTE: Mapping[str, Any] = {
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class System:
+    """One way to train the same model on the same ranks."""
+
+    name: str
+    title: str
+    """For tables."""
+    attention: Attention = "lightseq"
+    """Who computes attention: this package, torch's fused kernel, or Transformer Engine."""
+    changes: Callable[[PretrainConfig, int], Mapping[str, Any]]
+    """From the common configuration and the number of ranks to the keys that differ."""
+    min_ranks: int = 1
+
+    def configure(self, common: PretrainConfig, world_size: int) -> PretrainConfig:
+        """The configuration that this system runs on ``world_size`` ranks.
+
+        Raises:
+            UnsupportedError: it cannot run there; the message says why.
+        """
+        if world_size < self.min_ranks or (self.min_ranks > 1 and world_size % 2):
+            raise UnsupportedError(
+                explain(
+                    got=f"{self.name} on {world_size} rank(s)",
+                    rule=f"it takes an even number of ranks, {self.min_ranks} or more",
+                    remedy="Choose another number of ranks, or leave this system out",
+                )
+            )
+        if self.attention == "transformer_engine" and find_spec("transformer_engine") is None:
+            raise UnsupportedError(
+                explain(
+                    got=f"{self.name} without Transformer Engine",
+                    rule="Megatron's own context parallelism exists in Transformer Engine only",
+                    remedy="Install transformer_engine on a machine with NVIDIA GPUs, or leave this system out",
+                )
+            )
+        config = with_values(common, **self.changes(common, world_size))
+        config = replace(config, model=padded_heads(config))
+        # The data are not the configuration's: the rule that asks for a corpus is answered.
+        problems = violations(with_values(config, data_path=("text",)), Machine(world_size=world_size))
+        if problems:
+            raise UnsupportedError(f"{self.name} on {world_size} rank(s): {' '.join(problems)}")
+        return config
+
+
+def padded_heads(config: PretrainConfig) -> ModelConfig:
+    """The model with as many heads as tensor parallelism divides; the added ones compute and contribute nothing."""
+    model, size = config.model, config.parallel.tensor_model_parallel_size
+    if model.num_attention_heads % size == 0 and (
+        model.query_groups % size == 0 or size % model.query_groups == 0
+    ):
+        return model
+    share = model.num_attention_heads // model.query_groups
+    groups = -(-model.query_groups // size) * size
+    return replace(
+        model,
+        kv_channels=model.head_dim,
+        num_query_groups=groups,
+        num_attention_heads=groups * share,
+    )
+
+
+_BALANCED = {"all_gather": "zigzag", "usp": "zigzag"}
+"""Methods that take any layout and are balanced on this one; `ring` stays unbalanced, that is what it is for."""
+
+
+def _ours(method: str, **more: Any) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
+    layout = _BALANCED.get(method, METHODS[method].layouts[0])
+
+    def changes(_: PretrainConfig, world_size: int) -> Mapping[str, Any]:
+        return {"cp_method": method, "cp_layout": layout, "context_parallel_size": world_size, **more}
+
+    return changes
+
+
+def _megatron(tensor: str, **more: Any) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
+    """Tensor parallelism of all ranks ("all"), of half of them with a pipeline of two ("half"), or none."""
+
+    def changes(_: PretrainConfig, world_size: int) -> Mapping[str, Any]:
+        size = {"all": world_size, "half": world_size // 2, "none": 1}[tensor]
+        return {
+            "cp_method": "megatron",
+            "cp_layout": "auto",
+            "cp_kernel": "auto",
+            "context_parallel_size": 1,
+            "tensor_model_parallel_size": size,
+            "pipeline_model_parallel_size": world_size // size,
+            **more,
+        }
+
+    return changes
+
+
+def _sequence_parallel(tensor: str) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
+    plain = _megatron(tensor)
+
+    def changes(config: PretrainConfig, world_size: int) -> Mapping[str, Any]:
+        found = plain(config, world_size)
+        return {**found, "sequence_parallel": found["tensor_model_parallel_size"] > 1}
+
+    return changes
+
+
+def _context_parallel(_: PretrainConfig, world_size: int) -> Mapping[str, Any]:
+    return {"cp_method": "megatron", "cp_layout": "zigzag", "context_parallel_size": world_size}
+
+
+def _with(
+    changes: Callable[[PretrainConfig, int], Mapping[str, Any]], more: Mapping[str, Any]
+) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
+    return lambda config, world_size: {**changes(config, world_size), **more}
+
+
+_TITLES = {
+    "lightseq": "LightSeq",
+    "ring": "unbalanced ring",
+    "zigzag": "zigzag ring",
+    "ulysses": "DeepSpeed-Ulysses",
+    "rsa": "Ring Self-Attention",
+    "usp": "USP (Ulysses x ring)",
+    "all_gather": "all-gather of K and V",
+    "mesh": "2-D mesh",
+}
+BASELINE = "megatron-tp-sp"
+"""What speed-ups are relative to unless asked otherwise."""
+
+SYSTEMS: Mapping[str, System] = {
+    system.name: system
+    for system in (
+        System(
+            name=BASELINE,
+            title="Megatron TP+SP",
+            attention="sdpa",
+            changes=_sequence_parallel("all"),
+        ),
+        System(
+            name="megatron-tp-sp-stored",
+            title="Megatron TP+SP, no recompute",
+            attention="sdpa",
+            changes=_with(_sequence_parallel("all"), NO_RECOMPUTE),
+        ),
+        System(name="megatron-tp", title="Megatron TP", attention="sdpa", changes=_megatron("all")),
+        System(
+            name="megatron-pp",
+            title="Megatron PP",
+            attention="sdpa",
+            changes=_megatron("none"),
+            min_ranks=2,
+        ),
+        System(
+            name="megatron-tp-pp",
+            title="Megatron TP+PP",
+            attention="sdpa",
+            changes=_sequence_parallel("half"),
+            min_ranks=4,
+        ),
+        System(
+            name="megatron-cp",
+            title="Megatron CP (Transformer Engine)",
+            attention="transformer_engine",
+            changes=_context_parallel,
+        ),
+        *(
+            System(name=method, title=_TITLES.get(method, method), changes=_ours(method))
+            for method in METHODS
+        ),
+        System(
+            name="lightseq-plain-recompute",
+            title="LightSeq, attention recomputed",
+            changes=_ours("lightseq", keep_attention_on_recompute=False),
+        ),
+        System(
+            name="lightseq-no-overlap",
+            title="LightSeq, no overlap",
+            changes=_ours("lightseq", cp_overlap=False),
+        ),
+    )
+}
+"""Every system, by name."""
+
+
+def choose(names: str, world_size: int) -> list[System]:
+    """The systems of a comma-separated list; ``all`` for every one that a world of this size can hold.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if names == "all":
+        return [
+            system
+            for system in SYSTEMS.values()
+            if system.min_ranks <= world_size and not (system.name.startswith("lightseq-"))
+        ]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in SYSTEMS]
+    if unknown or not wanted:
+        raise ConfigError(
+            explain(
+                got=f"--systems {names!r}",
+                rule=f"the systems are {', '.join(SYSTEMS)}",
+                remedy="Write names separated by commas, or all",
+            )
+        )
+    return [SYSTEMS[name] for name in wanted]
+
+
+def model_flops(config: PretrainConfig, vocab_size: int) -> float:
+    """Floating-point operations of one step that the model needs: forward and backward, no recomputation, no
+    padding, causal attention at half of the square (PaLM, arXiv 2204.02311, appendix B).
+    """
+    model, training = config.model, config.training
+    tokens = training.seq_length * training.global_batch_size
+    heads = model.num_attention_heads * model.head_dim
+    projections = model.hidden_size * (2 * heads + 2 * model.query_groups * model.head_dim)
+    mlp = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_size
+    linear = 2 * tokens * (model.num_layers * (projections + mlp) + vocab_size * model.hidden_size)
+    attention = 2 * tokens * training.seq_length * heads * model.num_layers
+    return float(3 * (linear + attention))

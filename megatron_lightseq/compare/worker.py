@@ -1,0 +1,184 @@
+"""One rank of one system: build, warm up, time, and say what it took. Runs in a process of :mod:`launch`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_lightseq.attention import AttentionStats
+from megatron_lightseq.compare.job import Job, Measurement, StepMeasurement
+from megatron_lightseq.compare.memory import limit_memory, peak_resident_bytes, peak_tensor_bytes
+from megatron_lightseq.compare.padding import PaddedWeightNames
+from megatron_lightseq.compare.sdpa import sdpa_layer_spec
+from megatron_lightseq.compare.systems import SYSTEMS
+from megatron_lightseq.compare.traffic import Traffic, watch_traffic
+from megatron_lightseq.megatron import cpu_platform
+from megatron_lightseq.megatron.spec import use_transformer_engine
+from megatron_lightseq.training.data.sources import ReadCounts, find_stdlib_files, read_documents
+from megatron_lightseq.training.setup import Training, build_training
+from megatron_lightseq.training.step import train_step
+
+VOCAB_SIZE = 256
+"""Bytes."""
+_CEILING_SIZE = 1024
+_CEILING_SECONDS = 0.5
+
+
+def run(job: Job, rank: int, interface: str | None = None) -> Measurement:
+    """Measure the job's system on this rank; collective over all ranks of the job.
+
+    ``interface`` is the network interface whose counters to read, if any.
+    """
+    torch.set_num_threads(job.threads)
+    if hasattr(os, "sched_setaffinity") and job.pin:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    _join(job, rank)
+    dtype = torch.bfloat16 if job.common.training.bf16 else torch.float32
+    ceiling = matmul_ceiling(dtype) if job.measure_ceiling else None
+    if job.memory_budget_bytes is not None:
+        limit_memory(job.memory_budget_bytes)
+    stats, traffic = AttentionStats(), Traffic()
+    training = _build(job, stats)
+    batches = text_batches(training)
+    steps: list[StepMeasurement] = []
+    tensor_bytes: int | None = None
+    with watch_traffic(traffic):
+        for number in range(job.warmup_steps + job.steps):
+            steps.append(_timed_step(training, batches, stats, traffic, interface))
+            steps[-1] = dataclasses.replace(steps[-1], warmup=number < job.warmup_steps)
+        resident = peak_resident_bytes()
+        if job.profile_memory:
+            tensor_bytes = peak_tensor_bytes(lambda: train_step(training, batches))
+    return Measurement(
+        steps=tuple(steps),
+        peak_resident_bytes=resident,
+        peak_tensor_bytes=tensor_bytes,
+        matmul_flops_per_second=ceiling,
+        counts_forwards=not (SYSTEMS[job.system].attention != "lightseq" and use_transformer_engine()),
+    )
+
+
+def _join(job: Job, rank: int) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    else:
+        cpu_platform.activate()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend, init_method=f"file://{job.folder}/store", rank=rank, world_size=job.world_size
+    )
+
+
+def _build(job: Job, stats: AttentionStats) -> Training:
+    system = SYSTEMS[job.system]
+    config = system.configure(job.common, job.world_size)
+    sdpa = system.attention == "sdpa" and not use_transformer_engine()
+    return build_training(
+        config,
+        vocab_size=VOCAB_SIZE,
+        stats=stats,
+        layer_spec=sdpa_layer_spec(config, stats) if sdpa else None,
+        weight_names=PaddedWeightNames(seed=config.training.seed, model=job.common.model),
+    )
+
+
+def _timed_step(
+    training: Training,
+    batches: Iterator[dict[str, torch.Tensor]],
+    stats: AttentionStats,
+    traffic: Traffic,
+    interface: str | None,
+) -> StepMeasurement:
+    stats.reset()
+    _settle()
+    traffic.reset()
+    link = link_bytes(interface)
+    began = time.perf_counter()
+    result = train_step(training, batches)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    measured = dataclasses.asdict(traffic)
+    _settle()
+    return StepMeasurement(
+        seconds=seconds,
+        loss=result.loss,
+        bytes_sent=measured["bytes_sent"],
+        attention_bytes_sent=stats.bytes_sent,
+        exposed_seconds=None if torch.cuda.is_available() else measured["seconds"],
+        attention_forwards=stats.forwards,
+        link_bytes_sent=None if link is None else (link_bytes(interface) or 0) - link,
+        warmup=False,
+    )
+
+
+def _settle() -> None:
+    """All ranks begin and end a step together, so that every rank's interval holds the same traffic."""
+    dist.barrier()
+
+
+def link_bytes(interface: str | None) -> int | None:
+    """Bytes that the kernel has sent through a network interface of this process's network namespace."""
+    if interface is None:
+        return None
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == interface:
+            return int(counters.split()[8])
+    return None
+
+
+def text_batches(training: Training) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of real text, the Python standard library's own source as bytes: the same for every system.
+
+    Each is (micro_batch_size, seq_length) as :func:`train_step` takes it, for this data-parallel rank.
+    """
+    settings = training.config.training
+    length, micro = settings.seq_length, settings.micro_batch_size
+    data_rank = 0 if training.groups.dp is None else training.groups.dp.rank()
+    sequences = _sequences(length + 1)
+    while True:
+        step = torch.stack([next(sequences) for _ in range(settings.global_batch_size)])
+        shares = step.view(training.num_microbatches, training.sizes.data, micro, length + 1)
+        for text in shares[:, data_rank]:
+            yield {
+                "tokens": text[:, :-1].contiguous(),
+                "labels": text[:, 1:].contiguous(),
+                "loss_mask": torch.ones(micro, length),
+                "position_ids": torch.arange(length).expand(micro, -1).contiguous(),
+            }
+
+
+def _sequences(length: int) -> Iterator[torch.Tensor]:
+    """Pieces of ``length`` bytes of the standard library, from the beginning again when it ends."""
+    held = bytearray()
+    while True:
+        for document in read_documents(find_stdlib_files(), ReadCounts()):
+            held += document.encode()
+            while len(held) >= length:
+                yield torch.frombuffer(held[:length], dtype=torch.uint8).long()
+                del held[:length]
+
+
+def matmul_ceiling(dtype: torch.dtype) -> float:
+    """FLOP/s of this rank's matrix products while all other ranks do the same: what nothing here can exceed."""
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    a, b = (torch.randn(_CEILING_SIZE, _CEILING_SIZE, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    best = 0.0
+    dist.barrier()
+    end = time.perf_counter() + _CEILING_SECONDS
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = max(best, 2 * _CEILING_SIZE**3 / (time.perf_counter() - began))
+    return best
