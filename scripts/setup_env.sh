@@ -82,8 +82,12 @@ check_compiler() {
         "Debian and Ubuntu: apt-get install python3-dev"
 }
 
-# Without isolation: the extension must be compiled against the torch that will load it.
+# Without isolation: the extension must be compiled against the torch that will load it. Under a CPU build of torch CUDA
+# kernels could never run, and nvcc takes minutes over them.
 build_extension() {
+    if [ -z "${MLS_CUDA:-}" ] && "$PY" -c 'import importlib.metadata as m, sys; sys.exit("+cpu" not in m.version("torch"))'; then
+        export MLS_CUDA=0
+    fi
     "$PY" -m pip install --disable-pip-version-check --no-build-isolation --no-deps --editable .
 }
 

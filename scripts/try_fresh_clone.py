@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORT = Path("runs") / "gpt_stdlib" / "report"
 PHASE = re.compile(r"\[lightseq\] (\w+)[^:]*: done in (\d+) s")
 FIRST_STEP = re.compile(r"step +1/(\d+) ")
-PYTEST_SUMMARY = re.compile(r"\d+ passed.* in [\d.]+s")
+SHOWN_STEPS = 3
 
 
 @dataclass(slots=True)
@@ -42,7 +42,8 @@ class Command:
     """Seconds of each set-up phase, as the scripts report them."""
     first_step_s: float | None = None
     """From the start of the command to the line of the first training step."""
-    last_line: str = ""
+    lines: list[str] = field(default_factory=list)
+    """What it printed."""
 
 
 def run(words: Sequence[str], folder: Path, environment: dict[str, str]) -> Command:
@@ -60,7 +61,7 @@ def run(words: Sequence[str], folder: Path, environment: dict[str, str]) -> Comm
                 command.phases[phase[1]] = int(phase[2])
             if command.first_step_s is None and FIRST_STEP.search(line):
                 command.first_step_s = round(elapsed, 1)
-            command.last_line = line.strip() or command.last_line
+            command.lines.append(line.rstrip())
     command.seconds = round(time.monotonic() - start, 1)
     command.status = process.returncode
     print(f"-> status {command.status} after {command.seconds} s\n", flush=True)
@@ -77,6 +78,16 @@ def machine() -> dict[str, object]:
     return {"cpu": cpu, "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
 
 
+def excerpt(command: Command) -> list[str]:
+    """Of a training run: its header, the first and last steps and its end; of anything else, the last line."""
+    steps = [number for number, line in enumerate(command.lines) if line.startswith("step ")]
+    if len(steps) <= 2 * SHOWN_STEPS:
+        return command.lines[-1:]
+    start = next(number for number, line in enumerate(command.lines) if "] starting " in line)
+    head = command.lines[start : steps[SHOWN_STEPS - 1] + 1]
+    return [*head, "...", *command.lines[steps[-SHOWN_STEPS] :]]
+
+
 def path_without_environment() -> str:
     """PATH less an activated virtual environment."""
     active = os.environ.get("VIRTUAL_ENV")
@@ -91,7 +102,9 @@ def record(clone: Path, commands: dict[str, Command], commit: str) -> None:
         "commit": commit,
         "machine": machine(),
         "summary": summary,
-        "commands": {name: asdict(command) for name, command in commands.items()},
+        "commands": {
+            name: {**asdict(command), "lines": excerpt(command)} for name, command in commands.items()
+        },
     }
     (ROOT / "docs" / "results").mkdir(exist_ok=True)
     (ROOT / "docs" / "results" / "fresh_clone.json").write_text(json.dumps(figures, indent=1) + "\n")

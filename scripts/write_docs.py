@@ -12,7 +12,7 @@ KIND is one of
     balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
     traffic                  bytes sent by method and P
     code FILE [FIRST | LAST] a file, or its lines from the one with FIRST to the next one with LAST
-    run PATH ...             figures of a recorded run (docs/results/*.json)
+    fresh_clone PART         what the README's commands did in a fresh clone (docs/results/fresh_clone.json)
 """
 
 from __future__ import annotations
@@ -109,10 +109,36 @@ def code(path: str, *between: str) -> str:
     return f"```{'python' if path.endswith('.py') else 'yaml'}\n{body}\n```"
 
 
-def run(path: str, *template: str) -> str:
-    """A sentence whose `{names}` are filled from a recorded run."""
-    recorded = json.loads((ROOT / path).read_text())
-    return " ".join(template).format(**recorded)
+def fresh_clone(part: str) -> str:
+    """What scripts/try_fresh_clone.py --record wrote down: `times`, `output` or `loss`."""
+    recorded = json.loads((ROOT / "docs" / "results" / "fresh_clone.json").read_text())
+    pretrain, again, tests = (recorded["commands"][name] for name in ("pretrain", "again", "tests"))
+    if part == "output":
+        return "```text\n" + "\n".join(pretrain["lines"]) + "\n```"
+    if part == "loss":
+        sentence = (
+            "From {first_loss:.2f} to {last_loss:.2f} nats a byte; guessing by frequency costs {entropy:.2f}."
+        )
+        return sentence.format(**recorded["summary"])
+    phases = [[f"`pretrain_gpt.sh`: {name}", f"{seconds} s"] for name, seconds in pretrain["phases"].items()]
+    rows = [
+        *phases,
+        [
+            "`pretrain_gpt.sh`: to the line of the first step, all of the above included",
+            f"{pretrain['first_step_s']} s",
+        ],
+        [
+            f"`pretrain_gpt.sh`: all {recorded['summary']['steps']} steps and the report",
+            f"{pretrain['seconds']} s",
+        ],
+        ["`pretrain_gpt.sh` a second time: to the first step", f"{again['first_step_s']} s"],
+        ["`run_tests.sh`, with its test tools", f"{tests['seconds']} s"],
+    ]
+    where = "{cpu}, {cores} cores, {system}".format(**recorded["machine"])
+    source = (
+        f"`python scripts/try_fresh_clone.py --record` at commit {recorded['commit']}: {where}, warm caches."
+    )
+    return f"{table(['phase', 'time'], rows)}\n\n{source}"
 
 
 KINDS: dict[str, Callable[..., str]] = {
@@ -121,7 +147,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "balance": balance,
     "traffic": traffic,
     "code": code,
-    "run": run,
+    "fresh_clone": fresh_clone,
 }
 
 
