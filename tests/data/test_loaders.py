@@ -1,0 +1,256 @@
+"""Megatron's datasets and our loaders: contents, order, shares, resumption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.errors import DataError
+from megatron_lightseq.training.data.datasets import (
+    Corpora,
+    Datasets,
+    build_datasets,
+    open_corpora,
+    split_blend,
+)
+from megatron_lightseq.training.data.loaders import DataShare, ShareSampler, train_iterator, valid_iterator
+from megatron_lightseq.training.data.prepare import prepare
+from megatron_lightseq.training.data.sources import find_files
+from megatron_lightseq.training.data.tokenizers import ByteTokenizer
+from tests.data.corpora import config_for, make_corpus, write_texts
+from tests.harness.ranks import run_ranks
+
+
+def open_and_build(config: PretrainConfig) -> tuple[Corpora, Datasets]:
+    corpora = open_corpora(config)
+    return corpora, build_datasets(config, corpora)
+
+
+def rows(batches: list[dict[str, torch.Tensor]]) -> list[list[int]]:
+    return [row for batch in batches for row in batch["tokens"].tolist()]
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("data"))[0]
+
+
+@pytest.fixture(scope="module")
+def config(prefix: Path) -> PretrainConfig:
+    return config_for(str(prefix), eval_interval=5, eval_iters=2, micro_batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def built(config: PretrainConfig) -> tuple[Corpora, Datasets]:
+    return open_and_build(config)
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_whole_shifted_sequences_of_the_corpus(
+    config: PretrainConfig, built: tuple[Corpora, Datasets], prefix: Path
+) -> None:
+    corpus = np.fromfile(f"{prefix}.bin", dtype=np.uint16).astype(np.int64)
+    windows = {tuple(w) for w in np.lib.stride_tricks.sliding_window_view(corpus, 8).tolist()}
+    batches = list(train_iterator(config, built[1], DataShare()))
+    assert len(batches) == 12 * 2
+    for batch in batches:
+        assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}
+        assert all(tensor.shape == (2, 32) for tensor in batch.values())
+        assert {batch[key].dtype for key in ("tokens", "labels", "position_ids")} == {torch.int64}
+        assert batch["loss_mask"].dtype == torch.float32
+        assert batch["loss_mask"].eq(1).all()
+        assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
+        assert torch.equal(batch["position_ids"], torch.arange(32).expand(2, 32))
+    found = [tuple(row[start : start + 8]) for row in rows(batches) for start in range(0, 24, 8)]
+    inside = [window for window in found if 256 not in window]
+    assert len(inside) > 50
+    assert set(inside) <= windows
+
+
+def test_facts_reach_the_run(built: tuple[Corpora, Datasets], prefix: Path) -> None:
+    corpora, _ = built
+    assert corpora.vocab_size == 257
+    assert corpora.entropy is not None
+    counts = np.bincount(np.fromfile(f"{prefix}.bin", dtype=np.uint16))
+    shares = counts[counts > 0] / counts.sum()
+    assert corpora.entropy == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_masked_loss_ends_documents(prefix: Path) -> None:
+    config = config_for(str(prefix), eod_mask_loss=True)
+    batches = list(train_iterator(config, open_and_build(config)[1], DataShare()))
+    masks = torch.cat([batch["loss_mask"] for batch in batches])
+    tokens = torch.cat([batch["tokens"] for batch in batches])
+    assert torch.equal(masks == 0, tokens == 256)
+    assert (masks == 0).any()
+
+
+def test_seed_changes_the_order_and_nothing_else_does(config: PretrainConfig, tmp_path: Path) -> None:
+    def order(**values: object) -> list[list[int]]:
+        changed = with_values(config, **values)
+        return rows(list(train_iterator(changed, open_and_build(changed)[1], DataShare())))
+
+    first = order()
+    assert order() == first
+    assert order(data_cache_path=str(tmp_path / "elsewhere")) == first
+    assert order(eval_interval=None) == first
+    assert order(num_workers=1) == first
+    assert order(seed=7) != first
+
+
+def test_validation_is_the_same_every_time_and_no_training_data(
+    config: PretrainConfig, built: tuple[Corpora, Datasets]
+) -> None:
+    first = rows(list(valid_iterator(config, built[1], DataShare())))
+    assert len(first) == 2 * 4
+    assert rows(list(valid_iterator(config, built[1], DataShare()))) == first
+    seen = {tuple(row[:16]) for row in rows(list(train_iterator(config, built[1], DataShare())))}
+    assert not seen & {tuple(row[:16]) for row in first if 256 not in row}
+
+
+# --- shares and resumption ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_shares_are_disjoint_and_together_the_whole(
+    size: int, config: PretrainConfig, built: tuple[Corpora, Datasets]
+) -> None:
+    whole = rows(list(train_iterator(config, built[1], DataShare())))
+    shares = [list(train_iterator(config, built[1], DataShare(rank=rank, size=size))) for rank in range(size)]
+    together = [row for batches in zip(*shares, strict=True) for row in rows(list(batches))]
+    assert together == whole
+
+
+@pytest.mark.parametrize("steps", [1, 5, 12])
+def test_resuming_continues_where_the_run_stopped(
+    steps: int, config: PretrainConfig, built: tuple[Corpora, Datasets]
+) -> None:
+    whole = rows(list(train_iterator(config, built[1], DataShare(rank=1, size=2))))
+    resumed = train_iterator(config, built[1], DataShare(rank=1, size=2), consumed_samples=4 * steps)
+    assert rows(list(resumed)) == whole[2 * steps :]
+
+
+def test_making_iterators_leaves_the_global_generators_alone(
+    config: PretrainConfig, built: tuple[Corpora, Datasets]
+) -> None:
+    state, legacy = torch.get_rng_state(), np.random.get_state()
+    for _ in range(2):
+        next(train_iterator(config, built[1], DataShare()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], legacy[1])
+
+
+def test_sampler_leaves_out_what_is_no_whole_group() -> None:
+    sampler = ShareSampler(
+        num_samples=11, consumed_samples=4, micro_batch_size=1, share=DataShare(rank=1, size=3)
+    )
+    assert list(sampler) == [[5], [8]]
+    assert len(sampler) == 2
+
+
+def test_dataset_of_another_run_is_refused(config: PretrainConfig, built: tuple[Corpora, Datasets]) -> None:
+    longer = with_values(config, train_iters=10_000)
+    with pytest.raises(DataError, match=r"the training data has \d+ samples: .*= 40000"):
+        train_iterator(longer, built[1], DataShare())
+
+
+# --- several ranks --------------------------------------------------------------------------------------------------
+
+
+def _build_and_read(paths: tuple[str, ...], cache: str) -> tuple[list[list[int]], list[str]]:
+    config = config_for(*paths, eval_interval=5, eval_iters=2, data_cache_path=cache)
+    corpora, datasets = open_and_build(config)
+    batches = list(train_iterator(config, datasets, DataShare()))
+    return rows(batches), sorted(path.name for path in corpora.cache.iterdir())
+
+
+def test_ranks_build_once_and_read_the_same(tmp_path: Path) -> None:
+    prefix, _ = make_corpus(tmp_path)
+    results = run_ranks(2, _build_and_read, (str(prefix),), str(tmp_path / "cache"))
+    assert results[0] == results[1]
+    alone = config_for(str(prefix), eval_interval=5, eval_iters=2, data_cache_path=str(tmp_path / "cache"))
+    assert rows(list(train_iterator(alone, open_and_build(alone)[1], DataShare()))) == results[0][0]
+    assert not [name for name in results[0][1] if ".tmp-" in name]
+
+
+def test_blend_draws_by_weight(tmp_path: Path) -> None:
+    paths: list[str] = []
+    for name, letter, weight in (("a", "a", 0.25), ("b", "b", 0.75)):
+        folder = write_texts(tmp_path / name)
+        for path in folder.iterdir():
+            path.write_text(letter * 100)
+        prepare(find_files([folder]), ByteTokenizer(), tmp_path / f"corpus-{name}")
+        paths += [str(weight), str(tmp_path / f"corpus-{name}")]
+    results = run_ranks(2, _build_and_read, tuple(paths), str(tmp_path / "cache"))
+    assert results[0] == results[1]
+    letters = [max(set(row) - {256}, key=row.count) for row in results[0][0]]
+    assert letters.count(ord("b")) == 36
+    assert letters.count(ord("a")) == 12
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_missing_corpus_is_refused_before_any_process_group() -> None:
+    with pytest.raises(DataError, match=r"nowhere\.idx is missing.*--output nowhere"):
+        open_corpora(config_for("nowhere"))
+
+
+def test_corpus_of_another_tokenizer_is_refused(prefix: Path) -> None:
+    other = config_for(str(prefix), tokenizer_type="null", vocab_size=300)
+    with pytest.raises(
+        DataError, match=r"was prepared with.*ByteTokenizer.*Set tokenizer_type and tokenizer_model"
+    ):
+        open_corpora(other)
+
+
+def test_vocabulary_smaller_than_the_tokenizer_is_refused(prefix: Path) -> None:
+    with pytest.raises(DataError, match="vocab_size 100 with a tokenizer of 257 tokens"):
+        open_corpora(config_for(str(prefix), vocab_size=100))
+    assert open_corpora(config_for(str(prefix), vocab_size=300)).vocab_size == 300
+
+
+def test_split_without_a_sequence_is_refused(prefix: Path) -> None:
+    """Megatron 0.16.1 would count epochs of no tokens for ever."""
+    with pytest.raises(
+        DataError, match=r"the training split of .* has 40 documents with 4528 tokens.* = 8193"
+    ):
+        open_corpora(config_for(str(prefix), seq_length=8192, split="1,0,0"))
+    with pytest.raises(DataError, match=r"the validation split of .* has 0 documents with 0 tokens"):
+        open_corpora(config_for(str(prefix), split="999,1,0", eval_interval=1))
+    assert open_corpora(config_for(str(prefix), split="999,1,0")).vocab_size == 257
+
+
+def test_cache_folder_that_cannot_be_used_is_refused(prefix: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = config_for(str(prefix), data_cache_path=str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot be used \(Not a directory\).*Set data_cache_path"):
+        build_datasets(config, open_corpora(config))
+
+
+def test_a_corpus_prepared_anew_meets_no_old_indexes(tmp_path: Path) -> None:
+    prefix, _ = make_corpus(tmp_path)
+    before, _ = open_and_build(config_for(str(prefix)))
+    (tmp_path / "corpus-texts" / "new.txt").write_text("something new" * 40)
+    prepare(find_files([tmp_path / "corpus-texts"]), ByteTokenizer(), prefix)
+    after, _ = open_and_build(config_for(str(prefix)))
+    assert before.cache != after.cache
+    assert before.cache.parent == after.cache.parent
+
+
+@pytest.mark.parametrize(
+    ("data_path", "blend"),
+    [
+        (("a",), (("a",), None)),
+        (("1", "a"), (("a",), (1.0,))),
+        (("0.3", "a", "0.7", "b"), (("a", "b"), (0.3, 0.7))),
+    ],
+)
+def test_split_blend(data_path: tuple[str, ...], blend: object) -> None:
+    assert split_blend(data_path) == blend
