@@ -66,7 +66,8 @@ class LayoutRotaryEmbedding(torch.nn.Module):
                 )
         key = (max_seq_len, offset)
         if key not in self._shards:
-            embedding = self.rotary.get_emb(max_seq_len, offset)
+            # Megatron leaves the angles of packed sequences whole: the way, in every version, to get them uncut.
+            embedding = self.rotary(max_seq_len, offset, packed_seq=True)
             if isinstance(embedding, tuple):  # YaRN: (angles, scale)
                 self._shards[key] = (self._cut(embedding[0]), *embedding[1:])
             else:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tests.harness.ranks import run_ranks
+
 SEQ_LENGTH = 48  # divides by 2 x 3 (zigzag over three ranks) and by 2 x 4
 VOCAB_SIZE = 61
 TINY = {
@@ -39,6 +41,11 @@ class Run:
     bytes_sent: int
     layer_calls: int
     """Attention layers times micro-batches of this rank, over all training steps."""
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``run_ranks`` with patience: the first call on a rank imports Megatron, on a machine that may be busy."""
+    return run_ranks(world_size, function, *args, timeout_s=240)
 
 
 def train(overrides: dict[str, Any], prepare: Callable[[], Any] | None = None) -> Run:

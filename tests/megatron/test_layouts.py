@@ -11,8 +11,7 @@ import torch
 from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron import shard_batch
-from tests.harness.ranks import run_ranks
-from tests.megatron.runs import TINY, VOCAB_SIZE
+from tests.megatron.runs import TINY, VOCAB_SIZE, on_ranks
 
 LENGTH = 16
 
@@ -44,7 +43,7 @@ def test_shards_hold_the_positions_of_the_layout(name: str) -> None:
 
 
 def test_zigzag_shards_are_megatrons() -> None:
-    for ours, theirs in run_ranks(4, _zigzag_shards):
+    for ours, theirs in on_ranks(4, _zigzag_shards):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -197,8 +196,8 @@ def _all_losses(method: str, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["lightseq", "zigzag"])
 @pytest.mark.parametrize("kind", ["dense", "experts", "latent"])
 def test_own_model_gives_every_token_the_loss_of_one_rank(kind: str, method: str) -> None:
-    (expected,) = run_ranks(1, _all_losses, method, kind)
-    for losses in run_ranks(2, _all_losses, method, kind):
+    (expected,) = on_ranks(1, _all_losses, method, kind)
+    for losses in on_ranks(2, _all_losses, method, kind):
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -227,12 +226,12 @@ def _refusal(method: str, fed: str, tagged: bool) -> str:
 )
 def test_data_of_another_layout_is_refused_by_both_names(method: str, fed: str, tagged: bool) -> None:
     wanted = "zigzag(2)" if method == "zigzag" else "contiguous(2)"
-    for message in run_ranks(2, _refusal, method, fed, tagged):
+    for message in on_ranks(2, _refusal, method, fed, tagged):
         assert f"cut by {fed}(2)" in message
         assert f"attention on {wanted}" in message
         assert "future tokens" in message
         assert "shard_batch" in message
-    assert run_ranks(2, _refusal, method, wanted.partition("(")[0], tagged) == ["ran", "ran"]
+    assert on_ranks(2, _refusal, method, wanted.partition("(")[0], tagged) == ["ran", "ran"]
 
 
 def _without_positions() -> str:
@@ -249,7 +248,7 @@ def _without_positions() -> str:
 
 
 def test_data_that_cannot_be_checked_is_refused() -> None:
-    for message in run_ranks(2, _without_positions):
+    for message in on_ranks(2, _without_positions):
         assert "a batch without position_ids that shard_batch did not cut" in message
 
 
@@ -267,7 +266,7 @@ def _unadopted() -> str:
 
 
 def test_a_model_that_was_not_told_its_layout_is_refused() -> None:
-    for message in run_ranks(2, _unadopted):
+    for message in on_ranks(2, _unadopted):
         assert "adopt_layout(model)" in message
 
 
@@ -293,11 +292,11 @@ def _tokens_seen_too_early(method: str, fed: str, guarded: bool) -> list[int]:
 
 def test_without_the_guard_future_tokens_leak() -> None:
     """Why the guard is there: Megatron's zigzag data in a contiguous attention, no error, and a loss that knows."""
-    leaked = sorted(chain(*run_ranks(2, _tokens_seen_too_early, "lightseq", "zigzag", False)))
+    leaked = sorted(chain(*on_ranks(2, _tokens_seen_too_early, "lightseq", "zigzag", False)))
     assert len(leaked) > 1
     assert leaked[0] < LENGTH - 1
     for method in ("lightseq", "zigzag"):
-        assert list(chain(*run_ranks(2, _tokens_seen_too_early, method, "", True))) == [LENGTH - 1]
+        assert list(chain(*on_ranks(2, _tokens_seen_too_early, method, "", True))) == [LENGTH - 1]
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -320,4 +319,4 @@ def _twice() -> int:
 
 
 def test_adopting_twice_checks_once() -> None:
-    assert run_ranks(2, _twice) == [1, 1]
+    assert on_ranks(2, _twice) == [1, 1]

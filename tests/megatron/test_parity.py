@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.ranks import run_ranks
-from tests.megatron.runs import Run, train
+from tests.megatron.runs import Run, on_ranks, train
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
@@ -54,13 +53,15 @@ LAYOUTS = [
     pytest.param(4, {**PP2, **VPP, **CP2, **BLOCK}, id="pp2vpp-cp2-block"),
     pytest.param(4, CP2, id="dp2-cp2"),
     pytest.param(4, {**CP2, **SHARDED_OPTIMIZER, **FULL}, id="dp2-cp2-sharded-optimizer-full"),
+    pytest.param(4, {**PP2, **CP2, **SHARDED_OPTIMIZER}, id="pp2-cp2-sharded-optimizer"),
+    pytest.param(4, {**PP2, **VPP, **SHARDED_OPTIMIZER}, id="pp2vpp-dp2-sharded-optimizer"),
 ]
 
 
 @pytest.fixture(scope="module")
 def single() -> Run:
     """The run that all others must reproduce: one rank."""
-    run: Run = run_ranks(1, train, {})[0]
+    run: Run = on_ranks(1, train, {})[0]
     assert run.losses[-1] < run.losses[0] - 0.3, "the tiny model learns, so a wrong gradient would show"
     return run
 
@@ -74,7 +75,7 @@ def agree(run: Run, reference: Run) -> None:
 
 @pytest.mark.parametrize(("world_size", "overrides"), LAYOUTS)
 def test_trains_like_one_rank(single: Run, world_size: int, overrides: dict[str, Any]) -> None:
-    runs = run_ranks(world_size, train, overrides)
+    runs = on_ranks(world_size, train, overrides)
     for run in runs:
         agree(run, single)
     assert [run.losses for run in runs] == [runs[0].losses] * world_size
@@ -95,30 +96,30 @@ OTHER_MODELS = {
 @pytest.mark.parametrize("model", OTHER_MODELS)
 def test_other_models_train_like_one_rank(model: str) -> None:
     overrides = OTHER_MODELS[model]
-    reference = run_ranks(1, train, {**overrides, "cp_method": "megatron"})[0]
+    reference = on_ranks(1, train, {**overrides, "cp_method": "megatron"})[0]
     layout = {**CP2, **(PP2 if "gpt2" in model else TP2)} if model == "gpt2-like" else {**CP2, **PP2, **FULL}
-    for run in run_ranks(4, train, {**overrides, **layout}):
+    for run in on_ranks(4, train, {**overrides, **layout}):
         agree(run, reference)
 
 
 def test_average_of_averages_is_exact_too(single: Run) -> None:
     """Without calculate_per_token_loss each micro-batch counts alike, whatever the ranks' masks."""
     off = {"calculate_per_token_loss": False}
-    reference = run_ranks(1, train, off)[0]
+    reference = on_ranks(1, train, off)[0]
     assert reference.losses != pytest.approx(single.losses, rel=1e-5), "the two averages differ on this data"
     for layout in (CP2, {**PP2, **CP2}, {**CP2, "cp_method": "zigzag"}):
-        agree(run_ranks(4, train, {**off, **layout})[0], reference)
+        agree(on_ranks(4, train, {**off, **layout})[0], reference)
 
 
 def test_dropout_survives_recomputation() -> None:
     """The recomputed forward draws the same masks, under tensor parallelism's streams as well."""
     dropout = {**TP2, **SP, **CP2, "hidden_dropout": 0.2}
-    agree(run_ranks(4, train, {**dropout, **FULL})[0], run_ranks(4, train, dropout)[0])
+    agree(on_ranks(4, train, {**dropout, **FULL})[0], on_ranks(4, train, dropout)[0])
 
 
 def test_bf16_stays_close_to_fp32(single: Run) -> None:
     for overrides in ({"bf16": True}, {"bf16": True, **CP2, **FULL}):
-        run = run_ranks(overrides.get("context_parallel_size", 1), train, overrides)[0]
+        run = on_ranks(overrides.get("context_parallel_size", 1), train, overrides)[0]
         assert run.losses == pytest.approx(single.losses, rel=5e-3)
         assert run.losses != pytest.approx(single.losses, rel=1e-7), "it did compute in bf16"
         assert run.grad_norms == pytest.approx(single.grad_norms, rel=5e-2)
@@ -199,7 +200,7 @@ def test_parity_fails_for(
 ) -> None:
     reference = single
     if "calculate_per_token_loss" in overrides:
-        reference = run_ranks(1, train, {"calculate_per_token_loss": False})[0]
-    agree(run_ranks(world_size, train, overrides)[0], reference)
+        reference = on_ranks(1, train, {"calculate_per_token_loss": False})[0]
+    agree(on_ranks(world_size, train, overrides)[0], reference)
     with pytest.raises(AssertionError):
-        agree(run_ranks(world_size, train, overrides, bug)[0], reference)
+        agree(on_ranks(world_size, train, overrides, bug)[0], reference)

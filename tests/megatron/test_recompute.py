@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.harness.ranks import run_ranks
-from tests.megatron.runs import Run, train
+from tests.megatron.runs import Run, on_ranks, train
 from tests.megatron.test_parity import BLOCK, CP2, FULL, PP2, SELECTIVE, VPP
 
 SHORT = {"train_iters": 2}
@@ -30,13 +29,13 @@ RECOMPUTE = {
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_forwards_and_bytes_equal_those_without_recomputation(parallel: str) -> None:
     world_size, overrides = PARALLEL[parallel]
-    plain: list[Run] = run_ranks(world_size, train, overrides)
+    plain: list[Run] = on_ranks(world_size, train, overrides)
     assert all(run.forwards == run.layer_calls > 0 and run.bytes_sent > 0 for run in plain)
     for kind, recompute in RECOMPUTE.items():
         if parallel == "pp2vpp-cp2" and kind == "full-pairs":
             continue  # a chunk of one layer has no pairs
         for run, reference in zip(
-            run_ranks(world_size, train, {**overrides, **recompute}), plain, strict=True
+            on_ranks(world_size, train, {**overrides, **recompute}), plain, strict=True
         ):
             assert (run.forwards, run.bytes_sent) == (reference.forwards, reference.bytes_sent), kind
             assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-6), kind
@@ -44,7 +43,7 @@ def test_forwards_and_bytes_equal_those_without_recomputation(parallel: str) -> 
 
 def test_counts_double_when_attention_is_not_kept() -> None:
     """The counters do count: without keeping, full recomputation runs every forward twice."""
-    for run in run_ranks(2, train, {**SHORT, **CP2, **FULL, "keep_attention_on_recompute": False}):
+    for run in on_ranks(2, train, {**SHORT, **CP2, **FULL, "keep_attention_on_recompute": False}):
         assert run.forwards == 2 * run.layer_calls
 
 

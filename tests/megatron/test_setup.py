@@ -10,8 +10,7 @@ import torch
 
 from megatron_lightseq.config import PretrainConfig, with_values
 from megatron_lightseq.errors import LightSeqError
-from tests.harness.ranks import run_ranks
-from tests.megatron.runs import TINY, VOCAB_SIZE
+from tests.megatron.runs import TINY, VOCAB_SIZE, on_ranks
 
 REFUSED: list[Any] = [
     pytest.param(
@@ -81,14 +80,14 @@ def _build(overrides: dict[str, Any], activate: bool = True) -> Any:
 
 @pytest.mark.parametrize(("overrides", "message"), REFUSED)
 def test_refuses_sizes_that_do_not_fit(overrides: dict[str, Any], message: str) -> None:
-    for found in run_ranks(2, _build, overrides):
+    for found in on_ranks(2, _build, overrides):
         assert re.search(message, found), found
 
 
 def test_needs_a_platform_and_a_world() -> None:
     if torch.cuda.is_available():
         pytest.skip("runs on machines without a GPU")
-    (message,) = run_ranks(1, _build, {}, False)
+    (message,) = on_ranks(1, _build, {}, False)
     assert re.search(r"no CUDA device and no CPU platform: .*cpu_platform\.activate\(\)", message), message
     assert re.search(r"torch.distributed uninitialised: .*init_process_group", _build({})), "in this process"
 
@@ -138,8 +137,8 @@ UNTIED = {"untie_embeddings_and_output_weights": True, "num_layers": 4}
     ],
 )
 def test_a_seed_names_one_model(layout: dict[str, int]) -> None:
-    (whole,) = run_ranks(1, _weights, UNTIED)
-    parts = run_ranks(2, _weights, {**UNTIED, **layout})
+    (whole,) = on_ranks(1, _weights, UNTIED)
+    parts = on_ranks(2, _weights, {**UNTIED, **layout})
     assert set().union(*parts) == set(whole)
     for name, weight in whole.items():
         shards = [part[name] for part in parts if name in part]
@@ -152,8 +151,8 @@ def test_a_seed_names_one_model(layout: dict[str, int]) -> None:
 
 
 def test_layers_and_seeds_differ() -> None:
-    (whole,) = run_ranks(1, _weights, UNTIED)
-    (other,) = run_ranks(1, _weights, {**UNTIED, "seed": 7})
+    (whole,) = on_ranks(1, _weights, UNTIED)
+    (other,) = on_ranks(1, _weights, {**UNTIED, "seed": 7})
     first, second = (whole[f"decoder.layers.{i}.mlp.linear_fc1.weight"] for i in range(2))
     assert not torch.equal(first, second)
     assert not torch.equal(whole["embedding.word_embeddings.weight"], whole["output_layer.weight"])
@@ -161,3 +160,28 @@ def test_layers_and_seeds_differ() -> None:
     assert first.std().item() == pytest.approx(TINY["init_method_std"], rel=0.1)
     projection = whole["decoder.layers.0.self_attention.linear_proj.weight"]
     assert projection.std().item() == pytest.approx(TINY["init_method_std"] / 8**0.5, rel=0.1)
+
+
+def _dropout_draws(overrides: dict[str, Any]) -> tuple[float, float]:
+    """What dropout would draw next: outside of tensor-parallel regions, and inside."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.training.setup import build_training
+
+    cpu_platform.activate()
+    build_training(with_values(PretrainConfig(), **{**TINY, **overrides}), vocab_size=VOCAB_SIZE)
+    outside = torch.rand(1).item()
+    with get_cuda_rng_tracker().fork():
+        inside = torch.rand(1).item()
+    parallel_state.destroy_model_parallel()
+    return outside, inside
+
+
+def test_dropout_differs_where_tokens_differ_and_agrees_where_they_are_shared() -> None:
+    """Ranks 0 and 1 share tokens (TP), ranks 0 and 2 do not (CP)."""
+    draws = on_ranks(4, _dropout_draws, {"tensor_model_parallel_size": 2, "context_parallel_size": 2})
+    outside, inside = zip(*draws, strict=True)
+    assert outside[0] == outside[1] != outside[2] == outside[3]
+    assert len(set(inside)) == 4
