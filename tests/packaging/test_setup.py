@@ -181,7 +181,7 @@ def working_environment(folder: Path) -> dict[str, str]:
         'case "$*" in\n'
         f'  *sysconfig*) echo "{headers}" ;;\n'
         f"  *hashlib*) cat >/dev/null; echo same ;;\n"
-        f'  *"-m pip"*) echo "$*" >>"{folder}/pip" ;;\n'
+        f'  *"-m pip"*) echo "MLS_CUDA=$MLS_CUDA $*" >>"{folder}/pip" ;;\n'
         "esac\n"
     )
     python.chmod(0o755)
@@ -214,10 +214,14 @@ def test_each_phase_runs_once(tmp_path: Path) -> None:
     assert "dependencies" not in first.stdout
     built = (tmp_path / "pip").read_text()
     assert "--no-build-isolation --no-deps --editable ." in built
+    assert built.startswith("MLS_CUDA=0 ")  # the stand-in says that its torch is a CPU build
     shutil.rmtree(tmp_path / "tools")
     second = setup(tmp_path, programs)
     assert (second.returncode, second.stdout) == (0, "")
     assert (tmp_path / "pip").read_text() == built
+    shutil.rmtree(tmp_path / "tools")
+    assert setup(tmp_path, programs, MLS_CUDA="1").returncode == 0
+    assert (tmp_path / "pip").read_text().removeprefix(built).startswith("MLS_CUDA=1 ")
 
 
 def test_an_unknown_argument_is_refused() -> None:
