@@ -180,7 +180,7 @@ def working_environment(folder: Path) -> dict[str, str]:
         "#!/bin/bash\n"
         'case "$*" in\n'
         f'  *sysconfig*) echo "{headers}" ;;\n'
-        "  *hashlib*) grep -q MLS_CUDA=1 && echo other || echo same ;;\n"
+        "  *hashlib*) grep '^/.* MLS_CUDA=1$' >/dev/null && echo other || echo same ;;\n"
         f'  *"-m pip"*) echo "MLS_CUDA=$MLS_CUDA $*" >>"{folder}/pip" ;;\n'
         "esac\n"
     )
