@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_lightseq.compare.job import Job, Measurement, Outcome, StepMeasurement
+from megatron_lightseq.compare.link import scheduled_bytes
 from megatron_lightseq.compare.systems import SYSTEMS, model_flops
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -39,6 +40,10 @@ class Figures:
     """Per step."""
     mean_bytes_sent: float = 0.0
     """Per step, mean over ranks."""
+    attention_bytes_sent: int = 0
+    """Of these, attention's transfers, as counted."""
+    scheduled_bytes_sent: int | None = None
+    """The same by the schedule, computed without running; None where no schedule says."""
     link_bytes_sent: int | None = None
     """Per step through the watched interface, of the host that sends most."""
     exposed_seconds: float | None = None
@@ -149,6 +154,8 @@ def summarize(job: Job, rounds: Sequence[Outcome], flops: float, ceiling: float 
         peak_tensor_bytes=_most(rank.peak_tensor_bytes for rank in ranks),
         bytes_sent=max(sent),
         mean_bytes_sent=statistics.fmean(sent),
+        attention_bytes_sent=max(steps[-1].attention_bytes_sent for steps in timed),
+        scheduled_bytes_sent=scheduled_bytes(SYSTEMS[name].configure(job.common, job.world_size)),
         link_bytes_sent=_most(steps[-1].link_bytes_sent for steps in timed),
         exposed_seconds=_exposed(per_step),
         attention_forwards=max(steps[-1].attention_forwards for steps in timed)
