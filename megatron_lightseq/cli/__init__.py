@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_lightseq import __version__
-from megatron_lightseq.cli.launched import Rank
 from megatron_lightseq.config.names import nearest
 from megatron_lightseq.errors import ConfigError, DataError, LayoutError, LightSeqError, UnsupportedError
+from megatron_lightseq.training.launch import Launch
 
 USER_ERRORS = (ConfigError, DataError, LayoutError, UnsupportedError)
 """Errors in what was asked for; any other one happened while doing it."""
+OTHER_RANKS_WAIT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,6 @@ COMMANDS = {
     "compare": Command(
         "megatron_lightseq.cli.compare", "train under several systems and compare speed, memory and traffic"
     ),
-    "bench": Command("megatron_lightseq.bench.__main__", "time the attention kernels"),
     "doctor": Command("megatron_lightseq.cli.doctor", "say what this machine offers and what is missing"),
 }
 
@@ -63,9 +64,19 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return COMMANDS[name].load()(rest)
     except LightSeqError as error:
-        if Rank.from_environment().speaks_for(error):
-            sys.stderr.write(f"lightseq {name}: {error}\n")
-        return 2 if isinstance(error, USER_ERRORS) else 1
+        return _refuse(name, error)
+
+
+def _refuse(name: str, error: LightSeqError) -> int:
+    """Say what is wrong. Files and flags are wrong alike on every rank of a host: the first one says it.
+
+    torchrun ends the other ranks as soon as one has left, so they wait; who still lives then was wrong alone.
+    """
+    is_users = isinstance(error, USER_ERRORS)
+    if is_users and Launch.from_environment().local_rank > 0:
+        time.sleep(OTHER_RANKS_WAIT_S)
+    sys.stderr.write(f"lightseq {name}: {error}\n")
+    return 2 if is_users else 1
 
 
 def usage() -> str:

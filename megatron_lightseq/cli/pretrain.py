@@ -6,11 +6,11 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from megatron_lightseq.cli.launched import Rank
 from megatron_lightseq.config.flags import read_flags
 from megatron_lightseq.config.load import load_config, parse_config, to_yaml
 from megatron_lightseq.config.rules import Machine
 from megatron_lightseq.config.typed import parser
+from megatron_lightseq.training.launch import Launch
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -22,15 +22,15 @@ def run(arguments: Sequence[str]) -> int:
     if "print_config" in actions:
         sys.stdout.write(to_yaml(parse_config(arguments)))
         return 0
-    rank = Rank.from_environment()
-    load_config(arguments, machine=Machine(world_size=rank.world_size))
+    world_size = Launch.from_environment().world_size
+    load_config(arguments, machine=Machine(world_size=world_size))
 
     import torch
 
     from megatron_lightseq.training.pretrain import pretrain
 
     machine = Machine(
-        world_size=rank.world_size,
+        world_size=world_size,
         num_gpus=torch.cuda.device_count(),
         has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
     )
