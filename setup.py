@@ -72,6 +72,8 @@ class BuildKernels(build_ext):
         extension = self.extensions[0]
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
         nvcc = find_nvcc() if cuda_sources else None
+        if nvcc:  # the bindings differ: their objects must not be taken for one another
+            self.build_temp = os.path.join(self.build_temp, "cuda")
         os.makedirs(self.build_temp, exist_ok=True)
         try:
             if nvcc:

@@ -15,6 +15,9 @@
 #include "attention_params.h"
 #include "checks.h"
 #include "cpu/run.h"
+#if defined(MLS_WITH_CUDA)
+#include "cuda/run.h"
+#endif
 
 namespace mls {
 namespace {
@@ -64,8 +67,22 @@ void check_dtype(const char* name, const Tensor& tensor, ScalarType want, const 
             dtype_text(want), why, ".");
 }
 
-void check_cpu(const char* name, const Tensor& tensor) {
-  MLS_CHECK(tensor.is_cpu(), name, " is not on the CPU: all tensors of a call must be on one device.");
+// Of q, k, v and everything else in one call.
+enum class Device { kCpu, kCuda };
+
+void check_device(const char* name, const Tensor& tensor, Device device) {
+  MLS_CHECK(device == Device::kCpu ? tensor.is_cpu() : tensor.is_cuda(), name, " is not on the ",
+            device == Device::kCpu ? "CPU" : "GPU", ": all tensors of a call must be on one device.");
+}
+
+void check_element_type(ScalarType dtype, Device device) {
+  if (device == Device::kCpu) {
+    MLS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "q is ", dtype_text(dtype),
+              ": the fused kernel takes float32 or bfloat16.");
+  } else {
+    MLS_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "q is ", dtype_text(dtype),
+              ": the CUDA kernel takes float16 or bfloat16.");
+  }
 }
 
 void check_last_dim(const char* name, const Tensor& tensor) {
@@ -73,7 +90,7 @@ void check_last_dim(const char* name, const Tensor& tensor) {
             " in its last dimension: it must be contiguous there (stride 1).");
 }
 
-AttentionShape check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
+AttentionShape check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Device device) {
   MLS_CHECK(q.dim() == 4, "q has shape ", shape_text(q), ": it must have 4 dimensions (Sq, B, H, D).");
   MLS_CHECK(k.dim() == 4, "k has shape ", shape_text(k), ": it must have 4 dimensions (Sk, B, G, D).");
   MLS_CHECK(v.dim() == 4, "v has shape ", shape_text(v), ": it must have 4 dimensions (Sk, B, G, Dv).");
@@ -89,23 +106,22 @@ AttentionShape check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   MLS_CHECK(shape.num_queries < kMaxTokens && shape.num_keys < kMaxTokens, "Sq = ", shape.num_queries,
             ", Sk = ", shape.num_keys, ": key indices are 32-bit, so both must be below ", kMaxTokens, ".");
   const ScalarType dtype = q.scalar_type();
-  MLS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "q is ", dtype_text(dtype),
-            ": the fused kernel takes float32 or bfloat16.");
+  check_element_type(dtype, device);
   check_dtype("k", k, dtype, ", the dtype of q");
   check_dtype("v", v, dtype, ", the dtype of q");
-  check_cpu("q", q), check_cpu("k", k), check_cpu("v", v);
+  check_device("q", q, device), check_device("k", k, device), check_device("v", v, device);
   check_last_dim("q", q), check_last_dim("k", k), check_last_dim("v", v);
   return shape;
 }
 
 KeyMask check_mask(const AttentionShape& shape, int64_t band_lo, int64_t band_hi,
-                   const std::optional<Tensor>& key_ranges) {
+                   const std::optional<Tensor>& key_ranges, Device device) {
   KeyMask mask{std::clamp(band_lo, -shape.num_queries - 1, shape.num_keys),
                std::clamp(band_hi, -shape.num_queries - 1, shape.num_keys), nullptr, nullptr};
   if (key_ranges.has_value()) {
     check_shape("key_ranges", *key_ranges, {2, shape.num_queries}, "(2, Sq)");
     check_dtype("key_ranges", *key_ranges, ScalarType::Int, "");
-    check_cpu("key_ranges", *key_ranges);
+    check_device("key_ranges", *key_ranges, device);
     MLS_CHECK(key_ranges->is_contiguous(), "key_ranges is strided: it must be contiguous.");
     mask.range_begin = static_cast<const int32_t*>(key_ranges->data_ptr());
     mask.range_end = mask.range_begin + shape.num_queries;
@@ -120,7 +136,14 @@ float check_scale(double scale) {
 }
 
 ElementType element_type(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Float ? ElementType::kFloat32 : ElementType::kBFloat16;
+  switch (q.scalar_type()) {
+    case ScalarType::Half:
+      return ElementType::kFloat16;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    default:
+      return ElementType::kFloat32;
+  }
 }
 
 template <typename T>
@@ -133,88 +156,152 @@ RowTensor<T> row_tensor(const Tensor& t) {
   return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-TokenTensor<float> accumulator(const char* name, const Tensor& t, std::initializer_list<int64_t> want,
-                               const char* axes) {
+TokenTensor<float> accumulator(const char* name, const Tensor& t, Device device,
+                               std::initializer_list<int64_t> want, const char* axes) {
   check_shape(name, t, want, axes);
   check_dtype(name, t, ScalarType::Float, ", the accumulator dtype");
-  check_cpu(name, t);
+  check_device(name, t, device);
   check_last_dim(name, t);
   return token_tensor<float>(t);
 }
 
 template <typename T>
-RowTensor<T> row_accumulator(const char* name, const Tensor& t, const AttentionShape& shape) {
+RowTensor<T> row_accumulator(const char* name, const Tensor& t, Device device, const AttentionShape& shape) {
   check_shape(name, t, {shape.batch, shape.num_heads, shape.num_queries}, "(B, H, Sq)");
   check_dtype(name, t, ScalarType::Float, ", the accumulator dtype");
-  check_cpu(name, t);
+  check_device(name, t, device);
   return row_tensor<T>(t);
 }
 
-void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse,
-                       int64_t band_lo, int64_t band_hi, std::optional<Tensor> key_ranges,
-                       double softmax_scale, bool accumulate) {
-  const AttentionShape s = check_inputs(q, k, v);
-  const ForwardParams params{
+struct MaskArguments {
+  int64_t band_lo, band_hi;
+  const std::optional<Tensor>& key_ranges;
+  double softmax_scale;
+};
+
+ForwardParams forward_params(Device device, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& out, const Tensor& lse, const MaskArguments& mask,
+                             bool accumulate) {
+  const AttentionShape s = check_inputs(q, k, v, device);
+  return {
       .shape = s,
       .element_type = element_type(q),
       .q = token_tensor<const void>(q),
       .k = token_tensor<const void>(k),
       .v = token_tensor<const void>(v),
-      .out = accumulator("out", out, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)"),
-      .lse = row_accumulator<float>("lse", lse, s),
-      .mask = check_mask(s, band_lo, band_hi, key_ranges),
-      .softmax_scale = check_scale(softmax_scale),
+      .out = accumulator("out", out, device, {s.num_queries, s.batch, s.num_heads, s.value_dim},
+                         "(Sq, B, H, Dv)"),
+      .lse = row_accumulator<float>("lse", lse, device, s),
+      .mask = check_mask(s, mask.band_lo, mask.band_hi, mask.key_ranges, device),
+      .softmax_scale = check_scale(mask.softmax_scale),
       .accumulate = accumulate,
   };
-  cpu::run_forward(params);
 }
 
-void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const Tensor& lse, const Tensor& delta, Tensor dq, Tensor dk, Tensor dv,
-                        int64_t band_lo, int64_t band_hi, std::optional<Tensor> key_ranges,
-                        double softmax_scale) {
-  const AttentionShape s = check_inputs(q, k, v);
-  check_shape("dout", dout, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
-  check_dtype("dout", dout, q.scalar_type(), ", the dtype of q");
-  check_cpu("dout", dout);
-  check_last_dim("dout", dout);
-  const BackwardParams params{
+// The tensors of a backward call, in the schema's order.
+struct BackwardTensors {
+  const Tensor &dout, &q, &k, &v, &lse, &delta, &dq, &dk, &dv;
+};
+
+BackwardParams backward_params(Device device, const BackwardTensors& t, const MaskArguments& mask) {
+  const AttentionShape s = check_inputs(t.q, t.k, t.v, device);
+  check_shape("dout", t.dout, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
+  check_dtype("dout", t.dout, t.q.scalar_type(), ", the dtype of q");
+  check_device("dout", t.dout, device);
+  check_last_dim("dout", t.dout);
+  return {
       .shape = s,
-      .element_type = element_type(q),
-      .dout = token_tensor<const void>(dout),
-      .q = token_tensor<const void>(q),
-      .k = token_tensor<const void>(k),
-      .v = token_tensor<const void>(v),
-      .lse = row_accumulator<const float>("lse", lse, s),
-      .delta = row_accumulator<const float>("delta", delta, s),
-      .dq = accumulator("dq", dq, {s.num_queries, s.batch, s.num_heads, s.head_dim}, "(Sq, B, H, D)"),
-      .dk = accumulator("dk", dk, {s.num_keys, s.batch, s.num_kv_heads, s.head_dim}, "(Sk, B, G, D)"),
-      .dv = accumulator("dv", dv, {s.num_keys, s.batch, s.num_kv_heads, s.value_dim}, "(Sk, B, G, Dv)"),
-      .mask = check_mask(s, band_lo, band_hi, key_ranges),
-      .softmax_scale = check_scale(softmax_scale),
+      .element_type = element_type(t.q),
+      .dout = token_tensor<const void>(t.dout),
+      .q = token_tensor<const void>(t.q),
+      .k = token_tensor<const void>(t.k),
+      .v = token_tensor<const void>(t.v),
+      .lse = row_accumulator<const float>("lse", t.lse, device, s),
+      .delta = row_accumulator<const float>("delta", t.delta, device, s),
+      .dq =
+          accumulator("dq", t.dq, device, {s.num_queries, s.batch, s.num_heads, s.head_dim}, "(Sq, B, H, D)"),
+      .dk =
+          accumulator("dk", t.dk, device, {s.num_keys, s.batch, s.num_kv_heads, s.head_dim}, "(Sk, B, G, D)"),
+      .dv = accumulator("dv", t.dv, device, {s.num_keys, s.batch, s.num_kv_heads, s.value_dim},
+                        "(Sk, B, G, Dv)"),
+      .mask = check_mask(s, mask.band_lo, mask.band_hi, mask.key_ranges, device),
+      .softmax_scale = check_scale(mask.softmax_scale),
   };
-  cpu::run_backward(params);
 }
+
+// The CPU kernel has no streams and is always deterministic: it takes the last arguments and needs none.
+void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t band_lo,
+                 int64_t band_hi, std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate,
+                 int64_t /*stream*/) {
+  cpu::run_forward(forward_params(Device::kCpu, q, k, v, out, lse,
+                                  {band_lo, band_hi, key_ranges, softmax_scale}, accumulate));
+}
+
+void cpu_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                  const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
+                  std::optional<Tensor> key_ranges, double softmax_scale, int64_t /*stream*/,
+                  bool /*deterministic*/) {
+  cpu::run_backward(backward_params(Device::kCpu, {dout, q, k, v, lse, delta, dq, dk, dv},
+                                    {band_lo, band_hi, key_ranges, softmax_scale}));
+}
+
+#if defined(MLS_WITH_CUDA)
+
+void check_launch(const char* failure) {
+  MLS_CHECK(failure == nullptr, "the CUDA attention kernel was not started: ", failure, ".");
+}
+
+void* stream_handle(int64_t stream) {
+  return reinterpret_cast<void*>(static_cast<intptr_t>(stream));
+}
+
+void cuda_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t band_lo,
+                  int64_t band_hi, std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate,
+                  int64_t stream) {
+  const ForwardParams params = forward_params(Device::kCuda, q, k, v, out, lse,
+                                              {band_lo, band_hi, key_ranges, softmax_scale}, accumulate);
+  check_launch(mls_cuda_forward(&params, stream_handle(stream)));
+}
+
+void cuda_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                   const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
+                   std::optional<Tensor> key_ranges, double softmax_scale, int64_t stream,
+                   bool deterministic) {
+  const BackwardParams params = backward_params(Device::kCuda, {dout, q, k, v, lse, delta, dq, dk, dv},
+                                                {band_lo, band_hi, key_ranges, softmax_scale});
+  check_launch(mls_cuda_backward(&params, deterministic, stream_handle(stream)));
+}
+
+#endif
 
 }  // namespace
 }  // namespace mls
 
+// `stream` is a cudaStream_t of the current device, as an integer; `deterministic` asks for dq that repeats
+// bit for bit. Both concern the CUDA kernel only.
 STABLE_TORCH_LIBRARY(mls, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int band_lo, int "
       "band_hi, "
-      "Tensor? key_ranges, float softmax_scale, bool accumulate) -> ()");
+      "Tensor? key_ranges, float softmax_scale, bool accumulate, int stream=0) -> ()");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) "
       "dq, "
-      "Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale) -> "
-      "()");
+      "Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale, int "
+      "stream=0, bool deterministic=False) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mls, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&mls::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&mls::attention_backward));
+  m.impl("attention_forward", TORCH_BOX(&mls::cpu_forward));
+  m.impl("attention_backward", TORCH_BOX(&mls::cpu_backward));
 }
+
+#if defined(MLS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(mls, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&mls::cuda_forward));
+  m.impl("attention_backward", TORCH_BOX(&mls::cuda_backward));
+}
+#endif
 
 // Importing the module runs the registrations above; its attributes say what was built and chosen.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {

@@ -108,6 +108,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 _KERNELS = {
+    "cuda": "megatron_lightseq.kernels.cuda:CudaKernel",
     "cpu": "megatron_lightseq.kernels.cpu:CpuKernel",
     "reference": "megatron_lightseq.kernels.reference:ReferenceKernel",
 }

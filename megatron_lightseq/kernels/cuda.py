@@ -1,0 +1,150 @@
+"""The fused CUDA kernels (csrc/cuda): blockwise online softmax on tensor cores, fp32 accumulation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.kernels.extension import BUILD_COMMAND, load_extension, missing_extension
+from megatron_lightseq.kernels.registry import TileMask
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
+"""(D, Dv) of the kernels that exist."""
+INPUT_ALIGNMENT = 16
+"""Bytes: the kernels copy inputs in pieces of this size."""
+
+
+class CudaKernel:
+    """bfloat16 and float16 on compute capability 8.0 and later; masked tiles are skipped, not computed.
+
+    Runs on the current stream of the tensors' device, allocates nothing (unless an input is misaligned, which is
+    then copied) and never waits for the GPU, so that it can be captured in a CUDA graph.
+
+    Args:
+        deterministic: compute dq without atomic additions, so that gradients repeat bit for bit, at 7 matrix
+            products a tile in place of 5. None: as ``torch.are_deterministic_algorithms_enabled()`` says at the
+            time of the call. Forward, dk and dv are always repeatable.
+    """
+
+    name = "cuda"
+
+    def __init__(self, deterministic: bool | None = None) -> None:
+        self.deterministic = deterministic
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why this kernel cannot take these inputs, or None."""
+        if any(x.device != q.device or x.device.type != "cuda" for x in (q, k, v)):
+            return "it takes tensors on one CUDA device only"
+        if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+            return "it takes bfloat16 or float16, the same for q, k and v"
+        if (q.shape[-1], v.shape[-1]) not in HEAD_DIMS:
+            dims = ", ".join(str(d) if d == dv else f"{d}:{dv}" for d, dv in HEAD_DIMS)
+            return f"it takes head dims {dims}, not {q.shape[-1]}:{v.shape[-1]}"
+        return missing_cuda() or _too_old(q.device)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        mask: TileMask,
+        softmax_scale: float,
+        accumulate: bool,
+    ) -> None:
+        """Merge one tile into ``(out, lse)`` in place. Shapes as in :class:`~.registry.Kernel`.
+
+        Raises:
+            UnsupportedError: the compiled kernels were not built.
+            RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
+        """
+        load_extension()
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        with torch.cuda.device(q.device):
+            torch.ops.mls.attention_forward(
+                q,
+                k,
+                v,
+                out,
+                lse,
+                mask.band_lo,
+                mask.band_hi,
+                mask.key_ranges,
+                softmax_scale,
+                accumulate,
+                torch.cuda.current_stream().cuda_stream,
+            )
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        *,
+        mask: TileMask,
+        softmax_scale: float,
+    ) -> None:
+        """Add the tile's gradients to ``dq, dk, dv``. Shapes as in :class:`~.registry.Kernel`.
+
+        Raises:
+            UnsupportedError: the compiled kernels were not built.
+            RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
+        """
+        load_extension()
+        wanted = self.deterministic
+        with torch.cuda.device(q.device):
+            torch.ops.mls.attention_backward(
+                _aligned(dout),
+                _aligned(q),
+                _aligned(k),
+                _aligned(v),
+                lse,
+                delta,
+                dq,
+                dk,
+                dv,
+                mask.band_lo,
+                mask.band_hi,
+                mask.key_ranges,
+                softmax_scale,
+                torch.cuda.current_stream().cuda_stream,
+                torch.are_deterministic_algorithms_enabled() if wanted is None else wanted,
+            )
+
+
+def missing_cuda() -> str | None:
+    """Why the compiled kernels hold no CUDA part, with the command that builds it; None when they do."""
+    missing = missing_extension()
+    if missing is not None:
+        return missing
+    if load_extension().with_cuda:
+        return None
+    return (
+        "the compiled kernels were built without CUDA, because nvcc was not found or not wanted "
+        f"(build them again with the CUDA toolkit installed: MLS_CUDA=1 {BUILD_COMMAND})"
+    )
+
+
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return None
+    return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a contiguous copy where the kernels could not read it in whole pieces."""
+    step = INPUT_ALIGNMENT // x.element_size()
+    strides_fit = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1])
+    if strides_fit and x.data_ptr() % INPUT_ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
