@@ -17,9 +17,10 @@ from megatron_lightseq.errors import LightSeqError, explain
 
 
 class AttentionStash:
-    """First in, first out: a module's micro-batches reach backward in the order of their forwards.
+    """First in, first out, for one module: what ran first is recomputed first.
 
-    That order holds for one model chunk under Megatron's 1F1B and interleaved pipeline schedules.
+    One stash serves one stretch of recomputation (``megatron.checkpoint_scope`` makes one a checkpoint), so that
+    the order in which micro-batches reach backward does not matter.
     """
 
     def __init__(self) -> None:
@@ -48,8 +49,7 @@ class AttentionStash:
                 explain(
                     got=f"recomputing attention for queries {tuple(q_shape)}, the oldest kept output is {kept}",
                     rule="every recomputation follows one forward of the same shape, in the same order",
-                    remedy="Call reset_attention_stash() after an aborted step, "
-                    "or train with --no-keep-attention-on-recompute",
+                    remedy="Recompute what was run, in that order, or train with --no-keep-attention-on-recompute",
                 )
             )
         return self._kept.popleft()
