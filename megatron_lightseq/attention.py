@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError, explain
-from megatron_lightseq.exchange import HeadCut, HeadExchange
+from megatron_lightseq.exchange import HeadExchange
 from megatron_lightseq.groups import Group, UlyssesGroups, rank_in, size_of
 from megatron_lightseq.kernels.registry import Kernel, resolve_kernel
 from megatron_lightseq.layout import SequenceLayout
@@ -24,7 +24,18 @@ from megatron_lightseq.mask import Mask
 from megatron_lightseq.plans import HeadRun, Plan, Run, TileRun
 from megatron_lightseq.rsa import RowRun
 from megatron_lightseq.runtime import AttentionStats, BoundProgram, Runtime
-from megatron_lightseq.schedule import Direction, Method, Schedule, build, compile_program, resolve_method
+from megatron_lightseq.schedule import (
+    Direction,
+    Method,
+    Network,
+    Schedule,
+    TensorShape,
+    build,
+    compile_program,
+    rank_methods,
+    resolve_method,
+)
+from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.transport import SubTransport, connect
 
 
@@ -53,7 +64,8 @@ def dist_attention(
         group: torch ProcessGroup of the context-parallel ranks; None for one rank.
         layout: how the shards given were cut: ``contiguous``, ``zigzag``, ``striped`` or a SequenceLayout.
         method: ``lightseq``, ``ring``, ``zigzag``, ``all_gather``, ``mesh`` (``mesh:4x2``), ``ulysses``, ``usp``
-            (``usp:4``), ``rsa`` or a :class:`schedule.Method`.
+            (``usp:4``), ``rsa``, a :class:`schedule.Method`, or ``auto``: for each direction, what the simulation
+            of a cluster (schedule/choose.py) finds the fastest for these shards.
         mask: default causal.
         softmax_scale: default 1 / sqrt(D).
         kernel: ``auto``, ``cpu`` or ``reference``.
@@ -98,8 +110,12 @@ class DistAttention:
         kernel: str | Kernel = "auto",
         overlap: bool = True,
         stats: AttentionStats | None = None,
+        network: Network | None = None,
     ) -> None:
-        """Arguments as :func:`dist_attention`; ``stats`` is where to count, default a fresh one."""
+        """Arguments as :func:`dist_attention`; ``stats`` is where to count, default a fresh one.
+
+        ``network`` is what ``auto`` predicts with: default NVLink within nodes of 8 and 100 Gbps between them.
+        """
         size = size_of(group)
         self.layout = SequenceLayout(layout, size) if isinstance(layout, str) else layout
         if self.layout.cp_size != size:
@@ -110,12 +126,19 @@ class DistAttention:
                     remedy="Build the layout with the group's size",
                 )
             )
-        self.method = resolve_method(method)
-        self.method.check_layout(self.layout)
+        self.method = None if method == "auto" else resolve_method(method)
+        """None: chosen when shapes are known."""
+        self.network = network
+        if self.method is not None:
+            self.method.check_layout(self.layout)
         self.mask = Mask.causal() if mask is None else mask
         self.rank = rank_in(group)
         self.stats = AttentionStats() if stats is None else stats
-        if self.method.full_rows and not (isinstance(kernel, str) and kernel in ("auto", "reference")):
+        if (
+            self.method is not None
+            and self.method.full_rows
+            and not (isinstance(kernel, str) and kernel in ("auto", "reference"))
+        ):
             raise UnsupportedError(
                 explain(
                     got=f"method {self.method.name!r} with kernel {kernel!r}",
@@ -162,47 +185,73 @@ class DistAttention:
 
     def _make_plan(self, inputs: _Inputs, kernel: Kernel) -> Plan:
         seq_length = inputs.q_shape[0] * self.layout.cp_size
+        methods = self._methods(inputs, seq_length)
         schedules = {
-            direction: build(
-                self.method, self.layout, mask=self.mask, direction=direction, seq_length=seq_length
-            )
-            for direction in Direction
+            direction: build(method, self.layout, mask=self.mask, direction=direction, seq_length=seq_length)
+            for direction, method in methods.items()
         }
-        exchanged = self.method.ulysses_size(self.layout.cp_size)
-        texts = [*map(str, schedules.values()), f"heads over {exchanged}", kernel.name, inputs.describe()]
+        exchanges = [method.ulysses_size(self.layout.cp_size) for method in methods.values()]
+        texts = [*map(str, schedules.values()), f"heads over {exchanges}", kernel.name, inputs.describe()]
         self._agree("\n".join(texts), inputs)
-        run = self._make_run(schedules, exchanged, inputs, kernel)
-        return Plan(run[Direction.FORWARD], run[Direction.BACKWARD], self.stats)
+        runs = {
+            direction: self._make_run(method, schedules[direction], inputs, kernel)
+            for direction, method in methods.items()
+        }
+        return Plan(runs[Direction.FORWARD], runs[Direction.BACKWARD], self.stats)
 
-    def _make_run(
-        self, schedules: dict[Direction, Schedule], exchanged: int, inputs: _Inputs, kernel: Kernel
-    ) -> dict[Direction, Run]:
+    def _methods(self, inputs: _Inputs, seq_length: int) -> dict[Direction, Method]:
+        """The method of each direction: the one given, or with ``auto`` the two predicted to be the fastest."""
+        if self.method is not None:
+            return dict.fromkeys(Direction, self.method)
+        shape = TensorShape(
+            batch=inputs.q_shape[1],
+            num_heads=inputs.q_shape[2],
+            num_query_groups=inputs.k_shape[2],
+            head_dim=inputs.q_shape[3],
+            v_head_dim=inputs.v_shape[3],
+            element_bytes=inputs.dtype.itemsize,
+        )
+        best, *_ = rank_methods(
+            self.layout.cp_size,
+            shape,
+            seq_length,
+            mask=self.mask,
+            network=self.network,
+            layouts=[self.layout.name],
+        )
+        return {
+            prediction.direction: resolve_method(prediction.method)
+            for prediction in (best.forward, best.backward)
+        }
+
+    def _make_run(self, method: Method, schedule: Schedule, inputs: _Inputs, kernel: Kernel) -> Run:
+        exchanged = method.ulysses_size(self.layout.cp_size)
         groups = UlyssesGroups.of(self.layout, exchanged, self.rank)
         runtime = self._runtime
         if exchanged > 1 and runtime.transport is not None:
             ring = SubTransport(runtime.transport, groups.ring) if len(groups.ring) > 1 else None
             runtime = Runtime(transport=ring, overlap=runtime.overlap, stats=self.stats)
-        programs = {
-            direction: BoundProgram.bind(
-                compile_program(schedule, groups.ring.index(self.rank)), inputs.device
+        ring_rank = groups.ring.index(self.rank)
+        program = BoundProgram.bind(compile_program(schedule, ring_rank), inputs.device)
+        if method.full_rows:
+            rings = build(method, self.layout, mask=self.mask, seq_length=schedule.seq_length)
+            return RowRun(
+                BoundProgram.bind(compile_program(rings, self.rank), inputs.device), program, runtime
             )
-            for direction, schedule in schedules.items()
-        }
-        if self.method.full_rows:
-            rows = RowRun(programs[Direction.FORWARD], programs[Direction.BACKWARD], runtime)
-            return dict.fromkeys(Direction, rows)
-        runs: dict[Direction, Run] = {
-            direction: TileRun(program, kernel, runtime) for direction, program in programs.items()
-        }
+        run = TileRun(program, kernel, runtime)
         if exchanged == 1 or self._runtime.transport is None:
-            return runs
+            return run
         exchange = HeadExchange(
             SubTransport(self._runtime.transport, groups.ulysses),
             self.layout,
             HeadCut(inputs.q_shape[2], inputs.k_shape[2], exchanged),
             self.stats,
         )
-        return {direction: HeadRun(exchange, run) for direction, run in runs.items()}
+        return HeadRun(exchange, run)
+
+    @property
+    def _method_name(self) -> str:
+        return "auto" if self.method is None else self.method.name
 
     def _agree(self, plan_text: str, inputs: _Inputs) -> None:
         """Raise :class:`TransportError` unless every rank is about to run the same plan."""
@@ -214,7 +263,7 @@ class DistAttention:
         if others:
             raise TransportError(
                 explain(
-                    got=f"rank {self.rank} plans {self.method.name} on {self.layout}, {self.mask} mask, "
+                    got=f"rank {self.rank} plans {self._method_name} on {self.layout}, {self.mask} mask, "
                     f"{inputs.describe()} (plan {digest.hex()[:12]}); rank(s) {others} plan something else",
                     rule="all ranks of a group run one schedule on equally shaped inputs",
                     remedy="Compare method, layout, mask, kernel, shapes and package version of these ranks",

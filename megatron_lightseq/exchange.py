@@ -10,58 +10,13 @@ Shape letters: S = local tokens, B = batch, H = query heads, G = key/value heads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 from torch import Tensor
 
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.runtime import AttentionStats
+from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.transport import Transport, all_to_all
-
-
-@dataclass(frozen=True, slots=True)
-class HeadCut:
-    """Which heads each of ``size`` ranks takes."""
-
-    num_heads: int
-    """Query heads H."""
-    num_groups: int
-    """Key/value heads G; G divides H."""
-    size: int
-
-    @property
-    def heads(self) -> tuple[range, ...]:
-        """Query heads by rank; counts differ by one at most, and are 0 for some if H < size."""
-        cuts = [self.num_heads * rank // self.size for rank in range(self.size + 1)]
-        return tuple(range(a, b) for a, b in pairwise(cuts))
-
-    @property
-    def groups(self) -> tuple[range, ...]:
-        """Key/value heads by rank: all that its query heads read. Ranges of different ranks may overlap."""
-        shared = self.num_heads // self.num_groups
-        return tuple(
-            range(heads.start // shared, heads[-1] // shared + 1) if heads else range(0)
-            for heads in self.heads
-        )
-
-    @property
-    def groups_are_disjoint(self) -> bool:
-        """Whether every key/value head goes to one rank only."""
-        return sum(map(len, self.groups)) == self.num_groups
-
-    def group_of_head(self, rank: int) -> list[int] | None:
-        """For each of a rank's query heads, which of the rank's key/value heads it reads; None where a kernel finds
-        it by division, as all of them have equally many.
-        """
-        heads, groups = self.heads[rank], self.groups[rank]
-        shared = self.num_heads // self.num_groups
-        wanted = [head // shared - groups.start for head in heads]
-        if groups and len(heads) % len(groups) == 0:
-            per_group = len(heads) // len(groups)
-            if wanted == [index // per_group for index in range(len(heads))]:
-                return None
-        return wanted
 
 
 class HeadExchange:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from megatron_lightseq.schedule.build import build, resolve_method
+from megatron_lightseq.schedule.choose import Choice, Chooser, rank_methods, reason
 from megatron_lightseq.schedule.ir import Direction, Move, Payload, Placement, Step, Tile
+from megatron_lightseq.schedule.network import NETWORKS, Device, Network
 from megatron_lightseq.schedule.place import METHODS, Method, mesh, usp
 from megatron_lightseq.schedule.program import Program, compile_program
 from megatron_lightseq.schedule.schedule import Schedule
@@ -11,10 +13,15 @@ from megatron_lightseq.schedule.simulate import Costs, Simulation, TensorShape, 
 
 __all__ = [
     "METHODS",
+    "NETWORKS",
+    "Choice",
+    "Chooser",
     "Costs",
+    "Device",
     "Direction",
     "Method",
     "Move",
+    "Network",
     "Payload",
     "Placement",
     "Program",
@@ -26,6 +33,8 @@ __all__ = [
     "build",
     "compile_program",
     "mesh",
+    "rank_methods",
+    "reason",
     "resolve_method",
     "simulate",
     "usp",

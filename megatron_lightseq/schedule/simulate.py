@@ -1,15 +1,16 @@
 """Predicts what a schedule costs on a cluster that need not be here.
 
 The model: a rank begins a step when it has finished the step before and has everything that was sent to it then.
-A transfer begins when both of its ranks have begun its step; a rank sends one byte at a time and receives one at a
-time. Kernels and transfers of one step run side by side, or one after the other without overlap.
+Kernels and transfers of one step run side by side, or one after the other without overlap. How long the transfers
+of a step take is the network's business (network.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lightseq.schedule.ir import Move, Payload
+from megatron_lightseq.schedule.ir import Payload
+from megatron_lightseq.schedule.network import Network, transfer_times
 from megatron_lightseq.schedule.schedule import Schedule
 
 
@@ -29,9 +30,14 @@ class TensorShape:
     element_bytes: int = 2
     """Bytes an input element takes; results and statistics travel in fp32."""
 
+    @property
+    def value_dim(self) -> int:
+        """Dv, with the default resolved."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
     def bytes_per_token(self, payload: Payload) -> int:
         """Bytes that one token of ``payload`` takes on the wire."""
-        v_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
+        v_dim = self.value_dim
         q, out = self.num_heads * self.head_dim, self.num_heads * v_dim
         kv = self.num_query_groups * (self.head_dim + v_dim)
         per_batch = {
@@ -51,10 +57,8 @@ class Costs:
 
     seconds_per_pair: float | None = None
     """Kernel time of one allowed (query, key) pair, over all heads; None for 1 / (tokens a rank holds)^2."""
-    seconds_per_byte: float = 0.0
-    """Inverse bandwidth of a rank's link, each way."""
-    latency_s: float = 0.0
-    """Start-up time of a transfer."""
+    network: Network | None = None
+    """What transfers run over; None makes them free."""
     overlap: bool = True
     """Whether transfers run beside the kernels of their step."""
 
@@ -89,35 +93,60 @@ class Simulation:
         return max((sum(rank) for rank in waits), default=0.0)
 
 
-def simulate(schedule: Schedule, costs: Costs | None = None, shape: TensorShape | None = None) -> Simulation:
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a schedule costs anywhere: its steps without the identity of tiles and chunks. Small, and quick to play."""
+
+    cp_size: int
+    shard_length: float
+    """Tokens of a rank."""
+    steps: tuple[tuple[tuple[int, ...], tuple[tuple[Payload, int, int, int], ...]], ...]
+    """For each step: allowed pairs by rank; and (payload, source, destination, tokens) of all that travels."""
+
+    @staticmethod
+    def of(schedule: Schedule) -> Profile:
+        layout, work = schedule.layout, schedule.work
+        lengths = [len(layout.chunk_positions(c, schedule.seq_length)) for c in range(layout.num_chunks)]
+        steps = []
+        for step in schedule.steps:
+            tokens: dict[tuple[Payload, int, int], int] = {}
+            for payload, chunk, src, dst in step.moves:
+                key = (payload, src, dst)
+                tokens[key] = tokens.get(key, 0) + lengths[chunk]
+            pairs = tuple(sum(work[tile] for tile in tiles) for tiles in step.tiles)
+            steps.append((pairs, tuple((*key, total) for key, total in tokens.items())))
+        return Profile(layout.cp_size, schedule.seq_length / layout.cp_size, tuple(steps))
+
+
+def simulate(
+    schedule: Schedule | Profile, costs: Costs | None = None, shape: TensorShape | None = None
+) -> Simulation:
     """Play ``schedule`` against a clock.
 
     Args:
-        schedule: what to play.
+        schedule: what to play, or the profile that was made of it.
         costs: kernel and link speeds; default: free communication.
         shape: for the bytes of each transfer; default: one head of 128.
     """
+    profile = schedule if isinstance(schedule, Profile) else Profile.of(schedule)
     costs, shape = costs or Costs(), shape or TensorShape()
-    size = schedule.layout.cp_size
-    shard = schedule.seq_length / size
-    pair_s = costs.seconds_per_pair if costs.seconds_per_pair is not None else 1.0 / shard**2
-    lengths = [
-        len(schedule.layout.chunk_positions(c, schedule.seq_length))
-        for c in range(schedule.layout.num_chunks)
-    ]
+    size = profile.cp_size
+    pair_s = costs.seconds_per_pair if costs.seconds_per_pair is not None else 1.0 / profile.shard_length**2
+    per_token = {payload: shape.bytes_per_token(payload) for payload in Payload}
 
     clock, compute = [0.0] * size, [0.0] * size
     sent, received = [0] * size, [0] * size
     rows = []
-    for step in schedule.steps:
-        work = [sum(schedule.work[tile] for tile in tiles) * pair_s for tiles in step.tiles]
+    for pairs, transfers in profile.steps:
+        work = [count * pair_s for count in pairs]
         computed = [start + seconds for start, seconds in zip(clock, work, strict=True)]
-        sizes = {move: lengths[move.chunk] * shape.bytes_per_token(move.payload) for move in step.moves}
-        arrived = _transfer(sizes, clock if costs.overlap else computed, costs)
+        messages = [(src, dst, tokens * per_token[payload]) for payload, src, dst, tokens in transfers]
+        ready = clock if costs.overlap else computed
+        arrived = transfer_times(messages, ready, costs.network) if costs.network else list(ready)
         rows.append(tuple(zip(clock, computed, arrived, strict=True)))
-        for move, num_bytes in sizes.items():
-            sent[move.src] += num_bytes
-            received[move.dst] += num_bytes
+        for src, dst, num_bytes in messages:
+            sent[src] += num_bytes
+            received[dst] += num_bytes
         compute = [total + seconds for total, seconds in zip(compute, work, strict=True)]
         clock = [max(ends) for ends in zip(computed, arrived, strict=True)]
     return Simulation(
@@ -128,15 +157,3 @@ def simulate(schedule: Schedule, costs: Costs | None = None, shape: TensorShape 
         bytes_received=tuple(received),
         steps=tuple(rows),
     )
-
-
-def _transfer(sizes: dict[Move, int], ready: list[float], costs: Costs) -> list[float]:
-    """When each rank has finished its transfers of a step, given when it could begin them."""
-    out_free, in_free, done = list(ready), list(ready), list(ready)
-    for move, num_bytes in sizes.items():
-        end = max(out_free[move.src], in_free[move.dst]) + num_bytes * costs.seconds_per_byte
-        if num_bytes * costs.seconds_per_byte or costs.latency_s:
-            out_free[move.src] = in_free[move.dst] = end
-            done[move.src] = max(done[move.src], end + costs.latency_s)
-            done[move.dst] = max(done[move.dst], end + costs.latency_s)
-    return done

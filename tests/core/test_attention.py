@@ -10,7 +10,7 @@ from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, U
 from megatron_lightseq.groups import Group
 from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import Method, Tile
+from megatron_lightseq.schedule import Method, Network, Tile
 from megatron_lightseq.schedule.place import place_ring
 from megatron_lightseq.transport import run_loopback
 from tests.core import oracle
@@ -237,6 +237,59 @@ def test_bytes_counted_are_bytes_predicted() -> None:
     for rank, (sent, received) in enumerate(run_loopback(size, counted)):
         assert sent == sum(result.bytes_sent[rank] for result in predicted)
         assert received == sum(result.bytes_received[rank] for result in predicted)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (6, 2), (5, 1)])
+@pytest.mark.parametrize(("method", "layout_name"), [("ulysses", "contiguous"), ("usp:2", "zigzag")])
+def test_exchanged_bytes_are_those_predicted(method: str, layout_name: str, heads: tuple[int, int]) -> None:
+    from megatron_lightseq.schedule import Chooser, Direction, TensorShape
+    from megatron_lightseq.schedule.choose import exchange_messages
+    from megatron_lightseq.schedule.heads import HeadCut
+
+    size, seq_length = 4, 4 * 12
+    layout, cut = SequenceLayout(layout_name, size), HeadCut(*heads, 2 if method == "usp:2" else 4)
+    whole = oracle.inputs(seq_length, heads, (8, 6), torch.float32)
+    shape = TensorShape(
+        batch=2, num_heads=heads[0], num_query_groups=heads[1], head_dim=8, v_head_dim=6, element_bytes=4
+    )
+
+    def counted(group: Group) -> int:
+        attention = DistAttention(group, layout=layout, method=method)
+        q, k, v, dout = (layout.shard(x, group.rank(), 0).clone().requires_grad_() for x in whole)
+        attention(q, k, v).backward(dout.detach())
+        return attention.stats.bytes_received
+
+    received = run_loopback(size, counted)
+    exchanged = [0] * size
+    for direction in Direction:
+        for messages in exchange_messages(layout, cut, shape, direction, seq_length):
+            for _, dst, num_bytes in messages:
+                exchanged[dst] += num_bytes
+    if method == "ulysses":
+        assert received == exchanged
+    else:  # and what the ring between the groups moves
+        assert all(total > part for total, part in zip(received, exchanged, strict=True))
+        if heads == (8, 8):  # alike on all ranks, so that the prediction for the busiest is exact
+            chooser = Chooser(size, seq_length)
+            network = Network.parse("nvlink")
+            predicted = [chooser.predict(method, layout_name, way, shape, network) for way in Direction]
+            assert max(received) == sum(prediction.bytes_received for prediction in predicted)
+
+
+@pytest.mark.parametrize("layout_name", LAYOUT_NAMES)
+def test_auto_may_take_another_method_for_each_direction(layout_name: str) -> None:
+    size = 4
+    layout, mask = SequenceLayout(layout_name, size), Mask.causal()
+    whole = oracle.inputs(size * 24, (4, 2), (8, 6), torch.float64)
+    # A network so slow that it decides, with a card that two ranks share.
+    network = Network(name="slow", link_bytes_per_s=1e6, ranks_per_node=2, nic_bytes_per_s=1e5)
+
+    def run(group: Group) -> list[Tensor]:
+        q, k, v, dout = (layout.shard(x, group.rank(), 0).clone().requires_grad_() for x in whole)
+        out = DistAttention(group, layout=layout, method="auto", network=network)(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.detach())]
+
+    check_exact(unshard(layout, run_loopback(size, run)), whole, mask, layout_name)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

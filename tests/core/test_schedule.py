@@ -12,6 +12,7 @@ from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import (
     Costs,
     Method,
+    Network,
     Placement,
     Schedule,
     TensorShape,
@@ -241,8 +242,8 @@ def test_adjacent_chunks_become_one_call_and_one_message() -> None:
 def test_overlap_and_bandwidth_in_the_simulation() -> None:
     schedule = build("lightseq", "contiguous", 4)
     free = simulate(schedule)
-    slow = {"seconds_per_byte": 1e-6, "latency_s": 1e-3}
-    beside, after = (simulate(schedule, Costs(overlap=overlap, **slow)) for overlap in (True, False))
+    slow = Network(name="slow", link_bytes_per_s=1e6, link_latency_s=1e-3)
+    beside, after = (simulate(schedule, Costs(overlap=overlap, network=slow)) for overlap in (True, False))
     assert free.exposed_s == 0.0
     assert free.makespan_s < beside.makespan_s < after.makespan_s
     assert beside.bytes_sent == after.bytes_sent

@@ -1,0 +1,314 @@
+"""Predicts every method on a described machine, and chooses: ``method="auto"``.
+
+A prediction is the simulation of the very schedule that would run (simulate.py), with the exchange of heads before
+and after it where the method has one. Forward and backward differ in what travels, and so may their methods; both
+see the same shards, so one layout serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule.build import build, resolve_method
+from megatron_lightseq.schedule.heads import HeadCut
+from megatron_lightseq.schedule.ir import Direction, Payload
+from megatron_lightseq.schedule.network import Device, Network, transfer_times
+from megatron_lightseq.schedule.place import mesh_rows
+from megatron_lightseq.schedule.simulate import Costs, Profile, TensorShape, simulate
+
+CHOSEN_LAYOUTS = ("contiguous", "zigzag")
+"""Layouts considered where shards are not cut yet; stripes balance no better than zigzag, and lose locality."""
+SMALL_GROUP = 64
+"""Ranks up to which every candidate is simulated: a schedule over 256 takes seconds."""
+Message = tuple[int, int, int]  # source, destination, bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One direction of attention by one method."""
+
+    method: str
+    layout: str
+    direction: Direction
+    seconds: float
+    """From the first rank's start to the last rank's end."""
+    compute_s: float
+    """Kernel time of the busiest rank."""
+    bytes_received: int
+    """Of the busiest rank."""
+
+    @property
+    def waiting_s(self) -> float:
+        """Time that is not the busiest rank's kernels: transfers that nothing hides, and idle time."""
+        return self.seconds - self.compute_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A layout with a method for each direction."""
+
+    forward: Prediction
+    backward: Prediction
+
+    @property
+    def layout(self) -> str:
+        return self.forward.layout
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward together."""
+        return self.forward.seconds + self.backward.seconds
+
+    @property
+    def bytes_received(self) -> int:
+        """Of the busiest rank, forward and backward together."""
+        return self.forward.bytes_received + self.backward.bytes_received
+
+    @property
+    def waiting_s(self) -> float:
+        """Time that is not kernels, forward and backward together."""
+        return self.forward.waiting_s + self.backward.waiting_s
+
+    @property
+    def name(self) -> str:
+        """The method, or both methods if the directions differ."""
+        names = dict.fromkeys((self.forward.method, self.backward.method))
+        return " + ".join(names)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name:<24} {self.layout:<10} {self.seconds * 1e3:10.3f} ms, {self.waiting_s * 1e3:10.3f} ms of it "
+            f"waiting; busiest rank receives {self.bytes_received / 2**20:10,.1f} MiB"
+        )
+
+
+@dataclass(slots=True)
+class Chooser:
+    """Predictions for one sequence over P ranks. It keeps profiles: a second machine or shape costs little."""
+
+    cp_size: int
+    seq_length: int
+    mask: Mask = field(default_factory=Mask.causal)
+    device: Device = field(default_factory=Device)
+    _profiles: dict[tuple[str, str, Direction], Profile] = field(default_factory=dict)
+
+    def predict(
+        self, method: str, layout_name: str, direction: Direction, shape: TensorShape, network: Network
+    ) -> Prediction:
+        """What ``method`` takes on shards cut by ``layout_name``.
+
+        Raises:
+            UnsupportedError: the method does not work on that layout.
+        """
+        layout = SequenceLayout(layout_name, self.cp_size)
+        exchanged = resolve_method(method).ulysses_size(self.cp_size)
+        cut = HeadCut(shape.num_heads, shape.num_query_groups, exchanged)
+        share = replace(
+            shape,
+            num_heads=max(map(len, cut.heads)),
+            num_query_groups=max(map(len, cut.groups)),
+        )
+        played = simulate(
+            self._profile(method, layout, direction),
+            Costs(
+                seconds_per_pair=_seconds_per_pair(share, direction, self.device),
+                network=network.of_one_ring(exchanged),
+            ),
+            share,
+        )
+        there, back = exchange_messages(layout, cut, shape, direction, self.seq_length)
+        ready = [0.0] * self.cp_size
+        around_s = sum(max(transfer_times(messages, ready, network)) for messages in (there, back))
+        received = [0] * self.cp_size
+        for _, dst, num_bytes in (*there, *back):
+            received[dst] += num_bytes
+        return Prediction(
+            method=method,
+            layout=layout_name,
+            direction=direction,
+            seconds=played.makespan_s + around_s,
+            compute_s=max(played.compute_s),
+            bytes_received=max(received) + max(played.bytes_received),
+        )
+
+    def _profile(self, method: str, layout: SequenceLayout, direction: Direction) -> Profile:
+        key = (method, layout.name, direction)
+        if key not in self._profiles:
+            schedule = build(method, layout, mask=self.mask, direction=direction, seq_length=self.seq_length)
+            self._profiles[key] = Profile.of(schedule)
+        return self._profiles[key]
+
+    def rank(
+        self, shape: TensorShape, network: Network, layouts: Sequence[str] = CHOSEN_LAYOUTS
+    ) -> list[Choice]:
+        """Every method on every one of ``layouts``, best first; and for each layout the best pair of methods."""
+        choices: list[Choice] = []
+        for layout in layouts:
+            if not self._fits(layout):
+                continue
+            forward, backward = (
+                self._predict_all(layout, direction, shape, network) for direction in Direction
+            )
+            choices += [
+                Choice(forward=f, backward=b) for f in forward for b in backward if f.method == b.method
+            ]
+            best = Choice(forward=min(forward, key=_preference), backward=min(backward, key=_preference))
+            if best.forward.method != best.backward.method:
+                choices.append(best)
+        return sorted(choices, key=_preference)
+
+    def _predict_all(
+        self, layout: str, direction: Direction, shape: TensorShape, network: Network
+    ) -> list[Prediction]:
+        """All candidates, those with few ranks to place tiles on first. A schedule over hundreds of ranks takes seconds
+        to make: beyond SMALL_GROUP, stop when what has been found is as fast as the kernels alone would be.
+        """
+        names = candidates(self.cp_size, shape, layout, network)
+        names.sort(key=lambda name: -resolve_method(name).ulysses_size(self.cp_size))
+        whole = range(self.seq_length)
+        pair_s = _seconds_per_pair(shape, direction, self.device)
+        ideal_s = self.mask.area(whole, whole) * pair_s / self.cp_size
+        predictions: list[Prediction] = []
+        for name in names:
+            predictions.append(self.predict(name, layout, direction, shape, network))
+            if self.cp_size > SMALL_GROUP and predictions[-1].seconds <= 1.002 * ideal_s:
+                break
+        return predictions
+
+    def _fits(self, layout: str) -> bool:
+        return self.seq_length % (self.cp_size * (2 if layout == "zigzag" else 1)) == 0
+
+
+def _preference(thing: Prediction | Choice) -> tuple[float, int]:
+    """Less time; and where the model cannot tell times apart (three digits), fewer bytes."""
+    return float(f"{thing.seconds:.3g}"), thing.bytes_received
+
+
+def candidates(cp_size: int, shape: TensorShape, layout: str, network: Network) -> list[str]:
+    """The methods worth a simulation on shards cut by ``layout``.
+
+    Left out, because another is never behind: the ring on shards that leave it unbalanced, rsa, a mesh of one column
+    (the ring again), and exchanges of heads among more ranks than there are heads. Among hundreds of ranks, also
+    exchanges that leave rings of more than SMALL_GROUP ranks, and meshes that neither move the least nor keep their
+    rows within nodes.
+    """
+    names = {"contiguous": ["lightseq", "all_gather"], "zigzag": ["zigzag", "all_gather"]}.get(
+        layout, ["ring", "all_gather"]
+    )
+    if cp_size == 1:
+        return names
+    if layout != "contiguous":
+        names += _meshes(cp_size, shape, network)
+    most = min(cp_size, shape.num_heads)
+    sizes = [u for u in range(2, most + 1) if cp_size % u == 0 and u < cp_size]
+    names += [f"usp:{u}" for u in sizes if cp_size // u <= SMALL_GROUP]
+    return [*names, "ulysses"]
+
+
+def _meshes(cp_size: int, shape: TensorShape, network: Network) -> list[str]:
+    if cp_size <= SMALL_GROUP:
+        rows = [rows for rows in range(1, cp_size + 1) if cp_size % rows == 0]
+    else:
+        rows = [_best_rows(cp_size, shape, direction) for direction in Direction]
+        if network.ranks_per_node and cp_size % network.ranks_per_node == 0:
+            rows.append(cp_size // network.ranks_per_node)
+    return [f"mesh:{a}x{cp_size // a}" for a in dict.fromkeys(rows) if a < cp_size]
+
+
+def _best_rows(cp_size: int, shape: TensorShape, direction: Direction) -> int:
+    inputs, results = (
+        ((Payload.Q, Payload.KV), (Payload.OUT, None))
+        if direction is Direction.FORWARD
+        else ((Payload.QDO, Payload.KV), (Payload.DQ, Payload.DKV))
+    )
+    row, column = (
+        shape.bytes_per_token(needed) + (shape.bytes_per_token(result) if result else 0)
+        for needed, result in zip(inputs, results, strict=True)
+    )
+    return mesh_rows(cp_size, row, column)
+
+
+def exchange_messages(
+    layout: SequenceLayout, cut: HeadCut, shape: TensorShape, direction: Direction, seq_length: int
+) -> tuple[list[Message], list[Message]]:
+    """All that travels when heads are exchanged for tokens, and when they are exchanged back."""
+    tokens = seq_length // layout.cp_size * shape.batch
+    dims, e = shape.head_dim + shape.value_dim, shape.element_bytes
+    if direction is Direction.FORWARD:
+        head_there, head_back = shape.head_dim * e, shape.value_dim * e + 4
+        group_back = 0
+    else:
+        head_there, head_back = dims * e + 8, shape.head_dim * e
+        group_back = dims * (e if cut.groups_are_disjoint else 4)
+    there: list[Message] = []
+    back: list[Message] = []
+    for group in range(layout.cp_size // cut.size):
+        members = layout.members(group, cut.size)
+        for index, owner in enumerate(members):
+            heads, groups = len(cut.heads[index]), len(cut.groups[index])
+            for other in members:
+                if other != owner:
+                    there.append((other, owner, tokens * (heads * head_there + groups * dims * e)))
+                    back.append((owner, other, tokens * (heads * head_back + groups * group_back)))
+    return there, back
+
+
+def _seconds_per_pair(shape: TensorShape, direction: Direction, device: Device) -> float:
+    """Two matrix products forward, five backward; 2 operations for every multiply-add."""
+    if direction is Direction.FORWARD:
+        flops, rate = 2 * (shape.head_dim + shape.value_dim), device.forward_flops_per_s
+    else:
+        flops, rate = 2 * (3 * shape.head_dim + 2 * shape.value_dim), device.backward_flops_per_s
+    return shape.batch * shape.num_heads * flops / rate
+
+
+def rank_methods(
+    cp_size: int,
+    shape: TensorShape,
+    seq_length: int,
+    *,
+    mask: Mask | None = None,
+    network: Network | None = None,
+    device: Device | None = None,
+    layouts: Sequence[str] = CHOSEN_LAYOUTS,
+) -> list[Choice]:
+    """Methods and pairs of methods with their predicted times, best first.
+
+    Args:
+        cp_size: context-parallel ranks P.
+        shape: heads, dims and dtype of the attention inputs.
+        seq_length: tokens over all ranks.
+        mask: default causal.
+        network: default NVLink within nodes of 8 and 100 Gbps between them.
+        device: default an H100.
+        layouts: those to consider; where shards are cut already, theirs alone.
+
+    Raises:
+        LayoutError: no layout cuts ``seq_length`` over ``cp_size`` ranks.
+    """
+    chooser = Chooser(cp_size, seq_length, mask or Mask.causal(), device or Device())
+    choices = chooser.rank(shape, network or Network.parse("nvlink+100gbps"), layouts)
+    if not choices:
+        SequenceLayout(layouts[0], cp_size).check_length(seq_length)
+    return choices
+
+
+def reason(choices: Sequence[Choice]) -> str:
+    """Why the first of ``choices`` is the best, in a sentence or two."""
+    best, *others = choices
+    text = (
+        f"{best.name} on the {best.layout} layout: {best.seconds * 1e3:.3f} ms predicted, "
+        f"{best.forward.compute_s * 1e3 + best.backward.compute_s * 1e3:.3f} ms of it kernels"
+    )
+    single = next((other for other in others if " + " not in other.name), None)
+    if single is None:
+        return f"{text}."
+    slower = single.seconds / best.seconds - 1
+    return (
+        f"{text}. Next best: {single.name} on {single.layout}, {slower:.1%} slower ({single.waiting_s * 1e3:.3f} ms "
+        f"not in kernels; busiest rank receives {single.bytes_received / 2**20:,.1f} MiB, "
+        f"here {best.bytes_received / 2**20:,.1f} MiB)."
+    )
