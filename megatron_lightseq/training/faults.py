@@ -129,6 +129,7 @@ class ControlChannel:
         self._failure: Failure | None = None
         self._known = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._last_round = time.monotonic()
 
     def start(self) -> None:
         """Begin to beat and to watch; a world of one rank has nobody to tell."""
@@ -136,6 +137,7 @@ class ControlChannel:
             return
         self._thread = threading.Thread(target=self._serve, name="mls-control", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._supervise, name="mls-control-supervisor", daemon=True).start()
 
     def enter(self, step: int, phase: str) -> None:
         """The main thread begins ``phase`` of ``step`` (steps count from 1; 0 is before the first)."""
@@ -155,6 +157,7 @@ class ControlChannel:
         except Exception as error:
             failure = self._blame(error) if is_communication_error(error) else self._known_failure()
             if failure is not None and failure.rank != self._rank:
+                self._let_others_read()
                 raise PeerFailureError(f"stopped because {failure}") from error
             self._report(error)
             raise
@@ -203,15 +206,22 @@ class ControlChannel:
         )
         self._closing.set()
         try:
-            store = self._connect()
-            _publish(store, failure)
-            if self._rank == _STORE_HOST:  # the record dies with this process: let the others read it first
-                others = self._world_size - 1
-                _wait_until(lambda: store.add(_SEEN, 0) >= others, self._limits.suspect_silence_s)
+            _publish(self._connect(), failure)
         except (RuntimeError, dist.DistError):
             return  # the store is gone, and with it everyone who could be told
         finally:
             self._stop_thread()
+        self._let_others_read()
+
+    def _let_others_read(self) -> None:
+        """The record of a failure dies with the process that holds the store: wait until it is known."""
+        if self._rank != _STORE_HOST:
+            return
+        try:
+            store = self._connect()
+            _wait_until(lambda: store.add(_SEEN, 0) >= self._world_size - 1, self._limits.suspect_silence_s)
+        except (RuntimeError, dist.DistError):
+            return
 
     def _stop_thread(self) -> None:
         self._closing.set()
@@ -234,6 +244,7 @@ class ControlChannel:
         try:
             store = self._connect()
             while not self._closing.wait(self._limits.beat_s):
+                self._last_round = time.monotonic()
                 watch.beat(store, self._step, self._phase, time.monotonic() - self._since)
                 failure = watch.look(store, suspicious=self._suspicious.is_set()) or self._overdue(
                     watch, store
@@ -247,6 +258,15 @@ class ControlChannel:
             if not self._closing.is_set():
                 self._learn(self._host_gone(error))
                 self._leave()
+
+    def _supervise(self) -> None:
+        """A store that does not answer blocks the thread that asks it: its process is stopped or unreachable."""
+        while not self._closing.wait(self._limits.beat_s):
+            silent_s = time.monotonic() - self._last_round
+            if self._failure is None and silent_s > self._limits.silence_s + self._limits.suspect_silence_s:
+                error = f"the process that holds the job's store has not answered for {silent_s:.0f} s"
+                self._learn(Failure(rank=_STORE_HOST, step=self._step, phase=self._phase, error=error))
+                return self._leave()
 
     def _overdue(self, watch: _Watch, store: dist.Store) -> Failure | None:
         """A hang, if this rank's main thread has been in one phase for longer than the phase may take."""
@@ -271,6 +291,7 @@ class ControlChannel:
         own = failure.rank == self._rank
         sys.stderr.write(f"rank {self._rank}: stopped because {failure}\n")
         sys.stderr.flush()
+        self._let_others_read()
         if failure.unreachable and not own:
             _put_down(self._connect, failure.rank)
         os._exit(1 if own else EXIT_PEER_FAILED)

@@ -1,0 +1,82 @@
+"""One rank of a group that all-reduces until something happens to it; run as a script by test_faults.
+
+    python -m tests.training.faulty_rank FAULT RANK
+
+RANK commits FAULT at step 20: raise, exit (without a word), stop (SIGSTOP), sleep, or nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from megatron_lightseq.errors import PeerFailureError
+from megatron_lightseq.training.faults import EXIT_PEER_FAILED, TRAIN, ControlChannel, FaultLimits
+
+LIMITS = FaultLimits(
+    beat_s=0.2,
+    silence_s=4.0,
+    suspect_silence_s=2.0,
+    blame_s=10.0,
+    grace_s=1.0,
+    step_floor_s=8.0,
+    setup_s=30.0,
+)
+FAULT_STEP = 20
+
+
+def commit(fault: str) -> None:
+    """Let it happen to this process."""
+    if fault == "raise":
+        raise ValueError("the disk of rank is gone\nwith details")
+    if fault == "exit":
+        os._exit(9)
+    if fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault == "sleep":
+        time.sleep(1000)
+
+
+def main(fault: str, culprit: int) -> int:
+    """All-reduce under a guarded channel; the exit code."""
+    faulthandler.dump_traceback_later(70, exit=True)  # should it hang after all, say where
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, _, _ = next(dist.rendezvous("env://"))
+    host, port = store.host, store.port
+
+    def connect() -> dist.Store:
+        timeout = datetime.timedelta(seconds=5)
+        client = dist.TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
+        return dist.PrefixStore("control", client)
+
+    dist.init_process_group("gloo", store=dist.PrefixStore("pg", store), rank=rank, world_size=world_size)
+    channel = ControlChannel(connect, rank=rank, world_size=world_size, limits=LIMITS)
+    channel.start()
+    try:
+        with channel.guard():
+            for step in range(1, FAULT_STEP + (10 if fault == "nothing" else 100_000)):
+                channel.enter(step, TRAIN)
+                if step == FAULT_STEP and rank == culprit:
+                    print(f"fault at {time.time()}", flush=True)
+                    commit(fault)
+                dist.all_reduce(torch.ones(1000))
+                time.sleep(0.02)
+    except PeerFailureError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_PEER_FAILED)
+    except Exception as error:  # noqa: BLE001 - whatever it is, leave
+        print(f"rank {rank}: own {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a process group without its peers may block the interpreter's exit
+    channel.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

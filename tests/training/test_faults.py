@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_lightseq.training import faults
+from megatron_lightseq.training.faults import (
+    EXIT_PEER_FAILED,
+    TRAIN,
+    ControlChannel,
+    Failure,
+    FaultLimits,
+    Heartbeat,
+    is_communication_error,
+)
+from megatron_lightseq.training.signals import stop_on_signals
+from tests.training.faulty_rank import LIMITS
+
+REPOSITORY = Path(__file__).parents[2]
+WORLD_SIZE = 3
+WALL_LIMIT_S = 90.0
+
+
+def run_faulty(
+    fault: str, culprit: int, survivors: tuple[int, ...] = (0, 1, 2)
+) -> tuple[dict[int, int], dict[int, str], float]:
+    """Exit codes and standard errors by rank, and the seconds from the fault until the survivors' end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = {}
+    for rank in range(WORLD_SIZE):
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        processes[rank] = subprocess.Popen(
+            [sys.executable, "-m", "tests.training.faulty_rank", fault, str(culprit)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY)},
+        )
+    outputs = {}
+    try:
+        for rank in survivors:
+            outputs[rank] = processes[rank].communicate(timeout=WALL_LIMIT_S)
+        ended = time.time()
+        for rank in {*processes} - {*survivors}:
+            processes[rank].kill()
+            outputs[rank] = processes[rank].communicate()
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    began = float(re.findall(r"fault at ([\d.]+)", outputs[culprit][0])[0])
+    codes = {rank: process.returncode for rank, process in processes.items()}
+    return codes, {rank: output[1] for rank, output in outputs.items()}, ended - began
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_the_rank_that_raises_is_quoted_by_the_others(culprit: int) -> None:
+    codes, errors, seconds = run_faulty("raise", culprit)
+    for rank in range(WORLD_SIZE):
+        if rank == culprit:
+            assert codes[rank] == 1
+            assert "own the disk of rank is gone" in errors[rank]
+        else:
+            assert codes[rank] == EXIT_PEER_FAILED
+            expected = f"stopped because rank {culprit} failed at step 20 (train): ValueError: the disk of rank is gone"
+            assert f"rank {rank}: {expected}\n" in errors[rank]
+    assert seconds < 15.0
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_vanishes_is_named_by_the_others(culprit: int) -> None:
+    codes, errors, seconds = run_faulty("exit", culprit)
+    for rank in {0, 1, 2} - {culprit}:
+        assert codes[rank] == EXIT_PEER_FAILED
+        # Rank 0 holds the store: that it is gone shows in the store before it shows in the heartbeat.
+        gone = (
+            r"its process \d+ is gone"
+            if culprit
+            else r"(its process \d+|the process that holds the job's store) is gone"
+        )
+        assert re.search(
+            rf"stopped because rank {culprit} failed at step \d+ \(train\): {gone}", errors[rank]
+        )
+    assert seconds < 15.0
+
+
+def test_a_rank_that_is_stopped_is_named_and_put_down() -> None:
+    codes, errors, seconds = run_faulty("stop", 1)
+    assert codes == {0: EXIT_PEER_FAILED, 1: -signal.SIGKILL, 2: EXIT_PEER_FAILED}
+    for rank in (0, 2):
+        assert re.search(
+            r"stopped because rank 1 failed at step \d+ \(train\): process \d+ on \S+ has given no sign of life",
+            errors[rank],
+        )
+    assert seconds < LIMITS.silence_s + 20.0
+
+
+def test_a_stopped_process_that_holds_the_store_is_named() -> None:
+    """Nobody can ask the store any more, not even for the reason."""
+    codes, errors, seconds = run_faulty("stop", 0, survivors=(1, 2))
+    assert (codes[1], codes[2]) == (EXIT_PEER_FAILED, EXIT_PEER_FAILED)
+    for rank in (1, 2):
+        expected = "stopped because rank 0 failed at step"
+        assert expected in errors[rank]
+        assert "the process that holds the job's store has not answered" in errors[rank]
+    assert seconds < LIMITS.silence_s + LIMITS.suspect_silence_s + 20.0
+
+
+def test_a_deadlock_names_the_rank_that_does_something_else() -> None:
+    codes, errors, seconds = run_faulty("sleep", 2)
+    assert (codes[0], codes[1]) == (EXIT_PEER_FAILED, EXIT_PEER_FAILED)
+    assert codes[2] in (1, -signal.SIGKILL)
+    for rank in (0, 1):
+        assert "stopped because rank 2 failed at step 20 (train): no rank has got on for" in errors[rank]
+        assert re.search(r"rank 2: step 20, train, in commit \(faulty_rank\.py:\d+\)", errors[rank])
+    assert seconds < LIMITS.step_floor_s + 25.0
+
+
+def test_a_good_run_ends_quietly() -> None:
+    codes, errors, _ = run_faulty("nothing", 0)
+    assert codes == {0: 0, 1: 0, 2: 0}
+    assert not any("stopped" in text for text in errors.values())
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=5), wait_for_workers=False)
+
+
+def beat(rank: int, **changes: object) -> Heartbeat:
+    base = Heartbeat(
+        count=1, step=5, phase=TRAIN, phase_s=1.0, where="all_reduce", host="elsewhere", pid=1, started=0.0
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def put(store: dist.Store, rank: int, heartbeat: Heartbeat) -> None:
+    import json
+
+    store.set(faults._beat_key(rank), json.dumps(asdict(heartbeat)))
+
+
+def watch(limits: FaultLimits, rank: int = 0, world_size: int = 3) -> faults._Watch:
+    return faults._Watch(rank=rank, world_size=world_size, limits=limits)
+
+
+def test_the_first_failure_stays_on_record(store: dist.TCPStore) -> None:
+    first = Failure(rank=2, step=17, phase=TRAIN, error="ValueError: x")
+    assert faults._publish(store, first) == first
+    assert faults._publish(store, replace(first, rank=1)) == first
+
+
+def test_silence_is_judged_by_the_limits(store: dist.TCPStore) -> None:
+    limits = FaultLimits(silence_s=0.3, suspect_silence_s=0.1)
+    watching = watch(limits)
+    assert watching.look(store, suspicious=False) is None, "a rank that has not begun is not silent"
+    put(store, 1, beat(1))
+    assert watching.look(store, suspicious=False) is None
+    time.sleep(0.15)
+    assert watching.look(store, suspicious=False) is None
+    failure = watching.look(store, suspicious=True)
+    assert failure is not None
+    assert (failure.rank, failure.step, failure.unreachable) == (1, 5, True)
+    put(store, 1, beat(1, count=2))
+    assert watching.look(store, suspicious=True) is None, "a new heartbeat ends the silence"
+
+
+def test_a_reused_process_id_is_another_process() -> None:
+    own = os.getpid()
+    started = faults.psutil.Process().create_time()
+    assert faults._is_alive(beat(0, pid=own, started=started))
+    assert not faults._is_alive(beat(0, pid=own, started=started - 100))
+
+
+def test_a_rank_that_never_came_is_named(store: dist.TCPStore) -> None:
+    put(store, 0, beat(0))
+    put(store, 2, beat(2))
+    failure = watch(FaultLimits()).stuck(store, 600.0)
+    assert str(failure) == "rank 1 failed before the first step (set-up): it never reported in 600 s"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:4711"), True),
+        (
+            RuntimeError(
+                "[/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 5000ms for recv operation"
+            ),
+            True,
+        ),
+        (dist.DistBackendError("NCCL error"), True),
+        (ConnectionResetError("reset"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("connection"), False),
+        (KeyError("x"), False),
+    ],
+)
+def test_which_errors_may_be_echoes(error: Exception, expected: bool) -> None:
+    assert is_communication_error(error) == expected
+
+
+def test_an_error_of_its_own_passes_through_a_channel_of_one_rank() -> None:
+    channel = ControlChannel(lambda: pytest.fail("a world of one needs no store"), rank=0, world_size=1)
+    channel.start()
+    with pytest.raises(ZeroDivisionError), channel.guard():
+        raise ZeroDivisionError
+    channel.close()
+
+
+def test_a_long_step_is_no_hang_until_it_is_ten_times_the_longest() -> None:
+    channel = ControlChannel(lambda: None, rank=0, world_size=2, limits=FaultLimits(step_floor_s=0.0))  # type: ignore[arg-type, return-value]
+    asked: list[float] = []
+
+    class Asked:
+        def stuck(self, _store: object, elapsed: float) -> Failure:
+            asked.append(elapsed)
+            return Failure(rank=0, step=0, phase=TRAIN, error="")
+
+    def overdue() -> bool:
+        return channel._overdue(Asked(), None) is not None  # type: ignore[arg-type]
+
+    channel.enter(1, TRAIN)
+    time.sleep(0.2)
+    channel.enter(2, TRAIN)  # the first step is not counted: it plans and allocates
+    assert not overdue()
+    time.sleep(0.02)
+    channel.enter(3, TRAIN)
+    time.sleep(0.1)
+    assert not overdue(), "5 times the longest step"
+    time.sleep(0.3)
+    assert overdue(), "20 times the longest step"
+    assert asked
+
+
+# ---- signals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_one_signal_is_a_request(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop
+        assert stop.signal == number
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    child = os.fork()
+    if child == 0:
+        with stop_on_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            finally:
+                os._exit(99)  # clean-up must not run: it could wait for other ranks
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
