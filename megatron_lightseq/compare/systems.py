@@ -102,11 +102,12 @@ def _ours(method: str, **more: Any) -> Callable[[PretrainConfig, int], Mapping[s
     return changes
 
 
-def _megatron(tensor: str, **more: Any) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
-    """Tensor parallelism of all ranks ("all"), of half of them with a pipeline of two ("half"), or none."""
+def _megatron(tensor: Literal["all", "some", "none"]) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
+    """Tensor parallelism of all ranks, of as many as the heads allow, or of none; a pipeline of the rest."""
 
-    def changes(_: PretrainConfig, world_size: int) -> Mapping[str, Any]:
-        size = {"all": world_size, "half": world_size // 2, "none": 1}[tensor]
+    def changes(config: PretrainConfig, world_size: int) -> Mapping[str, Any]:
+        sizes = {"all": world_size, "some": _tensor_beside_pipeline(config, world_size), "none": 1}
+        size = sizes[tensor]
         return {
             "cp_method": "megatron",
             "cp_layout": "auto",
@@ -114,13 +115,21 @@ def _megatron(tensor: str, **more: Any) -> Callable[[PretrainConfig, int], Mappi
             "context_parallel_size": 1,
             "tensor_model_parallel_size": size,
             "pipeline_model_parallel_size": world_size // size,
-            **more,
         }
 
     return changes
 
 
-def _sequence_parallel(tensor: str) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
+def _tensor_beside_pipeline(config: PretrainConfig, world_size: int) -> int:
+    """The largest tensor-parallel size that leaves two pipeline stages or more and needs no padding; else half."""
+    groups = config.model.query_groups
+    sizes = [size for size in range(2, world_size // 2 + 1) if world_size % size == 0 and groups % size == 0]
+    return max(sizes, default=world_size // 2)
+
+
+def _sequence_parallel(
+    tensor: Literal["all", "some", "none"],
+) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
     plain = _megatron(tensor)
 
     def changes(config: PretrainConfig, world_size: int) -> Mapping[str, Any]:
@@ -180,7 +189,7 @@ SYSTEMS: Mapping[str, System] = {
             name="megatron-tp-pp",
             title="Megatron TP+PP",
             attention="sdpa",
-            changes=_sequence_parallel("half"),
+            changes=_sequence_parallel("some"),
             min_ranks=4,
         ),
         System(

@@ -21,7 +21,7 @@ from megatron_lightseq.compare.traffic import Traffic, watch_traffic
 from megatron_lightseq.megatron import cpu_platform
 from megatron_lightseq.megatron.spec import use_transformer_engine
 from megatron_lightseq.training.data.sources import ReadCounts, find_stdlib_files, read_documents
-from megatron_lightseq.training.setup import Training, build_training
+from megatron_lightseq.training.setup import Training, build_training, initialize_parallel
 from megatron_lightseq.training.step import train_step
 
 VOCAB_SIZE = 256
@@ -42,8 +42,6 @@ def run(job: Job, rank: int, interface: str | None = None) -> Measurement:
     _join(job, rank)
     dtype = torch.bfloat16 if job.common.training.bf16 else torch.float32
     ceiling = matmul_ceiling(dtype) if job.measure_ceiling else None
-    if job.memory_budget_bytes is not None:
-        limit_memory(job.memory_budget_bytes)
     stats, traffic = AttentionStats(), Traffic()
     training = _build(job, stats)
     batches = text_batches(training)
@@ -80,9 +78,13 @@ def _build(job: Job, stats: AttentionStats) -> Training:
     system = SYSTEMS[job.system]
     config = system.configure(job.common, job.world_size)
     sdpa = system.attention == "sdpa" and not use_transformer_engine()
+    groups = initialize_parallel(config)  # before the limit: each group has threads, and threads have stacks
+    if job.memory_budget_bytes is not None:
+        limit_memory(job.memory_budget_bytes)
     return build_training(
         config,
         vocab_size=VOCAB_SIZE,
+        groups=groups,
         stats=stats,
         layer_spec=sdpa_layer_spec(config, stats) if sdpa else None,
         weight_names=PaddedWeightNames(seed=config.training.seed, model=job.common.model),

@@ -1,0 +1,59 @@
+"""The longest sequence that fits: found by trying, under a limit that the operating system enforces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from megatron_lightseq.compare.job import Job
+from megatron_lightseq.compare.launch import Cluster, measure
+from megatron_lightseq.config import with_values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Longest:
+    """What a search found."""
+
+    system: str
+    fits: int
+    """Tokens; 0 when not even the first length fitted."""
+    too_long: int | None
+    """The length that ran out of memory; None when the search ended before one did."""
+
+
+def longest_sequence(
+    job: Job,
+    *,
+    start: int,
+    limit: int,
+    cluster: Cluster | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Longest:
+    """Double the sequence of ``job`` from ``start`` until a rank runs out of its ``memory_budget_bytes``.
+
+    One optimizer step is run at every length. A failure of another kind ends the search as well, and is reported.
+
+    Args:
+        job: with a system and a memory budget.
+        start: first length, in tokens; limit: last one to try.
+        cluster: where to run; default: this host.
+        report: gets a line after every length.
+    """
+    assert job.memory_budget_bytes is not None, "a search for what fits needs a limit"
+    fits, length = 0, start
+    while length <= limit:
+        tried = replace(
+            job,
+            common=with_values(job.common, seq_length=length),
+            warmup_steps=0,
+            steps=1,
+            profile_memory=False,
+            measure_ceiling=False,
+        )
+        outcome = measure(tried, cluster or Cluster())
+        if not outcome.ranks:
+            report(f"{job.system}: {length} tokens do not fit ({(outcome.failure or '').splitlines()[0]})")
+            return Longest(system=job.system, fits=fits, too_long=length)
+        report(f"{job.system}: {length} tokens fit")
+        fits, length = length, 2 * length
+    return Longest(system=job.system, fits=fits, too_long=None)
