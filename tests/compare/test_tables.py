@@ -1,0 +1,124 @@
+"""What may be compared, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from megatron_lightseq.compare import report
+from megatron_lightseq.compare.job import Job, Measurement, Outcome, StepMeasurement
+from megatron_lightseq.compare.tables import Comparison, compare
+from megatron_lightseq.config import PretrainConfig, with_values
+
+
+def step(seconds: float, loss: float, **more: Any) -> StepMeasurement:
+    fields = {
+        "bytes_sent": 1000,
+        "attention_bytes_sent": 600,
+        "exposed_seconds": 0.25,
+        "attention_forwards": 4,
+        "link_bytes_sent": None,
+        "warmup": False,
+    }
+    return StepMeasurement(seconds=seconds, loss=loss, **{**fields, **more})
+
+
+def rank(*steps: StepMeasurement, **more: Any) -> Measurement:
+    fields = {
+        "peak_resident_bytes": 300 << 20,
+        "peak_tensor_bytes": 8 << 20,
+        "matmul_flops_per_second": 1e10,
+        "counts_forwards": True,
+    }
+    return Measurement(steps=steps, **{**fields, **more})
+
+
+def outcome(system: str, seconds: float, loss: float) -> Outcome:
+    """Two ranks, a warm-up step and three timed ones of which the middle one is ``seconds`` on the slower rank."""
+    slow = [step(99.0, 5.0, warmup=True), *(step(seconds + d, loss) for d in (-0.25, 0.25, 0.0))]
+    fast = [step(99.0, 5.0, warmup=True), *(step(seconds / 2, loss) for _ in range(3))]
+    return Outcome(system=system, ranks=(rank(*fast), rank(*slow, peak_resident_bytes=400 << 20)))
+
+
+def job(**values: Any) -> Job:
+    return Job(system="lightseq", common=with_values(PretrainConfig(), **values), world_size=2, folder="")
+
+
+def compared(*outcomes: Outcome, **values: Any) -> Comparison:
+    return compare(job(**values), outcomes, "megatron-tp-sp", 256)
+
+
+def text_of(comparison: Comparison) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=250).print(report.terminal_table(comparison))
+    return stream.getvalue()
+
+
+def test_speedup_is_by_the_median_step_of_the_slowest_rank() -> None:
+    found = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5))
+    megatron, ours = found.figures
+    assert found.agrees
+    assert ours.step_seconds == (1.75, 2.25, 2.0)
+    assert found.speedup(ours) == 2.0
+    assert megatron.tokens_per_second == 4096 / 4.0
+    assert megatron.peak_resident_bytes == 400 << 20
+    assert megatron.ceiling_fraction == pytest.approx(megatron.flops_per_second / 2e10)
+    assert "2.00x" in text_of(found)
+
+
+@pytest.mark.parametrize("loss", [4.5 * (1 + 2e-4), 4.5 * (1 - 2e-4), math.nan])
+def test_no_speedup_where_losses_differ(loss: float) -> None:
+    found = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, loss))
+    assert not found.agrees
+    assert found.speedup(found.figures[1]) is None
+    shown = text_of(found)
+    assert "refused: loss differs" in shown
+    assert "2.00x" not in shown
+    assert "2.00x" not in report.markdown(found)
+    assert "at step 1, megatron-tp-sp has 4.500000" in report.verdict(found)
+    assert report.verdict(found).startswith("NOT comparable")
+
+
+def test_bf16_is_given_a_tolerance_of_its_own() -> None:
+    pair = (outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5 * 1.005))
+    assert compared(*pair, bf16=True).agrees
+    assert not compared(*pair).agrees
+
+
+def test_a_failure_is_no_agreement_and_a_refusal_is() -> None:
+    base = outcome("megatron-tp-sp", 4.0, 4.5)
+    refused = compared(base, Outcome(system="megatron-cp", refusal="no Transformer Engine"))
+    assert refused.agrees
+    assert "cannot run here: no Transformer Engine" in text_of(refused)
+    failed = compared(base, Outcome(system="lightseq", failure="rank 1: exit status 1\nsome traceback"))
+    assert not failed.agrees
+    assert "lightseq failed: rank 1: exit status 1" in report.verdict(failed)
+
+
+def test_rounds_are_put_together() -> None:
+    found = compared(
+        outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5), outcome("lightseq", 3.0, 4.5)
+    )
+    assert found.figures[1].step_seconds == (1.75, 2.25, 2.0, 2.75, 3.25, 3.0)
+    assert found.figures[1].median_seconds == 2.5
+
+
+def test_everything_is_written(tmp_path: Path) -> None:
+    found = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5))
+    paths = report.write(found, tmp_path / "new", "both")
+    record = json.loads(paths[0].read_text())
+    assert record["figures"][1]["speedup"] == 2.0
+    assert record["agrees"] is True
+    assert "losses agree" in paths[1].read_text()
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_jobs_survive_their_file() -> None:
+    made = job(recompute_granularity="full", recompute_modules=("core_attn", "mlp"), data_path=("a",))
+    assert Job.from_json(made.to_json()) == made
