@@ -93,6 +93,13 @@ def test_damaged_index_is_named(name: str, prefix: Path) -> None:
     assert "lightseq prepare-data" in str(caught.value)
 
 
+def test_index_of_nothing_is_refused(prefix: Path) -> None:
+    header = HEADER.pack(b"MMIDIDX\0\0", 1, 8, 0, 1)
+    Path(f"{prefix}.idx").write_bytes(header + struct.pack("<q", 0))
+    with pytest.raises(DataError, match="it has no sequences: a corpus has documents"):
+        check_index(prefix)
+
+
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_missing_file_is_named_with_the_command(suffix: str, prefix: Path) -> None:
     Path(f"{prefix}.{suffix}").unlink()
