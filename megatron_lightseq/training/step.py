@@ -89,7 +89,8 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
 
 def evaluate(training: Training, data_iterators: DataIterators, num_batches: int) -> EvalResult:
     """The loss on ``num_batches`` global batches, without gradients or dropout; collective over all ranks."""
-    with parameters_in_place(training):
+    # Megatron's schedules build a graph even when they are to run forward only.
+    with torch.no_grad(), parameters_in_place(training):
         for chunk in training.chunks:
             chunk.eval()
         reports = []
