@@ -256,6 +256,7 @@ def load_checkpoint(training: Training, root: Path) -> Resumed:
     for index, model in enumerate(training.models):
         model.load_state_dict(state["model" if len(training.models) == 1 else f"model{index}"])
     if with_optimizer:
+        _warn_of_other_schedule(state["scheduler"], training.scheduler.state_dict(), folder)
         load_optimizer_state(training.optimizer, state["optimizer"])
         training.scheduler.load_state_dict(state["scheduler"])
     else:
@@ -331,6 +332,14 @@ def _warn_of_other_order(manifest: Manifest, own: Mapping[str, Any], folder: Pat
             differences,
             manifest.consumed_samples,
         )
+
+
+def _warn_of_other_schedule(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
+    """Another learning rate or a longer decay is legitimate too, and bends the curve where the run goes on."""
+    counters = ("num_steps", "wd_incr_steps")
+    differences = _differences(*({k: v for k, v in x.items() if k not in counters} for x in (saved, own)))
+    if differences and dist.get_rank() == 0:
+        logger.warning("%s: %s: the configuration's values are followed", folder.name, differences)
 
 
 def _check_same(

@@ -43,8 +43,12 @@ def sharded_optimizer_state(
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load what :func:`sharded_optimizer_state` described and the checkpoint filled in."""
+    """Load what :func:`sharded_optimizer_state` described and the checkpoint filled in.
+
+    Tensors and step counts are the checkpoint's; settings (learning rates, betas, epsilon) stay the optimizer's own.
+    """
     parts = _parts(optimizer)
+    settings = [[_settings(group) for group in part.param_groups] for part in parts]
     states = [state] if len(parts) == 1 else [state[index] for index in sorted(state)]
     for part, part_state in zip(parts, states, strict=True):
         if isinstance(part, DistributedOptimizer):
@@ -52,6 +56,14 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
         else:
             _restore_zero_step(part.optimizer, part_state)
             part.load_state_dict(part_state)
+    for part, groups in zip(parts, settings, strict=True):
+        for group, own in zip(part.param_groups, groups, strict=True):
+            group.update(own)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter group was configured with; Megatron and torch would load the checkpoint's over it."""
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
 
 
 def _parts(optimizer: Any) -> list[Any]:

@@ -455,4 +455,7 @@ def _scheduler(config: PretrainConfig, optimizer: Any) -> OptimizerParamSchedule
         end_wd=settings.weight_decay,
         wd_incr_steps=config.training.train_iters,
         wd_incr_style="constant",
+        # A resumed run follows its own configuration; Megatron's default is to keep the checkpoint's in silence.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

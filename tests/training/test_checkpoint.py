@@ -32,7 +32,10 @@ BITWISE = {
         2,
         {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
     ),
-    "tp2 sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "tp2 sp dropout": (  # whose masks come from Megatron's own random states
+        2,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "hidden_dropout": 0.1},
+    ),
     "pp2 interleaved": (
         2,
         {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
@@ -114,6 +117,28 @@ def test_finetune_takes_the_weights_only(single: tuple[Path, Outcome]) -> None:
     assert (outcome.started_at, outcome.consumed_samples) == (0, 0)
     assert len(outcome.losses) == saved_runs.STEPS
     assert outcome.losses[0] < whole.losses[0], "it starts from trained weights"
+
+
+def test_a_resumed_run_follows_its_own_learning_rate(tmp_path: Path, single: tuple[Path, Outcome]) -> None:
+    """Megatron's schedule and torch's optimizer would both take the checkpoint's over it, in silence."""
+    changed = {"lr": 6e-3, "lr_decay_style": "linear", "lr_decay_iters": 8}
+    expected = run_ranks(1, train_and_save, changed, str(tmp_path))[0].learning_rates[SAVED_AT:]
+    assert expected != single[1].learning_rates[SAVED_AT:]
+    assert run_ranks(1, resume, changed, str(single[0]))[0].learning_rates == expected
+    _, (message,) = run_ranks(1, resume_with_log, changed, str(single[0]))[0]
+    assert "lr_decay_style is cosine there and linear here" in message
+    assert "max_lr is 0.003 there and 0.006 here" in message
+
+
+@pytest.mark.parametrize("changed", [{"adam_beta1": 0.5}, {"adam_eps": 1e-2}, {"weight_decay": 5.0}])
+@pytest.mark.parametrize("overrides", [{}, {"bf16": True}, {"use_distributed_optimizer": True}])
+def test_a_resumed_run_follows_its_own_optimizer_settings(
+    tmp_path: Path, overrides: dict[str, Any], changed: dict[str, float]
+) -> None:
+    whole = run_ranks(1, train_and_save, overrides, str(tmp_path))[0]
+    outcome = run_ranks(1, resume, {**overrides, **changed}, str(tmp_path))[0]
+    assert outcome.losses[0] == whole.losses[SAVED_AT]
+    assert outcome.losses[1] != whole.losses[SAVED_AT + 1]
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------
