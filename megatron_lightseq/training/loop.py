@@ -101,8 +101,9 @@ class Loop:
         config = self._config
         random = None
         datasets = build_datasets(config, self._corpora)
-        if config.checkpoint.load is not None:
-            resumed = load_checkpoint(self._training, Path(config.checkpoint.load))
+        root = self._load_from()
+        if root is not None:
+            resumed = load_checkpoint(self._training, root)
             self._position, random = resumed.position, resumed.random
             self._resumed_from, self._checkpoint = resumed.position.iteration, resumed.folder
         if config.checkpoint.save is not None and self._job.launch.rank == 0:
@@ -114,6 +115,15 @@ class Loop:
         if random is not None:
             restore_random_state(random)
         return iterators, datasets
+
+    def _load_from(self) -> Path | None:
+        """``load``; when torchrun has restarted the ranks, what they had saved until then."""
+        settings = self._config.checkpoint
+        if self._job.launch.attempt > 0 and settings.save is not None:
+            saved = Path(settings.save)
+            if CheckpointDirectory(root=saved).candidates():
+                return saved
+        return None if settings.load is None else Path(settings.load)
 
     def _share(self) -> DataShare:
         return DataShare(rank=rank_in(self._training.groups.dp), size=self._training.sizes.data)

@@ -13,6 +13,7 @@ from typing import IO, Any, Protocol
 from megatron_lightseq.training.metrics import TrainMetrics
 
 _RATE_WINDOW = 20
+_WIDTH_FOR_BAR = 132
 
 
 class Display(Protocol):
@@ -54,15 +55,12 @@ class LiveDisplay:
     def __init__(self, stream: IO[str], *, first_step: int, num_steps: int, force: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
-        self._console = Console(file=stream, force_terminal=True if force else None, highlight=False)
-        self._progress = Progress(
-            BarColumn(bar_width=16),
-            TextColumn("{task.description}"),
-            console=self._console,
-            refresh_per_second=4,
-            transient=False,
-        )
+        console = Console(file=stream, force_terminal=True if force else None, highlight=False)
+        text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+        bar = [BarColumn(bar_width=16)] if console.width >= _WIDTH_FOR_BAR else []
+        self._progress = Progress(*bar, text, console=console, refresh_per_second=4)
         self._task = self._progress.add_task(
             "waiting for the first step", total=num_steps, completed=first_step
         )

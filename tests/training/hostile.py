@@ -52,6 +52,9 @@ def payloads(canary: Path) -> Iterator[tuple[str, bytes]]:
             yield f"{name}-{protocol}", pickle.dumps(call, protocol)
             yield f"{name}-in-dict-{protocol}", pickle.dumps({"w": [call]}, protocol)
     yield from _opcodes(touch, python)
+    # An allowed module is no allowed function: torch.save({}, canary).
+    path = str(canary).encode()
+    yield "torch.save", b"\x80\x04\x8c\x05torch\x8c\x04save\x93}\x8c" + bytes([len(path)]) + path + b"\x86R."
 
 
 def _opcodes(touch: str, python: str) -> Iterator[tuple[str, bytes]]:

@@ -100,7 +100,7 @@ class Launched:
         self.process.wait()
 
 
-def launch(corpus: Path, folder: Path, *, ranks: int = 2, **flags: Any) -> Launched:
+def launch(corpus: Path, folder: Path, *, ranks: int = 2, max_restarts: int = 0, **flags: Any) -> Launched:
     """Start torchrun with :data:`FLAGS` and these; ``folder`` gets report, checkpoints and output."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {
@@ -116,6 +116,7 @@ def launch(corpus: Path, folder: Path, *, ranks: int = 2, **flags: Any) -> Launc
         port = probe.getsockname()[1]
     output = folder / f"output{port}.txt"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--max-restarts", str(max_restarts)]
     command += ["--master-port", str(port), "-m", "megatron_lightseq", "pretrain", *arguments]
     with output.open("w") as stream:
         process = subprocess.Popen(

@@ -150,6 +150,23 @@ def test_a_killed_rank_is_named_by_the_others(start: Any) -> None:
     assert run.exit_codes() == {0: 3, 1: -9, 2: 3}
 
 
+def test_a_restarted_run_goes_on_from_its_checkpoint_bit_for_bit(
+    start: Any, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    """torchrun --max-restarts, with nothing but --save."""
+    run = start(max_restarts=1, save_interval=2, eval_interval=6, eval_iters=1)
+    run.wait_for(r"step +5/12")
+    kill_hard(run.rank_process(0))
+    assert run.wait() == 0, run.text()
+    assert re.search(
+        r"resumed from .*iter_0000004 at step 4|resumed from .*iter_0000006 at step 6", run.text()
+    )
+    ours, undisturbed = train_metrics(tmp_path), train_metrics(whole[0])
+    assert [(m.step, m.loss, m.grad_norm) for m in ours] == [
+        (m.step, m.loss, m.grad_norm) for m in undisturbed
+    ]
+
+
 def test_ranks_with_other_flags_are_refused_before_the_first_collective(corpus: Path, tmp_path: Path) -> None:
     """Rank 1 has another learning rate: an environment variable that only it reads stands for another file."""
     runs = launch_pair_with_different_flags(corpus, tmp_path)

@@ -105,6 +105,18 @@ def test_the_live_line_is_one_line_and_notes_stay_above() -> None:
     assert "step 5/5 | loss 2.3457" in text
 
 
+def test_a_live_line_never_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = io.StringIO()
+    display = LiveDisplay(stream, first_step=0, num_steps=5, force=True)
+    progress = Progress(display, first_step=0, num_steps=5, log_interval=1)
+    progress.step(metrics(5))
+    progress.close()
+    lines = stream.getvalue().replace("\r", "\n").splitlines()
+    assert any("step 5/5" in line and line.rstrip().endswith("…") for line in lines)
+    assert not any("ETA" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("setting", "rank", "terminal", "expected"),
     [
