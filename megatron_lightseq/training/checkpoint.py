@@ -30,7 +30,7 @@ from megatron_lightseq.training.manifest import FileRecord, Manifest, record_fil
 from megatron_lightseq.training.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_lightseq.training.preflight import config_fingerprint
 from megatron_lightseq.training.random_state import random_state
-from megatron_lightseq.training.safe_load import load_metadata, no_code_execution
+from megatron_lightseq.training.safe_load import check_extra_state, load_metadata, no_code_execution
 from megatron_lightseq.training.setup import Training
 from megatron_lightseq.training.step import parameters_in_place
 
@@ -254,7 +254,9 @@ def load_checkpoint(training: Training, root: Path) -> Resumed:
         )
     state = _read_state(folder, _state(training, is_loading=True, optimizer=with_optimizer))
     for index, model in enumerate(training.models):
-        model.load_state_dict(state["model" if len(training.models) == 1 else f"model{index}"])
+        weights = state["model" if len(training.models) == 1 else f"model{index}"]
+        check_extra_state(weights)
+        model.load_state_dict(weights)
     if with_optimizer:
         _warn_of_other_schedule(state["scheduler"], training.scheduler.state_dict(), folder)
         load_optimizer_state(training.optimizer, state["optimizer"])

@@ -262,6 +262,31 @@ def test_hostile_files_with_a_matching_manifest_are_refused(
         assert not canary.exists()
 
 
+def load_with_extra_state(root: str) -> str:
+    """As if a layer were Transformer Engine's and the file held a pickle for it."""
+    from megatron_lightseq.training import checkpoint
+
+    read = checkpoint._read_state
+
+    def hostile(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
+        state = read(folder, template)
+        state["model"]["decoder.layers.0.mlp.linear_fc1._extra_state"] = torch.ones(9, dtype=torch.uint8)
+        return state
+
+    checkpoint._read_state = hostile
+    try:
+        return refusal({}, root)
+    finally:
+        checkpoint._read_state = read
+
+
+def test_a_pickle_for_a_module_is_refused(single: tuple[Path, Outcome]) -> None:
+    message = run_ranks(1, load_with_extra_state, str(single[0]))[0]
+    assert message.startswith(
+        "decoder.layers.0.mlp.linear_fc1._extra_state holds a pickle: a checkpoint is data"
+    )
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     message = run_ranks(1, save_twice_without_room, str(tmp_path))[0]
     assert "rank 0: OSError: [Errno 27] File too large: every rank must be able to write its part" in message

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lightseq.errors import CheckpointError
-from megatron_lightseq.training.safe_load import load_metadata, no_code_execution
+from megatron_lightseq.training.safe_load import check_extra_state, load_metadata, no_code_execution
 from tests.training.hostile import payloads, replace_string
 
 pytestmark = pytest.mark.filterwarnings(
@@ -146,3 +146,29 @@ def test_guard_is_removed_after_a_refusal(checkpoint: Path) -> None:
         _load(checkpoint)
     assert torch.load is torch_load
     assert dcp_filesystem.pickle is torch_pickle
+
+
+def _saved(value: object) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream
+
+
+@pytest.mark.parametrize("blank", [None, torch.empty(0, dtype=torch.uint8), io.BytesIO(), _saved(None)])
+def test_blank_extra_state_passes(blank: object) -> None:
+    check_extra_state({"decoder.qkv._extra_state": blank, "decoder.qkv.weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_extra_state_that_a_module_would_unpickle_is_refused(tmp_path: Path, name: str) -> None:
+    """As Transformer Engine reads it: pickle.loads of a tensor's bytes, torch.load of a stream."""
+    canary = tmp_path / "canary"
+    hostile = dict(payloads(canary))[name]
+    for value in (
+        torch.frombuffer(bytearray(hostile), dtype=torch.uint8),
+        *map(io.BytesIO, [hostile, *_torch_files(hostile)]),
+        _saved({"scale_fwd": torch.ones(1)}),
+    ):
+        with pytest.raises(CheckpointError, match=r"qkv\._extra_state holds a pickle"):
+            check_extra_state({"decoder.qkv._extra_state": value})
+        assert not canary.exists()
