@@ -9,7 +9,7 @@
 #   RATES      Gbit/s of the link, each way (default: "10 1 0.25")
 #   DELAY_MS   one-way delay in milliseconds (default: none)
 #   RANKS      ranks, half on each host (default: 2)
-#   SYSTEMS    what to compare (default: megatron-tp-sp,megatron-tp,lightseq,lightseq-no-overlap,ring)
+#   SYSTEMS    what to compare (default: megatron-tp-sp,megatron-tp,lightseq,lightseq-no-overlap)
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -32,8 +32,9 @@ for program in ip tc; do
 done
 [ "$(id -u)" = 0 ] || skip "network namespaces need root, this is user $(id -un)"
 
-if [ "${LIGHTSEQ_SETUP:-1}" = 1 ]; then bash "$ROOT/scripts/setup_env.sh"; fi
+[ "${LIGHTSEQ_SETUP:-1}" = 0 ] || bash "$ROOT/scripts/setup_env.sh"
 use_env
+cd "$ROOT" # where python finds the package, installed or not
 
 # Names of this process's own, so that two runs do not meet.
 host_a=mls-$$-a host_b=mls-$$-b link=mls0
@@ -75,7 +76,7 @@ for rate in "${rates[@]}"; do
     shape "$rate" || skip "tc has no tbf queue here"
     say "two hosts, $rate Gbit/s each way${DELAY_MS:+, $DELAY_MS ms}"
     python -m megatron_lightseq compare --network-namespaces "$host_a,$host_b" --interface "$link" \
-        --ranks "${RANKS:-2}" --systems "${SYSTEMS:-megatron-tp-sp,megatron-tp,lightseq,lightseq-no-overlap,ring}" \
+        --ranks "${RANKS:-2}" --systems "${SYSTEMS:-megatron-tp-sp,megatron-tp,lightseq,lightseq-no-overlap}" \
         --output "$output" --name "two-hosts-$rate" "$@" || failed="$failed $rate"
 done
 python -m megatron_lightseq.compare.link "$output" "${rates[@]}" || failed="$failed summary"

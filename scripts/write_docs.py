@@ -11,6 +11,7 @@ KIND is one of
     schedule METHOD P [DIRECTION]  a schedule over P ranks, as it prints
     balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
     traffic                  bytes sent by method and P
+    include FILE             a Markdown file that a command has written, as it is
     code FILE [FIRST | LAST] a file, or its lines from the one with FIRST to the next one with LAST
     fresh_clone PART         what the README's commands did in a fresh clone (docs/results/fresh_clone.json)
 """
@@ -141,12 +142,21 @@ def fresh_clone(part: str) -> str:
     return f"{table(['phase', 'time'], rows)}\n\n{source}"
 
 
+def include(path: str) -> str:
+    """A Markdown file that a command has written."""
+    recorded = ROOT / path
+    if not recorded.exists():
+        return f"*Not measured yet: `{path}` is not there.*"
+    return recorded.read_text().rstrip("\n")
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "flags": flags,
     "schedule": schedule,
     "balance": balance,
     "traffic": traffic,
     "code": code,
+    "include": include,
     "fresh_clone": fresh_clone,
 }
 

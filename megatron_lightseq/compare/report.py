@@ -88,14 +88,12 @@ def terminal_table(comparison: Comparison) -> Table:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table, its caption and the verdict."""
+    """The table, its caption, the verdict and the machine."""
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(comparison, row) for row in comparison.figures)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return (
-        "\n".join(
-            [caption(comparison) + ".", "", *lines, "", verdict(comparison).replace("\n", "  \n") + "."]
-        )
-        + "\n"
+    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    said = verdict(comparison).replace("\n", "  \n")
+    return "\n".join(
+        [f"{caption(comparison)}.", "", *table, "", f"{said}.", "", f"{comparison.machine}.", ""]
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_lightseq.compare.job import Job, Measurement, Outcome, StepMeasurement
 from megatron_lightseq.compare.link import scheduled_bytes
+from megatron_lightseq.compare.machine import provenance
 from megatron_lightseq.compare.systems import SYSTEMS, model_flops
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -72,6 +73,8 @@ class Comparison:
     """The common configuration's keys that say what was run."""
     figures: tuple[Figures, ...]
     tolerance: float
+    machine: str = ""
+    """What it was measured on, with which versions."""
     disagreements: dict[str, str] = field(default_factory=dict)
     """System -> how its losses differ from the baseline's."""
 
@@ -99,6 +102,7 @@ class Comparison:
             "world_size": self.world_size,
             "precision": self.precision,
             "setting": self.setting,
+            "machine": self.machine,
             "tolerance": self.tolerance,
             "agrees": self.agrees,
             "disagreements": self.disagreements,
@@ -124,6 +128,7 @@ def compare(job: Job, outcomes: Sequence[Outcome], baseline: str, vocab_size: in
         setting=_setting(job),
         figures=figures,
         tolerance=tolerance,
+        machine=provenance(),
         disagreements=find_disagreements(figures, baseline, tolerance),
     )
 

@@ -1,0 +1,42 @@
+"""What measurements were made on: a figure without its machine and version says nothing."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from megatron_lightseq import __version__
+
+
+def provenance() -> str:
+    """One line: processor, cores, versions, commit and date. No host name, no paths."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = f"torch {metadata.version('torch')}, megatron-core {metadata.version('megatron-core')}"
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return (
+        f"{_processor()}, {cores} cores, {versions}, megatron_lightseq {__version__}{_commit()}, Python "
+        f"{platform.python_version()}, {today}"
+    )
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit that is checked out; nothing where this is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f" at {found}"

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Trains the same model on the same text under several systems, Megatron's own among them, and compares them:
+#
+#   bash scripts/compare_baselines.sh                      every system that can run here, on two processes
+#   bash scripts/compare_baselines.sh FLAGS                the same with flags of `lightseq compare` (see its --help)
+#   bash scripts/compare_baselines.sh --docs               everything that docs/performance.md shows, and the document
+#
+# Ends with status 0 when every loss agrees. Leave the machine alone meanwhile: times are wall clock.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+[ "${LIGHTSEQ_SETUP:-1}" = 0 ] || bash "$ROOT/scripts/setup_env.sh"
+use_env
+cd "$ROOT"
+export LIGHTSEQ_SETUP=0 # done, for the scripts that are called from here
+
+if [ "${1:-}" != --docs ]; then
+    exec python -m megatron_lightseq compare --output "$ROOT/results" "$@"
+fi
+shift
+
+results=$ROOT/docs/results
+failed='' skipped=0
+# part NAME COMMAND...: runs one part of the document; says how long it took, and goes on when it fails.
+part() {
+    local name=$1 start=$SECONDS status=0
+    shift
+    "$@" || status=$?
+    case $status in
+        0) say "$name: done in $((SECONDS - start)) s" ;;
+        77) skipped=$((skipped + 1)) ;;
+        *)
+            failed="$failed $name"
+            say "$name: FAILED after $((SECONDS - start)) s"
+            ;;
+    esac
+}
+# Two heads and 16384 tokens: where heads are too few for tensor parallelism and attention outweighs the rest.
+long=(--num-attention-heads=2 --hidden-size=128 --seq-length=16384 --steps=2)
+long+=(--systems "megatron-tp-sp,megatron-tp,lightseq")
+
+part all-systems python -m megatron_lightseq compare --output "$results" --name all-systems "$@"
+part long-fp32 python -m megatron_lightseq compare --output "$results" --name long-fp32 "${long[@]}" "$@"
+part long-bf16 python -m megatron_lightseq compare --output "$results" --name long-bf16 --bf16 "${long[@]}" "$@"
+part two-hosts bash scripts/compare_two_hosts.sh "$results" "$@"
+part predictions python -m megatron_lightseq compare --paper --output "$results"
+part paper bash scripts/reproduce_paper.sh "$results"
+part document python scripts/write_docs.py
+
+say "all of it in $SECONDS s, $skipped part(s) skipped"
+[ -z "$failed" ] || die "these parts failed:$failed" "their tables above say what differs"
