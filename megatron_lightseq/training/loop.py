@@ -60,6 +60,8 @@ class Loop:
         self._position = Position(iteration=0, consumed_samples=0)
         self._resumed_from = 0
         self._checkpoint: Path | None = None
+        self._saved_at: int | None = None
+        """The step whose state ``save`` holds."""
         self._flops = model_flops(training)
 
     def run(self) -> Outcome:
@@ -119,11 +121,19 @@ class Loop:
     def _load_from(self) -> Path | None:
         """``load``; when torchrun has restarted the ranks, what they had saved until then."""
         settings = self._config.checkpoint
-        if self._job.launch.attempt > 0 and settings.save is not None:
+        attempt = self._largest(self._job.launch.attempt)  # machines count their own restarts
+        if attempt > 0 and settings.save is not None:
             saved = Path(settings.save)
-            if CheckpointDirectory(root=saved).candidates():
+            present = self._job.launch.rank == 0 and bool(CheckpointDirectory(root=saved).candidates())
+            if self._largest(int(present)):
                 return saved
         return None if settings.load is None else Path(settings.load)
+
+    def _largest(self, number: int) -> int:
+        """The largest of the ranks' numbers; collective."""
+        largest = torch.tensor(number, device=self._job.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def _share(self) -> DataShare:
         return DataShare(rank=rank_in(self._training.groups.dp), size=self._training.sizes.data)
@@ -199,10 +209,7 @@ class Loop:
             self._save(progress)
 
     def _save_at_end(self, progress: Progress) -> None:
-        saved = self._checkpoint is not None and self._checkpoint.name.endswith(
-            f"{self._position.iteration:07d}"
-        )
-        if not saved or self._position.iteration == self._resumed_from:
+        if self._saved_at != self._position.iteration:
             self._save(progress)
 
     def _save(self, progress: Progress) -> None:
@@ -211,6 +218,7 @@ class Loop:
         self._job.channel.enter(self._position.iteration, SAVE)
         watch = Stopwatch()
         self._checkpoint = save_checkpoint(self._training, Path(self._config.checkpoint.save), self._position)
+        self._saved_at = self._position.iteration
         progress.note(f"saved {self._checkpoint} in {duration(watch.lap())}")
 
     # ---- stopping ---------------------------------------------------------------------------------------------
@@ -218,9 +226,7 @@ class Loop:
     def _agree_to_stop(self) -> int:
         """The strongest reason that any rank has to stop after this step: a signal may reach only one of them."""
         own = ASKED_TO_STOP if self._stop else OUT_OF_TIME if time.monotonic() > self._deadline else RUNNING
-        reason = torch.tensor(own, device=self._job.device)
-        dist.all_reduce(reason, op=dist.ReduceOp.MAX)
-        return int(reason.item())
+        return self._largest(own)
 
     def _reason(self, why: int) -> str:
         if why == OUT_OF_TIME:
@@ -248,11 +254,11 @@ def _deadline(minutes: float | None) -> float:
 
 
 def _check_finite(step: int, result: StepResult) -> None:
-    if not math.isfinite(result.loss):
+    if not math.isfinite(result.loss) or not (result.skipped or math.isfinite(result.grad_norm)):
         raise LightSeqError(
             explain(
                 got=f"loss {result.loss} at step {step} (grad norm {result.grad_norm})",
-                rule="a loss is a number",
+                rule="loss and gradients are numbers: the next checkpoint would hold what they spoil",
                 remedy="Lower lr or lengthen lr_warmup_iters, and --load the last checkpoint",
             )
         )

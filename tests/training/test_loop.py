@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lightseq.errors import LightSeqError
+from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory
+from tests.harness.ranks import run_ranks
+from tests.training.launched import FLAGS, make_corpus
+
+ALONE = {**FLAGS, "context_parallel_size": 1, "train_iters": 2, "progress": "off"}
+
+
+def looped(corpus: str, overrides: dict[str, Any]) -> tuple[int, str | None]:
+    """Run the loop on this rank: the step it reached and the checkpoint it reports."""
+    warnings.simplefilter("ignore")
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_lightseq.config import PretrainConfig, with_values
+    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.training.data.datasets import open_corpora
+    from megatron_lightseq.training.distributed import Job
+    from megatron_lightseq.training.faults import ControlChannel
+    from megatron_lightseq.training.launch import Launch
+    from megatron_lightseq.training.loop import build_loop
+    from megatron_lightseq.training.signals import StopRequest
+
+    cpu_platform.activate()
+    config = with_values(PretrainConfig(), **{**ALONE, "data_path": (corpus,), **overrides})
+    channel = ControlChannel(lambda: None, rank=0, world_size=1)  # type: ignore[arg-type, return-value]
+    job = Job(launch=Launch(), channel=channel, device=torch.device("cpu"), backend="gloo")
+    try:
+        outcome = build_loop(job, config, open_corpora(config), StopRequest()).run()
+    finally:
+        parallel_state.destroy_model_parallel()
+    return outcome.position.iteration, None if outcome.checkpoint is None else str(outcome.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+def saved(root: Path) -> list[str]:
+    return [path.name for path in CheckpointDirectory(root=root).candidates()]
+
+
+def test_finetuning_for_as_many_steps_as_were_trained_saves_what_it_learned(
+    corpus: str, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_ranks(1, looped, corpus, {"save": str(first)})[0] == (2, str(first / "iter_0000002"))
+    tuned = run_ranks(1, looped, corpus, {"load": str(first), "save": str(second), "finetune": True})[0]
+    assert tuned == (2, str(second / "iter_0000002"))
+    assert saved(second) == ["iter_0000002"]
+
+
+def with_spoiled_gradients(corpus: str, root: str) -> str:
+    """The error of a run whose second step has gradients that are no numbers, and a loss that is one."""
+    from dataclasses import replace
+
+    from megatron_lightseq.training import loop
+
+    train_step = loop.train_step
+    steps = iter((0.5, math.nan))
+    loop.train_step = lambda *args: replace(train_step(*args), grad_norm=next(steps))
+    try:
+        looped(corpus, {"save": root, "save_interval": 1})
+    except LightSeqError as error:
+        return str(error)
+    finally:
+        loop.train_step = train_step
+    raise AssertionError("the run went on")
+
+
+def test_spoiled_gradients_end_the_run_before_they_are_saved(corpus: str, tmp_path: Path) -> None:
+    message = run_ranks(1, with_spoiled_gradients, corpus, str(tmp_path))[0]
+    assert "at step 2 (grad norm nan): loss and gradients are numbers" in message
+    assert saved(tmp_path) == ["iter_0000001"]
+
+
+def test_a_step_that_the_optimizer_refused_goes_on() -> None:
+    from megatron_lightseq.training.loop import _check_finite
+    from megatron_lightseq.training.step import StepResult
+
+    refused = StepResult(loss=1.0, grad_norm=math.inf, num_tokens=1, learning_rate=0.1, skipped=True)
+    _check_finite(1, refused)
