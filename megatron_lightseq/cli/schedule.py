@@ -11,27 +11,45 @@ from megatron_lightseq.config.sections import LAYOUT_OF_METHOD
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import METHODS, Schedule, TensorShape, build, resolve_method, simulate
+from megatron_lightseq.schedule import (
+    METHODS,
+    NETWORKS,
+    Network,
+    Schedule,
+    TensorShape,
+    build,
+    rank_methods,
+    reason,
+    resolve_method,
+    simulate,
+)
+from megatron_lightseq.schedule.choose import CHOSEN_LAYOUTS
+
+TOKENS_PER_RANK = 8192
+"""With auto and without a sequence length."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print a schedule and its figures; draw it too when asked."""
     options = _parser().parse_args(arguments)
     _check(options)
+    shape = TensorShape(
+        num_heads=options.heads,
+        num_query_groups=options.groups or options.heads,
+        head_dim=options.head_dim,
+        element_bytes=2 if options.dtype == "bf16" else 4,
+    )
+    if options.method == "auto":
+        sys.stdout.write(ranking(options, shape))
+        return 0
     method = resolve_method(options.method)
-    layout_name = options.layout or LAYOUT_OF_METHOD.get(method.name, "contiguous")
+    layout_name = options.layout or LAYOUT_OF_METHOD.get(method.name.partition(":")[0], "contiguous")
     schedule = build(
         method,
         SequenceLayout(layout_name, options.cp),
         mask=Mask.parse(options.mask),
         direction=options.direction,
         seq_length=options.seq_length,
-    )
-    shape = TensorShape(
-        num_heads=options.heads,
-        num_query_groups=options.groups or options.heads,
-        head_dim=options.head_dim,
-        element_bytes=2 if options.dtype == "bf16" else 4,
     )
     sys.stdout.write(f"{schedule}\n\n{figures(schedule, shape)}\n")
     if options.png is not None:
@@ -40,6 +58,20 @@ def run(arguments: Sequence[str]) -> int:
         draw_schedule(schedule, options.png)
         sys.stdout.write(f"drawn in        {options.png}\n")
     return 0
+
+
+def ranking(options: argparse.Namespace, shape: TensorShape) -> str:
+    """Every method with its predicted time on the network asked for, best first, and why the first is first."""
+    network = Network.parse(options.network)
+    seq_length = options.seq_length or options.cp * TOKENS_PER_RANK
+    layouts = CHOSEN_LAYOUTS if options.layout is None else (options.layout,)
+    mask = Mask.parse(options.mask)
+    choices = rank_methods(options.cp, shape, seq_length, mask=mask, network=network, layouts=layouts)
+    title = (
+        f"{options.cp} ranks, {seq_length} tokens, {shape.num_heads} heads, {shape.num_query_groups} key/value heads, "
+        f"{network.name}: forward and backward of one layer, simulated"
+    )
+    return "\n".join([title, *map(str, choices), "", reason(choices), ""])
 
 
 def figures(schedule: Schedule, shape: TensorShape) -> str:
@@ -86,7 +118,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Print the schedule of an attention: tiles by rank and step (q5k2: queries of chunk 5, keys of "
         "chunk 2), then the transfers that run beside them.",
     )
-    made.add_argument("--method", default="lightseq", help=f"one of {', '.join(METHODS)} (default: lightseq)")
+    made.add_argument(
+        "--method",
+        default="lightseq",
+        help=f"one of {', '.join(METHODS)}, mesh:ROWSxCOLUMNS, usp:SIZE; auto ranks them all (default: lightseq)",
+    )
+    made.add_argument(
+        "--network",
+        default="nvlink+100gbps",
+        help=f"with auto: one of {', '.join(NETWORKS)} (default: nvlink+100gbps)",
+    )
     made.add_argument("--cp", type=int, default=4, metavar="P", help="context parallel ranks (default: 4)")
     made.add_argument("--layout", choices=LAYOUT_NAMES, help="default: the method's own")
     made.add_argument("--direction", choices=("forward", "backward"), default="forward")

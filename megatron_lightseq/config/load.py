@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from megatron_lightseq.config.chosen import with_chosen_layout
 from megatron_lightseq.config.flags import ACTIONS, COMMAND_LINE, read_flags
 from megatron_lightseq.config.flat import from_flat, keys, section_of_key, section_types, to_flat
 from megatron_lightseq.config.names import MEGATRON_SPELLINGS, nearest
@@ -23,11 +24,12 @@ def load_config(arguments: Sequence[str], *, machine: Machine | None = None) -> 
     """The validated configuration of a command line `[FILE.yaml ...] [--key value ...]`.
 
     Later files override earlier ones, flags override files. Raises ConfigError with everything that is wrong:
-    unknown names and wrong types in one report, or, when there are none, every violated rule.
+    unknown names and wrong types in one report, or, when there are none, every violated rule. With `cp_method: auto`
+    the layout is chosen here, because data are cut by it.
     """
     config = parse_config(arguments)
     validate(config, machine)
-    return config
+    return with_chosen_layout(config)
 
 
 def parse_config(arguments: Sequence[str]) -> PretrainConfig:

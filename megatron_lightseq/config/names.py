@@ -67,8 +67,9 @@ MEGATRON_SPELLINGS: dict[str, Spelling] = {
     "num_virtual_stages_per_pipeline_rank": _refused("Use num_layers_per_virtual_pipeline_stage"),
     "use_flash_attn": _refused("Use cp_kernel to choose the attention kernel"),
     "attention_backend": _refused("Use cp_kernel to choose the attention kernel"),
-    "cp_comm_type": _refused("Use cp_method"),
-    "hierarchical_context_parallel_sizes": _refused("Use context_parallel_size with cp_method"),
+    "hierarchical_context_parallel_sizes": _refused(
+        "Use cp_method: usp with cp_ulysses_size, the first of the two sizes"
+    ),
     "transformer_impl": _refused("Remove it: Transformer Engine modules are used when it can be imported"),
     "spec": _refused("Use megatron_lightseq.gpt_layer_spec in a program of your own"),
     "use_cpu_initialization": _refused("Remove it: weights are initialised alike on every device"),

@@ -18,7 +18,7 @@ BOUNDS = RuleBook(
     for bound, keys in {
         _COUNT: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
         "max_position_embeddings rotary_base make_vocab_size_divisible_by tensor_model_parallel_size "
-        "pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage context_parallel_size "
+        "pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage context_parallel_size cp_ulysses_size "
         "recompute_num_layers lr_decay_iters seq_length micro_batch_size global_batch_size train_iters "
         "eval_interval eval_iters log_interval vocab_size save_interval",
         _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad num_workers",
@@ -307,6 +307,59 @@ def zigzag_is_zigzag(c: PretrainConfig, _: Machine) -> bool:
 
 
 @CONTEXT.rule(
+    "cp_ulysses_size",
+    "cp_method",
+    "cp_comm_type",
+    text="cp_ulysses_size says among how many ranks usp (Megatron's a2a+p2p) exchanges heads",
+    remedy="Remove it, or set cp_method to usp",
+)
+def ulysses_size_is_for_usp(c: PretrainConfig, _: Machine) -> bool:
+    used = c.context.cp_method == "usp" or "a2a+p2p" in c.context.cp_comm_type
+    return used or c.context.cp_ulysses_size is None
+
+
+@CONTEXT.rule(
+    "cp_ulysses_size",
+    "context_parallel_size",
+    text="cp_ulysses_size ranks of every {context_parallel_size} exchange heads: it must be a divisor",
+    remedy="Set cp_ulysses_size to a divisor of {context_parallel_size}, or to null",
+)
+def ulysses_size_divides(c: PretrainConfig, _: Machine) -> bool:
+    size = c.context.cp_ulysses_size
+    return size is None or (size > 0 and c.parallel.context_parallel_size % size == 0)
+
+
+@CONTEXT.rule(
+    "cp_comm_type",
+    "num_layers",
+    text="cp_comm_type names one kind for all layers, or one for each",
+    remedy="Give one value, or {num_layers}",
+)
+def comm_type_is_one_or_one_a_layer(c: PretrainConfig, _: Machine) -> bool:
+    return len(c.context.cp_comm_type) in (0, 1, c.model.num_layers)
+
+
+@CONTEXT.rule(
+    "cp_comm_type",
+    "cp_method",
+    text="cp_comm_type chooses among methods of this package; cp_method megatron has its own",
+    remedy="Remove cp_comm_type, or set cp_method to another method",
+)
+def comm_type_is_not_for_megatron(c: PretrainConfig, _: Machine) -> bool:
+    return c.context.cp_method != "megatron" or not c.context.cp_comm_type
+
+
+@CONTEXT.rule(
+    "cp_method",
+    "cp_kernel",
+    text="rsa computes full rows of scores without a kernel",
+    remedy="Set cp_kernel to auto, or cp_method to ring",
+)
+def rsa_has_no_kernel(c: PretrainConfig, _: Machine) -> bool:
+    return c.context.cp_method != "rsa" or c.context.cp_kernel in ("auto", "reference")
+
+
+@CONTEXT.rule(
     "cp_method",
     "cp_layout",
     text="cp_method megatron cuts sequences as Megatron does, zigzag",
@@ -321,7 +374,7 @@ def megatron_method_is_zigzag(c: PretrainConfig, _: Machine) -> bool:
     "context_parallel_size",
     needs="has_transformer_engine",
     text="cp_method megatron is Megatron's own attention, which has context parallelism in Transformer Engine only",
-    remedy="Set context_parallel_size to 1, or cp_method to lightseq, ring or zigzag",
+    remedy="Set context_parallel_size to 1, or cp_method to another method",
 )
 def megatron_method_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
     plain = c.context.cp_method == "megatron" and c.parallel.context_parallel_size > 1

@@ -16,7 +16,10 @@ from typing import Literal
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
 Normalization = Literal["RMSNorm", "LayerNorm"]
 Backend = Literal["auto", "nccl", "gloo"]
-CPMethod = Literal["lightseq", "ring", "zigzag", "megatron"]
+CPMethod = Literal[
+    "lightseq", "ring", "zigzag", "all_gather", "mesh", "ulysses", "usp", "rsa", "auto", "megatron"
+]
+CPCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 CPLayout = Literal["auto", "contiguous", "zigzag", "striped"]
 CPKernel = Literal["auto", "reference", "cpu", "cuda"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp"]
@@ -28,6 +31,12 @@ LAYOUT_OF_METHOD: dict[str, str] = {
     "lightseq": "contiguous",
     "ring": "contiguous",
     "zigzag": "zigzag",
+    "all_gather": "zigzag",
+    "mesh": "zigzag",
+    "ulysses": "contiguous",
+    "usp": "contiguous",
+    "rsa": "contiguous",
+    "auto": "contiguous",
     "megatron": "zigzag",  # what Transformer Engine's context parallelism expects
 }
 """The layout that `cp_layout: auto` stands for."""
@@ -145,13 +154,23 @@ class ContextParallelConfig:
     """How attention runs over the context parallel ranks."""
 
     cp_method: CPMethod = "lightseq"
-    """Placement of attention tiles on ranks; megatron: Megatron's own attention (CP needs TE)."""
+    """How ranks share attention; auto: fastest in simulation; megatron: Megatron's own (CP needs TE)."""
+    cp_ulysses_size: int | None = None
+    """With usp: ranks that exchange heads; null: the largest divisor up to the square root."""
+    cp_comm_type: tuple[CPCommType, ...] = ()
+    """Megatron's names, one for all layers or one a layer: p2p is cp_method, a2a ulysses, a2a+p2p usp."""
     cp_layout: CPLayout = "auto"
-    """Which rank owns which tokens; auto: zigzag for zigzag and megatron, contiguous otherwise."""
+    """Which rank owns which tokens; auto: what balances the method."""
     cp_overlap: bool = True
     """Transfer the next step's blocks while this step's are computed."""
     cp_kernel: CPKernel = "auto"
     """Attention kernel; auto: the fastest one built for the device."""
+
+    @property
+    def method_name(self) -> str:
+        """The method in the form that the schedule package reads: usp with its size."""
+        sized = self.cp_method == "usp" and self.cp_ulysses_size is not None
+        return f"usp:{self.cp_ulysses_size}" if sized else self.cp_method
 
     @property
     def layout_name(self) -> str:

@@ -30,7 +30,11 @@ class CoreAttentionSettings:
     """What a layer spec hands to every :class:`LightSeqCoreAttention` it builds."""
 
     method: str = "lightseq"
-    """How attention tiles are placed on ranks: lightseq, ring or zigzag."""
+    """How ranks share attention: a name that :func:`megatron_lightseq.dist_attention` takes."""
+    comm_types: tuple[str, ...] = ()
+    """Megatron's cp_comm_type for all layers (one) or for each (several); they override ``method``."""
+    ulysses_size: int | None = None
+    """With a2a+p2p: ranks that exchange heads; None for usp's default."""
     layout: str = "contiguous"
     """Which rank holds which tokens: contiguous, zigzag or striped."""
     kernel: str = "auto"
@@ -48,20 +52,41 @@ class CoreAttentionSettings:
         del memo
         return self
 
-    def attention(self, group: torch.distributed.ProcessGroup | None, mask: Mask) -> DistAttention:
+    def method_of(self, comm_type: str | None) -> str:
+        """The method that Megatron's name of one stands for; p2p, its default, is whatever was configured."""
+        if comm_type in (None, "p2p"):
+            return self.method
+        if comm_type == "a2a+p2p":
+            return "usp" if self.ulysses_size is None else f"usp:{self.ulysses_size}"
+        if comm_type not in _METHOD_OF_COMM_TYPE:
+            raise UnsupportedError(
+                explain(
+                    got=f"cp_comm_type {comm_type!r}",
+                    rule=f"the kinds are p2p, a2a+p2p, {', '.join(_METHOD_OF_COMM_TYPE)}",
+                    remedy="Choose one of them, or leave it out and set cp_method",
+                )
+            )
+        return _METHOD_OF_COMM_TYPE[comm_type]
+
+    def attention(
+        self, group: torch.distributed.ProcessGroup | None, mask: Mask, method: str
+    ) -> DistAttention:
         """The attention that all layers with these settings share, and with it plans and receive buffers."""
-        key = (group, mask)
+        key = (group, mask, method)
         if key not in self._shared:
             self._shared[key] = DistAttention(
                 group,
                 layout=self.layout,
-                method=self.method,
+                method=method,
                 mask=mask,
                 kernel=self.kernel,
                 overlap=self.overlap,
                 stats=self.stats,
             )
         return self._shared[key]
+
+
+_METHOD_OF_COMM_TYPE = {"all_gather": "all_gather", "a2a": "ulysses"}
 
 
 class LightSeqCoreAttention(MegatronModule):
@@ -90,6 +115,7 @@ class LightSeqCoreAttention(MegatronModule):
         settings = settings or CoreAttentionSettings()
         group = _context_parallel_group(pg_collection or options.pop("model_comm_pgs", None))
         cp_size = 1 if group is None else group.size()
+        comm_type = _comm_type(settings, config, layer_number, options.pop("cp_comm_type", None))
         _check_supported(config, attention_type, options, cp_size)
         if config.context_parallel_size != cp_size:
             raise ConfigError(
@@ -102,6 +128,7 @@ class LightSeqCoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.settings = settings
+        self.method = settings.method_of(comm_type)
         self.group = group
         self.layout: SequenceLayout = getattr(SequenceLayout, settings.layout)(cp_size)
         # Megatron's apply_query_key_layer_scaling divides scores by the layer number and multiplies them back in
@@ -152,7 +179,7 @@ class LightSeqCoreAttention(MegatronModule):
                 )
             )
         mask = self._mask(attn_mask_type or self.attn_mask_type)
-        attention = self.settings.attention(self.group, mask)
+        attention = self.settings.attention(self.group, mask, self.method)
         out = self._attend(attention, query, key, value)
         return out.reshape(*out.shape[:2], -1)
 
@@ -193,7 +220,7 @@ class LightSeqCoreAttention(MegatronModule):
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"{self.settings.method} on {self.layout}, kernel={self.settings.kernel}"
+        return f"{self.method} on {self.layout}, kernel={self.settings.kernel}"
 
 
 def _context_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | None:
@@ -202,6 +229,18 @@ def _context_parallel_group(collection: Any) -> torch.distributed.ProcessGroup |
         collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
     group: torch.distributed.ProcessGroup | None = collection.cp
     return group
+
+
+def _comm_type(
+    settings: CoreAttentionSettings, config: TransformerConfig, layer_number: int, given: str | None
+) -> str | None:
+    """The kind of this layer. A list in Megatron's configuration is read here: megatron-core 0.16.1 hands on the
+    entry behind the layer's own (it counts layers from 1 and the list from 0).
+    """
+    if settings.comm_types:
+        return settings.comm_types[layer_number - 1 if len(settings.comm_types) > 1 else 0]
+    configured = getattr(config, "cp_comm_type", None)
+    return configured[layer_number - 1] if isinstance(configured, list) else given
 
 
 def _window(config: TransformerConfig, layer_number: int) -> Mask | None:
@@ -245,13 +284,6 @@ def _check_supported(
             raise _refusal(f"{name} = {getattr(config, name)!r}")
     if attention_type != "self":
         raise _refusal(f"attention_type {attention_type!r}")
-    if options.pop("cp_comm_type", None) not in (
-        None,
-        "p2p",
-    ):  # p2p is the default of Megatron's --cp-comm-type
-        raise _refusal(
-            "cp_comm_type (it chooses among Transformer Engine's methods; ours is chosen by cp_method)"
-        )
     _refuse_given({name: value for name, value in options.items() if name not in _HARMLESS_OPTIONS}, "option")
 
 

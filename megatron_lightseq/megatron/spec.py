@@ -67,7 +67,9 @@ def gpt_layer_spec(
         return spec
     keep = True if keep_attention_on_recompute is None else keep_attention_on_recompute
     settings = CoreAttentionSettings(
-        method=context.cp_method,
+        method=context.method_name,
+        comm_types=context.cp_comm_type,
+        ulysses_size=context.cp_ulysses_size or _inner_size(config),
         layout=context.layout_name,
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
@@ -75,6 +77,12 @@ def gpt_layer_spec(
         stats=AttentionStats() if stats is None else stats,
     )
     return _with_core_attention(spec, settings)
+
+
+def _inner_size(config: TransformerConfig | PretrainConfig) -> int | None:
+    """The ranks among which Megatron's a2a+p2p exchanges heads: the first of its hierarchical sizes."""
+    sizes = getattr(config, "hierarchical_context_parallel_sizes", None)
+    return sizes[0] if sizes else None
 
 
 def _with_core_attention(spec: ModuleSpec, settings: CoreAttentionSettings) -> ModuleSpec:

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.config.chosen import methods
 from megatron_lightseq.kernels.registry import resolve_kernel
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron import cpu_platform
 from megatron_lightseq.schedule import build
-from megatron_lightseq.schedule.ir import Direction
 from megatron_lightseq.training.faults import ControlChannel, FaultLimits
 from megatron_lightseq.training.launch import Launch
 from megatron_lightseq.training.preflight import agree, describe
@@ -51,7 +51,7 @@ def join(config: PretrainConfig) -> Iterator[Job]:
     device = _choose_device(launch)
     backend = _choose_backend(config, device)
     store = _rendezvous(launch, timeout_s)
-    host, port, prefix = store.host, store.port, f"mls/{launch.attempt}"
+    host, port, prefix = store.host, store.port, _store_prefix(launch)
 
     def connect() -> dist.Store:
         client = dist.TCPStore(
@@ -96,9 +96,9 @@ def facts(config: PretrainConfig, device: torch.device) -> dict[str, str]:
     }
     if config.context.cp_method != "megatron":
         layout = SequenceLayout(config.context.layout_name, config.parallel.context_parallel_size)
-        for direction in Direction:
+        for direction, method in methods(config).items():
             schedule = build(
-                config.context.cp_method,
+                method,
                 layout,
                 direction=direction,
                 seq_length=config.training.seq_length,
@@ -138,6 +138,15 @@ def _rendezvous(launch: Launch, timeout_s: float) -> dist.TCPStore:
         return dist.TCPStore("127.0.0.1", 0, 1, True, timeout=timeout)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     return store
+
+
+def _store_prefix(launch: Launch) -> str:
+    """Keys of one attempt.
+
+    torchrun may keep one store over restarts, with the dead ranks' keys in it. Over several machines it makes
+    a new one (the launch scripts ask it to), and each machine counts its own restarts.
+    """
+    return f"mls/{launch.attempt}" if launch.world_size == launch.local_world_size else "mls"
 
 
 def _stay_on_loopback(launch: Launch) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.config.chosen import methods
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.schedule import build
+from megatron_lightseq.schedule import Direction, build
 from megatron_lightseq.training.data.datasets import Corpora
 from megatron_lightseq.training.distributed import Job, kernel_name
 from megatron_lightseq.training.metrics import TrainMetrics, ValidationMetrics, read_metrics
@@ -165,7 +166,8 @@ def _write(
     draw_loss(history, summary.entropy, folder / LOSS_PICTURE)
     if config.context.cp_method != "megatron":
         layout = SequenceLayout(config.context.layout_name, config.parallel.context_parallel_size)
-        schedule = build(config.context.cp_method, layout, seq_length=config.training.seq_length)
+        method = methods(config)[Direction.FORWARD]
+        schedule = build(method, layout, seq_length=config.training.seq_length)
         draw_schedule(schedule, folder / SCHEDULE_PICTURE)
         written.append(("schedule", folder / SCHEDULE_PICTURE))
     return written

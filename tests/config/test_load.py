@@ -91,7 +91,8 @@ REFUSED: dict[str, str] = {
     "split: 1": "split must be text",
     "save: true": "save must be text or null",
     "save: 3": "save must be text or null",
-    "cp_method: lightsec": "cp_method must be one of lightseq, ring, zigzag, megatron. Perhaps lightseq was meant",
+    "cp_method: lightsec": "cp_method must be one of lightseq, ring, zigzag, all_gather, mesh, ulysses, usp, "
+    "rsa, auto, megatron. Perhaps lightseq was meant",
     "cp_layout: false": "cp_layout must be one of",
     "data_path: [true]": "data_path must be a list of text",
     "data_path: {a: b}": "data_path must be a list of text",
@@ -313,7 +314,8 @@ _TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_siz
 def _values(key: str) -> st.SearchStrategy[Any]:
     annotation = key_types()[key]
     if is_list(key):
-        item = st.sampled_from(["core_attn", "layernorm", "mlp"]) if key == "recompute_modules" else _TEXT
+        known = {"recompute_modules": ["core_attn", "layernorm", "mlp"], "cp_comm_type": ["p2p", "a2a+p2p"]}
+        item = st.sampled_from(known[key]) if key in known else _TEXT
         return st.lists(item, max_size=4).map(tuple)
     if choices(key):
         options: list[Any] = [*choices(key), *([None] if takes_null(key) else [])]

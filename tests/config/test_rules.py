@@ -126,6 +126,27 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "ring on the zigzag layout",
     ),
+    "ulysses_size_is_for_usp": ({"cp_ulysses_size": 1}, Machine(), "Remove it, or set cp_method to usp"),
+    "ulysses_size_divides": (
+        {"cp_method": "usp", "cp_ulysses_size": 3, "context_parallel_size": 4},
+        Machine(),
+        "Set cp_ulysses_size to a divisor of 4",
+    ),
+    "comm_type_is_one_or_one_a_layer": (
+        {"cp_comm_type": ("p2p", "a2a")},
+        Machine(),
+        "one kind for all layers, or one for each",
+    ),
+    "comm_type_is_not_for_megatron": (
+        {"cp_method": "megatron", "cp_comm_type": ("a2a",)},
+        Machine(),
+        "cp_method megatron has its own",
+    ),
+    "rsa_has_no_kernel": (
+        {"cp_method": "rsa", "cp_kernel": "cpu"},
+        Machine(),
+        "rsa computes full rows of scores without a kernel",
+    ),
     "megatron_method_is_zigzag": (
         {"cp_method": "megatron", "cp_layout": "contiguous"},
         Machine(),

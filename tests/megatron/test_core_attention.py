@@ -105,6 +105,41 @@ def test_has_no_state() -> None:
     assert "lightseq on contiguous(1)" in repr(attention)
 
 
+def test_megatrons_names_of_methods_are_understood() -> None:
+    from megatron_lightseq.megatron.core_attention import CoreAttentionSettings
+
+    def method(
+        comm_type: Any, settings: CoreAttentionSettings | None = None, layer: int = 1, **config: Any
+    ) -> str:
+        attention = build(
+            transformer_config(**config),
+            layer,
+            cp_comm_type=comm_type,
+            settings=settings or CoreAttentionSettings(),
+        )
+        name: str = attention.method
+        return name
+
+    kinds = {
+        None: "lightseq",
+        "p2p": "lightseq",
+        "all_gather": "all_gather",
+        "a2a": "ulysses",
+        "a2a+p2p": "usp",
+    }
+    assert {kind: method(kind) for kind in kinds} == kinds
+    assert method("a2a+p2p", CoreAttentionSettings(ulysses_size=4)) == "usp:4"
+    by_layer = CoreAttentionSettings(comm_types=("a2a", "p2p"))
+    assert [method(None, by_layer, layer) for layer in (1, 2)] == ["ulysses", "lightseq"]
+    assert method(None, CoreAttentionSettings(comm_types=("all_gather",)), 2) == "all_gather"
+    # megatron-core 0.16.1 hands layer 1 the entry of layer 2
+    assert method("p2p", layer=1, cp_comm_type=["a2a", "p2p"]) == "ulysses"
+    with pytest.raises(
+        UnsupportedError, match=r"cp_comm_type 'broadcast': the kinds are p2p.* set cp_method"
+    ):
+        method("broadcast")
+
+
 def test_megatron_014_passes_its_groups_by_another_name() -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -121,7 +156,6 @@ CONSTRUCTION = {
     "qk_clip": ({"qk_clip": True}, {}),
     "fp8_dot_product_attention": ({"fp8_dot_product_attention": True}, {}),
     "attention_type 'cross'": ({}, {"attention_type": "cross"}),
-    "cp_comm_type": ({}, {"cp_comm_type": "a2a"}),
     "the option sliding_sinks": ({}, {"sliding_sinks": 4}),
 }
 

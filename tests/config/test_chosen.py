@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.config.chosen import attention_shape, methods, ranked, with_chosen_layout
+from megatron_lightseq.schedule import Direction
+
+AUTO = with_values(PretrainConfig(), cp_method="auto", context_parallel_size=4, num_query_groups=2, bf16=True)
+
+
+def test_auto_takes_the_layout_of_the_best_choice_and_leaves_the_rest_alone() -> None:
+    chosen = with_chosen_layout(AUTO)
+    assert chosen.context.cp_layout == ranked(AUTO)[0].layout
+    assert chosen.context.cp_method == "auto"
+    assert with_chosen_layout(chosen) == chosen
+    for config in (with_values(AUTO, cp_method="ring"), with_values(AUTO, context_parallel_size=1)):
+        assert with_chosen_layout(config) == config
+
+
+def test_a_layout_that_is_given_is_kept() -> None:
+    striped = with_values(AUTO, cp_layout="striped")
+    assert {choice.layout for choice in ranked(striped)} == {"striped"}
+    assert set(methods(striped)) == set(Direction)
+
+
+def test_a_named_method_serves_both_directions() -> None:
+    usp = with_values(AUTO, cp_method="usp", cp_ulysses_size=2)
+    assert methods(usp) == {Direction.FORWARD: "usp:2", Direction.BACKWARD: "usp:2"}
+
+
+def test_shapes_are_those_of_one_tensor_parallel_rank() -> None:
+    shape = attention_shape(with_values(AUTO, tensor_model_parallel_size=2))
+    assert (shape.num_heads, shape.num_query_groups, shape.element_bytes) == (4, 1, 2)
