@@ -33,11 +33,27 @@ class CheckpointDirectory:
     root: Path
 
     def candidates(self) -> list[Path]:
-        """Folders with a complete checkpoint's name, newest first."""
+        """Folders with a complete checkpoint's name, newest first.
+
+        A folder may hold an earlier run that got further. What was already there when ``latest`` was last written,
+        and counts more steps than it names, is that run's, and comes after all of the present run's.
+        """
         if not self.root.is_dir():
             return []
         found = [path for path in self.root.iterdir() if _COMPLETE.fullmatch(path.name) and path.is_dir()]
-        return sorted((path for path in found if not path.is_symlink()), key=iteration_of, reverse=True)
+        found = [path for path in found if not path.is_symlink()]
+        return sorted(
+            found, key=lambda path: (not self._is_overtaken(path), iteration_of(path)), reverse=True
+        )
+
+    def _is_overtaken(self, path: Path) -> bool:
+        tracker = self.root / LATEST_NAME
+        try:
+            latest = iteration_of(Path(tracker.read_text(encoding="utf-8").strip()))
+            written = (path / MANIFEST_NAME).stat().st_mtime_ns
+            return iteration_of(path) > latest and written < tracker.stat().st_mtime_ns
+        except (OSError, ValueError, CheckpointError):  # no such file, or none of ours
+            return False
 
     def begin(self, iteration: int) -> Path:
         """Create and return the temporary folder of one save."""

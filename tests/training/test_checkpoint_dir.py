@@ -74,7 +74,7 @@ def test_commit_leaves_a_verified_checkpoint_and_both_trackers(tmp_path: Path) -
 
 
 def test_candidates_are_newest_first_and_ignore_everything_else(tmp_path: Path) -> None:
-    for iteration in (3, 12_345_678, 20):
+    for iteration in (3, 20, 12_345_678):
         _save(tmp_path, iteration)
     CheckpointDirectory(root=tmp_path).begin(99)
     (tmp_path / "iter_0000050").write_text("a file")
@@ -82,6 +82,26 @@ def test_candidates_are_newest_first_and_ignore_everything_else(tmp_path: Path) 
     (tmp_path / "iter_0000060").symlink_to(tmp_path / "iter_0000020")
     found = [path.name for path in CheckpointDirectory(root=tmp_path).candidates()]
     assert found == ["iter_12345678", "iter_0000020", "iter_0000003"]
+
+
+def test_an_earlier_run_that_got_further_comes_last(tmp_path: Path) -> None:
+    """Run a recipe to its end, run it again, interrupt it: `--load` goes on with what was interrupted."""
+    for iteration in (50, 100, 10, 30):
+        _save(tmp_path, iteration)
+    directory = CheckpointDirectory(root=tmp_path)
+    assert [iteration_of(path) for path in directory.candidates()] == [30, 10, 100, 50]
+    _save(tmp_path, 100)
+    assert iteration_of(directory.candidates()[0]) == 100
+
+
+@pytest.mark.parametrize("tracker", [b"", b"step 20\n", b"\xff", b"iter_0000099\n"])
+def test_a_tracker_of_no_use_is_passed_over(tmp_path: Path, tracker: bytes) -> None:
+    for iteration in (20, 3):
+        _save(tmp_path, iteration)
+    (tmp_path / "latest").write_bytes(tracker)
+    assert [iteration_of(path) for path in CheckpointDirectory(root=tmp_path).candidates()] == [20, 3]
+    (tmp_path / "latest").unlink()
+    assert [iteration_of(path) for path in CheckpointDirectory(root=tmp_path).candidates()] == [20, 3]
 
 
 def test_candidates_of_a_missing_folder_are_none(tmp_path: Path) -> None:
