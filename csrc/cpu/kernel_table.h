@@ -1,4 +1,5 @@
-// The seam of instruction-set variants: every variant fills one table, and nothing else knows them apart.
+// The seam of instruction-set variants: every variant fills one table, and
+// nothing else knows them apart.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -8,8 +9,9 @@
 
 namespace mls::cpu {
 
-// Work is cut into numbered tasks; a worker takes the lowest task not yet taken. The cut depends on the
-// shape alone, never on the number of threads, so results are bit for bit the same on any number of cores.
+// Work is cut into numbered tasks; a worker takes the lowest task not yet
+// taken. The cut depends on the shape alone, never on the number of threads, so
+// results are bit for bit the same on any number of cores.
 struct Workload {
   int64_t num_tasks;
   size_t scratch_bytes;  // per worker
@@ -18,8 +20,8 @@ struct Workload {
 
 using TurnCounter = std::atomic<int32_t>;
 
-struct KernelTable {
-  const char* name;
+// The kernel of one element type in one variant.
+struct Kernel {
   Workload (*forward_workload)(const ForwardParams&);
   void (*forward_task)(const ForwardParams&, int64_t task, void* scratch);
   Workload (*backward_workload)(const BackwardParams&);
@@ -27,13 +29,23 @@ struct KernelTable {
   void (*backward_task)(const BackwardParams&, int64_t task, void* scratch, TurnCounter* turns);
 };
 
+struct KernelTable {
+  const char* name;
+  Kernel float32;
+  Kernel bfloat16;
+
+  const Kernel& of(ElementType type) const { return type == ElementType::kFloat32 ? float32 : bfloat16; }
+};
+
 extern const KernelTable kBaselineTable;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
+extern const KernelTable kAmxTable;
 #endif
 
-// The fastest variant this machine runs, or the one named by MLS_CPU_ISA (tests). Throws if it cannot run.
+// The fastest variant this machine runs, or the one named by MLS_CPU_ISA
+// (tests). Throws if it cannot run.
 const KernelTable& selected_table();
 
 }  // namespace mls::cpu

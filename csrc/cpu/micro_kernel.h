@@ -1,5 +1,6 @@
-// The one inner loop of all seven matrix products: acc[R][V] += A(i, k) * B[k][V vectors].
-// A is read as scalar broadcasts, so it needs no packing and may be row-major or column-major.
+// The one inner loop of all seven matrix products: acc[R][V] += A(i, k) *
+// B[k][V vectors]. A is read as scalar broadcasts, so it needs no packing and
+// may be row-major or column-major.
 #pragma once
 #include "simd.h"
 #include "tiles.h"
@@ -52,7 +53,8 @@ MLS_INLINE void row_remainder(int remaining, int64_t row, F f) {
   }
 }
 
-// Calls f.operator()<R>(first_row) over `count` rows: full micro tiles, then one of the rest's exact size.
+// Calls f.operator()<R>(first_row) over `count` rows: full micro tiles, then
+// one of the rest's exact size.
 template <class F>
 MLS_INLINE void for_row_groups(int64_t count, F f) {
   int64_t row = 0;
@@ -60,7 +62,8 @@ MLS_INLINE void for_row_groups(int64_t count, F f) {
   row_remainder<kMicroRows - 1>(static_cast<int>(count - row), row, f);
 }
 
-// Calls f.operator()<V>(first_column) over `width` columns (whole vectors), at most kMicroVecs at a time.
+// Calls f.operator()<V>(first_column) over `width` columns (whole vectors), at
+// most kMicroVecs at a time.
 template <class F>
 MLS_INLINE void for_column_groups(int64_t width, F f) {
   int64_t column = 0;

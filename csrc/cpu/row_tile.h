@@ -1,8 +1,10 @@
-// A row tile: kTileRows (query, head) pairs that share one key/value head, and the keys each may see.
+// A row tile: kTileRows (query, head) pairs that share one key/value head, and
+// the keys each may see.
 //
-// All heads of a group are laid side by side in the lanes (row = query * heads_per_group + head): a key panel
-// then serves the whole group, few queries still fill the lanes, and a causal tile spans few queries, so
-// less of it is masked. Band, ranges, ragged ends: all are one [begin, end) of keys per lane.
+// All heads of a group are laid side by side in the lanes (row = query *
+// heads_per_group + head): a key panel then serves the whole group, few queries
+// still fill the lanes, and a causal tile spans few queries, so less of it is
+// masked. Band, ranges, ragged ends: all are one [begin, end) of keys per lane.
 #pragma once
 #include "simd.h"
 #include "softmax.h"
@@ -13,7 +15,8 @@ namespace mls::cpu::MLS_VARIANT {
 struct RowTile {
   int64_t first_row;
   int num_rows;
-  int64_t key_begin, key_end;  // keys that some row sees lie in here; empty if begin >= end
+  int64_t key_begin,
+      key_end;                 // keys that some row sees lie in here; empty if begin >= end
   int64_t all_begin, all_end;  // every row sees all of these keys
   alignas(MLS_VEC_BYTES) int32_t begin[kTileRows];
   alignas(MLS_VEC_BYTES) int32_t end[kTileRows];
@@ -29,6 +32,17 @@ struct KeyHead {
 
 MLS_INLINE int64_t rows_per_kv_head(const AttentionShape& shape) {
   return shape.num_queries * shape.heads_per_group();
+}
+
+inline int64_t row_tiles(const AttentionShape& shape) {
+  return ceil_div(rows_per_kv_head(shape), kTileRows);
+}
+
+// Row tiles of a forward task. The shape alone decides, so that results do not depend on the number of
+// threads.
+inline int64_t block_tiles(const AttentionShape& shape) {
+  const int64_t all_tiles = shape.batch * shape.num_kv_heads * row_tiles(shape);
+  return std::clamp<int64_t>(all_tiles / kWantedForwardTasks, kMinBlockTiles, kMaxBlockTiles);
 }
 
 template <typename T>
@@ -64,7 +78,8 @@ inline void fill_row_tile(const AttentionShape& shape, const KeyMask& mask, int6
   tile.all_begin = 0, tile.all_end = shape.num_keys;
   for (int lane = 0; lane < kTileRows; ++lane) {
     int64_t begin = 0,
-            end = shape.num_keys;  // lanes past the end: never read back, so never a reason to mask
+            end = shape.num_keys;  // lanes past the end: never read back, so
+                                   // never a reason to mask
     if (lane < tile.num_rows) {
       visible_keys(shape, mask, (first_row + lane) / group, begin, end);
       if (begin < end) {

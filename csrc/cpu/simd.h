@@ -1,5 +1,6 @@
-// Vectors of floats by compiler vector extensions: no intrinsics, so the same source is AVX-512, AVX2, SSE
-// or NEON. The width is our own macro because g++ does not refresh __AVX512F__ after a target pragma.
+// Vectors of floats by compiler vector extensions: no intrinsics, so the same
+// source is AVX-512, AVX2, SSE or NEON. The width is our own macro because g++
+// does not refresh __AVX512F__ after a target pragma.
 #pragma once
 #if !defined(MLS_VEC_BYTES) || !defined(MLS_VARIANT)
 #error "include from a variant_*.cpp that defines MLS_VEC_BYTES and MLS_VARIANT"
@@ -41,6 +42,10 @@ MLS_INLINE Vec select(IntVec keep, Vec a, Vec b) {
   return keep ? a : b;
 }
 
+MLS_INLINE HalfWordVec load_half_words(const uint16_t* p) {
+  return *reinterpret_cast<const UnalignedHalfWordVec*>(p);
+}
+
 // Element types widen to fp32 on load. A bf16 is the upper half of a float.
 struct Float32 {
   using Storage = float;
@@ -51,8 +56,7 @@ struct Float32 {
 struct BFloat16 {
   using Storage = uint16_t;
   static MLS_INLINE Vec load(const uint16_t* p) {
-    const HalfWordVec half = *reinterpret_cast<const UnalignedHalfWordVec*>(p);
-    return reinterpret_cast<Vec>(__builtin_convertvector(half, WordVec) << 16);
+    return reinterpret_cast<Vec>(__builtin_convertvector(load_half_words(p), WordVec) << 16);
   }
   static MLS_INLINE float scalar(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -62,7 +66,8 @@ struct BFloat16 {
   }
 };
 
-// out lane j = j-th index into the 2 * kLanes floats of (a, b), fixed at compile time.
+// out lane j = j-th index into the 2 * kLanes floats of (a, b), fixed at
+// compile time.
 template <int... kIndex>
 MLS_INLINE Vec shuffle(Vec a, Vec b, std::integer_sequence<int, kIndex...>) {
 #if defined(__clang__)
@@ -82,7 +87,8 @@ MLS_INLINE Vec exchange(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
   return shuffle(a, b, std::integer_sequence<int, exchange_index(kLane, kDistance, kUpper)...>{});
 }
 
-// kLanes x kLanes transpose in registers: blocks of kDistance swap across the diagonal, then halve.
+// kLanes x kLanes transpose in registers: blocks of kDistance swap across the
+// diagonal, then halve.
 template <int kDistance = kLanes / 2>
 MLS_INLINE void transpose(Vec (&rows)[kLanes]) {
   using AllLanes = std::make_integer_sequence<int, kLanes>;

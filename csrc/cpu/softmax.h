@@ -1,6 +1,8 @@
-// Base-2 exponential, the softmax of FlashAttention in log2 units: p = 2^(score * scale * log2(e) - max).
+// Base-2 exponential, the softmax of FlashAttention in log2 units: p = 2^(score
+// * scale * log2(e) - max).
 #pragma once
 #include "simd.h"
+#include "tiles.h"
 
 namespace mls::cpu::MLS_VARIANT {
 
@@ -8,9 +10,30 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// 2^x for x <= about 0, relative error 9e-8; below -126 (and at -inf) exactly 0; NaN stays NaN.
-// x is split into integer n and remainder r in [-1/2, 1/2] by adding 1.5 * 2^23, which rounds to nearest and
-// leaves n in the low mantissa bits; a degree-5 minimax polynomial gives 2^r; n goes into the exponent.
+// 2^x for x <= about 0; below -126 (and at -inf) exactly 0; NaN stays NaN. A
+// minimax polynomial of degree 5 gives the fraction, relative error 9e-8.
+#if MLS_VEC_BYTES == 64
+// AVX-512 has both halves as instructions: r = x - floor(x) and p * 2^floor(x).
+// 5 cycles a vector, not 6.5.
+template <int kDegree = 5>
+MLS_INLINE Vec exp2(Vec x) {
+  constexpr int kFloor = 0x09;  // no fraction bits, round towards -inf, no exception flags
+  const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), kFloor));
+  Vec p = splat(1.8671302134215275e-3f);
+  p = p * r + 9.017030018570639e-3f;
+  p = p * r + 5.5799913320829474e-2f;
+  p = p * r + 2.4016445009565887e-1f;
+  p = p * r + 6.93151311809468e-1f;
+  p = p * r + 1.0f;
+  const __m512 wide = reinterpret_cast<__m512>(x);
+  const __mmask16 keep = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(keep, reinterpret_cast<__m512>(p), wide));
+}
+#else
+// x is split into integer n and r in [-1/2, 1/2] by adding 1.5 * 2^23, which
+// rounds to nearest and leaves n in the low mantissa bits; n is then added to
+// the exponent.
+template <int kDegree = 5>
 MLS_INLINE Vec exp2(Vec x) {
   const Vec rounder = splat(12582912.0f);
   const Vec shifted = x + rounder;
@@ -25,10 +48,57 @@ MLS_INLINE Vec exp2(Vec x) {
   const IntVec underflow = x < splat(-126.0f);
   return reinterpret_cast<Vec>(scaled & ~underflow);
 }
+#endif
 
-// A running maximum that is safe to subtract: a row without keys has -inf, and -inf - -inf would be NaN.
+// A running maximum that is safe to subtract: a row without keys has -inf, and
+// -inf - -inf would be NaN.
 MLS_INLINE Vec finite_max(Vec max_log2) {
   return select(max_log2 == splat(-kInfinity), Vec{}, max_log2);
 }
+
+// The online softmax of one row tile: what has been summed so far, and against
+// which maximum.
+struct SoftmaxState {
+  alignas(MLS_VEC_BYTES) float max_log2[kTileRows];  // running maximum of score
+                                                     // * scale * log2(e)
+  alignas(MLS_VEC_BYTES) float sum[kTileRows];       // of 2^(score - maximum)
+
+  void clear() {
+    std::fill_n(max_log2, kTileRows, -kInfinity);
+    std::fill_n(sum, kTileRows, 0.0f);
+  }
+};
+
+// One step of it: new scores arrive with their maximum, older sums are rescaled
+// to the new maximum.
+struct SoftmaxStep {
+  Vec scale;                // softmax_scale * log2(e)
+  Vec offset[kMicroVecs];   // the new maximum, finite
+  Vec rescale[kMicroVecs];  // factor of everything summed so far
+  Vec sum[kMicroVecs];
+
+  MLS_INLINE SoftmaxStep(SoftmaxState& state, const Vec (&top)[kMicroVecs], float log2_scale)
+      : scale(splat(log2_scale)) {
+#pragma GCC unroll 8
+    for (int x = 0; x < kMicroVecs; ++x) {
+      const Vec old = load(state.max_log2 + x * kLanes);
+      const Vec updated = max(top[x] * scale, old);
+      store(state.max_log2 + x * kLanes, updated);
+      offset[x] = finite_max(updated);
+      rescale[x] = exp2(old - offset[x]);
+      sum[x] = load(state.sum + x * kLanes) * rescale[x];
+    }
+  }
+  template <int kDegree = 5>
+  MLS_INLINE Vec weight(int x, Vec score) {
+    const Vec p = exp2(score * scale - offset[x]);
+    sum[x] += p;
+    return p;
+  }
+  MLS_INLINE void finish(SoftmaxState& state) const {
+#pragma GCC unroll 8
+    for (int x = 0; x < kMicroVecs; ++x) store(state.sum + x * kLanes, sum[x]);
+  }
+};
 
 }  // namespace mls::cpu::MLS_VARIANT

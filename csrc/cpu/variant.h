@@ -1,13 +1,21 @@
-// Included once by each variant_*.cpp, after its target pragma: the whole kernel in that variant's namespace.
+// Included once by each variant_*.cpp, after its target pragma: the whole
+// kernel in that variant's namespace.
 #include "backward.h"
+#include "backward_vector.h"
 #include "forward.h"
+#include "forward_vector.h"
 
-#define MLS_DEFINE_TABLE(table, table_name)                  \
-  namespace mls::cpu {                                       \
-  const KernelTable table = {table_name,                     \
-                             MLS_VARIANT::forward_workload,  \
-                             MLS_VARIANT::forward_task,      \
-                             MLS_VARIANT::backward_workload, \
-                             MLS_VARIANT::init_turns,        \
-                             MLS_VARIANT::backward_task};    \
-  }
+namespace mls::cpu::MLS_VARIANT {
+
+template <class Forward, class Backward>
+constexpr Kernel make_kernel() {
+  return {forward_workload<Forward>, forward_task<Forward>, backward_workload<Backward>, init_turns<Backward>,
+          backward_task<Backward>};
+}
+
+template <class Element>
+constexpr Kernel vector_kernel() {
+  return make_kernel<VectorForward<Element>, VectorBackward<Element>>();
+}
+
+}  // namespace mls::cpu::MLS_VARIANT

@@ -10,7 +10,11 @@
 #define MLS_VARIANT avx2
 #define MLS_VEC_BYTES 32
 #include "variant.h"
-MLS_DEFINE_TABLE(kAvx2Table, "avx2")
+
+namespace mls::cpu {
+const KernelTable kAvx2Table = {"avx2", avx2::vector_kernel<avx2::Float32>(),
+                                avx2::vector_kernel<avx2::BFloat16>()};
+}
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -11,7 +11,11 @@
 #define MLS_VARIANT avx512
 #define MLS_VEC_BYTES 64
 #include "variant.h"
-MLS_DEFINE_TABLE(kAvx512Table, "avx512")
+
+namespace mls::cpu {
+const KernelTable kAvx512Table = {"avx512", avx512::vector_kernel<avx512::Float32>(),
+                                  avx512::vector_kernel<avx512::BFloat16>()};
+}
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,7 +1,12 @@
-// The kernel for whatever the compiler targets by default: SSE2 on x86-64, NEON on ARM.
+// The kernel for whatever the compiler targets by default: SSE2 on x86-64, NEON
+// on ARM.
 #include "variant_headers.h"
 
 #define MLS_VARIANT baseline
 #define MLS_VEC_BYTES 16
 #include "variant.h"
-MLS_DEFINE_TABLE(kBaselineTable, "baseline")
+
+namespace mls::cpu {
+const KernelTable kBaselineTable = {"baseline", baseline::vector_kernel<baseline::Float32>(),
+                                    baseline::vector_kernel<baseline::BFloat16>()};
+}

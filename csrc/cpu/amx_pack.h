@@ -1,0 +1,116 @@
+// bf16 operands of AMX products. A word is a pair of bf16 values, the first in
+// its lower half.
+#pragma once
+#include "amx_tile.h"
+#include "pack.h"
+#include "row_tile.h"
+#include "simd.h"
+
+namespace mls::cpu::MLS_VARIANT {
+
+constexpr int64_t amx_width(int64_t dim) {
+  return round_up(dim, kAmxBlock);
+}
+
+MLS_INLINE Vec load_words(const uint32_t* p) {
+  return load(reinterpret_cast<const float*>(p));
+}
+MLS_INLINE void store_words(uint32_t* p, Vec x) {
+  store(reinterpret_cast<float*>(p), x);
+}
+
+// bf16 rounding by integers, ties away from zero: half the cycles of
+// vcvtne2ps2bf16 and a permutation.
+constexpr int32_t kHalfOfBf16Ulp = 0x8000;
+
+// lane = (bf16(low), bf16(high))
+MLS_INLINE Vec pair_words(Vec low, Vec high) {
+  const IntVec rounded_high = reinterpret_cast<IntVec>(high) + kHalfOfBf16Ulp;
+  const IntVec rounded_low = reinterpret_cast<IntVec>(low) + kHalfOfBf16Ulp;
+  const WordVec low_half = reinterpret_cast<WordVec>(rounded_low) >> 16;
+  return reinterpret_cast<Vec>((reinterpret_cast<WordVec>(rounded_high) & 0xffff0000u) | low_half);
+}
+
+// 32 neighbouring values, first the lanes of `low`
+MLS_INLINE Vec neighbour_words(Vec low, Vec high) {
+  return reinterpret_cast<Vec>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+}
+
+// words[n][d] = (rows[2 n][d], rows[2 n + 1][d]); `width` a multiple of 32
+inline void interleave_rows(const uint16_t* rows, int64_t num_rows, int64_t width, uint32_t* words) {
+  for (int64_t n = 0; n < num_rows / 2; ++n) {
+    const uint16_t* even = rows + 2 * n * width;
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const WordVec low = __builtin_convertvector(load_half_words(even + d), WordVec);
+      const WordVec high = __builtin_convertvector(load_half_words(even + width + d), WordVec);
+      store_words(words + n * width + d, reinterpret_cast<Vec>(low | (high << 16)));
+    }
+  }
+}
+
+// dst[c][r] = src[r][c] for words; both extents multiples of 16
+inline void transpose_words(const uint32_t* src, int64_t src_stride, int64_t rows, int64_t columns,
+                            uint32_t* dst, int64_t dst_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load_words(src + (r + i) * src_stride + c);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store_words(dst + (c + i) * dst_stride + r, block[i]);
+    }
+  }
+}
+
+// dst = src and zeros up to amx_width(dim). Not memcpy: inline loads of several
+// rows wait for memory together.
+MLS_INLINE void copy_row(const uint16_t* src, int64_t dim, uint16_t* dst) {
+  int64_t d = 0;
+  for (; d + kAmxBlock <= dim; d += kAmxBlock) _mm512_storeu_si512(dst + d, _mm512_loadu_si512(src + d));
+  if (d < dim) {
+    const auto tail = static_cast<__mmask32>((1u << (dim - d)) - 1);
+    _mm512_storeu_si512(dst + d, _mm512_maskz_loadu_epi16(tail, src + d));
+  }
+}
+
+// Keys [first, first + count) as rows of amx_width(dim), and zero rows up to
+// the next whole block: what is read there meets weights of zero, and zero
+// times stale memory could be NaN.
+inline void copy_key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
+                          int64_t dim, uint16_t* rows) {
+  const auto* base = static_cast<const uint16_t*>(tensor.data) + at.batch * tensor.batch_stride +
+                     at.kv_head * tensor.head_stride;
+  const int64_t width = amx_width(dim);
+  for (int64_t r = 0; r < count; ++r)
+    copy_row(base + (first + r) * tensor.token_stride, dim, rows + r * width);
+  std::memset(rows + count * width, 0, (round_up(count, kAmxBlock) - count) * width * sizeof(uint16_t));
+}
+
+inline void copy_tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
+                           const RowTile& tile, int64_t dim, uint16_t* rows) {
+  const TokenTensor<const uint16_t> typed{static_cast<const uint16_t*>(tensor.data), tensor.token_stride,
+                                          tensor.batch_stride, tensor.head_stride};
+  const int64_t width = amx_width(dim);
+  for (int r = 0; r < tile.num_rows; ++r) {
+    copy_row(row_pointer(typed, group, at, tile.first_row + r), dim, rows + r * width);
+  }
+  std::memset(rows + tile.num_rows * width, 0, (kTileRows - tile.num_rows) * width * sizeof(uint16_t));
+}
+
+// words[d / 2][row] = (row's values d, d + 1): a B operand whose columns are
+// query rows
+inline void rows_to_word_lanes(const uint16_t* rows, int64_t width, uint32_t* words) {
+  transpose_words(reinterpret_cast<const uint32_t*>(rows), width / 2, kTileRows, width / 2, words, kTileRows);
+}
+
+// columns[d][key] = rows[key][d]: an A operand whose depth is keys. `words` is
+// staging of num_keys / 2 x width.
+inline void keys_to_columns(const uint16_t* rows, int64_t num_keys, int64_t width, uint32_t* words,
+                            uint16_t* columns, int64_t stride) {
+  interleave_rows(rows, num_keys, width, words);
+  transpose_words(words, width, num_keys / 2, width, reinterpret_cast<uint32_t*>(columns), stride / 2);
+}
+
+}  // namespace mls::cpu::MLS_VARIANT
