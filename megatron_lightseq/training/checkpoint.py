@@ -9,6 +9,7 @@ all ranks see one file system.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ def save_checkpoint(training: Training, root: Path, position: Position) -> Path:
         fsync_files(folder, names)
         records = record_files(folder, names)
     except (OSError, CheckpointException) as error:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint on a full disk helps nobody
         raise CheckpointError(
             explain(
                 got=f"saving to {folder}: {_causes(error)}",
