@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -122,6 +123,7 @@ def test_order_depends_on_names_alone(tmp_path: Path) -> None:
         ('{"text": 3}', "text is int"),
         ('["text"]', "TypeError"),
         ("[" * 100_000, "RecursionError|JSONDecodeError"),
+        ('{"text": "\\ud800"}', "text is no Unicode, surrogates not allowed"),
     ],
 )
 def test_bad_json_line_is_named(line: str, text: str, tmp_path: Path) -> None:
@@ -283,6 +285,23 @@ def documents_at(prefix: Path) -> int:
     if not Path(f"{prefix}.idx").exists():
         return 0
     return len(check_index(prefix).lengths)
+
+
+def test_only_what_killed_processes_of_this_host_left_is_removed(tmp_path: Path) -> None:
+    """Other nodes may be preparing the same corpus at this moment, under process ids that are free here."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    kept = [
+        f".corpus.tmp-other-node-{ended.pid}.bin",
+        f".corpus.tmp-{host}-{os.getppid()}.bin",
+        f".corpus.tmp-{host}-mine.bin",
+        f".corpus.old.tmp-{host}-{ended.pid}.bin",
+    ]
+    for name in [*kept, f".corpus.tmp-{host}-{ended.pid}.bin", f".corpus.tmp-{host}-{ended.pid}.idx"]:
+        (tmp_path / name).touch()
+    prepare(find_files([write_texts(tmp_path / "texts")]), ByteTokenizer(), tmp_path / "corpus")
+    assert files_at(tmp_path / "corpus") == sorted([*kept, "corpus.bin", "corpus.idx", "corpus.json"])
 
 
 def test_kill_at_every_file_operation_leaves_no_half_index(tmp_path: Path) -> None:

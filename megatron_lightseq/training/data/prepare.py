@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -153,11 +154,16 @@ def _announced(files: Iterable[SourceFile], advance: Advance) -> Iterator[Source
 
 @contextlib.contextmanager
 def _temporary(prefix: Path) -> Iterator[Path]:
-    """A prefix beside the target for files that are not complete; whatever is left there is removed."""
-    for left in prefix.parent.glob(f".{prefix.name}.tmp-*.*"):  # by a run that was killed
-        if not _is_running(int(left.name.split(".tmp-")[1].partition(".")[0])):
+    """A prefix beside the target for files that are not complete; whatever is left there is removed.
+
+    It names host and process: nodes that share the folder may all prepare the corpus at the start of a job.
+    """
+    own = f".{prefix.name}.tmp-{socket.gethostname()}-"
+    for left in list(prefix.parent.iterdir()):  # by a run that was killed, on this host
+        process = left.name.removeprefix(own).partition(".")[0]
+        if left.name.startswith(own) and process.isdecimal() and not _is_running(int(process)):
             left.unlink(missing_ok=True)
-    staged = prefix.with_name(f".{prefix.name}.tmp-{os.getpid()}")
+    staged = prefix.with_name(f"{own}{os.getpid()}")
     try:
         yield staged
     finally:

@@ -139,6 +139,10 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 raise _bad_line(path, number, type(error).__name__) from error
             if not isinstance(text, str):
                 raise _bad_line(path, number, f"text is {type(text).__name__}")
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+                raise _bad_line(path, number, f"text is no Unicode, {error.reason}") from error
             if text:
                 yield text
 

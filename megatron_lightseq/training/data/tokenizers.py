@@ -158,7 +158,7 @@ def load_hf_tokenizer(path: Path) -> HFTokenizer:
 
 
 def build_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer of a configuration, with `vocab_size` raised to the configured one where that is larger."""
+    """The tokenizer of a configuration; raises DataError when its file is none."""
     if data.tokenizer_type == "hf":
         assert data.tokenizer_model is not None, "the rules let hf pass with a model only"
         return load_hf_tokenizer(Path(data.tokenizer_model))
