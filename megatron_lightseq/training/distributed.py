@@ -149,15 +149,6 @@ def _store_prefix(launch: Launch) -> str:
     return f"mls/{launch.attempt}" if launch.world_size == launch.local_world_size else "mls"
 
 
-def _store_prefix(launch: Launch) -> str:
-    """Keys of one attempt.
-
-    torchrun may keep one store over restarts, with the dead ranks' keys in it. Over several machines it makes
-    a new one (the launch scripts ask it to), and each machine counts its own restarts.
-    """
-    return f"mls/{launch.attempt}" if launch.world_size == launch.local_world_size else "mls"
-
-
 def _stay_on_loopback(launch: Launch) -> None:
     """On one machine gloo need not listen to the network; a name that does not resolve cannot stop it, either."""
     if launch.world_size == launch.local_world_size and "lo" in (name for _, name in socket.if_nameindex()):
