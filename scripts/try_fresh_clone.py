@@ -29,6 +29,7 @@ REPORT = Path("runs") / "gpt_stdlib" / "report"
 PHASE = re.compile(r"\[lightseq\] (\w+)[^:]*: done in (\d+) s")
 FIRST_STEP = re.compile(r"step +1/(\d+) ")
 SHOWN_STEPS = 3
+SHORT = ("--train-iters", "3", "--lr-warmup-iters", "1")
 
 
 @dataclass(slots=True)
@@ -75,7 +76,13 @@ def machine() -> dict[str, object]:
     if info.exists() and (name := re.search(r"model name\s*: (.+)", info.read_text())):
         cpu = name[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu, "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
+    load = os.getloadavg()[1]  # over the last five minutes
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "system": f"{platform.system()} {platform.machine()}",
+        "load": round(load, 1),
+    }
 
 
 def excerpt(command: Command) -> list[str]:
@@ -131,7 +138,7 @@ def main() -> int:
         environment |= {"PATH": path_without_environment(), "HOME": str(home)}
         commands = {
             "pretrain": run(["bash", "scripts/pretrain_gpt.sh"], clone, environment),
-            "again": run(["bash", "scripts/pretrain_gpt.sh", "--train-iters", "3"], clone, environment),
+            "again": run(["bash", "scripts/pretrain_gpt.sh", *SHORT], clone, environment),
         }
         if not options.no_tests:
             commands["tests"] = run(["bash", "scripts/run_tests.sh"], clone, environment)

@@ -113,7 +113,7 @@ def code(path: str, *between: str) -> str:
 def fresh_clone(part: str) -> str:
     """What scripts/try_fresh_clone.py --record wrote down: `times`, `output` or `loss`."""
     recorded = json.loads((ROOT / "docs" / "results" / "fresh_clone.json").read_text())
-    pretrain, again, tests = (recorded["commands"][name] for name in ("pretrain", "again", "tests"))
+    pretrain, again = (recorded["commands"][name] for name in ("pretrain", "again"))
     if part == "output":
         return "```text\n" + "\n".join(pretrain["lines"]) + "\n```"
     if part == "loss":
@@ -133,9 +133,10 @@ def fresh_clone(part: str) -> str:
             f"{pretrain['seconds']} s",
         ],
         ["`pretrain_gpt.sh` a second time: to the first step", f"{again['first_step_s']} s"],
-        ["`run_tests.sh`, with its test tools", f"{tests['seconds']} s"],
     ]
-    where = "{cpu}, {cores} cores, {system}".format(**recorded["machine"])
+    if "tests" in recorded["commands"]:
+        rows.append(["`run_tests.sh`, with its test tools", f"{recorded['commands']['tests']['seconds']} s"])
+    where = "{cpu}, {cores} cores, {system}, load average {load}".format(**recorded["machine"])
     source = (
         f"`python scripts/try_fresh_clone.py --record` at commit {recorded['commit']}: {where}, warm caches."
     )
