@@ -54,6 +54,8 @@ class StepMeasurement:
     """One optimizer step of one rank."""
 
     seconds: float
+    cpu_seconds: float
+    """Processor time of the rank's threads: what a step costs a machine that is busy with other things, too."""
     loss: float
     bytes_sent: int
     """Through torch.distributed: attention's transfers, Megatron's collectives, gradients."""

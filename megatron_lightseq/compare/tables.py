@@ -29,6 +29,8 @@ class Figures:
     """Of every step, warm-up included."""
     step_seconds: tuple[float, ...] = ()
     """Of every timed step: the slowest rank's."""
+    cpu_seconds: float = math.nan
+    """Of a step, on the rank that computes most: median over steps."""
     tokens_per_second: float = math.nan
     """By the median step."""
     flops_per_second: float = math.nan
@@ -152,6 +154,7 @@ def summarize(job: Job, rounds: Sequence[Outcome], flops: float, ceiling: float 
         title=title,
         losses=tuple(step.loss for step in rounds[0].ranks[0].steps),
         step_seconds=seconds,
+        cpu_seconds=statistics.median(max(step.cpu_seconds for step in ranks) for ranks in per_step),
         tokens_per_second=tokens / median,
         flops_per_second=flops / median,
         ceiling_fraction=None if ceiling is None else flops / median / ceiling,

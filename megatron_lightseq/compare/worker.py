@@ -102,15 +102,17 @@ def _timed_step(
     _settle()
     traffic.reset()
     link = link_bytes(interface)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     result = train_step(training, batches)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
+    cpu_seconds = time.process_time() - cpu_began
     measured = dataclasses.asdict(traffic)
     _settle()
     return StepMeasurement(
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         loss=result.loss,
         bytes_sent=measured["bytes_sent"],
         attention_bytes_sent=stats.bytes_sent,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_lightseq.cli.compare import run
 from megatron_lightseq.compare.job import Job
-from megatron_lightseq.compare.launch import Cluster, measure
+from megatron_lightseq.compare.launch import Cluster, Host, measure
 from megatron_lightseq.compare.link import BYTES_TOLERANCE, predicted_bytes
 from megatron_lightseq.compare.longest import longest_sequence
 from megatron_lightseq.compare.run import common_config, run_comparison
@@ -71,6 +71,11 @@ def test_a_broken_job_is_reported_with_its_log() -> None:
     outcome = measure(job(config=with_unknown_kernel), CLUSTER)
     assert outcome.ranks == ()
     assert "kernel 'warp'" in (outcome.failure or "")
+
+
+def test_a_host_that_is_not_there_is_named() -> None:
+    nowhere = Cluster(hosts=(Host(network_namespace="mls-nowhere"),), timeout_s=60)
+    assert "mls-nowhere" in (measure(job(), nowhere).failure or "")
 
 
 def test_a_stuck_job_is_ended() -> None:

@@ -19,6 +19,7 @@ from megatron_lightseq.config import PretrainConfig, with_values
 
 def step(seconds: float, loss: float, **more: Any) -> StepMeasurement:
     fields = {
+        "cpu_seconds": seconds / 2,
         "bytes_sent": 1000,
         "attention_bytes_sent": 600,
         "exposed_seconds": 0.25,
@@ -65,6 +66,7 @@ def test_speedup_is_by_the_median_step_of_the_slowest_rank() -> None:
     megatron, ours = found.figures
     assert found.agrees
     assert ours.step_seconds == (1.75, 2.25, 2.0)
+    assert ours.cpu_seconds == 1.0
     assert found.speedup(ours) == 2.0
     assert megatron.tokens_per_second == 4096 / 4.0
     assert megatron.peak_resident_bytes == 400 << 20
