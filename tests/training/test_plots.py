@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,19 @@ def test_title_tells_the_busy_fraction(figures: list[Any]) -> None:
 def test_one_arrow_for_every_pair_of_ranks_that_talks_in_a_step(figures: list[Any], direction: str) -> None:
     drawn = schedule("lightseq", 5, direction)
     plots.draw_schedule(drawn, "unused.png")
+    from matplotlib.colors import to_hex
     from matplotlib.text import Annotation
 
     arrows = [a for a in figures[0].axes[0].texts if isinstance(a, Annotation) and a.arrow_patch is not None]
-    inputs = {"q", "kv", "qdo"}
+    kinds = {"q": "q", "qdo": "q", "kv": "k"}
     expected = {
-        (t, move.payload if move.payload in inputs else "result", move.src, move.dst)
+        (t, kinds.get(move.payload, "result"), move.src, move.dst)
         for t, step in enumerate(drawn.steps)
         for move in step.moves
     }
-    assert len(arrows) == len(expected)
+    drawn_kinds = Counter(to_hex(arrow.arrow_patch.get_edgecolor()) for arrow in arrows)
+    assert drawn_kinds == Counter(plots._MOVE_COLOURS[kind] for _, kind, _, _ in expected)
+    assert len(drawn_kinds) == 3
 
 
 def test_help_has_the_colour_of_the_helped(figures: list[Any]) -> None:
