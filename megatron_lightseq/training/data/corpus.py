@@ -111,14 +111,20 @@ def check_index(prefix: Path | str) -> Index:
         f"it has {size} bytes for {num_sequences} sequences and {num_documents} document marks",
         f"these need {wanted}",
     )
-    raw = np.memmap(path, mode="r", dtype=np.uint8)[_HEADER.size :]
-    lengths = np.frombuffer(raw[: 4 * num_sequences].tobytes(), dtype=np.int32)
-    pointers = np.frombuffer(raw[4 * num_sequences : 12 * num_sequences].tobytes(), dtype=np.int64)
-    documents = np.frombuffer(raw[12 * num_sequences :].tobytes()[: 8 * num_documents], dtype=np.int64)
+    lengths: npt.NDArray[np.int32] = _mapped(path, np.int32, _HEADER.size, num_sequences)
+    pointers: npt.NDArray[np.int64] = _mapped(path, np.int64, _HEADER.size + 4 * num_sequences, num_sequences)
+    documents: npt.NDArray[np.int64] = _mapped(
+        path, np.int64, _HEADER.size + 12 * num_sequences, num_documents
+    )
     token_type = TOKEN_TYPES[code]
     _check_sequences(path, lengths, pointers, np.dtype(token_type).itemsize, data.stat().st_size)
     _check_documents(path, documents, num_sequences)
     return Index(token_type=token_type, lengths=lengths, documents=documents)
+
+
+def _mapped(path: Path, kind: type[np.integer[Any]], offset: int, count: int) -> npt.NDArray[Any]:
+    """Numbers of a file, without reading it into memory; an empty file region cannot be mapped."""
+    return np.memmap(path, kind, "r", offset, (count,)) if count else np.zeros(0, kind)
 
 
 def _check_sequences(
