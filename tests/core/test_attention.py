@@ -103,6 +103,19 @@ def test_low_precision_stays_within_its_budget(
     oracle.check_within_budget(unshard(layout, parts), whole, mask, f"{method} on {size} ranks")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_budget_sees_an_error_that_the_dtype_does_not_explain(dtype: torch.dtype) -> None:
+    mask = Mask.causal()
+    whole = oracle.inputs(2 * 33, (4, 2), (64, 64), dtype)
+    right = [x.to(dtype) for x in oracle.expected(whole, mask)]
+    oracle.check_within_budget(right, whole, mask, "rounded once")
+    for index, name in enumerate(oracle.NAMES):
+        for wrong in (right[index] * (1 + 8 * torch.finfo(dtype).eps), right[index] * float("nan")):
+            spoiled = [*right[:index], wrong, *right[index + 1 :]]
+            with pytest.raises(AssertionError, match=f"spoiled {name}: error"):
+                oracle.check_within_budget(spoiled, whole, mask, "spoiled")
+
+
 def gloo_cases(whole: list[Tensor], seq_length: int) -> list[list[Tensor]]:
     import torch.distributed as dist
 
