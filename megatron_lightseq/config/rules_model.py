@@ -321,7 +321,7 @@ def ulysses_size_is_for_usp(c: PretrainConfig, _: Machine) -> bool:
 @CONTEXT.rule(
     "cp_ulysses_size",
     "context_parallel_size",
-    text="cp_ulysses_size ranks of every {context_parallel_size} exchange heads: it must be a divisor",
+    text="cp_ulysses_size ranks exchange heads: it must divide context_parallel_size",
     remedy="Set cp_ulysses_size to a divisor of {context_parallel_size}, or to null",
 )
 def ulysses_size_divides(c: PretrainConfig, _: Machine) -> bool:

@@ -237,6 +237,7 @@ def test_case_breaks_its_rule_and_no_other(name: str) -> None:
     assert text in found[0]
     rule = next(rule for rule in rules() if rule.name == name)
     assert rule.text in found[0]
+    assert "{" not in found[0], "values stand for themselves in the remedy only"
     assert all(key in found[0] for key in rule.keys)
 
 
