@@ -34,7 +34,8 @@ class TrainMetrics:
     memory_bytes: int
     """Peak of rank 0: resident memory on CPUs, allocated memory on GPUs."""
     exposed_communication: float
-    """Fraction of the step in which rank 0 waited for attention's transfers."""
+    """Fraction of the step in which rank 0's host waited for attention's transfers. On GPUs streams wait in its
+    place, and this stays 0 whatever the overlap is."""
     consumed_samples: int
     skipped: bool
     """Whether the optimizer refused the step because gradients were not finite."""
