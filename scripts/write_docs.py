@@ -25,6 +25,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import megatron_lightseq as mls
 from megatron_lightseq.config.flat import to_flat
@@ -111,27 +112,32 @@ def code(path: str, *between: str) -> str:
 
 
 def fresh_clone(part: str) -> str:
-    """What scripts/try_fresh_clone.py --record wrote down: `times`, `output` or `loss`."""
-    recorded = json.loads((ROOT / "docs" / "results" / "fresh_clone.json").read_text())
-    pretrain, again = (recorded["commands"][name] for name in ("pretrain", "again"))
+    """What scripts/try_fresh_clone.py --record wrote down: `output`, `pictures`, `loss` or `times`."""
+    path = ROOT / "docs" / "results" / "fresh_clone.json"
+    if not path.is_file():
+        return f"*Not measured yet: `{path.relative_to(ROOT)}` is not there.*"
+    recorded = json.loads(path.read_text())
     if part == "output":
-        return "```text\n" + "\n".join(pretrain["lines"]) + "\n```"
+        return "```text\n" + "\n".join(recorded["commands"]["pretrain"]["lines"]) + "\n```"
+    if part == "pictures":
+        loss = (
+            "![Training loss by step, falling below the unigram entropy of the corpus](docs/images/loss.png)"
+        )
+        return f"{loss}\n\n![The schedule of the attention that ran](docs/images/schedule.png)"
     if part == "loss":
         sentence = (
             "From {first_loss:.2f} to {last_loss:.2f} nats a byte; guessing by frequency costs {entropy:.2f}."
         )
         return sentence.format(**recorded["summary"])
-    phases = [[f"`pretrain_gpt.sh`: {name}", f"{seconds} s"] for name, seconds in pretrain["phases"].items()]
+    return _times(recorded)
+
+
+def _times(recorded: dict[str, Any]) -> str:
+    pretrain, again = (recorded["commands"][name] for name in ("pretrain", "again"))
     rows = [
-        *phases,
-        [
-            "`pretrain_gpt.sh`: to the line of the first step, all of the above included",
-            f"{pretrain['first_step_s']} s",
-        ],
-        [
-            f"`pretrain_gpt.sh`: all {recorded['summary']['steps']} steps and the report",
-            f"{pretrain['seconds']} s",
-        ],
+        *([f"`pretrain_gpt.sh`: {name}", f"{seconds} s"] for name, seconds in pretrain["phases"].items()),
+        ["`pretrain_gpt.sh`: to the first step, the above included", f"{pretrain['first_step_s']} s"],
+        [f"`pretrain_gpt.sh`: to its end, {recorded['summary']['steps']} steps", f"{pretrain['seconds']} s"],
         ["`pretrain_gpt.sh` a second time: to the first step", f"{again['first_step_s']} s"],
     ]
     if "tests" in recorded["commands"]:
