@@ -8,6 +8,7 @@
 
 KIND is one of
     flags SECTION ...        the configuration keys of these sections (megatron_lightseq/config/sections.py)
+    commands                 the subcommands of `lightseq`
     schedule METHOD P [DIRECTION]  a schedule over P ranks, as it prints
     balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
     traffic                  bytes sent by method and P
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_lightseq as mls
+from megatron_lightseq.cli import COMMANDS
 from megatron_lightseq.config.flat import to_flat
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import dump_scalar
@@ -60,6 +62,13 @@ def flags(*sections: str) -> str:
             meaning = f"{text} *({describe(key)})*".replace("|", "\\|")
             rows.append([f"`--{key.replace('_', '-')}`", f"`{default}`", meaning])
     return table(["flag", "default", "meaning"], rows)
+
+
+def commands() -> str:
+    """The subcommands of `lightseq`."""
+    return table(
+        ["command", "what it does"], [[f"`lightseq {name}`", c.summary] for name, c in COMMANDS.items()]
+    )
 
 
 def layout_for(method: str, size: int) -> mls.SequenceLayout:
@@ -159,6 +168,7 @@ def include(path: str) -> str:
 
 KINDS: dict[str, Callable[..., str]] = {
     "flags": flags,
+    "commands": commands,
     "schedule": schedule,
     "balance": balance,
     "traffic": traffic,
