@@ -43,6 +43,9 @@ COMMANDS = {
     "compare": Command(
         "megatron_lightseq.cli.compare", "train under several systems and compare speed, memory and traffic"
     ),
+    "verify": Command(
+        "megatron_lightseq.cli.verify", "check every combination of methods and parallelisms against one process"
+    ),
     "doctor": Command("megatron_lightseq.cli.doctor", "say what this machine offers and what is missing"),
 }
 

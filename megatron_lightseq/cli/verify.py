@@ -1,0 +1,106 @@
+"""`lightseq verify`: the parity matrix, PASS or FAIL with numbers for each cell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.config.flat import to_flat
+from megatron_lightseq.config.load import parse_config
+from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.training.launch import Launch
+from megatron_lightseq.verify.cells import CELLS, select
+
+USERS = ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "seq_length", "seed", "cp_kernel")
+"""Keys that a user may change for every cell; heads, ranks and methods are what the cells are about."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Verify; 0 if every cell passed, 1 if one did not."""
+    options, rest = _parser().parse_known_args(arguments)
+    extra = _extra(rest)
+    launch = Launch.from_environment()
+    if options.list:
+        sys.stdout.write("".join(f"{cell.world_size} processes  {cell.name}\n" for cell in CELLS))
+        return 0
+
+    from megatron_lightseq.verify.ranks import launched_ranks, local_ranks, most_processes
+
+    if launch.world_size > 1:
+        walk = launched_ranks(launch, select(options.cells, launch.world_size), extra)
+        if launch.rank > 0:
+            walk.follow()
+            return 0
+        return _print(walk.lead(), len(walk.cells), 0)
+    most = most_processes(options.processes)
+    cells = select(options.cells, most)
+    with local_ranks(max(cell.world_size for cell in cells), cells, extra) as walk:
+        return _print(walk.lead(), len(cells), len(select(options.cells, sys.maxsize)) - len(cells))
+
+
+def _print(reports: Iterable[Any], total: int, left_out: int) -> int:
+    began, passed, seen = time.perf_counter(), 0, 0
+    width = max(len(cell.name) for cell in CELLS)
+    sys.stdout.write(
+        f"      {'cell'.ljust(width)}  ranks  loss      grad norm gradients (furthest parameter)\n"
+    )
+    for report in reports:
+        seen += 1
+        passed += report.passed
+        word = "PASS" if report.passed else "FAIL"
+        sys.stdout.write(
+            f"{word}  {report.cell.name.ljust(width)}  {report.cell.world_size:<5d}  {_numbers(report)}\n"
+        )
+        sys.stdout.flush()
+    seconds = time.perf_counter() - began
+    skipped = f", {left_out} need more processes and were not run" if left_out else ""
+    unseen = f", {total - seen} not reached: a process died" if seen < total else ""
+    sys.stdout.write(f"{passed} of {total} cells passed in {seconds:.0f} s{skipped}{unseen}\n")
+    return 0 if passed == total else 1
+
+
+def _numbers(report: Any) -> str:
+    if report.verdict is None:
+        return str(report.error)
+    verdict = report.verdict
+    return (
+        f"{verdict.loss:.1e}   {verdict.grad_norm:.1e}   {verdict.gradient:.1e} ({verdict.parameter}), "
+        f"{report.seconds:.1f} s"
+    )
+
+
+def _extra(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the user's configuration changes in every cell."""
+    values, defaults = to_flat(parse_config(arguments)), to_flat(PretrainConfig())
+    changed = {key: value for key, value in values.items() if value != defaults[key]}
+    refused = [key for key in changed if key not in USERS]
+    if refused:
+        raise ConfigError(
+            explain(
+                got=", ".join(refused),
+                rule=f"cells differ in heads, ranks and methods; for all of them may be set {', '.join(USERS)}",
+                remedy="Remove it; --cells chooses among the cells",
+            )
+        )
+    return changed
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="lightseq verify",
+        allow_abbrev=False,
+        description="Train one step of a small model in every combination of methods and parallelisms, and compare the "
+        "loss, the gradient norm and every parameter's gradient with one process that runs Megatron's own attention. "
+        "Starts processes on this machine; under torchrun, uses those.",
+        epilog=f"Besides: {', '.join('--' + key.replace('_', '-') for key in USERS)}, for every cell.",
+    )
+    made.add_argument("--cells", metavar="REGEX", help="only cells with such names")
+    made.add_argument(
+        "--processes", type=int, metavar="N", help="only cells of up to N processes (default: 8)"
+    )
+    made.add_argument("--list", action="store_true", help="print the names of the cells, and do nothing")
+    return made

@@ -1,0 +1,132 @@
+"""One training step of a cell, and its comparison with one process."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.config.chosen import with_chosen_layout
+from megatron_lightseq.training.setup import Training, build_training
+from megatron_lightseq.training.step import train_step
+from megatron_lightseq.verify.cells import SMALL, Cell, Tolerance, Values
+from megatron_lightseq.verify.gradients import Gradients, Piece, assemble, pieces_of
+
+VOCAB_SIZE = 61
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a step left: the loss, the norm of all gradients, and each replica's gradients."""
+
+    loss: float
+    grad_norm: float
+    replicas: list[Gradients]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How far a cell is from one process, relative."""
+
+    loss: float
+    grad_norm: float
+    gradient: float
+    """Of the parameter that is furthest."""
+    parameter: str
+    tolerance: Tolerance
+
+    @property
+    def passed(self) -> bool:
+        """Whether all are within their tolerance; a NaN is not."""
+        return (
+            self.loss <= self.tolerance.loss
+            and self.grad_norm <= self.tolerance.grad_norm
+            and self.gradient <= self.tolerance.gradient
+        )
+
+
+def configure(values: Values, extra: Values) -> PretrainConfig:
+    """The small model run with ``values``; ``extra`` is what the user adds to every cell."""
+    return with_chosen_layout(with_values(PretrainConfig(), **{**SMALL, **extra, **values}))
+
+
+def reference_values(cell: Cell) -> dict[str, Any]:
+    """One process: Megatron's own attention, which knows nothing of ours."""
+    return {**cell.model, "cp_method": "megatron", "cp_layout": "auto", "cp_kernel": "auto"}
+
+
+def run_step(config: PretrainConfig) -> Outcome | None:
+    """Build the model, train one step, collect the gradients on rank 0; None on other ranks. Collective."""
+    from megatron.core import parallel_state
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron's about fields that are left at their defaults
+        try:
+            training = build_training(config, vocab_size=VOCAB_SIZE)
+            result = train_step(training, [batches(training) for _ in training.chunks])
+            pieces = pieces_of(training)
+        finally:
+            parallel_state.destroy_model_parallel()
+    gathered: list[list[Piece]] | None = [[]] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(pieces, gathered, dst=0)
+    if gathered is None:
+        return None
+    return Outcome(
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        replicas=assemble([piece for rank_pieces in gathered for piece in rank_pieces]),
+    )
+
+
+def batches(training: Training) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of this data-parallel rank: the same on any number of ranks; loss masks uneven along them."""
+    settings = training.config.training
+    length = settings.seq_length
+    generator = torch.Generator().manual_seed(settings.seed)
+    text = torch.randint(0, VOCAB_SIZE, (settings.global_batch_size, length + 1), generator=generator)
+    kept = torch.linspace(0.1, 1.0, length)  # early tokens are masked far more often than late ones
+    mask = (torch.rand(settings.global_batch_size, length, generator=generator) < kept).float()
+    shape = (training.num_microbatches, training.sizes.data, settings.micro_batch_size, -1)
+    data_rank = 0 if training.groups.dp is None else training.groups.dp.rank()
+    mine = (x.view(shape)[:, data_rank] for x in (text, mask))
+    for tokens, loss_mask in zip(*mine, strict=True):
+        yield {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "loss_mask": loss_mask.contiguous(),
+            "position_ids": torch.arange(length).expand(len(tokens), -1).contiguous(),
+        }
+
+
+def compare(outcome: Outcome, reference: Outcome, tolerance: Tolerance) -> Verdict:
+    """The distance of a cell, over all parameters of all replicas.
+
+    A parameter that only one of the two has counts as infinitely far.
+    """
+    (whole,) = reference.replicas
+    overall = max(gradient.norm().item() for gradient in whole.values())
+    worst, parameter = 0.0, ""
+    for gradients in outcome.replicas:
+        for name in whole.keys() ^ gradients.keys():
+            worst, parameter = math.inf, name
+        for name in sorted(whole.keys() & gradients.keys()):
+            # Gradients that vanish by symmetry (key biases) are noise: they count against the largest one.
+            size = max(whole[name].norm().item(), 1e-3 * overall)
+            distance = (gradients[name] - whole[name]).norm().item() / size
+            if math.isnan(distance):
+                distance = math.inf
+            if distance > worst:
+                worst, parameter = distance, name
+    return Verdict(
+        loss=abs(outcome.loss - reference.loss) / abs(reference.loss),
+        grad_norm=abs(outcome.grad_norm - reference.grad_norm) / reference.grad_norm,
+        gradient=worst,
+        parameter=parameter,
+        tolerance=tolerance,
+    )

@@ -1,0 +1,130 @@
+"""The parity matrix: a short form of it end to end, and that it can fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_lightseq.cli.verify import run
+from megatron_lightseq.errors import ConfigError
+from megatron_lightseq.verify.cells import BF16, CELLS, Tolerance, select
+from megatron_lightseq.verify.gradients import Piece, assemble
+from megatron_lightseq.verify.parity import Outcome, Verdict, compare
+
+SHORT = r"^cp2 (lightseq|mesh|rsa|auto)$|^tp2 sp cp2 ulysses$|^pp2 interleaved cp2 mesh$|sharded optimizer 2$|cp4 usp"
+"""Cells of at most 4 processes: every kind of transport and every other parallelism once."""
+
+
+def lightseq(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_lightseq", "verify", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_the_short_matrix_passes() -> None:
+    done = lightseq("--processes", "4", "--cells", SHORT)
+    cells = [line for line in done.stdout.splitlines() if line[:4] in ("PASS", "FAIL")]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(cells) == len(select(SHORT, 4)) >= 8
+    assert all(line.startswith("PASS") for line in cells)
+    assert f"{len(cells)} of {len(cells)} cells passed" in done.stdout
+
+
+def test_what_is_wrong_fails_and_what_follows_still_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.verify.seeded_faults"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split("|", 1) for line in done.stdout.splitlines())
+    assert lines["other weights"].startswith("False|(")
+    assert lines["other average"].startswith("False|(")
+    assert lines["impossible"].startswith("False|None|")
+    assert "UnsupportedError: method 'lightseq' on the zigzag layout" in lines["impossible"]
+    assert lines["right"].startswith("True|(")
+
+
+def test_the_matrix_is_large_and_named() -> None:
+    assert len(CELLS) >= 40
+    assert len({cell.name for cell in CELLS}) == len(CELLS)
+    assert max(cell.world_size for cell in CELLS) == 8
+    used = {cell.values.get("cp_method") for cell in CELLS}
+    assert used >= {"lightseq", "ring", "zigzag", "all_gather", "mesh", "ulysses", "usp", "rsa", "auto"}
+
+
+def test_nothing_to_verify_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"--cells 'nowhere'.*no cell is left.*--list"):
+        select("nowhere", 8)
+    with pytest.raises(ConfigError, match="it is a regular expression"):
+        select("(", 8)
+    with pytest.raises(ConfigError, match="context_parallel_size: cells differ in heads, ranks and methods"):
+        run(["--context-parallel-size", "2"])
+    assert run(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(CELLS)
+
+
+# --- putting gradients together, and comparing them -------------------------------------------------------------------
+
+
+def piece(gradient: torch.Tensor, **values: object) -> Piece:
+    plain = Piece(name="w", replica=0, tensor_rank=0, dim=None, parts=1, gradient=gradient)
+    return replace(plain, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("dim", "parts"), [(0, 1), (1, 1), (0, 2)])
+def test_pieces_make_the_whole(dim: int, parts: int) -> None:
+    whole = torch.randn(8, 8)
+    blocks = [block.chunk(2, dim=dim) for block in whole.chunk(parts, dim=dim)]
+    cut = [
+        piece(
+            torch.cat([block[rank] for block in blocks], dim=dim),
+            tensor_rank=rank,
+            dim=dim,
+            parts=parts,
+            replica=r,
+        )
+        for r in (0, 1)
+        for rank in (1, 0)
+    ]
+    for gradients in assemble(cut):
+        assert torch.equal(gradients["w"], whole)
+
+
+def outcome(*replicas: dict[str, torch.Tensor], loss: float = 4.0, grad_norm: float = 2.0) -> Outcome:
+    return Outcome(loss=loss, grad_norm=grad_norm, replicas=list(replicas))
+
+
+def verdict(got: Outcome) -> Verdict:
+    return compare(got, outcome({"a": torch.ones(4), "b": torch.full((4,), 2.0)}), Tolerance())
+
+
+def test_distances_are_relative_and_of_the_furthest_parameter() -> None:
+    right = {"a": torch.ones(4), "b": torch.full((4,), 2.0)}
+    assert verdict(outcome(right, right)).passed
+    off = {**right, "a": torch.tensor([1.0, 1.0, 1.0, 1.2])}
+    far = verdict(outcome(right, off))
+    assert (far.parameter, far.passed) == ("a", False)
+    assert far.gradient == pytest.approx(0.1)
+    assert not verdict(outcome(right, loss=4.001)).passed
+    assert not verdict(outcome(right, grad_norm=2.001)).passed
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"a": torch.ones(4)}, {"a": torch.ones(4), "b": torch.ones(4), "c": torch.ones(4)}]
+)
+def test_a_parameter_too_few_or_too_many_fails(wrong: dict[str, torch.Tensor]) -> None:
+    assert verdict(outcome(wrong)).gradient == float("inf")
+
+
+def test_nan_fails() -> None:
+    for name in ("a", "b"):  # whichever comes first
+        right = {"a": torch.ones(4), "b": torch.full((4,), 2.0)}
+        assert not verdict(outcome({**right, name: torch.full((4,), float("nan"))})).passed
+    assert not verdict(outcome({"a": torch.ones(4), "b": torch.full((4,), 2.0)}, loss=float("nan"))).passed
+    assert BF16.gradient > Tolerance().gradient
