@@ -302,9 +302,8 @@ attention_backward_sm80(const BackwardLaunch arguments) {
     copy_async_wait<1>();
     sync_threads();
     backward_tile<T>(gradients, shared, stage, first_key, masked, params.softmax_scale * kLog2e);
-    sync_threads();  // dS is complete
+    sync_threads();  // dS is complete, and this stage may be filled again
     if (arguments.with_dq) add_query_gradient<T>(params, shared, batch, head, first_query);
-    sync_threads();  // this stage and dS may be overwritten
   }
   copy_async_wait<0>();
   add_rows(params.dk, gradients.dk[0], batch, kv_head, first_key + gradients.first_key, visibility.num_keys,

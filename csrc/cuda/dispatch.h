@@ -17,24 +17,18 @@ struct KernelEntry {
 
 constexpr int kAnyLater = 1 << 30;
 
-#define MLS_SM80_ENTRY(D, Dv)         \
-  {80,                                \
-   kAnyLater,                         \
-   ElementType::kBFloat16,            \
-   D,                                 \
-   Dv,                                \
-   &forward_sm80<BFloat16, D, Dv>,    \
-   &backward_sm80<BFloat16, D, Dv>},  \
-      {80,                            \
-       kAnyLater,                     \
-       ElementType::kFloat16,         \
-       D,                             \
-       Dv,                            \
-       &forward_sm80<Float16, D, Dv>, \
-       &backward_sm80<Float16, D, Dv>},
+#define MLS_ENTRY(FROM, TO, ELEMENT, D, Dv, FORWARD, BACKWARD) \
+  {FROM, TO, ElementType::k##ELEMENT, D, Dv, &FORWARD<ELEMENT, D, Dv>, &BACKWARD<ELEMENT, D, Dv>},
+#define MLS_SM90_ENTRIES(D, Dv)                                   \
+  MLS_ENTRY(90, 91, BFloat16, D, Dv, forward_sm90, backward_sm80) \
+  MLS_ENTRY(90, 91, Float16, D, Dv, forward_sm90, backward_sm80)
+#define MLS_SM80_ENTRIES(D, Dv)                                          \
+  MLS_ENTRY(80, kAnyLater, BFloat16, D, Dv, forward_sm80, backward_sm80) \
+  MLS_ENTRY(80, kAnyLater, Float16, D, Dv, forward_sm80, backward_sm80)
 
-// The first entry that fits is taken: the newest kernels come first.
-constexpr KernelEntry kKernels[] = {MLS_FOR_EACH_HEAD_DIM(MLS_SM80_ENTRY)};
+// The first entry that fits is taken: the newest kernels come first. sm_90a code runs on 9.0 alone.
+constexpr KernelEntry kKernels[] = {MLS_FOR_EACH_HOPPER_HEAD_DIM(MLS_SM90_ENTRIES)
+                                        MLS_FOR_EACH_HEAD_DIM(MLS_SM80_ENTRIES)};
 
 // Null where there is none.
 inline const KernelEntry* find_kernel(int capability, int64_t head_dim, int64_t value_dim,

@@ -5,12 +5,21 @@
 
 namespace mls::cuda {
 
-// D = head dim of q and k, Dv of v.
+// D = head dim of q and k, Dv of v. Tests compile fewer.
+#if !defined(MLS_FOR_EACH_HEAD_DIM)
 #define MLS_FOR_EACH_HEAD_DIM(X) X(64, 64) X(80, 80) X(96, 96) X(128, 128) X(192, 128) X(256, 256)
+#endif
+
+#if !defined(MLS_FOR_EACH_HOPPER_HEAD_DIM)
+#define MLS_FOR_EACH_HOPPER_HEAD_DIM(X) X(64, 64) X(128, 128)
+#endif
 
 // Each runs on the stream given and returns null, or what is wrong.
 template <class Element, int kHeadDim, int kValueDim>
 const char* forward_sm80(const ForwardParams& params, void* stream);
+
+template <class Element, int kHeadDim, int kValueDim>
+const char* forward_sm90(const ForwardParams& params, void* stream);
 
 template <class Element, int kHeadDim, int kValueDim>
 const char* backward_sm80(const BackwardParams& params, bool deterministic, void* stream);

@@ -24,7 +24,8 @@ from megatron_lightseq.kernels.registry import TileMask
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = shutil.which("g++")
-FLAGS = ("-std=c++20", "-O2", "-march=x86-64-v3", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-std=c++20", "-march=x86-64-v3", "-fPIC", "-pthread")
+KERNELS = "library.cpp"
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -104,17 +105,31 @@ def _mask(mask: TileMask, queries: int, keys: int) -> Mask:
     return Mask(*clamped, mask.key_ranges[0].data_ptr(), mask.key_ranges[1].data_ptr())
 
 
-def build(csrc: Path, target: Path) -> None:
-    """Compiles the emulated kernels of a csrc tree into a shared library.
-
-    Raises:
-        EmulationError: the compiler refused it; its first words are in the message.
-    """
-    sources = [str(path) for path in sorted((csrc / "cuda" / "emulation").glob("*.cpp"))]
-    command = [str(COMPILER), *FLAGS, f"-I{csrc}", f"-I{csrc / 'include'}", *sources, "-o", str(target)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def _compile(arguments: list[str]) -> None:
+    result = subprocess.run([str(COMPILER), *FLAGS, *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
         raise EmulationError(f"the emulated kernels do not compile: {result.stderr[:2000]}")
+
+
+def build_machine(csrc: Path, folder: Path) -> list[str]:
+    """The objects of the machine itself, without kernels."""
+    objects = []
+    for source in sorted((csrc / "cuda" / "emulation").glob("*.cpp")):
+        if source.name != KERNELS:
+            objects.append(str(folder / f"{source.stem}.o"))
+            _compile(["-O2", "-c", f"-I{csrc}", f"-I{csrc / 'include'}", str(source), "-o", objects[-1]])
+    return objects
+
+
+def build_library(csrc: Path, machine: list[str], target: Path, *options: str) -> None:
+    """Compiles the kernels of a csrc tree and links them with the machine.
+
+    Raises:
+        EmulationError: the compiler refused them; its first words are in the message.
+    """
+    source = str(csrc / "cuda" / "emulation" / KERNELS)
+    includes = [f"-I{csrc}", f"-I{csrc / 'include'}"]
+    _compile([*options, *includes, source, *machine, "-shared", "-o", str(target)])
 
 
 def cached_library() -> Path:
@@ -127,15 +142,16 @@ def cached_library() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{digest.hexdigest()[:20]}.so"
     if not library.exists():
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        build(CSRC, unfinished)
-        unfinished.rename(library)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            unfinished = Path(scratch) / "library.so"
+            build_library(CSRC, build_machine(CSRC, Path(scratch)), unfinished, "-O2")
+            unfinished.rename(library)
     return library
 
 
 @dataclass
 class Emulator:
-    """A built library; a kernel by this protocol for one kind of GPU (``sm80`` or ``sm90``)."""
+    """The kernels of one architecture (``sm80``, or ``sm90`` as far as it has its own) as a ``Kernel``."""
 
     path: Path
     architecture: str = "sm80"
@@ -165,7 +181,8 @@ class Emulator:
 
     def _call(self, direction: str, params: ctypes.Structure, *arguments: object) -> None:
         self.library.mls_emu_configure(self.seed, self.threads)
-        function = getattr(self.library, f"mls_emu_{direction}_{self.architecture}")
+        own = getattr(self.library, f"mls_emu_{direction}_{self.architecture}", None)
+        function = own or getattr(self.library, f"mls_emu_{direction}_sm80")
         failure = function(ctypes.byref(params), *arguments)
         if failure is not None:
             raise EmulationError(failure.decode())

@@ -32,6 +32,8 @@ void Hopper::reset() {
   barriers.clear();
   copies.clear();
   warpgroups.assign((block.num_threads() + 127) / 128, {});
+  constexpr unsigned kLaziness[] = {16, 1024, 0};
+  laziness = kLaziness[block.random() % 3];
 }
 
 std::string Hopper::describe_waits() const {
@@ -79,7 +81,9 @@ void Hopper::barrier_arrive(const void* pointer, int transaction_bytes) {
   if (barrier.pending == 0) block.fail("more arrivals at an mbarrier than its count");
   --barrier.pending;
   barrier.transaction_bytes += transaction_bytes;
+  const int phase = barrier.phase;
   advance(barrier);
+  if (barrier.phase != phase) block.yield();  // whoever waited may go first
 }
 
 // Until the phase of this parity has been completed.
@@ -102,7 +106,7 @@ void Hopper::tensor_copy(const void* target, const TensorMap& map, const void* b
 }
 
 void Hopper::land_sometimes() {
-  if (!copies.empty() && block.random() % 16 == 0) land_one();
+  if (!copies.empty() && laziness != 0 && block.random() % laziness == 0) land_one();
 }
 
 // Lands a copy in flight, any of them. False: none is.
@@ -114,6 +118,7 @@ bool Hopper::land_one() {
   land(copy);
   Barrier& barrier = barriers.at(copy.barrier);
   barrier.transaction_bytes -= copy.map.rows * kRowBytes;
+  if (barrier.transaction_bytes < 0) block.fail("a tensor copy brought more bytes than its mbarrier expects");
   advance(barrier);
   return true;
 }

@@ -105,6 +105,7 @@ struct Hopper {
   std::vector<std::vector<std::pair<size_t, size_t>>> unfenced;
   std::map<size_t, Barrier> barriers;
   std::vector<PendingCopy> copies;
+  unsigned laziness = 0;  // a copy lands at one in so many switches; 0: only when every thread waits
   std::vector<Warpgroup> warpgroups;
 };
 

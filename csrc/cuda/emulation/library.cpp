@@ -4,19 +4,35 @@
 #include "cuda/backward_sm80_instances.h"
 #include "cuda/emulation/machine.h"
 #include "cuda/forward_sm80_instances.h"
+#include "cuda/sm90_instances.h"
 
 namespace mls::cuda {
 namespace {
 
-template <class Run>
-const char* with_kernel(const AttentionShape& shape, ElementType type, Run run) {
+constexpr const char* kNoKernel = "the library has no kernel for these head dims";
+
+// Tests of mutants compile bfloat16 alone.
+#if defined(MLS_BFLOAT16_ONLY)
+using OtherElement = BFloat16;
+#else
+using OtherElement = Float16;
+#endif
+
 #define MLS_CASE(D, Dv)                                                                \
   if (shape.head_dim == D && shape.value_dim == Dv)                                    \
     return type == ElementType::kBFloat16 ? run.template operator()<BFloat16, D, Dv>() \
-                                          : run.template operator()<Float16, D, Dv>();
+                                          : run.template operator()<OtherElement, D, Dv>();
+
+template <class Run>
+const char* with_kernel(const AttentionShape& shape, ElementType type, Run run) {
   MLS_FOR_EACH_HEAD_DIM(MLS_CASE)
-#undef MLS_CASE
-  return "the library has no kernel for these head dims";
+  return kNoKernel;
+}
+
+template <class Run>
+const char* with_hopper_kernel(const AttentionShape& shape, ElementType type, Run run) {
+  MLS_FOR_EACH_HOPPER_HEAD_DIM(MLS_CASE)
+  return kNoKernel;
 }
 
 }  // namespace
@@ -37,6 +53,13 @@ const char* mls_emu_forward_sm80(const mls::ForwardParams* params) {
   return mls::cuda::with_kernel(
       params->shape, params->element_type, [params]<class Element, int kHeadDim, int kValueDim>() {
         return mls::cuda::forward_sm80<Element, kHeadDim, kValueDim>(*params, nullptr);
+      });
+}
+
+const char* mls_emu_forward_sm90(const mls::ForwardParams* params) {
+  return mls::cuda::with_hopper_kernel(
+      params->shape, params->element_type, [params]<class Element, int kHeadDim, int kValueDim>() {
+        return mls::cuda::forward_sm90<Element, kHeadDim, kValueDim>(*params, nullptr);
       });
 }
 

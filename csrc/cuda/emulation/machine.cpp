@@ -90,8 +90,8 @@ std::string Block::run(Dim3 index) {
   random_state_ = (seed_ * 0x9E3779B97F4A7C15ull ^ (number + 1) * 0xD1B54A32D192ED03ull) | 1;
   failure_.clear();
   std::memset(shared_, 0xff, shared_bytes_);  // NaN in every format
-  hopper_->reset();
   start_threads();
+  hopper_->reset();
   running_block = this;
   lane_ = nullptr;
   switch_away(&main_stack_pointer_);
@@ -181,6 +181,12 @@ void Block::wake(Waiters& waiters) {
   waiters.clear();
 }
 
+void Block::yield() {
+  ready_[thread() / 32] |= bit_of(thread());
+  warp_ = static_cast<int>(random() % ready_.size());
+  switch_away(&lane_->stack_pointer);
+}
+
 void Block::collective(Operation operation) {
   const int warp = thread() / 32;
   lane_->operation = operation;
@@ -208,9 +214,7 @@ void Block::barrier(int id, int expected, bool wait) {
     ++statistics.barriers;
     wake(barrier.waiters);
     if (!wait) return;
-    ready_[thread() / 32] |= bit_of(thread());
-    warp_ = static_cast<int>(random() % ready_.size());  // any warp may be first
-    switch_away(&lane_->stack_pointer);
+    yield();
     return;
   }
   if (wait) sleep(barrier.waiters);

@@ -106,7 +106,8 @@ class Block {
   // Puts the running thread to sleep among `waiters`.
   void sleep(Waiters& waiters);
   void wake(Waiters& waiters);
-  bool is_running(int thread) const;
+  // Lets any warp that can run go first.
+  void yield();
   // Bit for bit repeatable from the seed.
   uint32_t random();
   Hopper& hopper() { return *hopper_; }

@@ -1,0 +1,104 @@
+// The primitives of primitives/sm90_ptx.h and wgmma_ptx.h, emulated. Same names, same meaning.
+#pragma once
+#include "attention_params.h"
+#include "cuda/emulation/hopper.h"
+#include "cuda/emulation/sm80.h"
+
+#define MLS_GRID_CONSTANT
+
+namespace mls::cuda {
+
+constexpr bool kCompilesSm90a = true;
+
+using TensorMap = emu::TensorMap;
+using Barrier = uint64_t;
+
+inline emu::Hopper& hopper() {
+  return emu::Block::current().hopper();
+}
+
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - emu::Block::current().shared());
+}
+
+inline void barrier_init(Barrier* barrier, int count) {
+  hopper().barrier_init(barrier, count);
+}
+
+inline void barrier_init_fence() {}
+
+inline void barrier_arrive(Barrier* barrier) {
+  hopper().barrier_arrive(barrier, 0);
+}
+
+inline void barrier_expect(Barrier* barrier, int bytes) {
+  hopper().barrier_arrive(barrier, bytes);
+}
+
+inline void barrier_wait(Barrier* barrier, int parity) {
+  hopper().barrier_wait(barrier, parity);
+}
+
+inline void tensor_copy(void* shared, const TensorMap& map, Barrier* barrier, int column, int token, int head,
+                        int batch) {
+  hopper().tensor_copy(shared, map, barrier, {column, token, head, batch});
+}
+
+inline void proxy_fence() {
+  hopper().proxy_fence();
+}
+
+inline bool make_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor, const int64_t (&sizes)[4],
+                            ElementType, int rows) {
+  *map = {static_cast<const unsigned char*>(tensor.data),
+          {sizes[0], sizes[1], sizes[2], sizes[3]},
+          {2, tensor.token_stride * 2, tensor.head_stride * 2, tensor.batch_stride * 2},
+          rows};
+  return true;
+}
+
+inline void named_barrier_sync(int id, int threads) {
+  emu::Block::current().barrier(id, threads, true);
+}
+
+template <int kRegisters>
+inline void take_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+
+template <int kRegisters>
+inline void give_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+
+inline void wgmma_fence() {
+  hopper().wgmma_fence();
+}
+
+inline void wgmma_commit() {
+  hopper().wgmma_commit();
+}
+
+template <int kPending>
+inline void wgmma_wait() {
+  hopper().wgmma_wait(kPending);
+}
+
+template <class Registers>
+inline void hold(Registers&) {}
+
+template <class Element, int kColumns>
+struct Wgmma {
+  template <bool kTransposeA, bool kTransposeB>
+  static void from_shared(float (&d)[kColumns / 8][4], uint64_t a, uint64_t b, int accumulate) {
+    hopper().wgmma(d[0],
+                   {kColumns, Element::kFormat, accumulate != 0, kTransposeA, kTransposeB, nullptr, a, b});
+  }
+  template <bool kTransposeB>
+  static void from_registers(float (&d)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b,
+                             int accumulate) {
+    hopper().wgmma(d[0], {kColumns, Element::kFormat, accumulate != 0, false, kTransposeB, a, 0, b});
+  }
+};
+
+}  // namespace mls::cuda

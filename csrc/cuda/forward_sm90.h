@@ -1,0 +1,260 @@
+// Fused attention forward for compute capability 9.0a (FlashAttention-3's structure, by own code).
+//
+// One producer warpgroup copies tiles of K and V into a ring by tensor copies; two consumer warpgroups, 64
+// queries each, multiply by wgmma. A consumer issues the scores of tile j, then the output of tile j - 1, and
+// computes the softmax of tile j while the latter runs.
+#pragma once
+#include "cuda/panels.h"
+#include "cuda/softmax.h"
+
+namespace mls::cuda {
+
+template <class Element_, int kHeadDim_, int kValueDim_>
+struct HopperForwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kValueDim_;
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kQueries = 64 * kConsumers;
+  static constexpr int kKeys = 128;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
+  static constexpr int kConsumerWarps = kConsumers * 4;
+  // A block starts with 168 registers for each of its 384 threads; these numbers redistribute them.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 168 * (1 + kConsumers));
+  using QueryTile = PanelTile<kQueries, kHeadDim>;
+  using KeyTile = PanelTile<kKeys, kHeadDim>;
+  using ValueTile = PanelTile<kKeys, kValueDim>;
+  static constexpr int kTileBytes = QueryTile::kBytes + kStages * (KeyTile::kBytes + ValueTile::kBytes);
+  static constexpr int kSharedBytes = kTileBytes + (1 + 4 * kStages) * sizeof(Barrier);
+  static_assert(kQueries == kKeys);  // one box size serves all tensor maps
+};
+
+struct HopperForwardLaunch {
+  ForwardParams params;
+  TensorMap q, k, v;
+};
+
+// A tile is `full` once its copy has landed, and `empty` once every consumer warp is done with it.
+template <class T>
+struct HopperForwardShared {
+  unsigned char* base;
+  MLS_DEVICE typename T::QueryTile queries() const { return {base}; }
+  MLS_DEVICE typename T::KeyTile keys(int stage) const {
+    return {base + T::QueryTile::kBytes + stage * T::KeyTile::kBytes};
+  }
+  MLS_DEVICE typename T::ValueTile values(int stage) const {
+    return {keys(T::kStages).base + stage * T::ValueTile::kBytes};
+  }
+  MLS_DEVICE Barrier* barriers() const { return reinterpret_cast<Barrier*>(base + T::kTileBytes); }
+  MLS_DEVICE Barrier* queries_full() const { return barriers(); }
+  MLS_DEVICE Barrier* keys_full(int stage) const { return barriers() + 1 + stage; }
+  MLS_DEVICE Barrier* keys_empty(int stage) const { return barriers() + 1 + T::kStages + stage; }
+  MLS_DEVICE Barrier* values_full(int stage) const { return barriers() + 1 + 2 * T::kStages + stage; }
+  MLS_DEVICE Barrier* values_empty(int stage) const { return barriers() + 1 + 3 * T::kStages + stage; }
+
+  MLS_DEVICE void init() const {
+    barrier_init(queries_full(), 1);
+    for (int stage = 0; stage < T::kStages; ++stage) {
+      barrier_init(keys_full(stage), 1);
+      barrier_init(values_full(stage), 1);
+      barrier_init(keys_empty(stage), T::kConsumerWarps);
+      barrier_init(values_empty(stage), T::kConsumerWarps);
+    }
+    barrier_init_fence();
+  }
+};
+
+// What a block works on.
+struct HopperForwardWork {
+  int first_query, head, kv_head, batch;
+  int first_tile, end_tile;  // of keys
+};
+
+// One thread of the producer warpgroup.
+template <class T>
+MLS_DEVICE void produce_keys(const HopperForwardLaunch& launch, const HopperForwardShared<T>& shared,
+                             const HopperForwardWork& work) {
+  barrier_expect(shared.queries_full(), T::QueryTile::kBytes);
+  copy_tile(shared.queries(), launch.q, shared.queries_full(), work.first_query, work.head, work.batch);
+  RingPosition<T::kStages> at;
+  for (int tile = work.first_tile; tile < work.end_tile; ++tile, at.advance()) {
+    Barrier *keys = shared.keys_full(at.stage), *values = shared.values_full(at.stage);
+    barrier_wait(shared.keys_empty(at.stage), at.parity ^ 1);  // passes at once the first time round
+    barrier_expect(keys, T::KeyTile::kBytes);
+    copy_tile(shared.keys(at.stage), launch.k, keys, tile * T::kKeys, work.kv_head, work.batch);
+    barrier_wait(shared.values_empty(at.stage), at.parity ^ 1);
+    barrier_expect(values, T::ValueTile::kBytes);
+    copy_tile(shared.values(at.stage), launch.v, values, tile * T::kKeys, work.kv_head, work.batch);
+  }
+}
+
+// What a consumer warpgroup accumulates. Members named like registers of FlashAttention's S, P and O.
+template <class T>
+struct HopperForwardState {
+  float scores[T::kKeys / 8][4];
+  uint32_t probabilities[T::kKeys / 16][4];
+  float out[T::kValueDim / 8][4];
+  RowStatistics rows;
+};
+
+// Starts scores = Q K^T.
+template <class T>
+MLS_DEVICE void issue_scores(HopperForwardState<T>& state, const typename T::QueryTile& queries,
+                             const typename T::KeyTile& keys, int first_row) {
+  hold(state.scores);
+  wgmma_fence();
+  MLS_UNROLL
+  for (int k = 0; k < T::kHeadDim; k += 16)
+    Wgmma<typename T::Element, T::kKeys>::template from_shared<false, false>(
+        state.scores, queries.along_columns(first_row, k), keys.along_columns(0, k), k > 0);
+  wgmma_commit();
+}
+
+// Starts out += P V.
+template <class T>
+MLS_DEVICE void issue_output(HopperForwardState<T>& state, const typename T::ValueTile& values) {
+  hold(state.out);
+  hold(state.probabilities);
+  wgmma_fence();
+  MLS_UNROLL
+  for (int step = 0; step < T::kKeys / 16; ++step)
+    Wgmma<typename T::Element, T::kValueDim>::template from_registers<true>(
+        state.out, state.probabilities[step], values.along_rows(0, step * 16), 1);
+  wgmma_commit();
+}
+
+MLS_DEVICE void release_stage(Barrier* empty) {
+  if (lane_id() == 0) barrier_arrive(empty);
+}
+
+template <class T>
+struct HopperConsumer {
+  const HopperForwardShared<T>& shared;
+  const Visibility& visibility;
+  const KeyBounds& bounds;
+  int first_query;  // of the warp
+  float scale_log2;
+
+  // scores -> unnormalised probabilities in fp32.
+  MLS_DEVICE void softmax(HopperForwardState<T>& state, float (&rescale)[2], int tile) const {
+    const int first_key = tile * T::kKeys;
+    if (!bounds.covers(first_key, first_key + T::kKeys))
+      mask_scores(state.scores, visibility, first_query, first_key);
+    online_softmax(state.scores, state.rows, rescale, scale_log2);
+  }
+
+  MLS_DEVICE void pack_probabilities(HopperForwardState<T>& state) const {
+    MLS_UNROLL
+    for (int step = 0; step < T::kKeys / 16; ++step)
+      to_a<typename T::Element>(state.probabilities[step], state.scores, step);
+  }
+
+  MLS_DEVICE void finish_output(HopperForwardState<T>& state, Barrier* empty) const {
+    wgmma_wait<0>();
+    hold(state.out);
+    hold(state.probabilities);
+    release_stage(empty);
+  }
+};
+
+// One consumer warpgroup: all its keys, with products and softmax side by side.
+template <class T>
+MLS_DEVICE void consume_keys(HopperForwardState<T>& state, const HopperConsumer<T>& consumer,
+                             const HopperForwardWork& work, int first_row) {
+  const auto& shared = consumer.shared;
+  float rescale[2];
+  RingPosition<T::kStages> at, before;
+  barrier_wait(shared.queries_full(), 0);
+  barrier_wait(shared.keys_full(0), 0);
+  issue_scores<T>(state, shared.queries(), shared.keys(0), first_row);
+  wgmma_wait<0>();
+  hold(state.scores);
+  release_stage(shared.keys_empty(0));
+  consumer.softmax(state, rescale, work.first_tile);  // out is still zero: nothing to rescale
+  consumer.pack_probabilities(state);
+  at.advance();
+  for (int tile = work.first_tile + 1; tile < work.end_tile; ++tile, at.advance(), before.advance()) {
+    barrier_wait(shared.keys_full(at.stage), at.parity);
+    issue_scores<T>(state, shared.queries(), shared.keys(at.stage), first_row);
+    barrier_wait(shared.values_full(before.stage), before.parity);
+    issue_output<T>(state, shared.values(before.stage));
+    wgmma_wait<1>();  // the scores; the output goes on beside the softmax
+    hold(state.scores);
+    release_stage(shared.keys_empty(at.stage));
+    consumer.softmax(state, rescale, tile);
+    consumer.finish_output(state, shared.values_empty(before.stage));
+    scale_row(state.out, 0, rescale[0]);
+    scale_row(state.out, 1, rescale[1]);
+    consumer.pack_probabilities(state);
+  }
+  barrier_wait(shared.values_full(before.stage), before.parity);
+  issue_output<T>(state, shared.values(before.stage));
+  consumer.finish_output(state, shared.values_empty(before.stage));
+}
+
+template <class T>
+MLS_DEVICE void forward_block_sm90(const HopperForwardLaunch& launch, unsigned char* memory) {
+  const ForwardParams& params = launch.params;
+  const HopperForwardShared<T> shared{memory};
+  const Visibility visibility(params.shape, params.mask);
+  const int num_tiles = (visibility.num_queries + T::kQueries - 1) / T::kQueries;
+  HopperForwardWork work;
+  work.first_query = (num_tiles - 1 - static_cast<int>(block_index().x)) * T::kQueries;
+  work.head = static_cast<int>(block_index().y);
+  work.batch = static_cast<int>(block_index().z);
+  work.kv_head = work.head / static_cast<int>(params.shape.num_heads / params.shape.num_kv_heads);
+  const KeyBounds bounds = bounds_of_queries<T::kQueries>(visibility, work.first_query);
+  const bool any = bounds.any_first < bounds.any_end;
+  work.first_tile = bounds.any_first / T::kKeys;
+  work.end_tile = (bounds.any_end + T::kKeys - 1) / T::kKeys;
+  if (thread_index().x == 0) shared.init();
+  sync_threads();
+  if (warp_id() < 4) {
+    give_registers<T::kProducerRegisters>();
+    if (any && thread_index().x == 0) produce_keys<T>(launch, shared, work);
+  } else {
+    take_registers<T::kConsumerRegisters>();
+    const int first_row = (warp_id() / 4 - 1) * 64,
+              warp_query = work.first_query + first_row + warp_id() % 4 * 16;
+    HopperForwardState<T> state;
+    set_zero(state.out);
+    const HopperConsumer<T> consumer{shared, visibility, bounds, warp_query, params.softmax_scale * kLog2e};
+    if (any) consume_keys<T>(state, consumer, work, first_row);
+    const OutputRows target(params, work.batch, work.head);
+    store_row(target, state.out, state.rows, 0, warp_query + fragment_row(0));
+    store_row(target, state.out, state.rows, 1, warp_query + fragment_row(2));
+  }
+}
+
+// Blocks: (query tiles, heads, batch).
+template <class T>
+MLS_KERNEL(T::kThreads, 1)
+attention_forward_sm90(const MLS_GRID_CONSTANT HopperForwardLaunch launch) {
+  MLS_SHARED_MEMORY(memory);
+  if constexpr (kCompilesSm90a) forward_block_sm90<T>(launch, memory);
+}
+
+// False where CUDA cannot describe the tensors: other kernels then take them.
+template <class T>
+bool launch_forward_sm90(const ForwardParams& params, void* stream, const char** failure) {
+  const auto& shape = params.shape;
+  HopperForwardLaunch arguments{params, {}, {}, {}};
+  const bool described = make_tensor_map(&arguments.q, params.q,
+                                         {shape.head_dim, shape.num_queries, shape.num_heads, shape.batch},
+                                         params.element_type, T::kQueries) &&
+                         make_tensor_map(&arguments.k, params.k,
+                                         {shape.head_dim, shape.num_keys, shape.num_kv_heads, shape.batch},
+                                         params.element_type, T::kKeys) &&
+                         make_tensor_map(&arguments.v, params.v,
+                                         {shape.value_dim, shape.num_keys, shape.num_kv_heads, shape.batch},
+                                         params.element_type, T::kKeys);
+  if (!described) return false;
+  const Dim3 blocks((shape.num_queries + T::kQueries - 1) / T::kQueries, shape.num_heads, shape.batch);
+  *failure = launch(&attention_forward_sm90<T>, blocks, T::kThreads, T::kSharedBytes, stream, arguments);
+  return true;
+}
+
+}  // namespace mls::cuda

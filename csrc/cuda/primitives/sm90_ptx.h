@@ -1,0 +1,121 @@
+// Compute capability 9.0a by PTX. One function an instruction; what each does is in the PTX ISA under its
+// name.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "attention_params.h"
+#include "cuda/primitives/wgmma_ptx.h"
+
+#define MLS_GRID_CONSTANT __grid_constant__
+
+namespace mls::cuda {
+
+// False while nvcc compiles for another architecture: a kernel's body is then left out.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kCompilesSm90a = true;
+#else
+constexpr bool kCompilesSm90a = false;
+#endif
+
+using TensorMap = CUtensorMap;
+using Barrier = uint64_t;
+
+// ---- mbarriers ----
+
+MLS_DEVICE void barrier_init(Barrier* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
+}
+
+// Makes initialised barriers visible to tensor copies; a barrier of all threads must follow.
+MLS_DEVICE void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+MLS_DEVICE void barrier_arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and makes the phase await this many bytes of tensor copies too.
+MLS_DEVICE void barrier_expect(Barrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of this parity (0 the first time) has been completed.
+MLS_DEVICE void barrier_wait(Barrier* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- tensor copies ----
+
+MLS_DEVICE void tensor_copy(void* shared, const TensorMap& map, Barrier* barrier, int column, int token,
+                            int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%3,%4,%5,%6}], [%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(token), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// This thread's ordinary stores to shared memory become visible to wgmma and tensor copies.
+MLS_DEVICE void proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A map of one (tokens, batch, heads, dim) tensor for boxes of 64 columns x `rows` tokens; false where CUDA
+// cannot make one.
+inline bool make_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor, const int64_t (&sizes)[4],
+                            ElementType type, int rows) {
+  static void* const encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? entry : nullptr;
+  }();
+  if (encode == nullptr) return false;
+  const int64_t strides[3] = {tensor.token_stride, tensor.head_stride, tensor.batch_stride};
+  cuuint64_t dims[4], stride_bytes[3];
+  for (int i = 0; i < 4; ++i) dims[i] = sizes[i];
+  // The stride of a dimension of size 1 means nothing, and may be one that CUDA refuses.
+  for (int i = 0; i < 3; ++i) stride_bytes[i] = (sizes[i + 1] == 1 ? 8 : strides[i]) * 2;
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  const auto data_type =
+      type == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
+             map, data_type, 4, const_cast<void*>(tensor.data), dims, stride_bytes, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// ---- warps and their registers ----
+
+// Waits for `threads` threads at barrier `id` (1 to 15).
+MLS_DEVICE void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+template <int kRegisters>
+MLS_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+MLS_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace mls::cuda

@@ -1,0 +1,91 @@
+// wgmma by PTX: 64 x N accumulators (N = 32, 64, 128), 16-bit operands from shared memory or, for A,
+// registers.
+#pragma once
+#include "cuda/primitives/sm80_ptx.h"
+
+namespace mls::cuda {
+
+MLS_DEVICE void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+MLS_DEVICE void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Until at most kPending of the warpgroup's groups are unfinished.
+template <int kPending>
+MLS_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// The compiler may not move uses of these registers across this point: it does not know that wgmma works on
+// them between its issue and its wait.
+template <int kTiles>
+MLS_DEVICE void hold(float (&registers)[kTiles][4]) {
+  MLS_UNROLL
+  for (int j = 0; j < kTiles; ++j)
+    asm volatile(""
+                 : "+f"(registers[j][0]), "+f"(registers[j][1]), "+f"(registers[j][2]),
+                   "+f"(registers[j][3])::"memory");
+}
+
+template <int kSteps>
+MLS_DEVICE void hold(uint32_t (&registers)[kSteps][4]) {
+  MLS_UNROLL
+  for (int j = 0; j < kSteps; ++j)
+    asm volatile(""
+                 : "+r"(registers[j][0]), "+r"(registers[j][1]), "+r"(registers[j][2]),
+                   "+r"(registers[j][3])::"memory");
+}
+
+// Accumulator registers in PTX's numbering and as operands.
+#define MLS_REGISTERS_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define MLS_REGISTERS_32 MLS_REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define MLS_REGISTERS_64                                                                               \
+  MLS_REGISTERS_32                                                                                     \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%" \
+  "56,%57,%58,%59,%60,%61,%62,%63"
+#define MLS_OPERANDS_4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define MLS_OPERANDS_16(i) \
+  MLS_OPERANDS_4(i), MLS_OPERANDS_4(i + 1), MLS_OPERANDS_4(i + 2), MLS_OPERANDS_4(i + 3)
+#define MLS_OPERANDS_32(i) MLS_OPERANDS_16(i), MLS_OPERANDS_16(i + 4)
+#define MLS_OPERANDS_64(i) MLS_OPERANDS_32(i), MLS_OPERANDS_32(i + 8)
+
+template <class Element, int kColumns>
+struct Wgmma;
+
+// d (64 x N) = or += a b. Where kTransposeA (B), the operand's rows (columns) are contiguous in shared
+// memory. P0.. are the numbers of the operands after the accumulator.
+#define MLS_DEFINE_WGMMA(Element, TYPE, N, R, P0, P1, P2, P3, P4, P5, P6)                                    \
+  template <>                                                                                                \
+  struct Wgmma<Element, N> {                                                                                 \
+    template <bool kTransposeA, bool kTransposeB>                                                            \
+    static MLS_DEVICE void from_shared(float (&d)[N / 8][4], uint64_t a, uint64_t b, int accumulate) {       \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2                                                    \
+                   ", 0;\n"                                                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MLS_REGISTERS_##R    \
+                   "}, " P0 ", " P1 ", p, 1, 1, " P3 ", " P4 ";\n}\n"                                        \
+                   : MLS_OPERANDS_##R(0)                                                                     \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB));                   \
+    }                                                                                                        \
+    template <bool kTransposeB>                                                                              \
+    static MLS_DEVICE void from_registers(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b,          \
+                                          int accumulate) {                                                  \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5                                                    \
+                   ", 0;\n"                                                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MLS_REGISTERS_##R    \
+                   "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1, " P6 ";\n}\n"                      \
+                   : MLS_OPERANDS_##R(0)                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransposeB)); \
+    }                                                                                                        \
+  };
+
+MLS_DEFINE_WGMMA(BFloat16, "bf16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+MLS_DEFINE_WGMMA(Float16, "f16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+MLS_DEFINE_WGMMA(BFloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+MLS_DEFINE_WGMMA(Float16, "f16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+MLS_DEFINE_WGMMA(BFloat16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+MLS_DEFINE_WGMMA(Float16, "f16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+
+}  // namespace mls::cuda

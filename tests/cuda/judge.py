@@ -1,0 +1,18 @@
+"""The error budget of tests/kernels/oracle.py for a forward pass alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.kernels.oracle import Case, expect_close, textbook
+
+
+def expect_output(
+    case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor
+) -> None:
+    """``out`` (Q, B, H, V) and ``lse`` (B, H, Q) keep the budget against fp64."""
+    exact = textbook(case, torch.float64, tensors)
+    low = textbook(case, torch.float32, tensors, dtype)
+    expect_close(f"out of {case} in {dtype}", out, exact[0], low[0])
+    expect_close(f"lse of {case} in {dtype}", lse, exact[1], low[1])

@@ -1,0 +1,174 @@
+"""The CUDA kernels' own source, run on the emulated GPU, against fp64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda.emulator import EmulationError, Emulator
+from tests.kernels.oracle import Case, Results, delta, expect_within_budget, inputs, run_kernel, with_keys
+
+SM80_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
+CAUSAL = Case(queries=150, keys=200, heads=4, groups=2, head_dim=64, value_dim=64, band_hi=50)
+TILES = (
+    Case(queries=100, keys=77),
+    Case(queries=1, keys=1),
+    Case(queries=70, keys=130, heads=3, groups=1, band_hi=60),
+    Case(queries=130, keys=130, band_lo=-30, band_hi=5, batch=2),
+    Case(queries=140, keys=150, ranges="documents", band_hi=0),
+    Case(queries=90, keys=100, ranges="random"),
+    Case(queries=100, keys=40, band_hi=-50),
+    Case(queries=70, keys=70, ranges="empty"),
+    Case(queries=65, keys=129, amplitude=8.0),
+)
+HOPPER_TILES = (
+    (Case(queries=100, keys=77), 1),
+    (Case(queries=150, keys=300, heads=4, groups=2, band_hi=150), 2),
+    (Case(queries=130, keys=300, batch=2, heads=1, band_lo=-30, band_hi=200), 3),
+    (Case(queries=200, keys=290, heads=1, ranges="documents", band_hi=0), 4),
+    (Case(queries=90, keys=100, ranges="random"), 5),
+    (Case(queries=5, keys=700, heads=1, amplitude=4.0), 6),
+)
+
+
+def run_with_gradients(case: Case, dtype: torch.dtype, kernel: Emulator) -> Results:
+    tensors = inputs(case, dtype)
+    results = run_kernel(case, tensors, kernel)
+    expect_within_budget(case, dtype, tensors, results)
+    return results
+
+
+@pytest.mark.parametrize("case", TILES, ids=lambda case: f"{case.queries}x{case.keys}-{case.ranges}")
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+def test_matches_fp64_on_awkward_tiles(library: Path, case: Case, deterministic: bool) -> None:
+    kernel = Emulator(library, deterministic=deterministic)
+    run_with_gradients(replace(case, head_dim=64, value_dim=64), torch.bfloat16, kernel)
+    assert kernel.statistics().bank_conflicts == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("case", "seed"), HOPPER_TILES, ids=str)
+def test_hopper_matches_fp64(library: Path, case: Case, seed: int, head_dim: int) -> None:
+    case = replace(case, head_dim=head_dim, value_dim=head_dim)
+    dtype = torch.float16 if seed % 2 else torch.bfloat16
+    kernel = Emulator(library, "sm90", seed=seed)
+    kernel.statistics()
+    run_with_gradients(case, dtype, kernel)
+    counts = kernel.statistics()
+    assert counts.wgmma > 0
+    assert counts.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("dims", SM80_HEAD_DIMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_matches_fp64_for_every_head_dim(library: Path, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    case = Case(queries=70, keys=100, heads=2, groups=1, head_dim=dims[0], value_dim=dims[1], band_hi=30)
+    kernel = Emulator(library)
+    run_with_gradients(case, dtype, kernel)
+    run_with_gradients(case, dtype, replace(kernel, deterministic=True))
+    assert kernel.statistics().bank_conflicts == 0
+
+
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_order_of_warps_does_not_matter(library: Path, seed: int) -> None:
+    want = run_with_gradients(CAUSAL, torch.bfloat16, Emulator(library, deterministic=True))
+    got = run_with_gradients(CAUSAL, torch.bfloat16, Emulator(library, deterministic=True, seed=seed))
+    for first, second in zip(want, got, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_several_tiles_equal_one(library: Path) -> None:
+    kernel = Emulator(library)
+    tensors = q, k, v, dout = inputs(CAUSAL, torch.bfloat16)
+    out = torch.full((CAUSAL.queries, 1, 4, 64), float("nan"))
+    lse = torch.full((1, 4, CAUSAL.queries), float("nan"))
+    dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+    tiles = [(130, 200), (0, 1), (1, 130)]  # the first leaves many rows empty
+    for number, (first, last) in enumerate(tiles):
+        options = {"mask": with_keys(CAUSAL, first, last).mask(), "softmax_scale": CAUSAL.softmax_scale}
+        kernel.forward(q, k[first:last], v[first:last], out, lse, accumulate=number > 0, **options)
+    for first, last in tiles:
+        options = {"mask": with_keys(CAUSAL, first, last).mask(), "softmax_scale": CAUSAL.softmax_scale}
+        part = slice(first, last)
+        kernel.backward(dout, q, k[part], v[part], lse, delta(out, dout), dq, dk[part], dv[part], **options)
+    expect_within_budget(CAUSAL, torch.bfloat16, tensors, (out, lse, dq, dk, dv))
+
+
+def test_strided_inputs_and_results(library: Path) -> None:
+    case = Case(queries=66, keys=66, batch=2, head_dim=64, value_dim=64, heads=2, groups=2)
+    packed = torch.randn(66, 2, 2, 3, 64).bfloat16()
+    q, k, v = (packed[..., i, :] for i in range(3))
+    dout = torch.randn(2, 2, 66, 64).bfloat16().permute(2, 0, 1, 3)
+    got = run_kernel(case, (q, k, v, dout), Emulator(library))
+    want = run_kernel(case, tuple(x.contiguous() for x in (q, k, v, dout)), Emulator(library))
+    for first, second in zip(got[:2], want[:2], strict=True):
+        assert torch.equal(first, second)
+    expect_within_budget(case, torch.bfloat16, (q, k, v, dout), got)
+
+
+def test_masked_tiles_are_skipped(library: Path) -> None:
+    def products(case: Case) -> int:
+        kernel = Emulator(library)
+        kernel.statistics()  # what other tests left
+        run_kernel(case, inputs(case, torch.bfloat16), kernel)
+        return int(kernel.statistics().mma)
+
+    full = Case(queries=512, keys=512, heads=1, head_dim=64, value_dim=64)
+    assert products(replace(full, band_hi=0)) < 0.65 * products(full)
+    assert products(replace(full, band_hi=0, band_lo=-63)) < 0.4 * products(full)
+    documents = replace(full, ranges="documents")
+    assert products(documents) < 0.65 * products(full)
+    assert products(replace(full, band_lo=600, band_hi=700)) == 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+def test_queries_that_saw_nothing_contribute_nothing(library: Path, deterministic: bool) -> None:
+    case = Case(queries=20, keys=20, head_dim=64, value_dim=64)
+    q, k, v, dout = inputs(case, torch.bfloat16)
+    lse = torch.zeros(1, case.heads, case.queries)
+    lse[..., :7] = float("-inf")
+    grads = dq, dk, dv = [torch.zeros(x.shape) for x in (q, k, v)]
+    options = {"mask": case.mask(), "softmax_scale": case.softmax_scale}
+    kernel = Emulator(library, deterministic=deterministic)
+    kernel.backward(dout, q, k, v, lse, torch.zeros_like(lse), *grads, **options)
+    assert torch.equal(dq[:7], torch.zeros_like(dq[:7]))
+    alone = [torch.zeros(x.shape) for x in (q[7:], k, v)]
+    options["mask"] = replace(case, queries=13).mask()
+    rest = lse[..., 7:].contiguous()
+    kernel.backward(dout[7:], q[7:], k, v, rest, torch.zeros_like(rest), *alone, **options)
+    torch.testing.assert_close([dk, dv], alone[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_tile_without_keys_keeps_what_was_there(library: Path) -> None:
+    q, k, v, _ = inputs(CAUSAL, torch.bfloat16)
+    out, lse = torch.randn(CAUSAL.queries, 1, 4, 64), torch.randn(1, 4, CAUSAL.queries)
+    before = out.clone(), lse.clone()
+    mask = replace(CAUSAL, band_lo=600, band_hi=700).mask()
+    Emulator(library).forward(q, k, v, out, lse, mask=mask, softmax_scale=1.0, accumulate=True)
+    assert torch.equal(out, before[0])
+    assert torch.equal(lse, before[1])
+
+
+def test_never_touches_memory_outside_its_tensors(library: Path) -> None:
+    """Every tensor ends where an inaccessible page begins: the process would die of SIGSEGV."""
+    script = Path(__file__).with_name("guarded.py")
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.cuda.guarded", str(library)],
+        cwd=script.parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "5 tiles" in result.stdout
+
+
+def test_machine_refuses_unknown_head_dims(library: Path) -> None:
+    case = Case(queries=4, keys=4, head_dim=72, value_dim=72)
+    with pytest.raises(EmulationError, match="no kernel for these head dims"):
+        run_kernel(case, inputs(case, torch.bfloat16), Emulator(library))

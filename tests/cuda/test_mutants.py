@@ -1,0 +1,104 @@
+"""Every check has a mutant: bugs seeded into the kernels must not survive the emulated tests."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda.emulator import CSRC, EmulationError, Emulator, build_library, build_machine, missing
+from tests.cuda.judge import expect_output
+from tests.cuda.mutants import HOPPER_MUTANTS, SM80_MUTANTS, Mutant
+from tests.kernels.oracle import Case, delta, expect_within_budget, inputs
+
+HEAD_DIMS = {  # few, for they are compiled again for every mutant
+    "sm80": ("-DMLS_FOR_EACH_HEAD_DIM(X)=X(64, 64)", "-DMLS_FOR_EACH_HOPPER_HEAD_DIM(X)="),
+    "sm90": ("-DMLS_FOR_EACH_HEAD_DIM(X)=", "-DMLS_FOR_EACH_HOPPER_HEAD_DIM(X)=X(128, 128)"),
+}
+HOPPER_CASES = (
+    Case(queries=70, keys=600, heads=1, head_dim=128, value_dim=128, band_hi=540, amplitude=3.0),
+    Case(queries=140, keys=520, heads=1, head_dim=128, value_dim=128),
+)
+CASES = (
+    Case(queries=150, keys=210, heads=2, groups=1, head_dim=64, value_dim=64, band_hi=40, amplitude=3.0),
+    Case(queries=70, keys=90, head_dim=64, value_dim=64, band_hi=-20),
+)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return build_machine(CSRC, tmp_path_factory.mktemp("machine"))
+
+
+def examine(library: Path, architecture: str) -> str | None:
+    """What is wrong with these kernels, or None."""
+    run, cases = (forward, HOPPER_CASES) if architecture == "sm90" else (run_in_two_parts, CASES)
+    for case in cases:
+        for seed in (1, 2, 3):
+            kernel = Emulator(library, architecture, deterministic=seed == 2, seed=seed)
+            try:
+                run(case, kernel)
+            except (AssertionError, EmulationError) as error:
+                return str(error)
+            if kernel.statistics().bank_conflicts:
+                return "bank conflicts"
+    return None
+
+
+def forward(case: Case, kernel: Emulator) -> None:
+    tensors = q, k, v, _ = inputs(case, torch.bfloat16)
+    out = torch.full((case.queries, case.batch, case.heads, case.value_dim), float("nan"))
+    lse = torch.full((case.batch, case.heads, case.queries), float("nan"))
+    kernel.forward(q, k, v, out, lse, mask=case.mask(), softmax_scale=case.softmax_scale, accumulate=False)
+    expect_output(case, torch.bfloat16, tensors, out, lse)
+
+
+def run_in_two_parts(case: Case, kernel: Emulator) -> None:
+    """A tile, accumulated from its two halves along the keys."""
+    tensors = q, k, v, dout = inputs(case, torch.bfloat16)
+    out = torch.full((case.queries, case.batch, case.heads, case.value_dim), float("nan"))
+    lse = torch.full((case.batch, case.heads, case.queries), float("nan"))
+    dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+    middle = case.keys * 2 // 3
+    options = {"softmax_scale": case.softmax_scale}
+    halves = [(slice(0, middle), 0), (slice(middle, case.keys), middle)]
+    masks = [type(case.mask())(case.band_lo - first, case.band_hi - first) for _, first in halves]
+    for number, (part, _) in enumerate(halves):
+        kernel.forward(q, k[part], v[part], out, lse, mask=masks[number], accumulate=number > 0, **options)
+    for number, (part, _) in enumerate(halves):
+        grads = delta(out, dout), dq, dk[part], dv[part]
+        kernel.backward(dout, q, k[part], v[part], lse, *grads, mask=masks[number], **options)
+    expect_within_budget(case, torch.bfloat16, tensors, (out, lse, dq, dk, dv))
+
+
+def mutated(mutant: Mutant, folder: Path) -> Path:
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC / "cuda", csrc / "cuda")
+    shutil.copytree(CSRC / "include", csrc / "include")
+    path = csrc / "cuda" / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.name}: the place to change is not there, or not unique"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    return csrc
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+def test_nothing_is_wrong_without_a_mutant(architecture: str, machine: list[str], tmp_path: Path) -> None:
+    build_library(
+        CSRC, machine, tmp_path / "library.so", "-O1", "-DMLS_BFLOAT16_ONLY", *HEAD_DIMS[architecture]
+    )
+    assert examine(tmp_path / "library.so", architecture) is None
+
+
+@pytest.mark.parametrize("mutant", SM80_MUTANTS + HOPPER_MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant: Mutant, machine: list[str], tmp_path: Path) -> None:
+    options = ("-O1", "-DMLS_BFLOAT16_ONLY", *HEAD_DIMS[mutant.architecture])
+    build_library(mutated(mutant, tmp_path), machine, tmp_path / "library.so", *options)
+    problem = examine(tmp_path / "library.so", mutant.architecture)
+    assert problem is not None
+    assert (problem == "bank conflicts") == mutant.slow

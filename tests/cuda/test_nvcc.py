@@ -1,0 +1,155 @@
+"""What nvcc makes of the kernels: no spills, tensor-core instructions, a short build. Needs no GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cuda.emulator import CSRC
+
+ARCHITECTURES = ("80", "90a")
+SOURCES = tuple(path.name for path in sorted((CSRC / "cuda").glob("*.cu")))
+BUILD_CPU_SECONDS = 240
+"""Two minutes on two cores, for everything that setup.py compiles."""
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_\w+'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    return next((str(path) for path in candidates if path.is_file()), shutil.which("nvcc"))
+
+
+def find_cuobjdump() -> str | None:
+    """cuobjdump is part of CUDA; PyPI has it as nvidia-cuda-cuobjdump (with nvidia-cuda-nvdisasm)."""
+    beside = Path(find_nvcc() or "/nowhere").parent / "cuobjdump"
+    return os.environ.get("MLS_CUOBJDUMP") or (str(beside) if beside.is_file() else shutil.which("cuobjdump"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compiled:
+    """One source for one architecture."""
+
+    object_file: str
+    ptxas_report: str
+    cpu_seconds: float
+
+
+def compile_source(nvcc: str, source: str, architecture: str, folder: Path) -> Compiled:
+    target = folder / f"{source}.{architecture}.o"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        [
+            nvcc,
+            *("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-Xptxas", "-v"),
+            f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+            *(
+                "-I",
+                str(CSRC),
+                "-I",
+                str(CSRC / "include"),
+                "-c",
+                str(CSRC / "cuda" / source),
+                "-o",
+                str(target),
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return Compiled(object_file=str(target), ptxas_report=result.stdout + result.stderr, cpu_seconds=seconds)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], Compiled]:
+    """Every source for every architecture, kept between runs for as long as nothing changes."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc here")
+    digest = hashlib.sha256(subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout)
+    for path in sorted([*(CSRC / "cuda").rglob("*"), *(CSRC / "include").glob("*.h")]):
+        if path.suffix in (".h", ".cu"):
+            digest.update(path.name.encode() + path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"mls_nvcc_{os.getuid()}" / digest.hexdigest()[:20]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    results = {}
+    for source in SOURCES:
+        for architecture in ARCHITECTURES:
+            record = folder / f"{source}.{architecture}.json"
+            if not record.exists():
+                record.write_text(json.dumps(asdict(compile_source(nvcc, source, architecture, folder))))
+            results[source, architecture] = Compiled(**json.loads(record.read_text()))
+    return results
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_stay_in_registers(
+    compiled: dict[tuple[str, str], Compiled], source: str, architecture: str
+) -> None:
+    report = compiled[source, architecture].ptxas_report
+    kernels = list(KERNEL.finditer(report))
+    assert len(kernels) == report.count("Compiling entry function")
+    assert bool(kernels) == (source != "run.cu")
+    for kernel in kernels:
+        assert (kernel["stack"], kernel["stores"], kernel["loads"]) == ("0", "0", "0"), kernel["name"]
+        assert int(kernel["registers"]) <= 255
+    assert "serialized" not in report  # what ptxas says where it gives up on asynchronous wgmma
+    assert "setmaxnreg" not in report  # or on the redistribution of registers
+
+
+def test_build_is_short(compiled: dict[tuple[str, str], Compiled]) -> None:
+    assert sum(one.cpu_seconds for one in compiled.values()) < BUILD_CPU_SECONDS
+
+
+def sass(object_file: str) -> str:
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump here")
+    tools = {**os.environ, "PATH": f"{Path(cuobjdump).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        [cuobjdump, "-sass", object_file], capture_output=True, text=True, check=True, env=tools
+    )
+    return result.stdout
+
+
+def test_ampere_kernels_use_its_tensor_cores(compiled: dict[tuple[str, str], Compiled]) -> None:
+    for source in ("forward_sm80_bf16.cu", "backward_sm80_bf16.cu"):
+        text = sass(compiled[source, "80"].object_file)
+        for function in text.split("Function : ")[1:]:
+            name = function.split()[0]
+            for wanted in ("HMMA.16816.F32.BF16", "LDSM.16.MT88.4", "LDGSTS"):
+                assert wanted in function, f"{name} has no {wanted}"
+            for unwanted in ("STL", "LDL", "HGMMA"):
+                assert unwanted not in function, f"{name} has {unwanted}"
+
+
+def test_hopper_kernels_use_its_tensor_cores(compiled: dict[tuple[str, str], Compiled]) -> None:
+    text = sass(compiled["forward_sm90.cu", "90a"].object_file)
+    functions = text.split("Function : ")[1:]
+    assert functions
+    for function in functions:
+        name = function.split()[0]
+        for wanted in ("HGMMA.64x128x16.F32", "UTMALDG.4D", "USETMAXREG", "SYNCS"):
+            assert wanted in function, f"{name} has no {wanted}"
+        for unwanted in ("STL", "LDL", " HMMA"):
+            assert unwanted not in function, f"{name} has {unwanted}"
