@@ -24,7 +24,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lightseq import __version__
-from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.config import CheckpointConfig, PretrainConfig
 from megatron_lightseq.errors import CheckpointError, explain
 from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory, fsync_files, iteration_of
 from megatron_lightseq.training.manifest import FileRecord, Manifest, record_files
@@ -234,14 +234,19 @@ def world_identity(training: Training) -> dict[str, int]:
 # ---- loading --------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(training: Training, root: Path) -> Resumed:
+def load_checkpoint(training: Training, root: Path, settings: CheckpointConfig | None = None) -> Resumed:
     """Fill ``training`` from the newest checkpoint under ``root`` that verifies.
+
+    Args:
+        training: what to fill.
+        root: folder of checkpoints.
+        settings: what of them to load; default: as the configuration of ``training`` says.
 
     Raises:
         CheckpointError: there is none, it is of another model or optimizer, it holds anything but data, or,
             with ``strict_load``, the newest one is damaged.
     """
-    settings = training.config.checkpoint
+    settings = settings or training.config.checkpoint
     folder, manifest = find_checkpoint(root, strict=settings.strict_load)
     _check_same(manifest.model, model_identity(training), folder, "the model", "--load another folder")
     if not settings.finetune:
@@ -271,7 +276,7 @@ def load_checkpoint(training: Training, root: Path) -> Resumed:
     return Resumed(
         folder=folder,
         position=start if settings.finetune else saved,
-        random=_read_random(training, folder, manifest),
+        random=_read_random(training, settings, folder, manifest),
     )
 
 
@@ -380,9 +385,10 @@ def _read_state(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _read_random(training: Training, folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+def _read_random(
+    training: Training, settings: CheckpointConfig, folder: Path, manifest: Manifest
+) -> dict[str, Any] | None:
     """This rank's random state, None where it is not wanted or was saved on another layout."""
-    settings = training.config.checkpoint
     if settings.no_load_rng or settings.finetune:
         return None
     if dict(manifest.world) != world_identity(training):

@@ -19,6 +19,7 @@ from megatron_lightseq.errors import CheckpointError, explain
 from megatron_lightseq.training.manifest import MANIFEST_NAME, Manifest
 
 LATEST_NAME = "latest"
+STARTED_NAME = "run_started"
 MEGATRON_TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
 # Megatron-LM's own folder names, so that its tools find the checkpoint that its tracker file names.
@@ -45,6 +46,32 @@ class CheckpointDirectory:
         return sorted(
             found, key=lambda path: (not self._is_overtaken(path), iteration_of(path)), reverse=True
         )
+
+    def start(self) -> None:
+        """Note that a run begins, so that :meth:`of_this_run` tells its checkpoints from those of earlier ones.
+
+        Raises:
+            CheckpointError: nothing can be written there, which a run had better know before its first step.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._write_atomically(STARTED_NAME, "checkpoints older than this file are of earlier runs")
+        except OSError as error:
+            raise CheckpointError(
+                explain(
+                    got=f"--save {self.root}: {error.strerror}",
+                    rule="checkpoints are written into that folder",
+                    remedy="Name a folder that this user may write to",
+                )
+            ) from error
+
+    def of_this_run(self) -> list[Path]:
+        """Those of :meth:`candidates` that were saved since :meth:`start`."""
+        try:
+            started = (self.root / STARTED_NAME).stat().st_mtime_ns
+        except OSError:
+            return []
+        return [path for path in self.candidates() if (path / MANIFEST_NAME).stat().st_mtime_ns >= started]
 
     def _is_overtaken(self, path: Path) -> bool:
         tracker = self.root / LATEST_NAME

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_lightseq.config import CheckpointConfig
 from megatron_lightseq.errors import LightSeqError, explain
 from megatron_lightseq.groups import rank_in
 from megatron_lightseq.training.checkpoint import Position, load_checkpoint, save_checkpoint
@@ -104,13 +105,17 @@ class Loop:
         config = self._config
         random = None
         datasets = build_datasets(config, self._corpora)
-        root = self._load_from()
-        if root is not None:
-            resumed = load_checkpoint(self._training, root)
+        restarted = self._largest(self._job.launch.attempt) > 0  # machines count their own restarts
+        settings = self._load_settings(restarted)
+        if settings.load is not None:
+            resumed = load_checkpoint(self._training, Path(settings.load), settings)
             self._position, random = resumed.position, resumed.random
             self._resumed_from, self._checkpoint = resumed.position.iteration, resumed.folder
         if config.checkpoint.save is not None and self._job.launch.rank == 0:
-            CheckpointDirectory(root=Path(config.checkpoint.save)).clean()
+            directory = CheckpointDirectory(root=Path(config.checkpoint.save))
+            directory.clean()
+            if not restarted:
+                directory.start()
         iterators = [
             train_iterator(config, datasets, self._share(), consumed_samples=self._position.consumed_samples)
             for _ in self._training.chunks
@@ -119,16 +124,17 @@ class Loop:
             restore_random_state(random)
         return iterators, datasets
 
-    def _load_from(self) -> Path | None:
-        """``load``; when torchrun has restarted the ranks, what they had saved until then."""
+    def _load_settings(self, restarted: bool) -> CheckpointConfig:
+        """What to load; when torchrun has restarted the ranks, all of what they had saved until then."""
         settings = self._config.checkpoint
-        attempt = self._largest(self._job.launch.attempt)  # machines count their own restarts
-        if attempt > 0 and settings.save is not None:
-            saved = Path(settings.save)
-            present = self._job.launch.rank == 0 and bool(CheckpointDirectory(root=saved).candidates())
-            if self._largest(int(present)):
-                return saved
-        return None if settings.load is None else Path(settings.load)
+        if not restarted or settings.save is None:
+            return settings
+        present = self._job.launch.rank == 0 and bool(
+            CheckpointDirectory(root=Path(settings.save)).of_this_run()
+        )
+        if not self._largest(int(present)):
+            return settings
+        return CheckpointConfig(save=settings.save, load=settings.save, strict_load=settings.strict_load)
 
     def _largest(self, number: int) -> int:
         """The largest of the ranks' numbers; collective."""

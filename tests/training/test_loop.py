@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ import pytest
 
 from megatron_lightseq.errors import LightSeqError
 from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory
-from tests.harness.ranks import run_ranks
+from tests.harness.ranks import RankError, run_ranks
 from tests.training.launched import FLAGS, make_corpus
 
 ALONE = {**FLAGS, "context_parallel_size": 1, "train_iters": 2, "progress": "off"}
 
 
-def looped(corpus: str, overrides: dict[str, Any]) -> tuple[int, str | None]:
-    """Run the loop on this rank: the step it reached and the checkpoint it reports."""
+def looped(corpus: str, overrides: dict[str, Any], attempt: int = 0) -> tuple[int, int, str | None]:
+    """Run the loop on this rank: the steps it began behind and reached, and the checkpoint it reports."""
     warnings.simplefilter("ignore")
     import torch
     from megatron.core import parallel_state
@@ -33,12 +34,13 @@ def looped(corpus: str, overrides: dict[str, Any]) -> tuple[int, str | None]:
     cpu_platform.activate()
     config = with_values(PretrainConfig(), **{**ALONE, "data_path": (corpus,), **overrides})
     channel = ControlChannel(lambda: None, rank=0, world_size=1)  # type: ignore[arg-type, return-value]
-    job = Job(launch=Launch(), channel=channel, device=torch.device("cpu"), backend="gloo")
+    job = Job(launch=Launch(attempt=attempt), channel=channel, device=torch.device("cpu"), backend="gloo")
     try:
         outcome = build_loop(job, config, open_corpora(config), StopRequest()).run()
     finally:
         parallel_state.destroy_model_parallel()
-    return outcome.position.iteration, None if outcome.checkpoint is None else str(outcome.checkpoint)
+    checkpoint = None if outcome.checkpoint is None else str(outcome.checkpoint)
+    return outcome.resumed_from, outcome.position.iteration, checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,33 @@ def test_finetuning_for_as_many_steps_as_were_trained_saves_what_it_learned(
     corpus: str, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    assert run_ranks(1, looped, corpus, {"save": str(first)})[0] == (2, str(first / "iter_0000002"))
+    assert run_ranks(1, looped, corpus, {"save": str(first)})[0] == (0, 2, str(first / "iter_0000002"))
     tuned = run_ranks(1, looped, corpus, {"load": str(first), "save": str(second), "finetune": True})[0]
-    assert tuned == (2, str(second / "iter_0000002"))
+    assert tuned == (0, 2, str(second / "iter_0000002"))
     assert saved(second) == ["iter_0000002"]
+
+
+def test_restarted_ranks_go_on_with_their_own_run_only(corpus: str, tmp_path: Path) -> None:
+    """An earlier run's end in the same folder is none of a run that failed before it saved anything."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    run_ranks(1, looped, corpus, {"save": first})
+    CheckpointDirectory(root=tmp_path / "first").start()  # and it fails at once
+    assert run_ranks(1, looped, corpus, {"save": first}, 1)[0][:2] == (0, 2)
+    # What finetuning had reached is gone on with, not finetuned from once more.
+    tune = {"load": first, "save": second, "finetune": True, "save_interval": 1}
+    run_ranks(1, looped, corpus, tune)
+    shutil.rmtree(tmp_path / "second" / "iter_0000002")
+    assert run_ranks(1, looped, corpus, tune, 1)[0] == (1, 2, f"{second}/iter_0000002")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
+    corpus: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        RankError, match=r"CheckpointError: --save .*/file: .*Name a folder that this user may"
+    ):
+        run_ranks(1, looped, corpus, {"save": str(tmp_path / "file"), "train_iters": 10**6})
 
 
 def with_spoiled_gradients(corpus: str, root: str) -> str:
