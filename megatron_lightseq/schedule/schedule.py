@@ -16,10 +16,12 @@ from megatron_lightseq.schedule.ir import Direction, Move, Payload, Step, Tile
 from megatron_lightseq.schedule.validate import find_fault
 
 _HEADER = re.compile(
-    r"(?P<method>\S+) (?P<direction>\S+) (?P<layout>\S+) (?P<mask>\S+) (?P<seq_length>\d+) tokens"
+    r"(?P<method>\S+) (?P<direction>forward|backward) (?P<layout>\S+) (?P<mask>\S+) (?P<seq_length>\d+) tokens"
 )
 _TILE = re.compile(r"q(\d+)k(\d+)")
-_MOVE = re.compile(r"([a-z]+)(\d+):(\d+)>(\d+)")
+_MOVE = re.compile(rf"({'|'.join(Payload)})(\d+):(\d+)>(\d+)")
+_CELL = rf"(-|{_TILE.pattern}(\+{_TILE.pattern})*)"
+_STEP = re.compile(rf"step (?P<number>\d+) *\|(?P<tiles>( +{_CELL})+) *\|(?P<moves>( {_MOVE.pattern})*)")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Schedule:
         Raises:
             ScheduleError: the text is not of that form, or the schedule it describes is invalid.
         """
-        header, *lines = text.strip().splitlines()
+        header, *lines = text.strip().splitlines() or [""]
         match = _HEADER.fullmatch(header.strip())
         if match is None:
             raise ScheduleError(
@@ -95,7 +97,7 @@ class Schedule:
             layout=SequenceLayout.parse(match["layout"]),
             mask=Mask.parse(match["mask"]),
             seq_length=int(match["seq_length"]),
-            steps=tuple(_parse_step(line) for line in lines),
+            steps=tuple(_parse_step(number, line) for number, line in enumerate(lines)),
         )
 
 
@@ -118,19 +120,21 @@ def work_of(layout: SequenceLayout, mask: Mask, seq_length: int) -> Mapping[Tile
     return MappingProxyType(work)
 
 
-def _parse_step(line: str) -> Step:
-    fields = line.split("|")
-    if len(fields) != 3:
+def _parse_step(number: int, line: str) -> Step:
+    match = _STEP.fullmatch(line.rstrip())
+    if match is None or int(match["number"]) != number:
         raise ScheduleError(
             explain(
                 got=f"schedule line {line!r}",
-                rule="a step is written: step N | TILES OF EACH RANK | MOVES",
+                rule=f"step {number} is written: step {number} | TILES OF EACH RANK | MOVES",
                 remedy="Give the text that str(schedule) prints",
             )
         )
-    tiles = tuple(tuple(Tile(int(q), int(k)) for q, k in _TILE.findall(cell)) for cell in fields[1].split())
+    tiles = tuple(
+        tuple(Tile(int(q), int(k)) for q, k in _TILE.findall(cell)) for cell in match["tiles"].split()
+    )
     moves = tuple(
         Move(Payload(payload), int(chunk), int(src), int(dst))
-        for payload, chunk, src, dst in _MOVE.findall(fields[2])
+        for payload, chunk, src, dst in _MOVE.findall(match["moves"])
     )
     return Step(tiles, moves)

@@ -49,6 +49,27 @@ def test_every_size_is_valid_and_round_trips(method: str, layout: str, direction
         assert Schedule.parse(str(schedule)).fingerprint == schedule.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (" forward ", " sideways ", "schedule header"),
+        ("step 1", "step 7", "step 1 is written"),
+        ("kv0:0>1", "xx0:0>1", "schedule line"),
+        ("kv0:0>1", "kv0:0>1 junk", "schedule line"),
+        ("q0k0", "q0k0-", "schedule line"),
+        ("q0k0", "q0k0 | -", "schedule line"),
+        ("kv0:0>1", "", "has not arrived"),
+    ],
+)
+def test_text_that_says_something_else_is_refused(old: str, new: str, text: str) -> None:
+    schedule = str(build("ring", "contiguous", 2))
+    assert old in schedule
+    with pytest.raises(ScheduleError, match=text):
+        Schedule.parse(schedule.replace(old, new))
+    with pytest.raises(ScheduleError, match="schedule header ''"):
+        Schedule.parse("")
+
+
 @pytest.mark.parametrize("size", range(1, 18))
 def test_lightseq_makespan_is_half_of_the_ranks(size: int) -> None:
     """P/2 chunk tiles for every P, odd and even: the causal triangle shared out without idle time."""
