@@ -48,6 +48,18 @@ def test_every_key_is_documented() -> None:
     assert missing == []
 
 
+def test_every_variable_of_the_scripts_is_documented() -> None:
+    documented = (ROOT / "docs" / "configuration.md").read_text()
+    for script in ("lib.sh", "pretrain_gpt.sh"):
+        head = (ROOT / "scripts" / script).read_text()
+        variables = re.findall(r"^#   ((?:[A-Z_]+(?:, )?)+) ", head, flags=re.MULTILINE)
+        assert variables, script
+        for name in ", ".join(variables).split(", "):
+            assert f"`{name}`" in documented, name
+    exported = set(re.findall(r"^\s*export ([A-Z_]+)=", head, flags=re.MULTILINE)) - {"CUDA_VISIBLE_DEVICES"}
+    assert [name for name in sorted(exported) if f"`{name}`" not in documented] == []
+
+
 def test_every_method_and_kernel_is_documented() -> None:
     algorithms = (ROOT / "docs" / "algorithms.md").read_text()
     assert [name for name in mls.schedule.METHODS if f"| `{name}` |" not in algorithms] == []
