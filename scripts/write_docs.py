@@ -13,6 +13,7 @@ KIND is one of
     balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
     traffic                  bytes sent by method and P
     include FILE             a Markdown file that a command has written, as it is
+    image FILE WORDS ...     a picture below docs/ that a command has drawn
     code FILE [FIRST | LAST] a file, or its lines from the one with FIRST to the next one with LAST
     fresh_clone PART         what the README's commands did in a fresh clone (docs/results/fresh_clone.json)
 """
@@ -166,6 +167,13 @@ def include(path: str) -> str:
     return recorded.read_text().rstrip("\n")
 
 
+def image(path: str, *words: str) -> str:
+    """A picture that a command has drawn, for the documents in docs/; nothing before it has."""
+    if not (ROOT / path).exists():
+        return f"*Not drawn yet: `{path}` is not there.*"
+    return f"![{' '.join(words)}]({Path(path).relative_to('docs')})"
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "flags": flags,
     "commands": commands,
@@ -174,6 +182,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "traffic": traffic,
     "code": code,
     "include": include,
+    "image": image,
     "fresh_clone": fresh_clone,
 }
 
