@@ -113,7 +113,7 @@ ensure_extension() {
 cd "$ROOT"
 # Two runs started together (two terminals, two jobs on one file system) take turns; where there is no flock, or the file
 # system has no locks, they don't.
-exec 9<"${BASH_SOURCE[0]}"
+exec 9<"$ROOT/scripts/setup_env.sh"
 flock 9 2>/dev/null || true
 ensure_venv
 mkdir -p "$STATE"

@@ -127,8 +127,10 @@ def setup(folder: Path, programs: Mapping[str, str], **variables: str) -> subpro
         "LIGHTSEQ_VENV": str(folder / "venv"),
         **variables,
     }
-    command = [BASH, str(ROOT / "scripts" / "setup_env.sh")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    script = os.path.relpath(ROOT / "scripts" / "setup_env.sh", folder)  # from elsewhere, and relative
+    return subprocess.run(
+        [BASH, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 OLD_PYTHON = "#!/bin/bash\nexit 1\n"
