@@ -111,8 +111,10 @@ _KERNELS = {
     "cuda": "megatron_lightseq.kernels.cuda:CudaKernel",
     "cpu": "megatron_lightseq.kernels.cpu:CpuKernel",
     "reference": "megatron_lightseq.kernels.reference:ReferenceKernel",
+    "flash_attn": "megatron_lightseq.kernels.flash_attn:FlashAttnKernel",
+    "sdpa": "megatron_lightseq.kernels.sdpa:SdpaKernel",
 }
-"""Name -> class, in the order in which ``auto`` tries them."""
+"""Name -> class. ``auto`` tries them in this order; reference takes anything, so what follows is chosen by name."""
 
 
 def kernel_names() -> tuple[str, ...]:

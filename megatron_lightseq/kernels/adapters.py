@@ -1,0 +1,77 @@
+"""What the adapters to other people's kernels share: they know causal and full tiles, and have no state to merge into.
+
+Shape letters: Q query tokens, K key tokens, B batch, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.merge import merge_into
+from megatron_lightseq.kernels.registry import TileMask
+
+
+class TileKind(Enum):
+    """What a tile's mask amounts to."""
+
+    EMPTY = "empty"
+    FULL = "full"
+    CAUSAL = "causal"
+    """Query i sees keys 0 to i."""
+    BAND = "band"
+    """Query i sees keys i + band_lo to i + band_hi."""
+
+
+def tile_kind(mask: TileMask, num_queries: int, num_keys: int, kernel: str) -> TileKind:
+    """The kind of a tile.
+
+    Raises:
+        UnsupportedError: it has key ranges (packed documents), which no adapter can express.
+    """
+    if mask.band_hi <= -num_queries or mask.band_lo >= num_keys:
+        return TileKind.EMPTY
+    if mask.key_ranges is not None:
+        raise UnsupportedError(
+            explain(
+                got=f"kernel {kernel!r} for a tile with key_ranges",
+                rule="it knows full, causal and window masks only",
+                remedy="Choose kernel='auto' for packed documents",
+            )
+        )
+    unbounded = mask.band_lo <= 1 - num_queries
+    if unbounded and mask.band_hi >= num_keys - 1:
+        return TileKind.FULL
+    return TileKind.CAUSAL if unbounded and mask.band_hi == 0 else TileKind.BAND
+
+
+def store(out: Tensor, lse: Tensor, out_new: Tensor, lse_new: Tensor, *, accumulate: bool) -> None:
+    """Writes a tile's result (Q, B, H, D) and (B, H, Q), or merges it with what is there."""
+    if accumulate:
+        merge_into(out, lse, out_new.to(out.dtype), lse_new.to(lse.dtype))
+    else:
+        out.copy_(out_new)
+        lse.copy_(lse_new)
+
+
+def store_empty(out: Tensor, lse: Tensor, *, accumulate: bool) -> None:
+    """The result of a tile in which no query sees a key."""
+    if not accumulate:
+        out.zero_()
+        lse.fill_(float("-inf"))
+
+
+def output_with_delta(dout: Tensor, delta: Tensor) -> Tensor:
+    """Some output whose product with ``dout`` sums to ``delta`` in every row, in dout's dtype and shape.
+
+    Backwards of other kernels take the output, from which they compute delta, and use it for nothing else; the
+    final output may belong to another rank's tile, its delta is what we have.
+    """
+    wide = dout.float() if dout.dtype != torch.float64 else dout
+    squares_QBH1 = wide.square().sum(-1, keepdim=True)
+    delta_QBH1 = delta.permute(2, 0, 1).unsqueeze(-1)
+    factor = torch.where(squares_QBH1 > 0, delta_QBH1 / squares_QBH1, 0.0)
+    return (wide * factor).to(dout.dtype)

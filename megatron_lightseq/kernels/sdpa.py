@@ -1,0 +1,149 @@
+"""torch's own fused attention (the flash backend of scaled_dot_product_attention), as a kernel.
+
+It needs nothing but torch, knows full and causal tiles, and returns its lse, so schedules run on it as on ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.adapters import TileKind, output_with_delta, store, store_empty, tile_kind
+from megatron_lightseq.kernels.registry import TileMask
+
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+class SdpaKernel:
+    """Full tiles of any shape, causal tiles of as many keys as queries; D = Dv.
+
+    A tile's partial output is rounded to the dtype of the inputs before it is merged, unlike that of our kernels.
+    """
+
+    name = "sdpa"
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why torch's flash backend cannot take these inputs, or None."""
+        dtypes = {"cuda": CUDA_DTYPES, "cpu": CPU_DTYPES}.get(q.device.type)
+        if dtypes is None:
+            return "it takes tensors on a CPU or a CUDA device"
+        if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
+            return f"on {q.device.type} it takes {', '.join(str(d) for d in dtypes)}, the same for q, k and v"
+        if q.shape[-1] != v.shape[-1]:
+            return f"it takes one head dim for q, k and v, not {q.shape[-1]} and {v.shape[-1]}"
+        if q.is_cuda and (q.shape[-1] > 256 or q.shape[-1] % 8):
+            return f"on CUDA it takes head dims up to 256 that are multiples of 8, not {q.shape[-1]}"
+        return None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        mask: TileMask,
+        softmax_scale: float,
+        accumulate: bool,
+    ) -> None:
+        """Merge one tile into ``(out, lse)``. Shapes as in :class:`~.registry.Kernel`.
+
+        Raises:
+            UnsupportedError: the tile is neither full nor causal over as many keys as queries.
+        """
+        kind = _kind(mask, q, k)
+        if kind is TileKind.EMPTY:
+            store_empty(out, lse, accumulate=accumulate)
+            return
+        tile_out, tile_lse = _results(q, k, v, kind is TileKind.CAUSAL, softmax_scale)
+        store(out, lse, tile_out.permute(2, 0, 1, 3), tile_lse, accumulate=accumulate)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        *,
+        mask: TileMask,
+        softmax_scale: float,
+    ) -> None:
+        """Add the tile's gradients to ``dq, dk, dv``. Shapes as in :class:`~.registry.Kernel`.
+
+        Raises:
+            UnsupportedError: the tile is neither full nor causal over as many keys as queries.
+        """
+        kind = _kind(mask, q, k)
+        if kind is TileKind.EMPTY:
+            return
+        group = q.shape[2] // k.shape[2]
+        tensors = [_by_head(x, 1) for x in (dout, q)] + [_by_head(x, group) for x in (k, v)]
+        tensors.append(_by_head(output_with_delta(dout, delta), 1))
+        grads = _gradients(tensors, _finite(lse), kind is TileKind.CAUSAL, softmax_scale)
+        dq += grads[0].permute(2, 0, 1, 3)
+        for target, grad in ((dk, grads[1]), (dv, grads[2])):
+            target += grad.unflatten(1, (-1, group)).sum(2, dtype=target.dtype).permute(2, 0, 1, 3)
+
+
+def _kind(mask: TileMask, q: Tensor, k: Tensor) -> TileKind:
+    kind = tile_kind(mask, q.shape[0], k.shape[0], SdpaKernel.name)
+    if kind is TileKind.BAND or (kind is TileKind.CAUSAL and q.shape[0] != k.shape[0]):
+        raise UnsupportedError(
+            explain(
+                got=f"kernel 'sdpa' for a tile of {q.shape[0]} queries, {k.shape[0]} keys and the band "
+                f"[{mask.band_lo}, {mask.band_hi}]",
+                rule="it knows full tiles, and causal ones of as many keys as queries",
+                remedy="Choose kernel='auto' for windows and unequal chunks",
+            )
+        )
+    return kind
+
+
+def _by_head(x: Tensor, repeat: int) -> Tensor:
+    """(S, B, G, D) -> (B, G * repeat, S, D)"""
+    return x.permute(1, 2, 0, 3).repeat_interleave(repeat, 1) if repeat > 1 else x.permute(1, 2, 0, 3)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """Queries that see no key must get probability 0, not exp(inf): any large lse does."""
+    return torch.where(lse.isneginf(), torch.finfo(torch.float32).max, lse)
+
+
+def _results(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    group = q.shape[2] // k.shape[2]
+    tensors = (_by_head(q, 1), _by_head(k, group), _by_head(v, group))
+    if q.is_cuda:
+        results = torch.ops.aten._scaled_dot_product_flash_attention(
+            *tensors, 0.0, causal, False, scale=scale
+        )
+    else:
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *tensors, 0.0, causal, scale=scale
+        )
+    return results[0], results[1]
+
+
+def _gradients(
+    tensors: list[Tensor], lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv from dout, q, k, v, out, all (B, H, S, D)."""
+    grads: tuple[Tensor, Tensor, Tensor]
+    if not lse.is_cuda:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = backward(*tensors, lse, 0.0, causal, scale=scale)
+        return grads
+    num_queries, num_keys = tensors[1].shape[2], tensors[2].shape[2]
+    nothing = torch.zeros(2, dtype=torch.uint64, device=lse.device)  # the random state of no dropout
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    grads = backward(
+        *tensors, lse, None, None, num_queries, num_keys, 0.0, causal, nothing, nothing, scale=scale
+    )
+    return grads
