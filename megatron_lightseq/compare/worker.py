@@ -26,7 +26,8 @@ from megatron_lightseq.training.step import train_step
 
 VOCAB_SIZE = 256
 """Bytes."""
-_CEILING_SIZE = 1024
+_CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
+"""Rows of the square matrices: large enough for the device to be at its best."""
 _CEILING_SECONDS = 0.5
 
 
@@ -174,7 +175,8 @@ def _sequences(length: int) -> Iterator[torch.Tensor]:
 def matmul_ceiling(dtype: torch.dtype) -> float:
     """FLOP/s of this rank's matrix products while all other ranks do the same: what nothing here can exceed."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    a, b = (torch.randn(_CEILING_SIZE, _CEILING_SIZE, dtype=dtype, device=device) for _ in range(2))
+    size = _CEILING_SIZE[device.type]
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
     best = 0.0
     dist.barrier()
@@ -184,5 +186,5 @@ def matmul_ceiling(dtype: torch.dtype) -> float:
         torch.mm(a, b, out=out)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        best = max(best, 2 * _CEILING_SIZE**3 / (time.perf_counter() - began))
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best
