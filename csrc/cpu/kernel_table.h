@@ -27,6 +27,7 @@ struct Kernel {
   Workload (*backward_workload)(const BackwardParams&);
   void (*init_turns)(const BackwardParams&, TurnCounter* turns);
   void (*backward_task)(const BackwardParams&, int64_t task, void* scratch, TurnCounter* turns);
+  double (*peak_work)(int64_t iterations);  // floating-point operations of products in registers only
 };
 
 struct KernelTable {

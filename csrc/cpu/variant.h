@@ -4,13 +4,14 @@
 #include "backward_vector.h"
 #include "forward.h"
 #include "forward_vector.h"
+#include "peak.h"
 
 namespace mls::cpu::MLS_VARIANT {
 
 template <class Forward, class Backward>
 constexpr Kernel make_kernel() {
-  return {forward_workload<Forward>, forward_task<Forward>, backward_workload<Backward>, init_turns<Backward>,
-          backward_task<Backward>};
+  return {forward_workload<Forward>, forward_task<Forward>,   backward_workload<Backward>,
+          init_turns<Backward>,      backward_task<Backward>, vector_peak_work};
 }
 
 template <class Element>

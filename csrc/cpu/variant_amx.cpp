@@ -29,6 +29,16 @@ void backward_task_with_tiles(const BackwardParams& p, int64_t task, void* scrat
   backward_task<AmxBackward>(p, task, scratch, turns);
 }
 
+double tile_peak_work(int64_t iterations) {
+  const AmxSession session;
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  tile_zero<4>(), tile_zero<5>(), tile_zero<6>(), tile_zero<7>();
+  for (int64_t n = 0; n < iterations; ++n) {
+    tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+  }
+  return 4.0 * static_cast<double>(iterations) * kAmxTile * kAmxTile * kAmxDepth * 2;
+}
+
 }  // namespace amx
 
 const KernelTable kAmxTable = {
@@ -36,7 +46,7 @@ const KernelTable kAmxTable = {
     amx::vector_kernel<amx::Float32>(),
     {amx::forward_workload<amx::AmxForward>, amx::forward_task_with_tiles,
      amx::backward_workload<amx::AmxBackward>, amx::init_turns<amx::AmxBackward>,
-     amx::backward_task_with_tiles},
+     amx::backward_task_with_tiles, amx::tile_peak_work},
 };
 
 }  // namespace mls::cpu
