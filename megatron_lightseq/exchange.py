@@ -18,6 +18,9 @@ from megatron_lightseq.runtime import AttentionStats
 from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.transport import Transport, all_to_all
 
+HeadRanges = tuple[range, ...]
+"""Consecutive heads by rank."""
+
 
 class HeadExchange:
     """The two trades, for one kind of input over one group."""
@@ -41,15 +44,28 @@ class HeadExchange:
         """Query heads that this rank computes."""
         return len(self.cut.heads[self.member])
 
-    def to_heads(self, xs: Sequence[Tensor], cut: tuple[range, ...]) -> list[Tensor]:
-        """From (S, B, heads, D) or (B, heads, S) to all u S tokens of this rank's range of ``cut``."""
-        mine = len(cut[self._transport.rank])
-        outgoing = [[x.narrow(_head_dim(x), heads.start, len(heads)) for x in xs] for heads in cut]
-        incoming = [[x.new_empty(_resized(x, _head_dim(x), mine)) for x in xs] for _ in cut]
-        self._trade(outgoing, incoming, "heads for tokens")
-        return [self._join([parts[index] for parts in incoming]) for index in range(len(xs))]
+    def to_heads(self, *parts: tuple[Sequence[Tensor], HeadRanges]) -> list[Tensor]:
+        """From local tokens of all heads to all u S tokens of this rank's heads, in one trade.
 
-    def to_tokens(self, xs: Sequence[Tensor], cut: tuple[range, ...], add: bool = False) -> list[Tensor]:
+        Args:
+            parts: tensors (S, B, heads, D) or (B, heads, S), and the heads that each rank takes of them.
+
+        Returns:
+            The tensors in the order given, flat.
+        """
+        cuts = [(x, cut) for xs, cut in parts for x in xs]
+        outgoing = [
+            [x.narrow(_head_dim(x), cut[peer].start, len(cut[peer])) for x, cut in cuts]
+            for peer in range(self._transport.size)
+        ]
+        incoming = [
+            [x.new_empty(_resized(x, _head_dim(x), len(cut[self.member]))) for x, cut in cuts]
+            for _ in outgoing
+        ]
+        self._trade(outgoing, incoming, "heads for tokens")
+        return [self._join([received[index] for received in incoming]) for index in range(len(cuts))]
+
+    def to_tokens(self, xs: Sequence[Tensor], cut: HeadRanges, add: bool = False) -> list[Tensor]:
         """The inverse of :meth:`to_heads`; with ``add``, what several ranks have of one head is added up."""
         parts = [[self._part(x, member) for x in xs] for member in range(len(cut))]
         incoming = [[x.new_empty(_resized(x, _head_dim(x), len(heads))) for x in parts[0]] for heads in cut]

@@ -73,8 +73,8 @@ class HeadRun:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         cut = self.exchange.cut
-        (q_merged,) = self.exchange.to_heads([q], cut.heads)
-        k_merged, v_merged = self._keys_and_values(k, v)
+        q_merged, *kv = self.exchange.to_heads(([q], cut.heads), ([k, v], cut.groups))
+        k_merged, v_merged = self._expanded(kv)
         if self.exchange.num_heads:
             out, lse = self.inner.forward(q_merged, k_merged, v_merged, scale)
         else:  # more ranks than heads
@@ -89,8 +89,10 @@ class HeadRun:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> Gradients:
         cut = self.exchange.cut
-        dout_m, q_m, lse_m, delta_m = self.exchange.to_heads([dout, q, lse, delta], cut.heads)
-        k_m, v_m = self._keys_and_values(k, v)
+        dout_m, q_m, lse_m, delta_m, *kv = self.exchange.to_heads(
+            ([dout, q, lse, delta], cut.heads), ([k, v], cut.groups)
+        )
+        k_m, v_m = self._expanded(kv)
         if self.exchange.num_heads:
             dq, dk, dv = self.inner.backward(dout_m, q_m, k_m, v_m, lse_m, delta_m, scale)
         else:
@@ -102,9 +104,10 @@ class HeadRun:
         dk, dv = self.exchange.to_tokens([dk, dv], cut.groups, add=not cut.groups_are_disjoint)
         return dq, dk, dv
 
-    def _keys_and_values(self, k: Tensor, v: Tensor) -> list[Tensor]:
+    def _expanded(self, keys_and_values: list[Tensor]) -> list[Tensor]:
+        """With a copy for each query head where a kernel could not find a query head's keys by division."""
         index = self._group_of_head()
-        return [expand(x, index) for x in self.exchange.to_heads([k, v], self.exchange.cut.groups)]
+        return [expand(x, index) for x in keys_and_values]
 
     def _group_of_head(self) -> list[int] | None:
         return self.exchange.cut.group_of_head(self.exchange.member)

@@ -202,10 +202,14 @@ def candidates(cp_size: int, shape: TensorShape, layout: str, network: Network) 
         return names
     if layout != "contiguous":
         names += _meshes(cp_size, shape, network)
-    most = min(cp_size, shape.num_heads)
-    sizes = [u for u in range(2, most + 1) if cp_size % u == 0 and u < cp_size]
-    names += [f"usp:{u}" for u in sizes if cp_size // u <= SMALL_GROUP]
+    names += [f"usp:{u}" for u in exchange_sizes(cp_size, shape.num_heads)]
     return [*names, "ulysses"]
+
+
+def exchange_sizes(cp_size: int, num_heads: int) -> list[int]:
+    """Sizes of the groups that usp may exchange heads within; 1 and ``cp_size`` are other methods."""
+    sizes = [u for u in range(2, min(cp_size - 1, num_heads) + 1) if cp_size % u == 0]
+    return [u for u in sizes if cp_size // u <= SMALL_GROUP]
 
 
 def _meshes(cp_size: int, shape: TensorShape, network: Network) -> list[str]:

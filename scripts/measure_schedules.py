@@ -1,0 +1,127 @@
+"""The figures that are claimed of schedules, from the simulator alone: no cluster, no torch.
+
+    python scripts/measure_schedules.py balance   lightseq: busy share of the ranks when transfers are free
+    python scripts/measure_schedules.py mesh      bytes received by the busiest rank: mesh against the others
+    python scripts/measure_schedules.py auto      auto against every fixed method, over ranks, groups and networks
+
+--ranks 2 3 4 chooses the numbers of ranks. Schedules over hundreds of ranks take seconds each, and auto makes dozens.
+Exits with 1 if a figure is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.schedule import (
+    Chooser,
+    Direction,
+    Network,
+    TensorShape,
+    build,
+    resolve_method,
+    simulate,
+)
+from megatron_lightseq.schedule.choose import exchange_sizes
+
+NUM_HEADS = 32
+TOKENS_PER_RANK = 8192
+BALANCED = 0.98
+MESH_LIMITS = {16: 0.7, 64: 0.4, 256: 0.2}
+MESH_BALANCED = 0.95
+BEHIND = 0.05
+AROUND_POWERS = [2**power + off for power in range(7, 11) for off in (-1, 0, 1) if 2**power + off <= 1024]
+RANKS = {
+    "balance": [*range(2, 129), *(size for size in AROUND_POWERS if size > 128)],
+    "mesh": list(MESH_LIMITS),
+    "auto": [2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256],
+}
+
+
+def balance(ranks: Sequence[int]) -> bool:
+    """Busy share of lightseq, worst of ``ranks``."""
+    worst, at = min(
+        (simulate(build("lightseq", SequenceLayout.contiguous(size))).busy, size) for size in ranks
+    )
+    sys.stdout.write(
+        f"lightseq, {len(ranks)} sizes from {min(ranks)} to {max(ranks)}: at least {worst:.4f} (P = {at})\n"
+    )
+    return worst >= BALANCED
+
+
+def mesh(ranks: Sequence[int]) -> bool:
+    """Received bytes of the busiest rank, forward, MHA, as a share of the best of the others."""
+    shape, held = TensorShape(num_heads=NUM_HEADS, num_query_groups=NUM_HEADS), True
+    for size in ranks:
+        played = {
+            method: simulate(build(method, SequenceLayout(layout, size)), shape=shape)
+            for method, layout in (
+                ("mesh", "zigzag"),
+                ("lightseq", "contiguous"),
+                ("zigzag", "zigzag"),
+                ("all_gather", "zigzag"),
+            )
+        }
+        received = {method: max(result.bytes_received) for method, result in played.items()}
+        share = received["mesh"] / min(number for method, number in received.items() if method != "mesh")
+        busy = played["mesh"].busy
+        sys.stdout.write(
+            f"mesh, P = {size}: {share:.2f}x the bytes of the best other method, busy {busy:.3f}\n"
+        )
+        held = held and share <= MESH_LIMITS.get(size, 1.0) and busy >= MESH_BALANCED
+    return held
+
+
+def fixed_methods(size: int) -> Iterator[tuple[str, str]]:
+    """Every method with every layout that it takes, and all meshes and exchanges that are possible."""
+    divisors = [d for d in range(2, size) if size % d == 0]
+    names = ["lightseq", "ring", "zigzag", "all_gather", "mesh", "ulysses", "usp"]
+    names += [f"mesh:{d}x{size // d}" for d in divisors] + [
+        f"usp:{d}" for d in exchange_sizes(size, NUM_HEADS)
+    ]
+    for name in names:
+        for layout in resolve_method(name).layouts:
+            yield name, layout
+
+
+def auto(ranks: Sequence[int]) -> bool:
+    """Predicted time of auto against the best fixed method, worst over groups and networks."""
+    held = True
+    for size in ranks:
+        chooser = Chooser(size, size * TOKENS_PER_RANK)
+        for network in map(Network.parse, ("nvlink", "nvlink+100gbps")):
+            for groups in (NUM_HEADS, NUM_HEADS // 4, NUM_HEADS // 8, NUM_HEADS // 32):
+                shape = TensorShape(num_heads=NUM_HEADS, num_query_groups=groups)
+                chosen = chooser.rank(shape, network)[0]
+                best, method, layout = min(
+                    (
+                        sum(chooser.predict(name, on, way, shape, network).seconds for way in Direction),
+                        name,
+                        on,
+                    )
+                    for name, on in fixed_methods(size)
+                )
+                behind = chosen.seconds / best - 1
+                held = held and behind <= BEHIND
+                sys.stdout.write(
+                    f"auto, P = {size:<4d} r = 1/{NUM_HEADS // groups:<3d} {network.name:<15} {behind:+7.2%}  "
+                    f"{chosen.name} on {chosen.layout}; best fixed: {method} on {layout}\n"
+                )
+                sys.stdout.flush()
+    return held
+
+
+def main() -> int:
+    """Measure what was asked for."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("figure", choices=list(RANKS))
+    made.add_argument("--ranks", type=int, nargs="+", metavar="P")
+    options = made.parse_args()
+    measure = {"balance": balance, "mesh": mesh, "auto": auto}[options.figure]
+    return 0 if measure(options.ranks or RANKS[options.figure]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
