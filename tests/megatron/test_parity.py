@@ -93,11 +93,17 @@ OTHER_MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", OTHER_MODELS)
-def test_other_models_train_like_one_rank(model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param("gpt2-like", {**PP2, **CP2}, id="gpt2-pp2-cp2"),
+        pytest.param("qk-norm-multi-query", {**PP2, **CP2, **FULL}, id="qk-norm-pp2-cp2-full"),
+        pytest.param("qk-norm-multi-query", {**TP2, **CP2}, id="qk-norm-tp2-cp2"),  # fewer groups than ranks
+    ],
+)
+def test_other_models_train_like_one_rank(model: str, layout: dict[str, Any]) -> None:
     overrides = OTHER_MODELS[model]
     reference = on_ranks(1, train, {**overrides, "cp_method": "megatron"})[0]
-    layout = {**CP2, **(PP2 if "gpt2" in model else TP2)} if model == "gpt2-like" else {**CP2, **PP2, **FULL}
     for run in on_ranks(4, train, {**overrides, **layout}):
         agree(run, reference)
 
