@@ -241,9 +241,9 @@ def test_command_is_idempotent_and_quick_the_second_time(
     lengths = check_index(prefix).lengths
     for part in ("40", "unigram entropy", f"{(lengths < 100).mean():.1%}", "length 64-127"):
         assert part in first
-    start = time.perf_counter()
+    start = time.process_time()  # of the processor: other work on the machine does not count
     assert run(arguments) == 0
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     assert "is up to date: 40 documents" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
 
@@ -312,7 +312,7 @@ def test_kill_at_every_file_operation_leaves_no_half_index(tmp_path: Path) -> No
         prefix = tmp_path / f"run{stop}" / "corpus"
         old = prepare(find_files([other]), ByteTokenizer(), prefix)
         arguments = [sys.executable, "-c", INTERRUPTED, str(texts), str(prefix), str(stop)]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
         if done.returncode == 0:
             assert int(done.stdout) < stop
             break
