@@ -36,8 +36,11 @@ class Job:
 
 
 @contextmanager
-def join(config: PretrainConfig) -> Iterator[Job]:
+def join(config: PretrainConfig, corpus: str) -> Iterator[Job]:
     """Meet the other ranks, make sure that all run the same thing, and initialise ``torch.distributed``.
+
+    ``corpus`` is the fingerprint of what this rank reads: hosts may have folders of one name and other contents, and
+    ranks that cut different texts would train on a mixture without an error.
 
     Inside, an error of another rank arrives as a PeerFailureError; see
     :meth:`~megatron_lightseq.training.faults.ControlChannel.guard`.
@@ -69,7 +72,7 @@ def join(config: PretrainConfig) -> Iterator[Job]:
     with channel.guard():
         agree(
             dist.PrefixStore(prefix, store),
-            facts(config, device),
+            {**facts(config, device), "corpus": corpus},
             rank=launch.rank,
             world_size=launch.world_size,
             timeout_s=min(timeout_s, 120.0),

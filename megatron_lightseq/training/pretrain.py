@@ -50,7 +50,7 @@ def _run(config: PretrainConfig, stop: StopRequest) -> None:
     from megatron_lightseq.training.report import finish
 
     corpora = open_corpora(config)
-    with join(config) as job:
+    with join(config, corpora.fingerprint) as job:
         outcome = build_loop(job, config, corpora, stop).run()
         if job.launch.rank == 0:
             sys.stdout.writelines(line + "\n" for line in finish(config, corpora, outcome))

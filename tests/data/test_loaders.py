@@ -82,6 +82,24 @@ def test_facts_reach_the_run(built: tuple[Corpora, Datasets], prefix: Path) -> N
     assert corpora.entropy == pytest.approx(-(shares * np.log(shares)).sum())
 
 
+def test_fingerprint_is_of_contents_not_of_places(tmp_path: Path) -> None:
+    """Ranks compare it: hosts may have prepared other texts under one name."""
+
+    def fingerprint(prefix: Path) -> str:
+        return open_corpora(config_for(str(prefix))).fingerprint
+
+    texts, other = write_texts(tmp_path / "texts"), write_texts(tmp_path / "other", count=41)
+    found = []
+    for name, folder in (("a", texts), ("b", texts), ("c", other)):
+        prepare(find_files([folder]), ByteTokenizer(), tmp_path / name)
+        found.append(fingerprint(tmp_path / name))
+    for name in "abc":
+        (tmp_path / f"{name}.json").unlink()  # as Megatron's own tools prepare it
+        found.append(fingerprint(tmp_path / name))
+    assert found[0] == found[1] != found[2]
+    assert found[3] == found[4] != found[5]
+
+
 def test_masked_loss_ends_documents(prefix: Path) -> None:
     config = config_for(str(prefix), eod_mask_loss=True)
     batches = list(train_iterator(config, open_and_build(config)[1], DataShare()))

@@ -36,11 +36,11 @@ FLAGS: dict[str, Any] = {
 }
 
 
-def make_corpus(folder: Path) -> Path:
+def make_corpus(folder: Path, seed: int = 0) -> Path:
     """A few thousand words in forty files, prepared; the prefix."""
     from megatron_lightseq.cli import run
 
-    rng = random.Random(0)
+    rng = random.Random(seed)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     text = folder / "text"
     text.mkdir()

@@ -167,9 +167,9 @@ def test_a_restarted_run_goes_on_from_its_checkpoint_bit_for_bit(
     ]
 
 
-def test_ranks_with_other_flags_are_refused_before_the_first_collective(corpus: Path, tmp_path: Path) -> None:
-    """Rank 1 has another learning rate: an environment variable that only it reads stands for another file."""
-    runs = launch_pair_with_different_flags(corpus, tmp_path)
+def test_ranks_with_other_flags_are_refused_before_the_first_collective(corpus: Path) -> None:
+    """Rank 1 has another learning rate, as if its host had another recipe."""
+    runs = launch_pair({"data_path": corpus, "lr": "0.003"}, {"data_path": corpus, "lr": "0.004"})
     for code, text in runs:
         assert code == 2, text
     message = runs[0][1]
@@ -178,7 +178,17 @@ def test_ranks_with_other_flags_are_refused_before_the_first_collective(corpus: 
     assert re.search(r"^ +0\.004 +1$", message, re.M), message
 
 
-def launch_pair_with_different_flags(corpus: Path, folder: Path) -> list[tuple[int, str]]:
+def test_ranks_with_other_texts_under_one_name_are_refused(tmp_path: Path) -> None:
+    for rank, seed in enumerate((0, 1)):
+        (tmp_path / str(rank)).mkdir()
+        make_corpus(tmp_path / str(rank), seed)
+    same = {"data_path": "corpus"}
+    for code, text in launch_pair(same, same, folders=(tmp_path / "0", tmp_path / "1")):
+        assert code == 2, text
+        assert re.search(r"^  corpus +[0-9a-f]{16} +0$\n^ +[0-9a-f]{16} +1$", text, re.M), text
+
+
+def launch_pair(*flags_of_rank: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[tuple[int, str]]:
     """Two ranks started by hand, as two machines would start them; exit codes and outputs."""
     import os
     import socket
@@ -190,19 +200,19 @@ def launch_pair_with_different_flags(corpus: Path, folder: Path) -> list[tuple[i
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    values = {**FLAGS, "data_path": corpus}
-    flags = [text for key, value in values.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     processes = []
-    for rank, rate in enumerate(("0.003", "0.004")):
+    for rank, flags_given in enumerate(flags_of_rank):
+        values = {**FLAGS, **flags_given}
+        flags = [text for key, value in values.items() for text in (f"--{key.replace('_', '-')}", str(value))]
         environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "megatron_lightseq", "pretrain", *flags, "--lr", rate],
+                [sys.executable, "-m", "megatron_lightseq", "pretrain", *flags],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                cwd=REPOSITORY,
+                cwd=folders[rank] if folders else REPOSITORY,
                 env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY)},
             )
         )

@@ -47,6 +47,14 @@ class Corpora:
             return None
         return sum(w * e for w, e in zip(weights, known, strict=True)) / sum(weights)
 
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of contents where `prepare-data` noted them, else of the lengths of all documents."""
+        digest = hashlib.sha256()
+        for facts, index in zip(self.facts, self.indexes, strict=True):
+            digest.update(index.lengths.tobytes() if facts is None else facts.content.encode())
+        return digest.hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Datasets:
