@@ -44,7 +44,11 @@ COMMANDS = {
         "megatron_lightseq.cli.compare", "train under several systems and compare speed, memory and traffic"
     ),
     "verify": Command(
-        "megatron_lightseq.cli.verify", "check every combination of methods and parallelisms against one process"
+        "megatron_lightseq.cli.verify",
+        "check every combination of methods and parallelisms against one process",
+    ),
+    "bench": Command(
+        "megatron_lightseq.cli.bench", "time our CPU attention beside torch's, and compare errors"
     ),
     "doctor": Command("megatron_lightseq.cli.doctor", "say what this machine offers and what is missing"),
 }

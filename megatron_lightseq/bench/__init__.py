@@ -1,0 +1,1 @@
+"""Benchmarks that the repository reports: measured, never typed."""
