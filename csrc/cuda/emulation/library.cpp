@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "cuda/backward_sm80_instances.h"
+#include "cuda/calibration.h"
 #include "cuda/emulation/machine.h"
 #include "cuda/forward_sm80_instances.h"
 #include "cuda/sm90_instances.h"
@@ -68,6 +69,10 @@ const char* mls_emu_backward_sm80(const mls::BackwardParams* params, bool determ
       params->shape, params->element_type, [&]<class Element, int kHeadDim, int kValueDim>() {
         return mls::cuda::backward_sm80<Element, kHeadDim, kValueDim>(*params, deterministic, nullptr);
       });
+}
+
+const char* mls_emu_calibrate(bool hopper, mls::ElementType type, const uint16_t* input, uint32_t* output) {
+  return mls::cuda::calibrate(hopper, type, {input, output}, nullptr);
 }
 
 }  // extern "C"

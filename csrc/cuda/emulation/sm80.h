@@ -52,6 +52,12 @@ inline T shuffle_xor(T value, int lane_mask) {
   return value;
 }
 
+MLS_DEVICE uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
 MLS_DEVICE float exp2_approx(float x) {
   return std::exp2(x);
 }

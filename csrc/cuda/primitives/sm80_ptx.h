@@ -41,6 +41,10 @@ MLS_DEVICE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+MLS_DEVICE uint32_t float_bits(float x) {
+  return __float_as_uint(x);
+}
+
 MLS_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,0 +1,103 @@
+"""Every primitive, bit for bit: the emulator against fixed vectors, and a GPU against the same vectors.
+
+The vectors were written by the emulator (``python -m tests.cuda.test_calibration``) and are its reading of the PTX
+ISA; the test under the marker ``gpu`` is what proves that reading on hardware.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.cuda.emulator import ELEMENT_TYPES, Emulator, cached_library
+
+VECTORS = Path(__file__).with_name("primitive_vectors.npz")
+OUTPUT_WORDS = {False: 32 * 48, True: 128 * 192}
+VARIANTS = [(dtype, hopper) for dtype in (torch.bfloat16, torch.float16) for hopper in (False, True)]
+
+
+def numbers(dtype: torch.dtype) -> torch.Tensor:
+    """128 x 128 small integers: any order of summation gives the same bits."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(-8, 9, (128, 128), generator=generator).to(dtype)
+
+
+def key(dtype: torch.dtype, hopper: bool) -> str:
+    return f"{'sm90' if hopper else 'sm80'}_{str(dtype).removeprefix('torch.')}"
+
+
+def emulated(dtype: torch.dtype, hopper: bool) -> NDArray[np.uint32]:
+    library = Emulator(cached_library()).library
+    source, output = numbers(dtype), np.full(OUTPUT_WORDS[hopper], 0xFFFFFFFF, dtype=np.uint32)
+    library.mls_emu_calibrate.restype = ctypes.c_char_p
+    failure = library.mls_emu_calibrate(
+        ctypes.c_bool(hopper),
+        ELEMENT_TYPES[dtype],
+        ctypes.c_void_p(source.data_ptr()),
+        output.ctypes.data_as(ctypes.c_void_p),
+    )
+    assert failure is None, failure
+    return output
+
+
+@pytest.mark.parametrize(("dtype", "hopper"), VARIANTS, ids=lambda value: str(value))
+def test_emulator_still_gives_the_vectors(library: Path, dtype: torch.dtype, hopper: bool) -> None:
+    with np.load(VECTORS) as vectors:
+        np.testing.assert_array_equal(emulated(dtype, hopper), vectors[key(dtype, hopper)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_vectors_agree_with_plain_matrix_products(dtype: torch.dtype) -> None:
+    """Accumulators of wgmma, by PTX's fragment layout, against products of the same integers."""
+    x = numbers(dtype).double()
+    with np.load(VECTORS) as vectors:
+        words = vectors[key(dtype, True)].view(np.float32).reshape(128, 3, 16, 4)
+    pairs = (
+        numbers(dtype).flatten()[: 128 * 8].double().view(4, 8, 4, 4, 2)
+    )  # warp, row, column pair, register
+    a = torch.empty(64, 16, dtype=torch.float64)
+    for register in range(4):
+        rows = a.view(4, 2, 8, 2, 4, 2)[:, register % 2, :, register // 2]
+        rows.copy_(pairs[:, :, :, register])
+    want = (x[64:, 80:96] @ x[:, 48:64].T, a @ x[32:48, :], x[48:64, 64:].T @ x[96:112, :])
+    for variant, product in enumerate(want):
+        got = torch.from_numpy(words[:, variant].copy()).view(
+            4, 8, 4, 16, 2, 2
+        )  # warp, row, pair, tile, half, low
+        matrix = got.permute(0, 4, 1, 3, 2, 5).reshape(64, 128)
+        torch.testing.assert_close(matrix.double(), product, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(("dtype", "hopper"), VARIANTS, ids=lambda value: str(value))
+def test_gpu_gives_the_vectors(dtype: torch.dtype, hopper: bool) -> None:
+    if hopper and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    from megatron_lightseq import _C  # type: ignore[attr-defined]
+
+    function = ctypes.CDLL(_C.__file__).mls_cuda_calibrate
+    function.restype = ctypes.c_char_p
+    source = numbers(dtype).cuda()
+    output = torch.full((OUTPUT_WORDS[hopper],), -1, dtype=torch.int32, device="cuda")
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (source, output)]
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    failure = function(ctypes.c_bool(hopper), ELEMENT_TYPES[dtype], *pointers, stream)
+    assert failure is None, failure
+    torch.cuda.synchronize()
+    with np.load(VECTORS) as vectors:
+        np.testing.assert_array_equal(output.cpu().numpy().view(np.uint32), vectors[key(dtype, hopper)])
+
+
+def main() -> None:
+    results = {key(dtype, hopper): emulated(dtype, hopper) for dtype, hopper in VARIANTS}
+    np.savez_compressed(VECTORS, **results)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()
