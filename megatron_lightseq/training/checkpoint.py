@@ -286,7 +286,10 @@ def find_checkpoint(root: Path, *, strict: bool) -> tuple[Path, Manifest]:
     The ranks hash the files between them. A damaged checkpoint is passed over with a warning that names the
     file, or refused if ``strict``.
     """
-    names = [str(path) for path in CheckpointDirectory(root=root).candidates()]
+    directory = CheckpointDirectory(root=root)
+    if dist.get_rank() == 0:
+        directory.recover()
+    names = [str(path) for path in directory.candidates()]
     for folder in map(Path, _from_rank_0(names)):
         manifest, problems = _verify(folder)
         if manifest is not None and not problems:

@@ -7,6 +7,7 @@ possibly a temporary folder that is ignored and removed later.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -112,10 +113,29 @@ class CheckpointDirectory:
         """Remove what killed saves left behind; the names removed. Call it when no save is under way."""
         if not self.root.is_dir():
             return []
+        self.recover()
         torn = [path for path in self.root.iterdir() if _TEMPORARY.fullmatch(path.name)]
         for path in torn:
             shutil.rmtree(path, ignore_errors=True)
         return sorted(path.name for path in torn)
+
+    def recover(self) -> list[str]:
+        """Finish what a kill interrupted between two renames; the names of the checkpoints that are back.
+
+        A temporary folder that its manifest verifies is a checkpoint. Where none of its iteration stands, it takes
+        its place: the later one, if the old one had been moved aside for a new one. Call it when no save is under way.
+        """
+        if not self.root.is_dir():
+            return []
+        whole = [path for path in self.root.iterdir() if _TEMPORARY.fullmatch(path.name) and _is_whole(path)]
+        back = []
+        for path in sorted(whole, key=lambda path: (path / MANIFEST_NAME).stat().st_mtime_ns, reverse=True):
+            final = path.with_name(path.name.partition(".tmp-")[0])
+            if not final.exists():
+                with contextlib.suppress(OSError):  # a folder that may only be read
+                    os.rename(path, final)
+                    back.append(final.name)
+        return back
 
     def _move_aside(self, final: Path) -> Path | None:
         """A folder cannot be renamed over a full one: the old one takes a temporary name first."""
@@ -129,6 +149,13 @@ class CheckpointDirectory:
         temporary = self.root / f"{name}.tmp"
         write_durably(temporary, text + "\n")
         os.replace(temporary, self.root / name)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return not Manifest.read(path).problems(path)
+    except CheckpointError:
+        return False
 
 
 def checkpoint_name(iteration: int) -> str:
