@@ -77,9 +77,9 @@ def _enter(key: str, value: object, name: str, found: Invocation) -> None:
 
 
 def _negates_switch(key: str) -> bool:
-    """Whether a key is `no_` before a switch of ours, and no key by itself as `no_load_optim` is."""
+    """Whether a key is `no_` before a switch of ours; `no_load_optim` is not, for there is no `load_optim`."""
     positive = key.removeprefix("no_")
-    return positive != key and key not in key_types() and positive in key_types() and is_switch(positive)
+    return positive != key and positive in key_types() and is_switch(positive)
 
 
 def _values(key: str, following: Sequence[str]) -> list[str]:
