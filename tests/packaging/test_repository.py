@@ -52,12 +52,19 @@ def tracked_files() -> list[Path]:
 
 
 def lines_of_text_files() -> Iterator[tuple[str, str]]:
-    """(where, line) of every text file; pictures and licences are no text of ours."""
+    """(where, line) of every text file; what holds a zero byte is binary (git's rule), the licence no text of ours."""
     for path in tracked_files():
-        if path.suffix == ".png" or path.name == "LICENSE":
+        content = path.read_bytes()
+        if b"\0" in content[:8000] or path.name == "LICENSE":
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(content.decode("utf-8").splitlines(), start=1):
             yield f"{path.relative_to(ROOT)}:{number}", line
+
+
+def test_text_files_are_read_and_binary_ones_are_not() -> None:
+    names = {where.partition(":")[0] for where, _ in lines_of_text_files()}
+    assert {"README.md", "scripts/lib.sh", "Dockerfile", "csrc/bindings.cpp"} <= names
+    assert not any(name.endswith((".png", ".npz")) for name in names)
 
 
 @pytest.mark.parametrize("forbidden", PACKAGE_HOSTS)
