@@ -55,7 +55,9 @@ def dist_attention(
     """Attention over a sequence that is cut over the ranks of ``group`` (DistFlashAttn, arXiv 2310.03294).
 
     Every rank of the group calls it with its own shards. The first call of a kind compares a fingerprint of the
-    whole plan across ranks, so that ranks that disagree stop with a message instead of a wrong result.
+    whole plan across ranks, so that ranks that disagree stop with a message instead of a wrong result. Shapes may
+    change from call to call, on all ranks together: a rank that comes alone with a new shape waits for the others
+    until the group's timeout.
 
     Args:
         q: (S, B, H, D), this rank's queries. fp32 or bf16; fp64 with the reference kernel.
@@ -181,6 +183,8 @@ class DistAttention:
         inputs = _Inputs.of(q, k, v)
         if inputs not in self._plans:
             self._plans[inputs] = self._make_plan(inputs, resolve_kernel(self._kernel, q, k, v))
+            if len(self._plans) > _MAX_PLANS:  # the same one on every rank: all make their plans in one order
+                del self._plans[next(iter(self._plans))]
         return self._plans[inputs]
 
     def _make_plan(self, inputs: _Inputs, kernel: Kernel) -> Plan:
@@ -270,6 +274,9 @@ class DistAttention:
                 )
             )
 
+
+_MAX_PLANS = 64
+"""Plans that one attention keeps, the newest ones: a plan is made once for every shape of inputs."""
 
 _MEMO: weakref.WeakKeyDictionary[Any, dict[Any, DistAttention]] = weakref.WeakKeyDictionary()
 """What :func:`dist_attention` remembers of a group; gone with the group."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import warnings
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -117,6 +118,10 @@ _KERNELS = {
 """Name -> class. ``auto`` tries them in this order; reference takes anything, so what follows is chosen by name."""
 
 
+LONG_FOR_REFERENCE = 4096
+"""Tokens a rank from which the reference kernel's square score matrix is worth a warning."""
+
+
 def kernel_names() -> tuple[str, ...]:
     """Every name that ``kernel=`` accepts."""
     return ("auto", *_KERNELS)
@@ -128,6 +133,24 @@ def _load(name: str) -> Kernel:
     return kernel
 
 
+def _first_supported(q: Tensor, k: Tensor, v: Tensor) -> Kernel:
+    """What ``auto`` stands for; warns where only the reference is left and its score matrix gets large."""
+    reasons: list[str] = []
+    for name in _KERNELS:
+        candidate = _load(name)
+        reason = candidate.unsupported(q, k, v)
+        if reason is None:
+            if name == "reference" and q.shape[0] >= LONG_FOR_REFERENCE:
+                warnings.warn(
+                    f"kernel 'auto' has only the reference left for {q.shape[0]} tokens of {q.dtype} on {q.device}: "
+                    f"its memory grows with their square. {'; '.join(reasons)}.",
+                    stacklevel=2,
+                )
+            return candidate
+        reasons.append(f"{name}: {reason}")
+    raise AssertionError("the reference takes everything")
+
+
 def resolve_kernel(kernel: str | Kernel, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
     """The kernel of that name, or with ``auto`` the first that takes these inputs.
 
@@ -137,8 +160,7 @@ def resolve_kernel(kernel: str | Kernel, q: Tensor, k: Tensor, v: Tensor) -> Ker
     if not isinstance(kernel, str):
         return kernel
     if kernel == "auto":
-        candidates = (_load(name) for name in _KERNELS)
-        return next(candidate for candidate in candidates if candidate.unsupported(q, k, v) is None)
+        return _first_supported(q, k, v)
     if kernel not in _KERNELS:
         near = difflib.get_close_matches(kernel, kernel_names(), n=1)
         raise UnsupportedError(

@@ -55,6 +55,8 @@ def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, st
         "distributed optimizer" if config.parallel.use_distributed_optimizer else "",
     ]
     attention = f"{config.context.cp_method}, kernel {kernel_name(config, job.device)}"
+    if config.context.cp_comm_type:
+        attention += f", replaced where cp_comm_type says so ({', '.join(config.context.cp_comm_type)})"
     if sizes.context > 1:
         overlap = "on" if config.context.cp_overlap else "off"
         attention += f", {training.layout.name} layout over {sizes.context} ranks, overlap {overlap}"

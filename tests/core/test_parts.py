@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from megatron_lightseq.errors import ConfigError, LightSeqError
 from megatron_lightseq.groups import ParallelSizes, ProcessGroups
 from megatron_lightseq.kernels.merge import merge_into
+from megatron_lightseq.kernels.registry import LONG_FOR_REFERENCE, resolve_kernel
 from megatron_lightseq.recompute import AttentionStash
 from megatron_lightseq.transport import BufferPool
+from megatron_lightseq.transport.buffers import MAX_SHAPES
 
 
 def test_merging_is_softmax_over_the_union() -> None:
@@ -63,6 +66,28 @@ def test_buffers_are_used_again_only_for_the_same_shape() -> None:
     assert pool.take((3, 2), torch.float32, torch.device("cpu")) is not first
     assert pool.take((2, 3), torch.float32, torch.device("cpu")) is first
     assert pool.take((2, 3), torch.float32, torch.device("cpu")) is not first
+
+
+def test_buffers_of_shapes_long_unused_are_given_up() -> None:
+    pool = BufferPool()
+    tensors = [
+        pool.take((length,), torch.float32, torch.device("cpu")) for length in range(1, MAX_SHAPES + 2)
+    ]
+    for tensor in tensors:
+        pool.give(tensor)
+    assert pool.take((1,), torch.float32, torch.device("cpu")) is not tensors[0]
+    assert pool.take((2,), torch.float32, torch.device("cpu")) is tensors[1]
+
+
+def test_auto_warns_before_a_long_sequence_meets_the_reference() -> None:
+    q = torch.empty(LONG_FOR_REFERENCE, 1, 1, 2, dtype=torch.float64)
+    with pytest.warns(
+        UserWarning, match=r"only the reference left for 4096 tokens of torch.float64 on cpu.*cpu: "
+    ):
+        assert resolve_kernel("auto", q, q, q).name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve_kernel("auto", q[:64], q[:64], q[:64]).name == "reference"
 
 
 def test_parallel_sizes() -> None:
