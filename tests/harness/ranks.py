@@ -39,7 +39,9 @@ def _serve(pipe: Connection) -> None:
             return
         rank, world_size, store_file, function, args = job
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store_file}", rank=rank, world_size=world_size)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store_file}", rank=rank, world_size=world_size
+            )
             result = function(*args)
             dist.barrier()
             dist.destroy_process_group()
@@ -113,7 +115,9 @@ class RankPool:
 _POOL = RankPool()
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> list[Any]:
     """Run ``function(*args)`` on ``world_size`` gloo ranks; results in rank order."""
     return _POOL.run(world_size, function, *args, timeout_s=timeout_s)
 
