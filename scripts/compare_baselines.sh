@@ -43,9 +43,10 @@ long+=(--systems "megatron-tp-sp,megatron-tp,lightseq")
 part all-systems python -m megatron_lightseq compare --output "$results" --name all-systems "$@"
 part long-fp32 python -m megatron_lightseq compare --output "$results" --name long-fp32 "${long[@]}" "$@"
 part long-bf16 python -m megatron_lightseq compare --output "$results" --name long-bf16 --bf16 "${long[@]}" "$@"
-part two-hosts bash scripts/compare_two_hosts.sh "$results" "$@"
+part two-hosts bash scripts/compare_two_hosts.sh "$results" --steps 2 "$@"
 part predictions python -m megatron_lightseq compare --paper --output "$results"
 part paper bash scripts/reproduce_paper.sh "$results"
+part headline python -m megatron_lightseq.compare.headline "$results"
 part document python scripts/write_docs.py
 
 say "all of it in $SECONDS s, $skipped part(s) skipped"

@@ -12,7 +12,9 @@ import pytest
 from rich.console import Console
 
 from megatron_lightseq.compare import report
+from megatron_lightseq.compare.headline import headline
 from megatron_lightseq.compare.job import Job, Measurement, Outcome, StepMeasurement
+from megatron_lightseq.compare.predict.show import show_paper
 from megatron_lightseq.compare.tables import Comparison, compare
 from megatron_lightseq.config import PretrainConfig, with_values
 
@@ -124,3 +126,26 @@ def test_everything_is_written(tmp_path: Path) -> None:
 def test_jobs_survive_their_file() -> None:
     made = job(recompute_granularity="full", recompute_modules=("core_attn", "mlp"), data_path=("a",))
     assert Job.from_json(made.to_json()) == made
+
+
+def test_headline_takes_its_figures_from_the_records(tmp_path: Path) -> None:
+    fast = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5)).to_dict()
+    wrong = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.0)).to_dict()
+    length = {"row": "2", "what": "longest", "here": "4x: 16K against 4K; Megatron padded: 16K"}
+    records = {
+        "long-fp32": fast,
+        "long-bf16": wrong,
+        "two-hosts": {"1": fast},
+        "paper-rows": {"rows": [length]},
+    }
+    for name, record in records.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    assert show_paper(Console(file=io.StringIO()), tmp_path) == 0
+    assert headline(tmp_path).splitlines()[2:] == [
+        "| two processes, 8 heads, 4096 tokens, fp32 | 1,024 tokens/s | 2,048 tokens/s | 2.00x |",
+        "| two processes, 8 heads, 4096 tokens, bf16 | 1,024 tokens/s | 2,048 tokens/s | refused: loss differs |",
+        "| two hosts at 1 Gbit/s, 8 heads, 4096 tokens | 1,024 tokens/s | 2,048 tokens/s | 2.00x |",
+        "| longest | 4K tokens | 16K tokens | 4x |",
+        "| predicted for 8 and 16 A100, 18 cells of the paper's Table 1 | - | - | 1.14-1.89x |",
+    ]
+    assert len(headline(tmp_path / "empty").splitlines()) == 2
