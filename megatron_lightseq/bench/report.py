@@ -110,5 +110,5 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlabel(f"{direction}, useful GFLOP/s")
         axes.set_yticks(positions, [str(row.case) for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
