@@ -132,7 +132,7 @@ template <class T, class ATile, class BTile>
 MLS_DEVICE void multiply_transposed(TransposedScores<T>& scores, const ATile& a_tile, const BTile& b_tile,
                                     int first_key) {
   set_zero(scores[0]);
-  MLS_UNROLL_4  // all at once spills at D = 128
+  MLS_UNROLL_2  // all at once spills at D = 128
       for (int k = 0; k < ATile::kColumns; k += 16) {
     uint32_t a[1][4];
     load_a(a[0], a_tile, first_key, k);

@@ -9,7 +9,7 @@
 #define MLS_DEVICE inline __attribute__((always_inline))
 #define MLS_KERNEL(threads, blocks) void
 #define MLS_UNROLL
-#define MLS_UNROLL_4
+#define MLS_UNROLL_2
 #define MLS_NO_UNROLL
 #define MLS_SHARED_MEMORY(name) unsigned char* const name = ::mls::emu::Block::current().shared()
 

@@ -8,7 +8,7 @@
 #define MLS_DEVICE __device__ __forceinline__
 #define MLS_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define MLS_UNROLL _Pragma("unroll")
-#define MLS_UNROLL_4 _Pragma("unroll 4")
+#define MLS_UNROLL_2 _Pragma("unroll 2")
 #define MLS_NO_UNROLL _Pragma("unroll 1")
 // Dynamic shared memory; Hopper's 128-byte swizzle needs the alignment.
 #define MLS_SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
