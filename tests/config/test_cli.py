@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,11 +44,6 @@ def test_help_lists_every_command_and_imports_none() -> None:
     for name, command in COMMANDS.items():
         assert f"{name} " in done.stdout
         assert command.summary in done.stdout
-
-
-def test_help_answers_within_a_second_of_processor_time() -> None:
-    script = "import time\nfrom megatron_lightseq.cli import run\nrun(['--help'])\nprint(time.process_time())"
-    assert float(in_new_process(script).stdout.splitlines()[-1]) < 1.0
 
 
 def test_every_command_exists() -> None:
@@ -273,10 +267,3 @@ def test_a_probe_that_raises_becomes_a_problem() -> None:
         "problem",
         "RuntimeError: driver too old",
     )
-
-
-def test_doctor_is_quick() -> None:
-    examine()  # torch is imported by now, as it is in any run
-    start = time.process_time()
-    examine()
-    assert time.process_time() - start < 2.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -118,20 +117,10 @@ def test_torch_norms_carry_the_sequence_parallel_mark(sequence_parallel: bool) -
 
 
 @pytest.mark.usefixtures("platform")
-def test_operations_cost_the_same_with_and_without() -> None:
-    """The promise of this design: no mode over every operation. A TorchFunctionMode costs about 3x here."""
-
-    def thousand_small_operations() -> float:
-        x = torch.ones(4)
-        start = time.perf_counter()
-        for _ in range(1000):
-            x = x + 1
-        return time.perf_counter() - start
-
-    active = min(thousand_small_operations() for _ in range(20))
-    cpu_platform.deactivate()
-    inactive = min(thousand_small_operations() for _ in range(20))
-    assert active < 1.5 * inactive
+def test_no_operation_passes_through_python() -> None:
+    """The promise of this design: no mode over every operation (a TorchFunctionMode makes a small one 3x slower)."""
+    assert torch.overrides._get_current_function_mode() is None
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
 def _cuda_constants(module_name: str) -> list[str]:
