@@ -102,9 +102,9 @@ def path_without_environment() -> str:
     return os.pathsep.join(f for f in folders if not active or not Path(f).is_relative_to(active))
 
 
-def record(clone: Path, commands: dict[str, Command], commit: str) -> None:
-    """Keep figures and pictures for the documents."""
-    summary = json.loads((clone / REPORT / "summary.json").read_text())
+def record(report: Path, commands: dict[str, Command], commit: str) -> None:
+    """Keep figures and pictures of the first run for the documents."""
+    summary = json.loads((report / "summary.json").read_text())
     figures = {
         "commit": commit,
         "machine": machine(),
@@ -116,7 +116,7 @@ def record(clone: Path, commands: dict[str, Command], commit: str) -> None:
     (ROOT / "docs" / "results").mkdir(exist_ok=True)
     (ROOT / "docs" / "results" / "fresh_clone.json").write_text(json.dumps(figures, indent=1) + "\n")
     for picture in ("loss.png", "schedule.png"):
-        shutil.copy(clone / REPORT / picture, ROOT / "docs" / "images" / picture)
+        shutil.copy(report / picture, ROOT / "docs" / "images" / picture)
 
 
 def main() -> int:
@@ -136,15 +136,16 @@ def main() -> int:
         ).stdout.strip()
         environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         environment |= {"PATH": path_without_environment(), "HOME": str(home)}
-        commands = {
-            "pretrain": run(["bash", "scripts/pretrain_gpt.sh"], clone, environment),
-            "again": run(["bash", "scripts/pretrain_gpt.sh", *SHORT], clone, environment),
-        }
+        commands = {"pretrain": run(["bash", "scripts/pretrain_gpt.sh"], clone, environment)}
+        first_report = Path(folder) / "report"  # the second run writes its own over it
+        if (clone / REPORT).is_dir():
+            shutil.copytree(clone / REPORT, first_report)
+        commands["again"] = run(["bash", "scripts/pretrain_gpt.sh", *SHORT], clone, environment)
         if not options.no_tests:
             commands["tests"] = run(["bash", "scripts/run_tests.sh"], clone, environment)
         failed = [name for name, command in commands.items() if command.status]
         if options.record and not failed:
-            record(clone, commands, commit)
+            record(first_report, commands, commit)
     print(f"failed: {', '.join(failed)}" if failed else f"all passed, at commit {commit}")
     return len(failed)
 
