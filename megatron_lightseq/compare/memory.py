@@ -1,21 +1,14 @@
-"""Peak memory of a process: what tensors take, and what the operating system gives."""
+"""Memory of a process: what tensors take at most, and a limit on all of it."""
 
 from __future__ import annotations
 
 import gc
 import resource
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-
-def peak_resident_bytes() -> int:
-    """The largest resident set this process ever had; the Python and torch libraries are part of it."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def live_tensor_bytes() -> int:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.compare.job import Job, Measurement, StepMeasurement
-from megatron_lightseq.compare.memory import limit_memory, peak_resident_bytes, peak_tensor_bytes
+from megatron_lightseq.compare.memory import limit_memory, peak_tensor_bytes
 from megatron_lightseq.compare.padding import PaddedWeightNames
 from megatron_lightseq.compare.sdpa import sdpa_layer_spec
 from megatron_lightseq.compare.systems import SYSTEMS
@@ -21,6 +21,7 @@ from megatron_lightseq.compare.traffic import Traffic, watch_traffic
 from megatron_lightseq.megatron import cpu_platform
 from megatron_lightseq.megatron.spec import use_transformer_engine
 from megatron_lightseq.training.data.sources import ReadCounts, find_stdlib_files, read_documents
+from megatron_lightseq.training.memory import peak_resident_bytes
 from megatron_lightseq.training.setup import Training, build_training, initialize_parallel
 from megatron_lightseq.training.step import train_step
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from megatron_lightseq.training.data.datasets import Corpora, Datasets, build_da
 from megatron_lightseq.training.data.loaders import DataShare, train_iterator, valid_iterator
 from megatron_lightseq.training.distributed import Job
 from megatron_lightseq.training.faults import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
+from megatron_lightseq.training.memory import peak_resident_bytes
 from megatron_lightseq.training.metrics import MetricsLog, TrainMetrics, ValidationMetrics
 from megatron_lightseq.training.progress import Progress, Stopwatch, choose_display, duration
 from megatron_lightseq.training.random_state import restore_random_state
@@ -253,8 +252,7 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory of this process in bytes: resident on a CPU, allocated by torch on a GPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()
 
 
 def _deadline(minutes: float | None) -> float:
