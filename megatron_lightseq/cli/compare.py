@@ -12,11 +12,11 @@ from rich.console import Console
 
 from megatron_lightseq.compare import report
 from megatron_lightseq.compare.job import Job
-from megatron_lightseq.compare.launch import Cluster, Host
 from megatron_lightseq.compare.run import common_config, run_comparison
 from megatron_lightseq.compare.systems import BASELINE, SYSTEMS, choose
 from megatron_lightseq.config import parse_config
 from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.hosts import Cluster
 
 DEFAULTS = (
     "--num-layers=2",
@@ -46,7 +46,6 @@ def run(arguments: Sequence[str]) -> int:
         system=options.baseline,
         common=common_config(config, options.ranks),
         world_size=options.ranks,
-        folder="",
         warmup_steps=options.warmup,
         steps=options.steps,
         threads=options.threads or max(1, _cores() // options.ranks),
@@ -56,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         systems,
         baseline=options.baseline,
         rounds=options.rounds,
-        cluster=_cluster(options),
+        cluster=Cluster.of(options.network_namespaces, options.interface, options.timeout),
         report=_progress,
     )
     console.print(report.terminal_table(comparison))
@@ -69,14 +68,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def _progress(line: str) -> None:
     sys.stderr.write(f"{line}\n")
-
-
-def _cluster(options: argparse.Namespace) -> Cluster:
-    if options.network_namespaces is None:
-        return Cluster(timeout_s=options.timeout)
-    names = options.network_namespaces.split(",")
-    hosts = tuple(Host(network_namespace=name, interface=options.interface) for name in names)
-    return Cluster(hosts=hosts, timeout_s=options.timeout)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -8,9 +8,6 @@ from typing import Any
 
 from megatron_lightseq.config import PretrainConfig, from_flat, to_flat
 
-OUT_OF_MEMORY = 3
-"""Exit status of a rank that hit its memory budget."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
@@ -20,8 +17,6 @@ class Job:
     common: PretrainConfig
     """Model, data and steps that all systems share; the system changes it."""
     world_size: int
-    folder: str
-    """Where ranks meet and leave their answers; shared by all hosts."""
     warmup_steps: int = 1
     steps: int = 3
     threads: int = 1
@@ -81,9 +76,9 @@ class Measurement:
     """Whether ``attention_forwards`` means anything: Transformer Engine does not count."""
 
     @staticmethod
-    def from_json(text: str) -> Measurement:
-        """Read what a worker wrote."""
-        fields: dict[str, Any] = json.loads(text)
+    def from_dict(answer: dict[str, Any]) -> Measurement:
+        """From what a worker answered."""
+        fields = dict(answer)
         steps = tuple(StepMeasurement(**step) for step in fields.pop("steps"))
         return Measurement(**fields, steps=steps)
 

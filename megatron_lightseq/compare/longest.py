@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_lightseq.compare.job import Job
-from megatron_lightseq.compare.launch import Cluster, measure
+from megatron_lightseq.compare.launch import measure
 from megatron_lightseq.config import with_values
+from megatron_lightseq.hosts import Cluster
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,7 +72,6 @@ class Workshop:
             system="lightseq",
             common=common_config(config, ranks),
             world_size=ranks,
-            folder="",
             steps=2,
             profile_memory=False,
             measure_ceiling=False,

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_lightseq.compare.job import Job, Outcome
-from megatron_lightseq.compare.launch import Cluster, measure
+from megatron_lightseq.compare.launch import measure
 from megatron_lightseq.compare.systems import System
 from megatron_lightseq.compare.tables import Comparison, compare
 from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.hosts import Cluster
 
 VOCAB_SIZE = 256
 """Texts are bytes."""

@@ -1,12 +1,12 @@
-"""One rank of one system: build, warm up, time, and say what it took. Runs in a process of :mod:`launch`."""
+"""One rank of one system: build, warm up, time, and say what it took. A task of :mod:`megatron_lightseq.hosts`."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from megatron_lightseq.compare.padding import PaddedWeightNames
 from megatron_lightseq.compare.sdpa import sdpa_layer_spec
 from megatron_lightseq.compare.systems import SYSTEMS
 from megatron_lightseq.compare.traffic import Traffic, watch_traffic
+from megatron_lightseq.hosts import Seat
 from megatron_lightseq.megatron import cpu_platform
 from megatron_lightseq.megatron.spec import use_transformer_engine
 from megatron_lightseq.training.data.sources import ReadCounts, find_stdlib_files, read_documents
@@ -32,16 +33,19 @@ _CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
 _CEILING_SECONDS = 0.5
 
 
-def run(job: Job, rank: int, interface: str | None = None) -> Measurement:
-    """Measure the job's system on this rank; collective over all ranks of the job.
+def answer(request: str, seat: Seat) -> dict[str, Any]:
+    """The task of :func:`megatron_lightseq.hosts.run_task`: a :class:`Job` as text in, a measurement out."""
+    return dataclasses.asdict(run(Job.from_json(request), seat))
 
-    ``interface`` is the network interface whose counters to read, if any.
-    """
+
+def run(job: Job, seat: Seat) -> Measurement:
+    """Measure the job's system on this rank; collective over all ranks of the job."""
     torch.set_num_threads(job.threads)
-    if hasattr(os, "sched_setaffinity") and job.pin:
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    _join(job, rank)
+    if job.pin:
+        seat.pin()
+    if not torch.cuda.is_available():
+        cpu_platform.activate()
+    seat.join()
     dtype = torch.bfloat16 if job.common.training.bf16 else torch.float32
     ceiling = matmul_ceiling(dtype) if job.measure_ceiling else None
     stats, traffic = AttentionStats(), Traffic()
@@ -51,7 +55,7 @@ def run(job: Job, rank: int, interface: str | None = None) -> Measurement:
     tensor_bytes: int | None = None
     with watch_traffic(traffic):
         for number in range(job.warmup_steps + job.steps):
-            steps.append(_timed_step(training, batches, stats, traffic, interface))
+            steps.append(_timed_step(training, batches, stats, traffic, seat.interface))
             steps[-1] = dataclasses.replace(steps[-1], warmup=number < job.warmup_steps)
         resident = peak_resident_bytes()
         if job.profile_memory:
@@ -62,17 +66,6 @@ def run(job: Job, rank: int, interface: str | None = None) -> Measurement:
         peak_tensor_bytes=tensor_bytes,
         matmul_flops_per_second=ceiling,
         counts_forwards=not (SYSTEMS[job.system].attention != "lightseq" and use_transformer_engine()),
-    )
-
-
-def _join(job: Job, rank: int) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    else:
-        cpu_platform.activate()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, init_method=f"file://{job.folder}/store", rank=rank, world_size=job.world_size
     )
 
 

@@ -13,14 +13,15 @@ import torch.distributed as dist
 
 from megatron_lightseq.cli.compare import run
 from megatron_lightseq.compare.job import Job
-from megatron_lightseq.compare.launch import Cluster, Host, measure
+from megatron_lightseq.compare.launch import measure
 from megatron_lightseq.compare.link import BYTES_TOLERANCE, predicted_bytes
 from megatron_lightseq.compare.longest import longest_sequence
 from megatron_lightseq.compare.run import common_config, run_comparison
 from megatron_lightseq.compare.systems import FULL_RECOMPUTE, SYSTEMS
 from megatron_lightseq.compare.traffic import Traffic, watch_traffic
-from megatron_lightseq.compare.worker_process import is_out_of_memory
 from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.hosts import Cluster, Host
+from megatron_lightseq.hosts.process import is_out_of_memory
 from tests.harness.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ THREE_HEADS = with_values(
 
 def job(system: str = "lightseq", config: PretrainConfig = THREE_HEADS, **more: object) -> Job:
     common = common_config(config, 2)
-    return Job(system=system, common=common, world_size=2, folder="", steps=1, measure_ceiling=False, **more)
+    return Job(system=system, common=common, world_size=2, steps=1, measure_ceiling=False, **more)
 
 
 def test_padded_megatron_and_lightseq_train_alike() -> None:

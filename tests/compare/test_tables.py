@@ -50,7 +50,7 @@ def outcome(system: str, seconds: float, loss: float) -> Outcome:
 
 
 def job(**values: Any) -> Job:
-    return Job(system="lightseq", common=with_values(PretrainConfig(), **values), world_size=2, folder="")
+    return Job(system="lightseq", common=with_values(PretrainConfig(), **values), world_size=2)
 
 
 def compared(*outcomes: Outcome, **values: Any) -> Comparison:

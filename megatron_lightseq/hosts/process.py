@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
+import importlib
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
 
-from megatron_lightseq.compare.job import OUT_OF_MEMORY, Job
+from megatron_lightseq.hosts.seat import Seat
 
+OUT_OF_MEMORY = 3
+"""Exit status of a rank that hit its memory budget."""
 _CLONE_NEWNET = 0x40000000
 
 
-def main(folder: str, rank: int, network_namespace: str | None, interface: str) -> None:
-    """Run ``folder``/job.json as ``rank``; leaves rank<N>.log and, if all went well, rank<N>.json there.
+def main(task: str, seat: Seat, network_namespace: str | None, interface: str) -> None:
+    """Run ``task`` on the request in ``seat.folder``; leaves rank<N>.log and, if all went well, rank<N>.json there.
 
     Ends the process: 0 done, OUT_OF_MEMORY beyond its budget, 1 anything else.
+
+    Args:
+        task: ``package.module:function``, called with the request's text and ``seat``; what it returns becomes JSON.
+        seat: of this rank.
+        network_namespace: where to go first, or None to stay.
+        interface: what gloo talks through.
     """
-    _redirect_output(Path(folder, f"rank{rank}.log"))
+    _redirect_output(Path(seat.folder, f"rank{seat.rank}.log"))
     try:
         if network_namespace is not None:
             enter_network_namespace(network_namespace)
         if Path("/sys/class/net").is_dir():
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-        from megatron_lightseq.compare import worker
-
-        job = Job.from_json(Path(folder, "job.json").read_text())
-        measurement = worker.run(job, rank, interface if network_namespace else None)
-        Path(folder, f"rank{rank}.json").write_text(json.dumps(dataclasses.asdict(measurement)))
+        module, _, function = task.partition(":")
+        answer = getattr(importlib.import_module(module), function)(
+            Path(seat.folder, "request").read_text(), seat
+        )
+        Path(seat.folder, f"rank{seat.rank}.json").write_text(json.dumps(answer))
         status = 0
     except BaseException as error:  # noqa: BLE001 - whatever it is, the log and the status say so
         traceback.print_exc()
