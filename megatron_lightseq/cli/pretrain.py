@@ -33,5 +33,6 @@ def run(arguments: Sequence[str]) -> int:
         world_size=world_size,
         num_gpus=torch.cuda.device_count(),
         has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        has_flash_attn=importlib.util.find_spec("flash_attn") is not None,
     )
     return pretrain(load_config(arguments, machine=machine))

@@ -65,7 +65,7 @@ MEGATRON_SPELLINGS: dict[str, Spelling] = {
     "exit_interval": _refused("Use train_iters, with lr_decay_iters for the schedule's length"),
     "exit_signal_handler": _refused("Remove it: SIGTERM and Ctrl-C always save and exit"),
     "num_virtual_stages_per_pipeline_rank": _refused("Use num_layers_per_virtual_pipeline_stage"),
-    "use_flash_attn": _refused("Use cp_kernel to choose the attention kernel"),
+    "use_flash_attn": _refused("Use cp_kernel: flash_attn, or auto for our own kernels"),
     "attention_backend": _refused("Use cp_kernel to choose the attention kernel"),
     "hierarchical_context_parallel_sizes": _refused(
         "Use cp_method: usp with cp_ulysses_size, the first of the two sizes"

@@ -26,6 +26,8 @@ class Machine:
     """Number of CUDA devices visible on this host."""
     has_transformer_engine: bool | None = None
     """Whether Transformer Engine is installed."""
+    has_flash_attn: bool | None = None
+    """Whether the flash-attn package is installed."""
 
 
 Predicate = Callable[[PretrainConfig, Machine], bool]

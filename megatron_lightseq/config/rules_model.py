@@ -391,14 +391,49 @@ def attention_has_no_dropout(c: PretrainConfig, _: Machine) -> bool:
     return c.context.cp_method == "megatron" or c.model.attention_dropout == 0
 
 
+_GPU_KERNELS = ("cuda", "flash_attn")
+
+
 @CONTEXT.rule(
     "cp_kernel",
     needs="num_gpus",
-    text="the cuda kernel runs on a GPU, and this host shows none",
-    remedy="Set cp_kernel to auto or cpu",
+    text="the kernels cuda and flash_attn run on a GPU, and this host shows none",
+    remedy="Set cp_kernel to auto, cpu or sdpa",
 )
-def cuda_kernel_needs_gpus(c: PretrainConfig, m: Machine) -> bool:
-    return c.context.cp_kernel != "cuda" or m.num_gpus != 0
+def gpu_kernel_needs_gpus(c: PretrainConfig, m: Machine) -> bool:
+    return c.context.cp_kernel not in _GPU_KERNELS or m.num_gpus != 0
+
+
+@CONTEXT.rule(
+    "cp_kernel",
+    "bf16",
+    text="the kernels cuda and flash_attn compute in 16 bits",
+    remedy="Set bf16 to true, or cp_kernel to auto",
+)
+def gpu_kernel_takes_bf16(c: PretrainConfig, _: Machine) -> bool:
+    return c.context.cp_kernel not in _GPU_KERNELS or c.training.bf16
+
+
+@CONTEXT.rule(
+    "cp_kernel",
+    needs="has_flash_attn",
+    text="the flash_attn kernel is the flash-attn package, which is not installed here",
+    remedy="Install flash-attn, or set cp_kernel to auto",
+)
+def flash_attn_is_installed(c: PretrainConfig, m: Machine) -> bool:
+    return c.context.cp_kernel != "flash_attn" or m.has_flash_attn is not False
+
+
+@CONTEXT.rule(
+    "cp_kernel",
+    "cp_layout",
+    "cp_method",
+    text="striped layouts have causal tiles without their diagonal, which sdpa and flash_attn do not know",
+    remedy="Set cp_layout to contiguous or zigzag, or cp_kernel to auto",
+)
+def kernel_knows_striped_tiles(c: PretrainConfig, _: Machine) -> bool:
+    striped = c.context.layout_name == "striped" and c.parallel.context_parallel_size > 1
+    return not striped or c.context.cp_kernel not in ("flash_attn", "sdpa")
 
 
 @CONTEXT.rule(

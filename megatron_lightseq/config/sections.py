@@ -21,7 +21,7 @@ CPMethod = Literal[
 ]
 CPCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 CPLayout = Literal["auto", "contiguous", "zigzag", "striped"]
-CPKernel = Literal["auto", "reference", "cpu", "cuda"]
+CPKernel = Literal["auto", "cuda", "cpu", "reference", "flash_attn", "sdpa"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp"]
 LRDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 TokenizerType = Literal["byte", "hf", "null"]
@@ -164,7 +164,7 @@ class ContextParallelConfig:
     cp_overlap: bool = True
     """Transfer the next step's blocks while this step's are computed."""
     cp_kernel: CPKernel = "auto"
-    """Attention kernel; auto: the fastest one built for the device."""
+    """Attention kernel; auto: ours for the device; flash_attn: that package; sdpa: torch's own flash attention."""
 
     @property
     def method_name(self) -> str:

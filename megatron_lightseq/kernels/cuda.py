@@ -61,7 +61,7 @@ class CudaKernel:
             UnsupportedError: the compiled kernels were not built.
             RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
         """
-        load_extension()
+        load_extension(self.name)
         q, k, v = _aligned(q), _aligned(k), _aligned(v)
         with torch.cuda.device(q.device):
             torch.ops.mls.attention_forward(
@@ -99,7 +99,7 @@ class CudaKernel:
             UnsupportedError: the compiled kernels were not built.
             RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
         """
-        load_extension()
+        load_extension(self.name)
         wanted = self.deterministic
         with torch.cuda.device(q.device):
             torch.ops.mls.attention_backward(

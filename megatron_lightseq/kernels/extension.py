@@ -36,8 +36,8 @@ def missing_extension() -> str | None:
     return f"{module} (build them: {BUILD_COMMAND})" if isinstance(module, str) else None
 
 
-def load_extension() -> ModuleType:
-    """The compiled kernels.
+def load_extension(kernel: str = "cpu") -> ModuleType:
+    """The compiled kernels, on behalf of the kernel that was asked for.
 
     Raises:
         UnsupportedError: they were not built, or cannot be loaded here.
@@ -46,7 +46,7 @@ def load_extension() -> ModuleType:
     if isinstance(module, str):
         raise UnsupportedError(
             explain(
-                got="kernel 'cpu'",
+                got=f"kernel {kernel!r}",
                 rule=module,
                 remedy=f"Build them in the repository with `{BUILD_COMMAND}`, or choose kernel='reference'",
             )

@@ -158,7 +158,22 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         "in Transformer Engine only",
     ),
     "attention_has_no_dropout": ({"attention_dropout": 0.1}, Machine(), "Set attention_dropout to 0"),
-    "cuda_kernel_needs_gpus": ({"cp_kernel": "cuda"}, Machine(num_gpus=0), "Set cp_kernel to auto or cpu"),
+    "gpu_kernel_needs_gpus": (
+        {"cp_kernel": "cuda", "bf16": True},
+        Machine(num_gpus=0, has_flash_attn=False),
+        "Set cp_kernel to auto, cpu or sdpa",
+    ),
+    "gpu_kernel_takes_bf16": ({"cp_kernel": "flash_attn"}, Machine(num_gpus=1), "Set bf16 to true"),
+    "flash_attn_is_installed": (
+        {"cp_kernel": "flash_attn", "bf16": True},
+        Machine(num_gpus=1, has_flash_attn=False),
+        "Install flash-attn",
+    ),
+    "kernel_knows_striped_tiles": (
+        {"cp_kernel": "sdpa", "cp_method": "ring", "cp_layout": "striped", "context_parallel_size": 2},
+        Machine(num_gpus=0),
+        "without their diagonal",
+    ),
     "cpu_kernel_is_not_nccl": (
         {"cp_kernel": "cpu", "distributed_backend": "nccl"},
         Machine(),
@@ -293,7 +308,9 @@ def test_both_numbers_are_named_when_the_world_is_no_product() -> None:
 
 
 def test_rules_that_need_unknown_facts_are_not_asked() -> None:
-    config = with_values(GOOD, context_parallel_size=2, cp_kernel="cuda", distributed_backend="nccl")
+    config = with_values(
+        GOOD, context_parallel_size=2, cp_kernel="cuda", bf16=True, distributed_backend="nccl"
+    )
     assert violations(config) == []
     assert len(violations(config, Machine(world_size=3, num_gpus=0))) == 3
 

@@ -10,13 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lightseq.attention import dist_attention
+from megatron_lightseq.config.typed import choices
 from megatron_lightseq.errors import UnsupportedError
+from megatron_lightseq.groups import Group
 from megatron_lightseq.kernels import flash_attn
 from megatron_lightseq.kernels.adapters import output_with_delta
 from megatron_lightseq.kernels.flash_attn import FlashAttnKernel
 from megatron_lightseq.kernels.reference import ReferenceKernel
-from megatron_lightseq.kernels.registry import Kernel, TileMask, resolve_kernel
+from megatron_lightseq.kernels.registry import Kernel, TileMask, kernel_names, resolve_kernel
 from megatron_lightseq.kernels.sdpa import SdpaKernel
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Mask
+from megatron_lightseq.transport import run_loopback
+from tests.core import oracle as attention_oracle
 from tests.kernels.oracle import Case, delta, expect_within_budget, inputs, run_kernel
 
 FULL = Case(queries=60, keys=90, batch=2, heads=4, groups=2, head_dim=32, value_dim=32)
@@ -77,6 +84,43 @@ def test_sdpa_refuses_windows_and_unequal_chunks() -> None:
     for case in (replace(SQUARE_CAUSAL, band_lo=-5), replace(FULL, band_hi=0)):
         with pytest.raises(UnsupportedError, match="full tiles, and causal ones of as many keys as queries"):
             run_kernel(case, inputs(case, torch.float32), SdpaKernel())
+
+
+def test_every_kernel_can_be_configured() -> None:
+    assert choices("cp_kernel") == kernel_names()
+
+
+def _attend(group: Group | None, method: str, layout: SequenceLayout, whole: list[Tensor]) -> list[Tensor]:
+    rank = 0 if group is None else group.rank()
+    q, k, v, dout = (layout.shard(x, rank, 0).clone() for x in whole)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = dist_attention(*leaves, group=group, layout=layout, method=method, kernel="sdpa")
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("method", "layout_name"),
+    [
+        *[("lightseq", "contiguous"), ("ring", "contiguous"), ("zigzag", "zigzag"), ("mesh", "zigzag")],
+        *[("all_gather", "zigzag"), ("ulysses", "contiguous"), ("usp", "contiguous")],
+    ],
+)
+def test_sdpa_serves_every_method_off_stripes(size: int, method: str, layout_name: str) -> None:
+    """What the configuration rule `kernel_knows_striped_tiles` lets through."""
+    layout = SequenceLayout(layout_name, size)
+    whole = attention_oracle.inputs(2 * size * 5, (4, 2), (8, 8), torch.float64)
+    parts = run_loopback(size, lambda group: _attend(group, method, layout, whole))
+    got = [layout.unshard(shards, 0) for shards in zip(*parts, strict=True)]
+    for result, want in zip(got, attention_oracle.expected(whole, Mask.causal()), strict=True):
+        torch.testing.assert_close(result, want, rtol=1e-9, atol=1e-9)
+
+
+def test_sdpa_refuses_stripes_by_name() -> None:
+    layout = SequenceLayout.striped(2)
+    whole = attention_oracle.inputs(20, (4, 2), (8, 8), torch.float64)
+    with pytest.raises(UnsupportedError, match="causal ones of as many keys as queries"):
+        run_loopback(2, lambda group: _attend(group, "ring", layout, whole))
 
 
 def test_sdpa_is_chosen_by_name_only() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_lightseq.errors import UnsupportedError
 from megatron_lightseq.kernels import extension
 from megatron_lightseq.kernels.cpu import CpuKernel
+from megatron_lightseq.kernels.cuda import CudaKernel
 from megatron_lightseq.kernels.registry import Kernel, TileMask
 from tests.kernels.oracle import (
     NAMES,
@@ -269,8 +270,13 @@ def test_missing_extension_names_the_build_command(monkeypatch: pytest.MonkeyPat
     assert command in reason
     with pytest.raises(UnsupportedError, match=f"have not been built.*`{command}`"):
         _ = KERNEL.isa
-    with pytest.raises(UnsupportedError, match="kernel='reference'"):
-        KERNEL.forward(x, x, x, x, x[0], mask=TileMask(0, 0), softmax_scale=1.0, accumulate=False)
+    options: dict[str, Any] = {"mask": TileMask(0, 0), "softmax_scale": 1.0}
+    with pytest.raises(UnsupportedError, match=r"kernel 'cpu'.*kernel='reference'"):
+        KERNEL.forward(x, x, x, x, x[0], accumulate=False, **options)
+    with pytest.raises(UnsupportedError, match=r"kernel 'cuda'.*have not been built"):
+        CudaKernel().forward(x, x, x, x, x[0], accumulate=False, **options)
+    with pytest.raises(UnsupportedError, match=r"kernel 'cuda'.*have not been built"):
+        CudaKernel().backward(x, x, x, x, x[0], x[0], x, x, x, **options)
 
 
 def test_unknown_variant_is_refused_by_name() -> None:
