@@ -43,6 +43,7 @@ long+=(--systems "megatron-tp-sp,megatron-tp,lightseq")
 part all-systems python -m megatron_lightseq compare --output "$results" --name all-systems "$@"
 part long-fp32 python -m megatron_lightseq compare --output "$results" --name long-fp32 "${long[@]}" "$@"
 part long-bf16 python -m megatron_lightseq compare --output "$results" --name long-bf16 --bf16 "${long[@]}" "$@"
+part overlap python -m megatron_lightseq bench overlap --out "$results" --name overlap-loopback
 part two-hosts bash scripts/compare_two_hosts.sh "$results" --steps 2 "$@"
 part predictions python -m megatron_lightseq compare --paper --output "$results"
 part paper bash scripts/reproduce_paper.sh "$results"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compares systems over a real, slow network on one machine: two network namespaces, joined by a veth pair whose ends are
-# shaped with tc, are two hosts. Takes them down again, however it ends. Needs root and iproute2: without them it says so
-# and ends with status 77 (skipped).
+# Compares systems over a real, slow network on one machine, and how well each method hides its communication there: two
+# network namespaces, joined by a veth pair whose ends are shaped with tc, are two hosts. Takes them down again, however
+# it ends. Needs root and iproute2: without them it says so and ends with status 77 (skipped).
 #
 #   bash scripts/compare_two_hosts.sh [OUTPUT_FOLDER] [arguments of `lightseq compare`]
 #
@@ -78,6 +78,9 @@ for rate in "${rates[@]}"; do
     python -m megatron_lightseq compare --network-namespaces "$host_a,$host_b" --interface "$link" \
         --ranks "${RANKS:-2}" --systems "${SYSTEMS:-megatron-tp-sp,megatron-tp,lightseq,lightseq-no-overlap}" \
         --output "$output" --name "two-hosts-$rate" "$@" || failed="$failed $rate"
+    python -m megatron_lightseq bench overlap --network-namespaces "$host_a,$host_b" --interface "$link" \
+        --ranks "${RANKS:-2}" --link "two hosts, $rate Gbit/s each way${DELAY_MS:+, $DELAY_MS ms}" \
+        --out "$output" --name "overlap-$rate" || failed="$failed overlap-$rate"
 done
 python -m megatron_lightseq.compare.link "$output" "${rates[@]}" || failed="$failed summary"
 [ -z "$failed" ] || die "not everything agreed:$failed" "the tables above say what differs"

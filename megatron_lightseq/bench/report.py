@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from megatron_lightseq.bench.measure import Row
 from megatron_lightseq.kernels.cpu import CpuKernel
+from megatron_lightseq.provenance import processor, versions
 
 HEADER = ("case", "forward", "backward", "of peak", "forward + backward", "error", "torch's error")
 NAME = "cpu-kernel"
@@ -19,18 +19,11 @@ NAME = "cpu-kernel"
 
 def machine() -> dict[str, str | int]:
     """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = (
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line
-        )
-        model = next(lines, model)
     return {
-        "cpu": model,
+        "cpu": processor(),
         "isa": CpuKernel().isa,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "versions": versions(),
     }
 
 
@@ -61,7 +54,7 @@ def caption(repetitions: int) -> str:
     clock = "thread CPU time" if here["threads"] == 1 else "wall clock"
     return (
         f"GFLOP/s of useful operations, torch -> ours (ratio). Measured on {here['cpu']}, variant {here['isa']}, "
-        f"{here['threads']} thread(s), torch {here['torch']}: {clock}, contenders taking turns, median of "
+        f"{here['threads']} thread(s), {here['versions']}: {clock}, contenders taking turns, median of "
         f"{repetitions}. Of peak: our forward / backward over products of registers only. Errors: the largest of "
         "out, dq, dk and dv against fp64, relative to the largest value, on at most 1024 tokens."
     )

@@ -1,42 +1,43 @@
-"""`lightseq bench kernel`: our CPU attention kernel beside torch's, speed and error."""
+"""`lightseq bench`: our CPU attention kernel beside torch's, and how much communication computing hides."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.errors import ConfigError, LightSeqError, explain
+
+if TYPE_CHECKING:
+    from megatron_lightseq.bench.measure import Row
+
+_OVERLAPPED = "lightseq,zigzag,ring,all_gather,mesh,ulysses"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Measure, print a table, and write it as JSON, Markdown and PNG when asked."""
+    """Measure, print a table, and write it when asked."""
     options = _parser().parse_args(arguments)
-    if options.threads < 1 or options.repetitions < 1:
-        raise ConfigError(
-            explain(
-                got=f"--threads {options.threads}, --repetitions {options.repetitions}",
-                rule="both are 1 or more",
-                remedy="Use --threads 1 for the steadiest figures",
-            )
-        )
+    measure: Callable[[argparse.Namespace], int] = options.measure
+    return measure(options)
+
+
+def _bench_kernel(options: argparse.Namespace) -> int:
+    _check_counts(threads=options.threads, repetitions=options.repetitions)
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        return _bench_kernel(options)
+        return _compare_kernels(options)
     finally:
         torch.set_num_threads(before)
 
 
-def _bench_kernel(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
+def _compare_kernels(options: argparse.Namespace) -> int:
     from megatron_lightseq.bench.cases import standard_cases
-    from megatron_lightseq.bench.measure import Row, run_cases
+    from megatron_lightseq.bench.measure import run_cases
     from megatron_lightseq.bench.report import HEADER, caption, cells, write_reports
     from megatron_lightseq.kernels.extension import load_extension
 
@@ -55,26 +56,97 @@ def _bench_kernel(options: argparse.Namespace) -> int:
         sys.stderr.write(f"{row.case}: {row.ratio('total_s'):.2f}x\n")
 
     rows = run_cases(cases, options.repetitions, say)
-    table = Table(*HEADER)
-    for row in rows:
-        table.add_row(*cells(row))
-    console = Console()
-    console.print(table)
-    console.print(caption(options.repetitions))
-    if options.out is not None:
-        for path in write_reports(rows, options.out, options.repetitions):
-            console.print(f"written: {path}")
+    written = [] if options.out is None else write_reports(rows, options.out, options.repetitions)
+    _show(HEADER, [cells(row) for row in rows], caption(options.repetitions), written)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="lightseq bench",
-        allow_abbrev=False,
-        description="Time our fused CPU attention and torch's fused SDPA in one process, taking turns, and compare "
-        "both with fp64.",
+def _bench_overlap(options: argparse.Namespace) -> int:
+    from megatron_lightseq.bench import overlap_report
+    from megatron_lightseq.bench.overlap import TASK, OverlapJob
+    from megatron_lightseq.hosts import Cluster, run_task
+
+    _check_counts(repetitions=options.repetitions)
+    job = OverlapJob(
+        methods=tuple(options.methods.split(",")),
+        seq_length=options.seq_length,
+        num_heads=options.num_attention_heads,
+        num_query_groups=options.num_query_groups or options.num_attention_heads,
+        head_dim=options.kv_channels,
+        precision="bf16" if options.bf16 else "fp32",
+        repetitions=options.repetitions,
     )
-    made.add_argument("what", choices=("kernel",), help="what to measure")
+    job.check(options.ranks)
+    cluster = Cluster.of(options.network_namespaces, options.interface, timeout_s=600.0)
+    answers = run_task(TASK, job.to_json(), options.ranks, cluster)
+    if answers.failure is not None:
+        raise LightSeqError(answers.failure)
+    rows = overlap_report.rows(job, answers.by_rank)
+    written = []
+    if options.out is not None:
+        written = overlap_report.write(job, answers.by_rank, options.link, options.out, options.name)
+    _show(
+        overlap_report.HEADER,
+        [row.cells() for row in rows],
+        overlap_report.caption(job, answers.by_rank, options.link),
+        written,
+    )
+    return 0 if all(row.holds for row in rows) else 1
+
+
+def _show(
+    header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, written: Sequence[Path]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print(caption, markup=False)
+    for path in written:
+        console.print(f"written: {path}", markup=False)
+
+
+def _check_counts(**counts: int) -> None:
+    if min(counts.values()) < 1:
+        raise ConfigError(
+            explain(
+                got=", ".join(f"--{name} {count}" for name, count in counts.items()),
+                rule="each is 1 or more",
+                remedy="Use --threads 1 for the steadiest figures",
+            )
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="lightseq bench", allow_abbrev=False, description=__doc__)
+    what = made.add_subparsers(required=True, metavar="WHAT")
+    _kernel_parser(
+        what.add_parser(
+            "kernel",
+            allow_abbrev=False,
+            help="our CPU attention beside torch's",
+            description="Time our fused CPU attention and torch's fused SDPA in one process, taking turns, and compare "
+            "both with fp64.",
+        )
+    )
+    _overlap_parser(
+        what.add_parser(
+            "overlap",
+            allow_abbrev=False,
+            help="time that transfers cost beside kernels, by method",
+            description="Run attention over ranks with overlap and without, and compare the time that ranks waited for "
+            "transfers with the simulator's prediction. Exit status 1 if what can be hidden is not.",
+        )
+    )
+    return made
+
+
+def _kernel_parser(made: argparse.ArgumentParser) -> None:
+    made.set_defaults(measure=_bench_kernel)
     made.add_argument(
         "--threads", type=int, default=1, metavar="N", help="default: 1, timed by thread CPU time"
     )
@@ -87,4 +159,30 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--out", type=Path, metavar="DIR", help="also write cpu-kernel.json, .md and .png there"
     )
-    return made
+
+
+def _overlap_parser(made: argparse.ArgumentParser) -> None:
+    made.set_defaults(measure=_bench_overlap)
+    made.add_argument("--methods", default=_OVERLAPPED, metavar="A,B", help="default: %(default)s")
+    made.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
+    made.add_argument(
+        "--seq-length", type=int, default=8192, metavar="N", help="of all ranks (default: 8192)"
+    )
+    made.add_argument("--num-attention-heads", type=int, default=4, metavar="N", help="default: 4")
+    made.add_argument("--num-query-groups", type=int, metavar="N", help="default: as many as heads")
+    made.add_argument("--kv-channels", type=int, default=64, metavar="N", help="head dim (default: 64)")
+    made.add_argument("--bf16", action="store_true", help="instead of fp32")
+    made.add_argument(
+        "--repetitions", type=int, default=5, metavar="N", help="median of so many (default: 5)"
+    )
+    made.add_argument(
+        "--network-namespaces",
+        metavar="A,B",
+        help="run ranks in these, as on as many hosts (compare_two_hosts.sh)",
+    )
+    made.add_argument(
+        "--interface", default="lo", help="network interface between them (default: %(default)s)"
+    )
+    made.add_argument("--link", default="loopback", metavar="TEXT", help="its name in the report")
+    made.add_argument("--out", type=Path, metavar="DIR", help="also write NAME.json and NAME.md there")
+    made.add_argument("--name", default="overlap", help="of the files written (default: %(default)s)")

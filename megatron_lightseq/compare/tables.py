@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_lightseq.compare.job import Job, Measurement, Outcome, StepMeasurement
 from megatron_lightseq.compare.link import scheduled_bytes
-from megatron_lightseq.compare.machine import provenance
 from megatron_lightseq.compare.systems import SYSTEMS, model_flops
+from megatron_lightseq.provenance import provenance
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Largest relative difference between losses of one step that counts as the same computation. In fp32 parallel

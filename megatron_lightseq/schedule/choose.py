@@ -39,6 +39,8 @@ class Prediction:
     """Kernel time of the busiest rank."""
     bytes_received: int
     """Of the busiest rank."""
+    exposed_s: float
+    """The longest that any rank waits for transfers that its kernels do not hide."""
 
     @property
     def waiting_s(self) -> float:
@@ -93,6 +95,8 @@ class Chooser:
     seq_length: int
     mask: Mask = field(default_factory=Mask.causal)
     device: Device = field(default_factory=Device)
+    overlap: bool = True
+    """Whether transfers run beside kernels. An exchange of heads never does."""
     _profiles: dict[tuple[str, str, Direction], Profile] = field(default_factory=dict)
 
     def predict(
@@ -116,6 +120,7 @@ class Chooser:
             Costs(
                 seconds_per_pair=_seconds_per_pair(share, direction, self.device),
                 network=network.of_one_ring(exchanged),
+                overlap=self.overlap,
             ),
             share,
         )
@@ -132,6 +137,7 @@ class Chooser:
             seconds=played.makespan_s + around_s,
             compute_s=max(played.compute_s),
             bytes_received=max(received) + max(played.bytes_received),
+            exposed_s=played.exposed_s + around_s,
         )
 
     def _profile(self, method: str, layout: SequenceLayout, direction: Direction) -> Profile:

@@ -117,7 +117,7 @@ def test_standard_cases_have_names_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kernel", "--threads", "0"], "--threads 0, --repetitions 5: both are 1 or more"),
+        (["kernel", "--threads", "0"], "--threads 0, --repetitions 5: each is 1 or more"),
         (["kernel", "--only", "no such case"], "--only 'no such case': no case has it in its name"),
     ],
 )

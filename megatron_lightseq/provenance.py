@@ -14,16 +14,22 @@ from megatron_lightseq import __version__
 
 def provenance() -> str:
     """One line: processor, cores, versions, commit and date. No host name, no paths."""
+    return f"{processor()}, {versions()}"
+
+
+def versions() -> str:
+    """Cores, versions, commit and date."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = f"torch {metadata.version('torch')}, megatron-core {metadata.version('megatron-core')}"
+    libraries = f"torch {metadata.version('torch')}, megatron-core {metadata.version('megatron-core')}"
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return (
-        f"{_processor()}, {cores} cores, {versions}, megatron_lightseq {__version__}{_commit()}, Python "
+        f"{cores} cores, {libraries}, megatron_lightseq {__version__}{_commit()}, Python "
         f"{platform.python_version()}, {today}"
     )
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():
