@@ -126,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--network",
         default="nvlink+100gbps",
-        help=f"with auto: one of {', '.join(NETWORKS)} (default: nvlink+100gbps)",
+        help=f"with auto: one of {', '.join(NETWORKS)}, or link=450GB/s, latency=5us, ranks_per_node=8, nic=50GB/s, "
+        "nic_latency=10us (default: nvlink+100gbps)",
     )
     made.add_argument("--cp", type=int, default=4, metavar="P", help="context parallel ranks (default: 4)")
     made.add_argument("--layout", choices=LAYOUT_NAMES, help="default: the method's own")

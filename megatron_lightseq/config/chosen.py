@@ -28,6 +28,7 @@ def ranked(config: PretrainConfig) -> list[Choice]:
         config.parallel.context_parallel_size,
         attention_shape(config),
         config.training.seq_length,
+        network=context.network,
         layouts=layouts,
     )
 

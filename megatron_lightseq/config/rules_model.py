@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from megatron_lightseq.config.rules import Bound, Machine, RuleBook, bound_rule
 from megatron_lightseq.config.sections import PretrainConfig
+from megatron_lightseq.errors import ConfigError
+from megatron_lightseq.schedule.network import NETWORKS
 
 _COUNT = Bound(low=1)
 _NOT_NEGATIVE = Bound(low=0)
@@ -304,6 +306,29 @@ def lightseq_is_contiguous(c: PretrainConfig, _: Machine) -> bool:
 )
 def zigzag_is_zigzag(c: PretrainConfig, _: Machine) -> bool:
     return c.context.cp_method != "zigzag" or c.context.layout_name == "zigzag"
+
+
+@CONTEXT.rule(
+    "cp_network",
+    "cp_method",
+    text="cp_network describes the cluster to cp_method auto, which alone predicts",
+    remedy="Remove it, or set cp_method to auto",
+)
+def network_is_for_auto(c: PretrainConfig, _: Machine) -> bool:
+    return c.context.cp_network is None or c.context.cp_method == "auto"
+
+
+@CONTEXT.rule(
+    "cp_network",
+    text=f"cp_network is one of {', '.join(NETWORKS)}, or numbers with units",
+    remedy="Write link=450GB/s, latency=5us, ranks_per_node=8, nic=50GB/s, nic_latency=10us; only link is needed",
+)
+def network_is_known(c: PretrainConfig, _: Machine) -> bool:
+    try:
+        c.context.network  # noqa: B018 - parses
+    except ConfigError:
+        return False
+    return True
 
 
 @CONTEXT.rule(

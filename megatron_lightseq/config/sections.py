@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_lightseq.schedule.network import Network
+
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
 Normalization = Literal["RMSNorm", "LayerNorm"]
 Backend = Literal["auto", "nccl", "gloo"]
@@ -159,6 +161,8 @@ class ContextParallelConfig:
     """With usp: ranks that exchange heads; null: the largest divisor up to the square root."""
     cp_comm_type: tuple[CPCommType, ...] = ()
     """Megatron's names, one for all layers or one a layer: p2p is cp_method, a2a ulysses, a2a+p2p usp."""
+    cp_network: str | None = None
+    """With auto: the cluster's network, by name or by numbers; null: NVLink in nodes of 8, 100 Gbit/s between."""
     cp_layout: CPLayout = "auto"
     """Which rank owns which tokens; auto: what balances the method."""
     cp_overlap: bool = True
@@ -171,6 +175,11 @@ class ContextParallelConfig:
         """The method in the form that the schedule package reads: usp with its size."""
         sized = self.cp_method == "usp" and self.cp_ulysses_size is not None
         return f"usp:{self.cp_ulysses_size}" if sized else self.cp_method
+
+    @property
+    def network(self) -> Network | None:
+        """What auto predicts with."""
+        return None if self.cp_network is None else Network.parse(self.cp_network)
 
     @property
     def layout_name(self) -> str:

@@ -20,6 +20,7 @@ from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError,
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.megatron.checkpoint_scope import current_scope, track_checkpoints
+from megatron_lightseq.schedule import Network
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -41,6 +42,8 @@ class CoreAttentionSettings:
     """Attention kernel."""
     overlap: bool = True
     """Move the next step's blocks while this step's are computed."""
+    network: Network | None = None
+    """What method ``auto`` predicts with; None for its default."""
     keep_on_recompute: bool = True
     """Keep (out, lse) across activation recomputation instead of running attention again."""
     stats: AttentionStats = field(default_factory=AttentionStats)
@@ -81,6 +84,7 @@ class CoreAttentionSettings:
                 mask=mask,
                 kernel=self.kernel,
                 overlap=self.overlap,
+                network=self.network,
                 stats=self.stats,
             )
         return self._shared[key]

@@ -73,6 +73,7 @@ def gpt_layer_spec(
         layout=context.layout_name,
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
+        network=context.network,
         keep_on_recompute=keep,
         stats=AttentionStats() if stats is None else stats,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_lightseq.errors import ConfigError, explain
@@ -27,21 +28,33 @@ class Network:
     nic_latency_s: float = 0.0
 
     @staticmethod
-    def parse(name: str) -> Network:
-        """One of the networks that have a name: ``nvlink``, ``nvlink+100gbps``, ``nvlink+8x400gbps``.
+    def parse(text: str) -> Network:
+        """A network by its name, or by its numbers.
+
+        Names: ``nvlink``, ``nvlink+100gbps``, ``nvlink+8x400gbps``. Numbers: ``link=450GB/s, latency=5us,
+        ranks_per_node=8, nic=50GB/s, nic_latency=10us``, where only ``link`` is needed; rates are in GB/s, MB/s,
+        Gbit/s or Mbit/s, each way, and times in s, ms or us.
 
         Raises:
-            ConfigError: no network has that name.
+            ConfigError: neither.
         """
-        if name not in NETWORKS:
-            raise ConfigError(
-                explain(
-                    got=f"network {name!r}",
-                    rule=f"the networks are {', '.join(NETWORKS)}",
-                    remedy="Choose one, or describe yours as a schedule.Network",
-                )
+        if text in NETWORKS:
+            return NETWORKS[text]
+        parts = [part.strip().partition("=") for part in text.split(",")]
+        values = {key: _number(_UNITS_OF.get(key, {}), value) for key, _, value in parts}
+        if "link" in values and len(values) == len(parts) and values.keys() <= _UNITS_OF.keys():
+            found = {_FIELD_OF[key]: value for key, value in values.items() if value is not None}
+            if len(found) == len(parts) and float(found.get("ranks_per_node", 1)).is_integer():
+                nodes = {key: int(value) for key, value in found.items() if key == "ranks_per_node"}
+                return Network(name=text, **{**found, **nodes})  # type: ignore[arg-type]
+        raise ConfigError(
+            explain(
+                got=f"network {text!r}",
+                rule=f"the networks are {', '.join(NETWORKS)}, or numbers: link=450GB/s, latency=5us, "
+                "ranks_per_node=8, nic=50GB/s, nic_latency=10us, of which link is needed",
+                remedy="Choose one, or write the numbers of yours",
             )
-        return NETWORKS[name]
+        )
 
     def node(self, rank: int) -> int:
         """The node of a rank."""
@@ -60,6 +73,35 @@ class Network:
             nic_bytes_per_s=self.nic_bytes_per_s / sharing,
         )
 
+
+_RATES = {"GB/s": 1e9, "MB/s": 1e6, "Gbit/s": 1e9 / 8, "Mbit/s": 1e6 / 8}
+_TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_UNITS_OF = {
+    "link": _RATES,
+    "latency": _TIMES,
+    "ranks_per_node": {"": 1.0},
+    "nic": _RATES,
+    "nic_latency": _TIMES,
+}
+_FIELD_OF = {
+    "link": "link_bytes_per_s",
+    "latency": "link_latency_s",
+    "ranks_per_node": "ranks_per_node",
+    "nic": "nic_bytes_per_s",
+    "nic_latency": "nic_latency_s",
+}
+
+
+def _number(units: Mapping[str, float], text: str) -> float | None:
+    """A positive finite number in one of ``units``, or None."""
+    found = _NUMBER.fullmatch(text.strip())
+    if found is None or found[2] not in units:
+        return None
+    value = float(found[1]) * units[found[2]]
+    return value if value > 0 else None
+
+
+_NUMBER = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?)\s*([A-Za-z/]*)")
 
 _NVLINK = Network(name="nvlink", link_bytes_per_s=450e9, link_latency_s=5e-6)  # H100, fourth generation
 

@@ -30,3 +30,10 @@ def test_a_named_method_serves_both_directions() -> None:
 def test_shapes_are_those_of_one_tensor_parallel_rank() -> None:
     shape = attention_shape(with_values(AUTO, tensor_model_parallel_size=2))
     assert (shape.num_heads, shape.num_query_groups, shape.element_bytes) == (4, 1, 2)
+
+
+def test_the_network_decides() -> None:
+    """A slow link costs time; without a word about it, NVLink and one card a node are assumed."""
+    slow = with_values(AUTO, cp_network="link=1Gbit/s")
+    assert ranked(slow)[0].seconds > 2 * ranked(with_values(AUTO, cp_network="nvlink"))[0].seconds
+    assert ranked(AUTO) == ranked(with_values(AUTO, cp_network="nvlink+100gbps")), "the default"

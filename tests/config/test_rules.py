@@ -126,6 +126,12 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "ring on the zigzag layout",
     ),
+    "network_is_for_auto": ({"cp_network": "nvlink"}, Machine(), "Remove it, or set cp_method to auto"),
+    "network_is_known": (
+        {"cp_network": "link=fast", "cp_method": "auto"},
+        Machine(),
+        "Write link=450GB/s, latency=5us",
+    ),
     "ulysses_size_is_for_usp": ({"cp_ulysses_size": 1}, Machine(), "Remove it, or set cp_method to usp"),
     "ulysses_size_divides": (
         {"cp_method": "usp", "cp_ulysses_size": 3, "context_parallel_size": 4},

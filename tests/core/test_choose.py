@@ -110,9 +110,40 @@ def test_ports_are_shared_and_cards_are_the_nodes() -> None:
     assert one == [3.0, 0.0, 3.0, 0.0]  # 10 bytes at 5, and the latency
     two = transfer_times([(0, 2, 10), (1, 3, 10)], [0.0, 0.5, 0.0, 0.0], network)
     assert two == [5.0, 5.5, 5.0, 5.5]  # both cards carry 20 bytes; rank 1 is late
-    with pytest.raises(ConfigError, match=r"network 'token ring'.*nvlink"):
-        Network.parse("token ring")
     assert set(NETWORKS) >= {"nvlink", "nvlink+100gbps"}
+
+
+def test_a_network_may_be_written_down() -> None:
+    text = "link=100GB/s, latency=5us, ranks_per_node=4, nic=100Gbit/s, nic_latency=0.01ms"
+    assert Network.parse(text) == Network(
+        name=text,
+        link_bytes_per_s=100e9,
+        link_latency_s=pytest.approx(5e-6),
+        ranks_per_node=4,
+        nic_bytes_per_s=12.5e9,
+        nic_latency_s=pytest.approx(1e-5),
+    )
+    assert Network.parse("link=1Gbit/s").link_bytes_per_s == 125e6
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token ring",
+        "",
+        "link=450",  # of what?
+        "link=450us",
+        "link=-1GB/s",
+        "link=0GB/s",
+        "latency=5us",
+        "link=1GB/s, link=2GB/s",
+        "link=1GB/s, ranks_per_node=2.5",
+        "link=1GB/s, color=3",
+    ],
+)
+def test_an_unknown_network_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"network '{text}'.*nvlink.*link=450GB/s"):
+        Network.parse(text)
 
 
 def test_rings_side_by_side_share_the_card() -> None:
