@@ -5,11 +5,13 @@ by nvcc directly, because torch's CUDAExtension refuses to work under a CPU-only
 
 Environment:
     MLS_CUDA        auto (default) | 0 (never) | 1 (fail without nvcc)
-    MLS_CUDA_ARCHS  compute capabilities, default "80;90a"
+    MLS_CUDA_ARCHS  compute capabilities, default "80+PTX;90a": native code of the first, which also serves 8.6 and
+                    8.9, with PTX that drivers compile for what comes after 9.0; native code for Hopper alone
     MAX_JOBS        parallel compilations, default: one per core
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,8 +74,8 @@ class BuildKernels(build_ext):
         extension = self.extensions[0]
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
         nvcc = find_nvcc() if cuda_sources else None
-        if nvcc:  # the bindings differ: their objects must not be taken for one another
-            self.build_temp = os.path.join(self.build_temp, "cuda")
+        if nvcc:  # objects of another build must not be taken for this one's
+            self.build_temp = os.path.join(self.build_temp, "cuda-" + "-".join(CUDA_ARCHS))
         os.makedirs(self.build_temp, exist_ok=True)
         try:
             if nvcc:
@@ -88,7 +90,7 @@ class BuildKernels(build_ext):
                 "Its own words are above. It needs a C++20 compiler (g++ 12 or later; Debian and Ubuntu: "
                 "apt-get install g++)."
             )
-        cuda = f"CUDA ({cuda_archs()})" if nvcc else f"no CUDA ({why_no_cuda(cuda_sources)})"
+        cuda = f"CUDA ({';'.join(CUDA_ARCHS)})" if nvcc else f"no CUDA ({why_no_cuda(cuda_sources)})"
         print(f"megatron_lightseq: built the CPU kernel; {cuda}", file=sys.stderr)
 
     def compile_in_parallel(self, extension: Extension) -> None:
@@ -119,7 +121,7 @@ class BuildKernels(build_ext):
         headers = max(
             path.stat().st_mtime for path in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), Path(__file__)]
         )
-        archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs().split(";")]
+        archs = [gencode(arch) for arch in CUDA_ARCHS]
 
         def compile_one(source: Path) -> str:
             target = Path(self.build_temp) / f"{source.stem}.cu.o"
@@ -135,11 +137,29 @@ class BuildKernels(build_ext):
         extension.library_dirs += [str(home / name) for name in ("lib64", "lib") if (home / name).is_dir()]
         # Static: the module then imports on machines without a driver.
         extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-        extension.define_macros.append(("MLS_WITH_CUDA", "1"))
+        extension.define_macros += [("MLS_WITH_CUDA", "1"), ("MLS_CUDA_ARCHS", f'"{";".join(CUDA_ARCHS)}"')]
 
 
-def cuda_archs() -> str:
-    return os.environ.get("MLS_CUDA_ARCHS", "80;90a")
+def cuda_archs() -> list[str]:
+    """What MLS_CUDA_ARCHS asks for, one compute capability each: 80, 80+PTX, 90a ..."""
+    wanted = os.environ.get("MLS_CUDA_ARCHS", "80+PTX;90a").split(";")
+    for arch in wanted:
+        number = re.fullmatch(r"(\d+)[af]?(\+PTX)?", arch)
+        if number is None or int(number[1]) < 80:
+            sys.exit(
+                f"MLS_CUDA_ARCHS: {arch!r} is no compute capability from 80 on. Write for example 80+PTX;90a, "
+                "where +PTX adds code that drivers compile for later GPUs."
+            )
+    return wanted
+
+
+def gencode(arch: str) -> str:
+    number, ptx, _ = arch.partition("+PTX")
+    code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={code}"
+
+
+CUDA_ARCHS = cuda_archs()
 
 
 def why_no_cuda(sources: list[Path]) -> str:

@@ -318,6 +318,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   }
 #if defined(MLS_WITH_CUDA)
   PyModule_AddIntConstant(module, "with_cuda", 1);
+  PyModule_AddStringConstant(module, "cuda_archs", MLS_CUDA_ARCHS);
 #else
   PyModule_AddIntConstant(module, "with_cuda", 0);
 #endif

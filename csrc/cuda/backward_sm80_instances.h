@@ -1,5 +1,4 @@
-// Defines backward_sm80 for the tile sizes below. Budgets: 255 registers a thread, 163 KiB shared memory
-// (sm_80).
+// Defines backward_sm80 for the tile sizes below.
 #pragma once
 #include "cuda/backward_dq_sm80.h"
 #include "cuda/instances.h"
@@ -23,9 +22,12 @@ struct BackwardSizes<256, 256> {
 template <class Element, int kHeadDim, int kValueDim>
 const char* backward_sm80(const BackwardParams& params, bool deterministic, void* stream) {
   using Sizes = BackwardSizes<kHeadDim, kValueDim>;
-  return launch_backward_sm80<
-      BackwardTraits<Element, kHeadDim, kValueDim, Sizes::kKeyWarps, Sizes::kColumnWarps, Sizes::kQueries>,
-      QueryGradientTraits<Element, kHeadDim, kValueDim, 4, Sizes::kDqKeys>>(params, deterministic, stream);
+  using Traits =
+      BackwardTraits<Element, kHeadDim, kValueDim, Sizes::kKeyWarps, Sizes::kColumnWarps, Sizes::kQueries>;
+  using QueryTraits = QueryGradientTraits<Element, kHeadDim, kValueDim, 4, Sizes::kDqKeys>;
+  static_assert(Traits::kSharedBytes <= shared_budget(kHeadDim));
+  static_assert(QueryTraits::kSharedBytes <= shared_budget(kHeadDim));
+  return launch_backward_sm80<Traits, QueryTraits>(params, deterministic, stream);
 }
 
 #define MLS_DEFINE_BACKWARD_SM80(Element, D, Dv) \

@@ -26,7 +26,9 @@ constexpr int kAnyLater = 1 << 30;
   MLS_ENTRY(80, kAnyLater, BFloat16, D, Dv, forward_sm80, backward_sm80) \
   MLS_ENTRY(80, kAnyLater, Float16, D, Dv, forward_sm80, backward_sm80)
 
-// The first entry that fits is taken: the newest kernels come first. sm_90a code runs on 9.0 alone.
+// The first entry that fits is taken: the newest kernels come first. sm_90a code runs on 9.0 alone; later
+// GPUs run the kernels of 8.0, which the driver compiles for them from PTX (setup.py ships it unless told
+// otherwise).
 constexpr KernelEntry kKernels[] = {MLS_FOR_EACH_HOPPER_HEAD_DIM(MLS_SM90_ENTRIES)
                                         MLS_FOR_EACH_HEAD_DIM(MLS_SM80_ENTRIES)};
 

@@ -1,5 +1,4 @@
-// Defines forward_sm80 for the tile sizes below. Budgets: 255 registers a thread, 163 KiB shared memory
-// (sm_80).
+// Defines forward_sm80 for the tile sizes below.
 #pragma once
 #include "cuda/forward_sm80.h"
 #include "cuda/instances.h"
@@ -27,9 +26,9 @@ struct ForwardSizes<256, 256> {
 template <class Element, int kHeadDim, int kValueDim>
 const char* forward_sm80(const ForwardParams& params, void* stream) {
   using Sizes = ForwardSizes<kHeadDim, kValueDim>;
-  return launch_forward_sm80<
-      ForwardTraits<Element, kHeadDim, kValueDim, Sizes::kWarps, Sizes::kRowTiles, Sizes::kKeys>>(params,
-                                                                                                  stream);
+  using Traits = ForwardTraits<Element, kHeadDim, kValueDim, Sizes::kWarps, Sizes::kRowTiles, Sizes::kKeys>;
+  static_assert(Traits::kSharedBytes <= shared_budget(kHeadDim));
+  return launch_forward_sm80<Traits>(params, stream);
 }
 
 #define MLS_DEFINE_FORWARD_SM80(Element, D, Dv) \

@@ -237,9 +237,11 @@ attention_forward_sm90(const MLS_GRID_CONSTANT HopperForwardLaunch launch) {
   if constexpr (kCompilesSm90a) forward_block_sm90<T>(launch, memory);
 }
 
-// False where CUDA cannot describe the tensors: other kernels then take them.
+// False where CUDA cannot describe the tensors or has no code of this kernel: other kernels then take them.
 template <class T>
 bool launch_forward_sm90(const ForwardParams& params, void* stream, const char** failure) {
+  static const bool has_code = has_sm90a_code(&attention_forward_sm90<T>);
+  if (!has_code) return false;
   const auto& shape = params.shape;
   HopperForwardLaunch arguments{params, {}, {}, {}};
   const bool described = make_tensor_map(&arguments.q, params.q,

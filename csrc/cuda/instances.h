@@ -14,6 +14,12 @@ namespace mls::cuda {
 #define MLS_FOR_EACH_HOPPER_HEAD_DIM(X) X(64, 64) X(128, 128)
 #endif
 
+// Bytes of shared memory for a block of the sm_80 kernels: what 8.0 has, and for the commonest head dim
+// what 8.6, 8.9 and 12.x have too (kernels/cuda.py refuses those GPUs the others).
+constexpr int shared_budget(int head_dim) {
+  return (head_dim == 64 ? 99 : 163) * 1024;
+}
+
 // Each runs on the stream given and returns null, or what is wrong.
 template <class Element, int kHeadDim, int kValueDim>
 const char* forward_sm80(const ForwardParams& params, void* stream);

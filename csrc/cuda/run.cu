@@ -38,12 +38,6 @@ const KernelEntry* choose(const AttentionShape& shape, ElementType element_type,
 
 extern "C" {
 
-const char* mls_cuda_unsupported(int64_t head_dim, int64_t value_dim, mls::ElementType element_type) {
-  const char* failure = nullptr;
-  mls::cuda::choose({1, 1, 1, 1, 1, head_dim, value_dim}, element_type, &failure);
-  return failure;
-}
-
 const char* mls_cuda_forward(const mls::ForwardParams* params, void* stream) {
   namespace cuda = mls::cuda;
   if (cuda::nothing_to_do(params->shape)) return nullptr;

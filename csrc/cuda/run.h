@@ -9,7 +9,4 @@ extern "C" {
 // next call.
 const char* mls_cuda_forward(const mls::ForwardParams* params, void* stream);
 const char* mls_cuda_backward(const mls::BackwardParams* params, bool deterministic, void* stream);
-
-// Why no kernel here takes such tensors on the current device, or null.
-const char* mls_cuda_unsupported(int64_t head_dim, int64_t value_dim, mls::ElementType element_type);
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,19 @@ from megatron_lightseq.kernels.registry import TileMask
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 """(D, Dv) of the kernels that exist."""
+SMALL_HEAD_DIM = 64
+"""The kernels of this head dim run on 8.6, 8.9 and 12.x too, whose multiprocessors have 100 KiB of shared memory."""
+SHARED_MEMORY = 164 << 10
+"""Bytes a multiprocessor that the others were made for: what 8.0 has."""
 INPUT_ALIGNMENT = 16
 """Bytes: the kernels copy inputs in pieces of this size."""
 
 
 class CudaKernel:
     """bfloat16 and float16 on compute capability 8.0 and later; masked tiles are skipped, not computed.
+
+    Hopper (9.0) has kernels of its own. GPUs later than that run those of 8.0, which the driver compiles for them
+    from PTX at the first call and then caches.
 
     Runs on the current stream of the tensors' device, allocates nothing (unless an input is misaligned, which is
     then copied) and never waits for the GPU, so that it can be captured in a CUDA graph.
@@ -41,7 +50,11 @@ class CudaKernel:
         if (q.shape[-1], v.shape[-1]) not in HEAD_DIMS:
             dims = ", ".join(str(d) if d == dv else f"{d}:{dv}" for d, dv in HEAD_DIMS)
             return f"it takes head dims {dims}, not {q.shape[-1]}:{v.shape[-1]}"
-        return missing_cuda() or _too_old(q.device)
+        missing = missing_cuda()
+        if missing is not None:
+            return missing
+        properties = torch.cuda.get_device_properties(q.device)
+        return cannot_run(properties, str(load_extension(self.name).cuda_archs), q.shape[-1])
 
     def forward(
         self,
@@ -134,11 +147,44 @@ def missing_cuda() -> str | None:
     )
 
 
-def _too_old(device: torch.device) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= (8, 0):
-        return None
-    return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+class DeviceProperties(Protocol):
+    """What is read of ``torch.cuda.get_device_properties``."""
+
+    name: str
+    major: int
+    minor: int
+    shared_memory_per_multiprocessor: int
+
+
+def cannot_run(device: DeviceProperties, archs: str, head_dim: int) -> str | None:
+    """Why a build for ``archs`` (setup.py's MLS_CUDA_ARCHS) has no kernel for a GPU, or None."""
+    capability, name = (device.major, device.minor), f"{device.name} has {device.major}.{device.minor}"
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, {name}"
+    if not any(runs_on(arch, capability) for arch in archs.split(";")):
+        return (
+            f"the compiled kernels were built for compute capabilities {archs}, {name} "
+            f"(build them again: MLS_CUDA_ARCHS='80+PTX;90a' {BUILD_COMMAND})"
+        )
+    memory = device.shared_memory_per_multiprocessor
+    if head_dim > SMALL_HEAD_DIM and memory < SHARED_MEMORY:
+        return (
+            f"head dims above {SMALL_HEAD_DIM} need {SHARED_MEMORY >> 10} KiB of shared memory a multiprocessor, "
+            f"{device.name} has {memory >> 10}"
+        )
+    return None
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for ``arch`` (a part of setup.py's MLS_CUDA_ARCHS) runs on a compute capability.
+
+    Native code serves later minor versions of its major version; that of an ``a`` only its own; PTX all later ones.
+    """
+    number, ptx, _ = arch.partition("+PTX")
+    built = divmod(int(number.rstrip("af")), 10)
+    if number.endswith("a"):
+        return built == capability
+    return built <= capability and (bool(ptx) or built[0] == capability[0])
 
 
 def _aligned(x: Tensor) -> Tensor:

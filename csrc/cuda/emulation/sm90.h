@@ -10,6 +10,11 @@ namespace mls::cuda {
 
 constexpr bool kCompilesSm90a = true;
 
+template <class Kernel>
+bool has_sm90a_code(Kernel) {
+  return true;
+}
+
 using TensorMap = emu::TensorMap;
 using Barrier = uint64_t;
 

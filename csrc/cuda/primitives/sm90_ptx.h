@@ -18,6 +18,16 @@ constexpr bool kCompilesSm90a = true;
 constexpr bool kCompilesSm90a = false;
 #endif
 
+// Whether the current device runs the sm_90a code of a kernel: a build may hold none, and the driver may have
+// been told to compile PTX instead (CUDA_FORCE_PTX_JIT), in which the body is left out.
+template <class Kernel>
+bool has_sm90a_code(Kernel kernel) {
+  cudaFuncAttributes found;
+  const cudaError_t status = cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+  if (status != cudaSuccess) cudaGetLastError();  // clears it: nobody else is to find this error
+  return status == cudaSuccess && found.ptxVersion >= 90;
+}
+
 using TensorMap = CUtensorMap;
 using Barrier = uint64_t;
 
