@@ -38,13 +38,13 @@ part() {
 }
 # Two heads and 16384 tokens: where heads are too few for tensor parallelism and attention outweighs the rest.
 long=(--num-attention-heads=2 --hidden-size=128 --seq-length=16384 --steps=2)
-long+=(--systems "megatron-tp-sp,megatron-tp,lightseq")
+beside=(--systems "megatron-tp-sp,megatron-tp,lightseq")
 
 part all-systems python -m megatron_lightseq compare --output "$results" --name all-systems "$@"
-part long-fp32 python -m megatron_lightseq compare --output "$results" --name long-fp32 "${long[@]}" "$@"
-part long-bf16 python -m megatron_lightseq compare --output "$results" --name long-bf16 --bf16 "${long[@]}" "$@"
+part long-fp32 python -m megatron_lightseq compare --output "$results" --name long-fp32 "${long[@]}" "${beside[@]}" "$@"
+part long-bf16 python -m megatron_lightseq compare --output "$results" --name long-bf16 --bf16 "${long[@]}" "${beside[@]}" "$@"
 part overlap python -m megatron_lightseq bench overlap --out "$results" --name overlap-loopback
-part two-hosts bash scripts/compare_two_hosts.sh "$results" --steps 2 "$@"
+part two-hosts bash scripts/compare_two_hosts.sh "$results" "${long[@]}" "$@"
 part predictions python -m megatron_lightseq compare --paper --output "$results"
 part paper bash scripts/reproduce_paper.sh "$results"
 part headline python -m megatron_lightseq.compare.headline "$results"

@@ -27,6 +27,7 @@ def longest_sequence(
     *,
     start: int,
     limit: int,
+    halvings: int = 0,
     cluster: Cluster | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Longest:
@@ -37,24 +38,40 @@ def longest_sequence(
     Args:
         job: with a system and a memory budget.
         start: first length, in tokens; limit: last one to try.
+        halvings: how often to try the middle between what fits and what does not, once doubling has found both.
         cluster: where to run; default: this host.
         report: gets a line after every length.
     """
     assert job.memory_budget_bytes is not None, "a search for what fits needs a limit"
+    cluster = cluster or Cluster()
     fits, length = 0, start
-    while length <= limit:
-        tried = replace(
-            job,
-            common=with_values(job.common, seq_length=length),
-            warmup_steps=0,
-            steps=1,
-            profile_memory=False,
-            measure_ceiling=False,
-        )
-        outcome = measure(tried, cluster or Cluster())
-        if not outcome.ranks:
-            report(f"{job.system}: {length} tokens do not fit ({(outcome.failure or '').splitlines()[0]})")
-            return Longest(system=job.system, fits=fits, too_long=length)
-        report(f"{job.system}: {length} tokens fit")
+    while length <= limit and _runs(job, length, cluster, report):
         fits, length = length, 2 * length
-    return Longest(system=job.system, fits=fits, too_long=None)
+    if length > limit:
+        return Longest(system=job.system, fits=fits, too_long=None)
+    too_long = length
+    for _ in range(halvings if fits else 0):
+        middle = (fits + too_long) // 2
+        if _runs(job, middle, cluster, report):
+            fits = middle
+        else:
+            too_long = middle
+    return Longest(system=job.system, fits=fits, too_long=too_long)
+
+
+def _runs(job: Job, length: int, cluster: Cluster, report: Callable[[str], None]) -> bool:
+    """Whether a step with so many tokens fits."""
+    tried = replace(
+        job,
+        common=with_values(job.common, seq_length=length),
+        warmup_steps=0,
+        steps=1,
+        profile_memory=False,
+        measure_ceiling=False,
+    )
+    outcome = measure(tried, cluster)
+    if outcome.ranks:
+        report(f"{job.system}: {length} tokens fit")
+        return True
+    report(f"{job.system}: {length} tokens do not fit ({(outcome.failure or '').splitlines()[0]})")
+    return False

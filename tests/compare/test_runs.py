@@ -86,9 +86,17 @@ def test_a_stuck_job_is_ended() -> None:
 
 def test_longest_sequence_ends_at_the_limit() -> None:
     limited = job("megatron-tp-sp", memory_budget_bytes=48 << 20)
-    found = longest_sequence(limited, start=64, limit=64 * 512, cluster=CLUSTER)
+    lines: list[str] = []
+    found = longest_sequence(
+        limited, start=64, limit=64 * 512, halvings=1, cluster=CLUSTER, report=lines.append
+    )
     assert found.fits >= 64
-    assert found.too_long == 2 * found.fits, "memory ran out, not the lengths to try"
+    assert found.too_long is not None, "memory ran out, not the lengths to try"
+    assert found.too_long / found.fits in (1.5, pytest.approx(4 / 3))
+    tried = [int(line.split()[1]) for line in lines]
+    assert tried[-1] == (tried[-3] + tried[-2]) // 2, (
+        "the last try is between the last that fits and the first not"
+    )
 
 
 def test_running_out_of_memory_is_told_from_other_failures() -> None:
