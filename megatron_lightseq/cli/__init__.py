@@ -48,7 +48,7 @@ COMMANDS = {
         "check every combination of methods and parallelisms against one process",
     ),
     "bench": Command(
-        "megatron_lightseq.cli.bench", "time our CPU attention beside torch's, and compare errors"
+        "megatron_lightseq.cli.bench", "time our CPU attention beside torch's, and transfers beside kernels"
     ),
     "doctor": Command("megatron_lightseq.cli.doctor", "say what this machine offers and what is missing"),
 }
