@@ -73,27 +73,46 @@ calibrate_sm80(const CalibrationParams params) {
   log.add(a);
 }
 
-constexpr int kWarpgroupLogWords = 3 * 64;
+constexpr int kNarrowColumns = 96;  // of a product: one panel and half of the next
+constexpr int kWarpgroupLogWords = 3 * 64 + kNarrowColumns / 2 + kSwizzleRowBytes / 4;
 
 struct HopperCalibrationLaunch {
   CalibrationParams params;
   TensorMap map;
 };
 
+// A product whose columns end within a panel.
+template <class Element, class Tile>
+MLS_DEVICE void calibrate_narrow_product(const Tile& tile, uint32_t (&a)[1][4], RegisterLog& log) {
+  float sums[kNarrowColumns / 8][4];
+  set_zero(sums);
+  hold(sums);
+  hold(a);
+  wgmma_fence();
+  Wgmma<Element, kNarrowColumns>::template from_registers<true>(sums, a[0], tile.along_rows(0, 16), 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  hold(sums);
+  hold(a);
+  log.add(sums);
+}
+
 // One warpgroup: tensor copy, mbarrier, swizzle, and wgmma with its operands every way that kernels use.
 template <class Element>
 MLS_DEVICE void calibrate_warpgroup(const HopperCalibrationLaunch& launch, unsigned char* memory) {
   using Tile = PanelTile<kCalibrationRows, kCalibrationColumns>;
   const Tile tile{memory};
-  auto* full = reinterpret_cast<Barrier*>(memory + Tile::kBytes);
+  unsigned char* const edge = memory + Tile::kBytes;  // a panel that the tensor ends in
+  auto* full = reinterpret_cast<Barrier*>(edge + Tile::kPanelBytes);
   if (thread_index().x == 0) {
     barrier_init(full, 1);
     barrier_init_fence();
   }
   sync_threads();
   if (thread_index().x == 0) {
-    barrier_expect(full, Tile::kBytes);
+    barrier_expect(full, Tile::kBytes + Tile::kPanelBytes);
     copy_tile(tile, launch.map, full, 0, 0, 0);
+    tensor_copy(edge, launch.map, full, kCalibrationColumns - 24, kCalibrationRows - 100, 0, 0);
   }
   barrier_wait(full, 0);
   RegisterLog log{launch.params.output + thread_index().x * kWarpgroupLogWords};
@@ -120,6 +139,10 @@ MLS_DEVICE void calibrate_warpgroup(const HopperCalibrationLaunch& launch, unsig
     hold(a);
     log.add(sums);
   }
+  sync_threads();  // keeps its registers apart from those above
+  calibrate_narrow_product<Element>(tile, a, log);
+  const auto* row = reinterpret_cast<const uint32_t*>(edge + thread_index().x * kSwizzleRowBytes);
+  for (int i = 0; i < kSwizzleRowBytes / 4; ++i) log.add(row[i]);
 }
 
 template <class Element>
@@ -130,7 +153,7 @@ calibrate_sm90(const MLS_GRID_CONSTANT HopperCalibrationLaunch launch) {
 }
 
 // `hopper`: the sm_90a primitives, else those of sm_80. `input` holds 128 x 128 numbers of `type`; `output`
-// gets 32 x 48 words, or 128 x 192. Null, or what is wrong.
+// gets 32 x 48 words, or 128 x 272. Null, or what is wrong.
 template <class Element>
 const char* calibrate(bool hopper, const CalibrationParams& params, ElementType type, void* stream) {
   if (!hopper)
@@ -141,7 +164,8 @@ const char* calibrate(bool hopper, const CalibrationParams& params, ElementType 
   if (!make_tensor_map(&arguments.map, tensor, {kCalibrationColumns, kCalibrationRows, 1, 1}, type,
                        kCalibrationRows))
     return "CUDA made no tensor map";
-  constexpr int kBytes = PanelTile<kCalibrationRows, kCalibrationColumns>::kBytes + 64;
+  using Tile = PanelTile<kCalibrationRows, kCalibrationColumns>;
+  constexpr int kBytes = Tile::kBytes + Tile::kPanelBytes + 64;
   return launch(&calibrate_sm90<Element>, Dim3(1), kWarpgroupSize, kBytes, stream, arguments);
 }
 

@@ -1,35 +1,37 @@
 // Fused attention forward for compute capability 9.0a (FlashAttention-3's structure, by own code).
 //
-// One producer warpgroup copies tiles of K and V into a ring by tensor copies; two consumer warpgroups, 64
-// queries each, multiply by wgmma. A consumer issues the scores of tile j, then the output of tile j - 1, and
-// computes the softmax of tile j while the latter runs.
+// One producer warpgroup copies tiles of K and V into a ring by tensor copies; two or three consumer
+// warpgroups, 64 queries each, multiply by wgmma. A consumer issues the scores of tile j, then the output of
+// tile j - 1, and computes the softmax of tile j while the latter runs.
 #pragma once
 #include "cuda/panels.h"
 #include "cuda/softmax.h"
 
 namespace mls::cuda {
 
-template <class Element_, int kHeadDim_, int kValueDim_>
+template <class Element_, int kHeadDim_, int kValueDim_, int kConsumers_, int kKeys_>
 struct HopperForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
-  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kConsumers = kConsumers_;  // warpgroups
   static constexpr int kQueries = 64 * kConsumers;
-  static constexpr int kKeys = 128;
+  static constexpr int kKeys = kKeys_;
   static constexpr int kStages = 2;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
   static constexpr int kConsumerWarps = kConsumers * 4;
-  // A block starts with 168 registers for each of its 384 threads; these numbers redistribute them.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 168 * (1 + kConsumers));
+  // A block starts with as many registers for each of its threads as there are; these numbers redistribute
+  // them.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == kRegisters * (1 + kConsumers));
   using QueryTile = PanelTile<kQueries, kHeadDim>;
   using KeyTile = PanelTile<kKeys, kHeadDim>;
   using ValueTile = PanelTile<kKeys, kValueDim>;
   static constexpr int kTileBytes = QueryTile::kBytes + kStages * (KeyTile::kBytes + ValueTile::kBytes);
   static constexpr int kSharedBytes = kTileBytes + (1 + 4 * kStages) * sizeof(Barrier);
-  static_assert(kQueries == kKeys);  // one box size serves all tensor maps
+  static_assert(kSharedBytes <= 227 * 1024);
 };
 
 struct HopperForwardLaunch {

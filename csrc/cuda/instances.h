@@ -11,7 +11,7 @@ namespace mls::cuda {
 #endif
 
 #if !defined(MLS_FOR_EACH_HOPPER_HEAD_DIM)
-#define MLS_FOR_EACH_HOPPER_HEAD_DIM(X) X(64, 64) X(128, 128)
+#define MLS_FOR_EACH_HOPPER_HEAD_DIM(X) MLS_FOR_EACH_HEAD_DIM(X)
 #endif
 
 // Bytes of shared memory for a block of the sm_80 kernels: what 8.0 has, and for the commonest head dim

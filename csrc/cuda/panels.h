@@ -1,4 +1,6 @@
-// Tiles that tensor copies write and wgmma reads: panels of 64 columns under the 128-byte swizzle.
+// Tiles that tensor copies write and wgmma reads: panels of 64 columns under the 128-byte swizzle. Of a
+// number of columns that is no multiple of 64, the last panel is filled up with zeros, which wgmma never
+// reads.
 #pragma once
 #include "cuda/primitives/sm90.h"
 
@@ -8,10 +10,10 @@ template <int kRows_, int kColumns_>
 struct PanelTile {
   static constexpr int kRows = kRows_;
   static constexpr int kColumns = kColumns_;
-  static constexpr int kPanels = kColumns / kSwizzleColumns;
+  static constexpr int kPanels = (kColumns + kSwizzleColumns - 1) / kSwizzleColumns;
   static constexpr int kPanelBytes = kRows * kSwizzleRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
-  static_assert(kRows % 8 == 0 && kColumns % kSwizzleColumns == 0);
+  static_assert(kRows % 8 == 0 && kColumns % 16 == 0);
 
   unsigned char* base;  // 1024-byte aligned
 
@@ -21,7 +23,7 @@ struct PanelTile {
         base + k / kSwizzleColumns * kPanelBytes + first_row * kSwizzleRowBytes + k % kSwizzleColumns * 2,
         kPanelBytes);
   }
-  // An operand whose k runs along the rows: rows k..k+15, columns first_column.. (a whole panel).
+  // An operand whose k runs along the rows: rows k..k+15, columns from first_column, a panel's first, on.
   MLS_DEVICE uint64_t along_rows(int first_column, int k) const {
     return matrix_descriptor(base + first_column / kSwizzleColumns * kPanelBytes + k * kSwizzleRowBytes +
                                  first_column % kSwizzleColumns * 2,

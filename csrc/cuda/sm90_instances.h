@@ -5,11 +5,27 @@
 
 namespace mls::cuda {
 
+// Consumer warpgroups, keys a tile. Where short rows leave registers and shared memory, a third warpgroup
+// uses each tile of keys once more; at D = 256 fewer keys fit.
+template <int kHeadDim, int kValueDim>
+struct HopperForwardSizes {
+  static constexpr int kConsumers = 2, kKeys = 128;
+};
+template <>
+struct HopperForwardSizes<64, 64> {
+  static constexpr int kConsumers = 3, kKeys = 128;
+};
+template <>
+struct HopperForwardSizes<256, 256> {
+  static constexpr int kConsumers = 2, kKeys = 80;
+};
+
 template <class Element, int kHeadDim, int kValueDim>
 const char* forward_sm90(const ForwardParams& params, void* stream) {
+  using Sizes = HopperForwardSizes<kHeadDim, kValueDim>;
+  using Traits = HopperForwardTraits<Element, kHeadDim, kValueDim, Sizes::kConsumers, Sizes::kKeys>;
   const char* failure = nullptr;
-  const bool taken =
-      launch_forward_sm90<HopperForwardTraits<Element, kHeadDim, kValueDim>>(params, stream, &failure);
+  const bool taken = launch_forward_sm90<Traits>(params, stream, &failure);
   return taken ? failure : forward_sm80<Element, kHeadDim, kValueDim>(params, stream);
 }
 

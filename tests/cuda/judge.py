@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_lightseq.kernels.registry import Kernel
 from tests.kernels.oracle import Case, expect_close, textbook
+
+
+def run_forward(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """``out`` (Q, B, H, V) and ``lse`` (B, H, Q) of one call; both start as NaN."""
+    q, k, v, _ = tensors
+    out = torch.full((case.queries, case.batch, case.heads, case.value_dim), float("nan"))
+    lse = torch.full((case.batch, case.heads, case.queries), float("nan"))
+    kernel.forward(q, k, v, out, lse, mask=case.mask(), softmax_scale=case.softmax_scale, accumulate=False)
+    return out, lse
 
 
 def expect_output(

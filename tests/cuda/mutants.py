@@ -215,4 +215,11 @@ HOPPER_MUTANTS = (
     ),
     _hopper("second step of k reads the first", "k % kSwizzleColumns * 2", "0", file="panels.h"),
     _hopper("other panels not copied", "panel < Tile::kPanels", "panel < 1", file="panels.h"),
+    _hopper(
+        "panels that columns end in left out",
+        "(kColumns + kSwizzleColumns - 1) / kSwizzleColumns",
+        "kColumns / kSwizzleColumns",
+        file="panels.h",
+    ),
+    _hopper("columns beyond the panel's half multiplied", "k < T::kHeadDim", "k < 144"),
 )

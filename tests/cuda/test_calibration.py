@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tests.cuda.emulator import ELEMENT_TYPES, Emulator, cached_library
 
 VECTORS = Path(__file__).with_name("primitive_vectors.npz")
-OUTPUT_WORDS = {False: 32 * 48, True: 128 * 192}
+OUTPUT_WORDS = {False: 32 * 48, True: 128 * 272}
 VARIANTS = [(dtype, hopper) for dtype in (torch.bfloat16, torch.float16) for hopper in (False, True)]
 
 
@@ -56,7 +56,7 @@ def test_vectors_agree_with_plain_matrix_products(dtype: torch.dtype) -> None:
     """Accumulators of wgmma, by PTX's fragment layout, against products of the same integers."""
     x = numbers(dtype).double()
     with np.load(VECTORS) as vectors:
-        words = vectors[key(dtype, True)].view(np.float32).reshape(128, 3, 16, 4)
+        words = vectors[key(dtype, True)].view(np.float32).reshape(128, 272)
     pairs = (
         numbers(dtype).flatten()[: 128 * 8].double().view(4, 8, 4, 4, 2)
     )  # warp, row, column pair, register
@@ -64,13 +64,28 @@ def test_vectors_agree_with_plain_matrix_products(dtype: torch.dtype) -> None:
     for register in range(4):
         rows = a.view(4, 2, 8, 2, 4, 2)[:, register % 2, :, register // 2]
         rows.copy_(pairs[:, :, :, register])
-    want = (x[64:, 80:96] @ x[:, 48:64].T, a @ x[32:48, :], x[48:64, 64:].T @ x[96:112, :])
-    for variant, product in enumerate(want):
-        got = torch.from_numpy(words[:, variant].copy()).view(
-            4, 8, 4, 16, 2, 2
-        )  # warp, row, pair, tile, half, low
-        matrix = got.permute(0, 4, 1, 3, 2, 5).reshape(64, 128)
+    want = (x[64:, 80:96] @ x[:, 48:64].T, a @ x[32:48, :], x[48:64, 64:].T @ x[96:112, :], a @ x[16:32, :96])
+    first = 0
+    for product in want:
+        columns = product.shape[1]
+        part = torch.from_numpy(words[:, first : first + columns // 2].copy())
+        got = part.view(4, 8, 4, columns // 8, 2, 2)  # warp, row, pair, tile, half, low
+        matrix = got.permute(0, 4, 1, 3, 2, 5).reshape(64, columns)
         torch.testing.assert_close(matrix.double(), product, rtol=0, atol=0)
+        first += columns // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_vectors_hold_zeros_beyond_the_tensor(dtype: torch.dtype) -> None:
+    """A copy of columns 104 to 167 and rows 28 to 155, of which 24 columns and 100 rows exist."""
+    with np.load(VECTORS) as vectors:
+        words = vectors[key(dtype, True)].reshape(128, 272)[:, 240:]
+    chunks = torch.from_numpy(words.copy().view(np.int16)).view(dtype).view(128, 8, 8)
+    order = torch.arange(8) ^ torch.arange(128).unsqueeze(1) % 8  # the 128-byte swizzle
+    panel = chunks.gather(1, order.unsqueeze(-1).expand(128, 8, 8)).reshape(128, 64)
+    want = torch.zeros(128, 64, dtype=dtype)
+    want[:100, :24] = numbers(dtype)[28:, 104:]
+    assert torch.equal(panel, want)
 
 
 @pytest.mark.gpu

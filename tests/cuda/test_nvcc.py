@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import product
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lightseq.kernels.cuda import HEAD_DIMS
 from tests.cuda.emulator import CSRC
 
 ARCHITECTURES = ("80", "90a")
@@ -168,13 +170,20 @@ def test_ampere_kernels_use_its_tensor_cores(compiled: dict[tuple[str, str], Com
                 assert unwanted not in function, f"{name} has {unwanted}"
 
 
-def test_hopper_kernels_use_its_tensor_cores(compiled: dict[tuple[str, str], Compiled]) -> None:
-    text = sass(compiled["forward_sm90.cu", "90a"].object_file)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_hopper_kernels_use_its_tensor_cores(compiled: dict[tuple[str, str], Compiled], dtype: str) -> None:
+    text = sass(compiled[f"forward_sm90_{dtype}.cu", "90a"].object_file)
     functions = text.split("Function : ")[1:]
-    assert functions
+    assert len(functions) == len(HEAD_DIMS)
     for function in functions:
         name = function.split()[0]
-        for wanted in ("HGMMA.64x128x16.F32", "UTMALDG.4D", "USETMAXREG", "SYNCS"):
+        head_dim, value_dim, _, keys = map(int, re.findall(r"Li(\d+)E", name))
+        # The scores of 16 columns of the head dim at a time, and the output of 16 keys at a time.
+        products = Counter(re.findall(r"HGMMA\.(64x\d+x16)\.F32", function))
+        wanted_products = Counter({f"64x{keys}x16": 2 * head_dim // 16})  # of the first tile, and in the loop
+        wanted_products[f"64x{value_dim}x16"] += 2 * keys // 16  # in the loop, and of the last tile
+        assert products == wanted_products, name
+        for wanted in ("UTMALDG.4D", "USETMAXREG", "SYNCS"):
             assert wanted in function, f"{name} has no {wanted}"
         for unwanted in ("STL", "LDL", " HMMA"):
             assert unwanted not in function, f"{name} has {unwanted}"
