@@ -240,17 +240,3 @@ def choose(names: str, world_size: int) -> list[System]:
             )
         )
     return [SYSTEMS[name] for name in wanted]
-
-
-def model_flops(config: PretrainConfig, vocab_size: int) -> float:
-    """Floating-point operations of one step that the model needs: forward and backward, no recomputation, no
-    padding, causal attention at half of the square (PaLM, arXiv 2204.02311, appendix B).
-    """
-    model, training = config.model, config.training
-    tokens = training.seq_length * training.global_batch_size
-    heads = model.num_attention_heads * model.head_dim
-    projections = model.hidden_size * (2 * heads + 2 * model.query_groups * model.head_dim)
-    mlp = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_size
-    linear = 2 * tokens * (model.num_layers * (projections + mlp) + vocab_size * model.hidden_size)
-    attention = 2 * tokens * training.seq_length * heads * model.num_layers
-    return float(3 * (linear + attention))

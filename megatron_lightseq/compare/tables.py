@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_lightseq.compare.job import Job, Measurement, Outcome, StepMeasurement
 from megatron_lightseq.compare.link import scheduled_bytes
-from megatron_lightseq.compare.systems import SYSTEMS, model_flops
+from megatron_lightseq.compare.systems import SYSTEMS
+from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.provenance import provenance
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -116,7 +117,7 @@ def compare(job: Job, outcomes: Sequence[Outcome], baseline: str, vocab_size: in
     """Put the outcomes of one common job together; several of a system are rounds of it."""
     names = list(dict.fromkeys(outcome.system for outcome in outcomes))
     ceiling = _ceiling(outcomes)
-    flops = model_flops(job.common, vocab_size)
+    flops = step_flops(job.common, vocab_size)
     figures = tuple(
         summarize(job, [outcome for outcome in outcomes if outcome.system == name], flops, ceiling)
         for name in names

@@ -16,6 +16,7 @@ def attention_shape(config: PretrainConfig) -> TensorShape:
         num_heads=max(1, config.model.num_attention_heads // tensor_ranks),
         num_query_groups=max(1, config.model.query_groups // tensor_ranks),
         head_dim=config.model.head_dim,
+        v_head_dim=config.model.value_head_dim,
         element_bytes=2 if config.training.bf16 else 4,
     )
 

@@ -37,7 +37,7 @@ def _refused(remedy: str) -> Spelling:
 
 _FUSION = "Remove it: fusions are used where the machine has them"
 _STEPS = "Count in steps of global_batch_size: "
-_MOE = "Remove it: mixture of experts is not offered"
+_ROUTER = "Remove it: experts are chosen by the softmax of the router, without capacity limits or groups"
 _FP8 = "Remove it: fp8 is not offered, use bf16"
 _LOGS = "Remove it: reports go to tensorboard_dir and report_dir"
 _RANKS = "Remove it: the size of the world comes from torchrun, and data parallel size is what remains of it"
@@ -85,11 +85,23 @@ MEGATRON_SPELLINGS: dict[str, Spelling] = {
     "reset_position_ids": _refused("Remove it: packed documents attend to each other here"),
     "reset_attention_mask": _refused("Remove it: packed documents attend to each other here"),
     "squared_relu": _refused("Use swiglu, or no-swiglu for GELU"),
-    "multi_latent_attention": _refused("Use num_query_groups: MLA is not offered by this recipe"),
-    "num_experts": _refused(_MOE),
-    "expert_model_parallel_size": _refused(_MOE),
-    "moe_router_topk": _refused(_MOE),
-    "mtp_num_layers": _refused("Remove it: multi-token prediction is not offered"),
+    "num_moe_experts": _refused("Use num_experts"),
+    "moe_layer_freq": _refused("Remove it: every layer has experts"),
+    "moe_expert_capacity_factor": _refused(_ROUTER),
+    "moe_pad_expert_input_to_capacity": _refused(_ROUTER),
+    "moe_router_score_function": _refused(_ROUTER),
+    "moe_router_enable_expert_bias": _refused(_ROUTER),
+    "moe_router_pre_softmax": _refused(_ROUTER),
+    "moe_router_num_groups": _refused(_ROUTER),
+    "moe_router_group_topk": _refused(_ROUTER),
+    "moe_router_topk_scaling_factor": _refused(_ROUTER),
+    "moe_input_jitter_eps": _refused("Remove it: routing is the same on any number of ranks"),
+    "moe_z_loss_coeff": _refused("Use moe_aux_loss_coeff"),
+    "moe_shared_expert_overlap": _refused("Remove it: the shared expert runs before the others"),
+    "moe_permute_fusion": _refused(_FUSION),
+    "rope_type": _refused("Remove it: latent attention is given plain RoPE"),
+    "window_size": _refused("Use it in a program of your own, whose windows attention honours"),
+    "softmax_type": _refused("Use it in a program of your own: this recipe trains with the plain softmax"),
     "use_torch_fsdp2": _refused("Use use_distributed_optimizer"),
     "use_megatron_fsdp": _refused("Use use_distributed_optimizer"),
     "data_parallel_size": _refused(_RANKS),

@@ -22,8 +22,11 @@ BOUNDS = RuleBook(
         "max_position_embeddings rotary_base make_vocab_size_divisible_by tensor_model_parallel_size "
         "pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage context_parallel_size cp_ulysses_size "
         "recompute_num_layers lr_decay_iters seq_length micro_batch_size global_batch_size train_iters "
-        "eval_interval eval_iters log_interval vocab_size save_interval",
-        _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad num_workers",
+        "eval_interval eval_iters log_interval vocab_size save_interval q_lora_rank kv_lora_rank qk_head_dim "
+        "qk_pos_emb_head_dim v_head_dim mtp_num_layers num_experts moe_ffn_hidden_size moe_router_topk "
+        "moe_shared_expert_intermediate_size expert_model_parallel_size expert_tensor_parallel_size",
+        _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad num_workers mtp_loss_scaling_factor "
+        "moe_aux_loss_coeff",
         _POSITIVE: "norm_epsilon init_method_std lr adam_eps distributed_timeout_minutes exit_duration_in_mins",
         _PROBABILITY: "attention_dropout hidden_dropout adam_beta1 adam_beta2",
         Bound(low=0, high=1, open_low=True, open_high=False): "rotary_percent",
@@ -54,7 +57,8 @@ def data_parallel_size(c: PretrainConfig, m: Machine) -> int:
     remedy="Use hidden_size in multiples of {num_attention_heads}, or set kv_channels",
 )
 def hidden_size_divides_by_heads(c: PretrainConfig, _: Machine) -> bool:
-    return c.model.kv_channels is not None or c.model.hidden_size % c.model.num_attention_heads == 0
+    given = c.model.kv_channels is not None or c.model.multi_latent_attention
+    return given or c.model.hidden_size % c.model.num_attention_heads == 0
 
 
 @MODEL.rule(
@@ -71,13 +75,16 @@ def heads_divide_by_query_groups(c: PretrainConfig, _: Machine) -> bool:
     "hidden_size",
     "num_attention_heads",
     "kv_channels",
+    "qk_pos_emb_head_dim",
     "rotary_percent",
     "position_embedding_type",
-    text="RoPE turns pairs of dimensions: the head dimension times rotary_percent must be an even number",
+    text="RoPE turns pairs of dimensions: the head dimension (with latent attention qk_pos_emb_head_dim) times "
+    "rotary_percent must be an even number",
     remedy="Use an even head dimension and a rotary_percent such as 1.0 or 0.5",
 )
 def rotary_dimension_is_even(c: PretrainConfig, _: Machine) -> bool:
-    turned = c.model.head_dim * c.model.rotary_percent
+    latent = c.model.multi_latent_attention
+    turned = (c.model.qk_pos_emb_head_dim if latent else c.model.head_dim) * c.model.rotary_percent
     return c.model.position_embedding_type != "rope" or (int(turned) >= 2 and turned % 2 == 0)
 
 
@@ -135,6 +142,8 @@ def query_groups_fit_tensor_parallel(c: PretrainConfig, _: Machine) -> bool:
     remedy="Set ffn_hidden_size to a multiple of {tensor_model_parallel_size}",
 )
 def ffn_divides_by_tensor_parallel(c: PretrainConfig, _: Machine) -> bool:
+    if c.experts.num_experts is not None:  # which have a rule of their own
+        return True
     return c.model.ffn_size % c.parallel.tensor_model_parallel_size == 0
 
 

@@ -24,6 +24,8 @@ CPMethod = Literal[
 CPCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 CPLayout = Literal["auto", "contiguous", "zigzag", "striped"]
 CPKernel = Literal["auto", "cuda", "cpu", "reference", "flash_attn", "sdpa"]
+LoadBalancing = Literal["none", "aux_loss", "seq_aux_loss"]
+TokenDispatcher = Literal["alltoall", "allgather"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp"]
 LRDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 TokenizerType = Literal["byte", "hf", "null"]
@@ -88,13 +90,36 @@ class ModelConfig:
     """Standard deviation of the normal initialisation."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this and of tensor_model_parallel_size."""
+    multi_latent_attention: bool = False
+    """Attention with keys and values projected from one latent vector (MLA), and RoPE on dimensions of its own."""
+    q_lora_rank: int | None = None
+    """With MLA: width of the latent vector of queries; null: queries are projected directly."""
+    kv_lora_rank: int = 32
+    """With MLA: width of the latent vector of keys and values."""
+    qk_head_dim: int = 128
+    """With MLA: dimension of a head's queries and keys that RoPE leaves alone."""
+    qk_pos_emb_head_dim: int = 64
+    """With MLA: dimension of a head's queries and keys that RoPE turns; all heads share these keys."""
+    v_head_dim: int = 128
+    """With MLA: dimension of a head's values."""
+    mtp_num_layers: int | None = None
+    """Layers that predict one further token each, beside the next (MTP); null: none."""
+    mtp_loss_scaling_factor: float = 0.1
+    """With MTP: weight of the further tokens' mean loss beside the next token's."""
 
     @property
     def head_dim(self) -> int:
-        """Dimension of one head, after defaults."""
+        """Dimension of one head of queries and keys, after defaults."""
+        if self.multi_latent_attention:
+            return self.qk_head_dim + self.qk_pos_emb_head_dim
         if self.kv_channels is not None:
             return self.kv_channels
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_head_dim(self) -> int:
+        """Dimension of one head of values, after defaults."""
+        return self.v_head_dim if self.multi_latent_attention else self.head_dim
 
     @property
     def query_groups(self) -> int:
@@ -112,6 +137,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """A mixture of experts (MoE) in place of every MLP."""
+
+    num_experts: int | None = None
+    """Number of experts in every layer; null: one MLP that all tokens take."""
+    moe_ffn_hidden_size: int | None = None
+    """Width inside each expert; null: ffn_hidden_size."""
+    moe_router_topk: int = 2
+    """Experts that each token takes."""
+    moe_router_load_balancing_type: LoadBalancing = "aux_loss"
+    """What evens out the experts' load: a loss over the micro-batch, over each sequence, or nothing."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the load balancing loss; 0: none."""
+    moe_token_dispatcher_type: TokenDispatcher = "alltoall"
+    """How tokens travel to the ranks of their experts."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of one more expert that every token takes; null: there is none."""
+    moe_grouped_gemm: bool = False
+    """Multiply all local experts in one kernel; Transformer Engine has it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """How the ranks share the work; data parallel size is what remains of the world."""
 
@@ -125,6 +172,10 @@ class ParallelConfig:
     """Overlap the pipeline's sends and receives with compute (interleaved schedule only)."""
     context_parallel_size: int = 1
     """Ranks that share every sequence (CP)."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer (EP), taken out of tensor, context and data parallel ranks."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share the matrices of each expert; null: tensor_model_parallel_size."""
     sequence_parallel: bool = False
     """Cut norms and dropout over the TP ranks along the sequence (SP); needs TP > 1."""
     use_distributed_optimizer: bool = False
@@ -142,6 +193,17 @@ class ParallelConfig:
     def virtual_pipeline(self) -> bool:
         """Whether the interleaved pipeline schedule is asked for."""
         return self.num_layers_per_virtual_pipeline_stage is not None
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share the matrices of each expert, after defaults."""
+        size = self.expert_tensor_parallel_size
+        return self.tensor_model_parallel_size if size is None else size
+
+    @property
+    def expert_parallel_size(self) -> int:
+        """Ranks that hold one copy of all experts: expert tensor * EP * PP."""
+        return self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:
@@ -322,6 +384,7 @@ class PretrainConfig:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     context: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
@@ -330,3 +393,9 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Width inside each expert, after defaults."""
+        width = self.experts.moe_ffn_hidden_size
+        return self.model.ffn_size if width is None else width

@@ -5,9 +5,11 @@ from __future__ import annotations
 from megatron_lightseq.config.rules import Machine, Rule, broken, report
 from megatron_lightseq.config.rules_model import BOUNDS, CONTEXT, MODEL, PARALLEL
 from megatron_lightseq.config.rules_run import BATCH, CHECKPOINT, DATA, RECOMPUTE
+from megatron_lightseq.config.rules_variants import EXPERTS, LATENT, MULTI_TOKEN
 from megatron_lightseq.config.sections import PretrainConfig
 
-RELATIONS = (MODEL, PARALLEL, CONTEXT, RECOMPUTE, BATCH, DATA, CHECKPOINT)
+_OF_TRAINING = (MODEL, LATENT, MULTI_TOKEN, EXPERTS, PARALLEL, CONTEXT, RECOMPUTE, BATCH)
+RELATIONS = (*_OF_TRAINING, DATA, CHECKPOINT)
 
 
 def rules() -> tuple[Rule, ...]:
@@ -27,3 +29,10 @@ def validate(config: PretrainConfig, machine: Machine | None = None) -> None:
     found = violations(config, machine)
     if found:
         raise report(found)
+
+
+def validate_training(config: PretrainConfig, machine: Machine) -> None:
+    """As :func:`validate`, but for rules on data and checkpoints: for programs that bring their own of either."""
+    found = broken(config, machine, bounds=BOUNDS, relations=_OF_TRAINING)
+    if found:
+        raise report([rule.message(config, machine) for rule in found])

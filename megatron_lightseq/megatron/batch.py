@@ -19,6 +19,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron_lightseq.errors import ConfigError, LayoutError, explain
 from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
 from megatron_lightseq.megatron.core_attention import LightSeqCoreAttention
+from megatron_lightseq.megatron.multi_token import adopt_rolls
 from megatron_lightseq.megatron.rope import adopt_rotary
 
 SEQUENCE_DIMS: Mapping[str, int] = {
@@ -80,8 +81,8 @@ def adopt_layout(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Sequence
     """Make a model (or the chunks of an interleaved pipeline) follow its attention's layout.
 
     Call it after building and before the first forward pass; wrapped in Float16Module or DDP or not. Rotary
-    embeddings are cut by the layout from then on, and every forward pass refuses data of another layout. Without
-    context parallelism nothing changes.
+    embeddings are cut by the layout from then on, multi-token prediction finds the next token by it, and every forward
+    pass refuses data of another layout. Without context parallelism nothing changes.
 
     Returns:
         The layout, for :func:`shard_batch`.
@@ -103,9 +104,12 @@ def adopt_layout(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Sequence
     layout = next(iter(layouts.values()))
     adopted = all(attention.layout_adopted for attention in attentions)
     if layout.cp_size > 1 and not adopted:
-        rank = attentions[0].group.rank()  # type: ignore[union-attr]  # cp_size > 1 implies a group
+        group = attentions[0].group
+        assert group is not None, "cp_size > 1 implies a group"
+        rank = group.rank()
         for chunk in chunks:
             adopt_rotary(chunk, layout, rank)
+            adopt_rolls(chunk, layout, group)
             for language_model in _language_models(chunk):
                 language_model.register_forward_pre_hook(_LayoutCheck(layout, rank), with_kwargs=True)
     for attention in attentions:

@@ -120,7 +120,7 @@ class LightSeqCoreAttention(MegatronModule):
         group = _context_parallel_group(pg_collection or options.pop("model_comm_pgs", None))
         cp_size = 1 if group is None else group.size()
         comm_type = _comm_type(settings, config, layer_number, options.pop("cp_comm_type", None))
-        _check_supported(config, attention_type, options, cp_size)
+        _check_supported(config, attention_type, options)
         if config.context_parallel_size != cp_size:
             raise ConfigError(
                 explain(
@@ -270,9 +270,7 @@ _HARMLESS_OPTIONS = {
 }
 
 
-def _check_supported(
-    config: TransformerConfig, attention_type: str, options: dict[str, Any], cp_size: int
-) -> None:
+def _check_supported(config: TransformerConfig, attention_type: str, options: dict[str, Any]) -> None:
     dropout = options.pop("attention_dropout", None)
     refused = {
         "attention_dropout": (config.attention_dropout if dropout is None else dropout) > 0,
@@ -281,7 +279,6 @@ def _check_supported(
         "log_max_attention_logit": getattr(config, "log_max_attention_logit", False),
         "fp8_dot_product_attention": getattr(config, "fp8_dot_product_attention", False),
         "fp8_multi_head_attention": getattr(config, "fp8_multi_head_attention", False),
-        "mtp_num_layers": cp_size > 1 and getattr(config, "mtp_num_layers", None),
     }
     for name, given in refused.items():
         if given:

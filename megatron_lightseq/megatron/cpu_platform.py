@@ -28,6 +28,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -35,6 +36,7 @@ import torch
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.megatron.uneven import gather_any, reduce_scatter_any
 
 PATCHED_MODULES: dict[str, str] = {
     "parallel_state": "synchronises the device after building groups",
@@ -51,6 +53,7 @@ PATCHED_MODULES: dict[str, str] = {
     "transformer.multi_token_prediction": "the loss tracker lives on the current device",
     "transformer.moe.experts": "expert weights are allocated on the current device",
     "transformer.moe.moe_utils": "the auxiliary loss tracker lives on device='cuda'",
+    "transformer.moe.token_dispatcher": "token counts are copied to the host on a stream of their own",
     "transformer.moe.router": "the router moves its weight to the current device",
     "models.common.embeddings.rotary_pos_embedding": "inverse frequencies are moved to the current device",
     "models.common.embeddings.yarn_rotary_pos_embedding": "inverse frequencies are moved to the current device",
@@ -175,6 +178,17 @@ class _CpuCuda(ModuleType):
     def empty_cache(self) -> None:
         """There is no cache."""
 
+    def current_stream(self, *_: Any) -> _CpuStream:
+        return _CpuStream()
+
+    def stream(self, _: Any) -> AbstractContextManager[None]:
+        """Work in it is done when it returns."""
+        return nullcontext()
+
+    @property
+    def Stream(self) -> type[_CpuStream]:
+        return _CpuStream
+
     def get_rng_state(self, *_: Any) -> torch.Tensor:
         return torch.get_rng_state()
 
@@ -183,6 +197,19 @@ class _CpuCuda(ModuleType):
 
     def manual_seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
+
+
+class _CpuStream:
+    """A stream, and its event, of a device that does everything at once."""
+
+    def wait_stream(self, _: Any) -> None:
+        """Nothing is ever pending."""
+
+    def record_event(self) -> _CpuStream:
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing is ever pending."""
 
 
 def _functions_of(module: ModuleType) -> Iterator[FunctionType]:
@@ -265,6 +292,17 @@ def _attribute_patches() -> Iterator[tuple[Any, str, Any]]:
         embeddings = importlib.import_module(f"megatron.core.models.common.embeddings.{name}")
         yield embeddings, "get_pos_emb_on_this_cp_rank", _zigzag_angles
 
+    # Splits stay tensors where there is no GPU to copy them from, and collectives want numbers.
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    yield dispatcher, "maybe_move_tensor_to_cpu", _on_host
+
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    for name, any_length in (
+        ("_gather_along_first_dim", gather_any),
+        ("_reduce_scatter_along_first_dim", reduce_scatter_any),
+    ):
+        yield mappings, name, any_length(getattr(mappings, name))
+
     # Without Transformer Engine, Megatron's wrappers of it are mock objects that import all the same, so HAVE_TE is
     # wrongly true and `isinstance(x, TELinear)` fails (transformer/multi_latent_attention.py).
     extension = importlib.import_module("megatron.core.extensions.transformer_engine")
@@ -273,6 +311,11 @@ def _attribute_patches() -> Iterator[tuple[Any, str, Any]]:
         yield latent_attention, "HAVE_TE", False
         # The same import fails half-way here and leaves the name undefined (transformer/moe/moe_utils.py).
         yield importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm", None
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    del record_stream
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:

@@ -28,6 +28,8 @@ class WeightNames:
     seed: int
     layer: int = 0
     """Global number of the layer being built, from 1; 0 outside of layers."""
+    scope: str = ""
+    """Prefix of roles; that of experts, which are counted over all expert-parallel ranks."""
     _drawn: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     def normal(self, role: str, std: float) -> Init:
@@ -39,9 +41,10 @@ class WeightNames:
         """
 
         def draw(tensor: torch.Tensor) -> torch.Tensor:
-            index = self._drawn[role, self.layer]
-            self._drawn[role, self.layer] += 1
-            name = f"{self.seed}/{role}/{self.layer}/{index}"
+            scoped = self.scope + role
+            index = self._drawn[scoped, self.layer]
+            self._drawn[scoped, self.layer] += 1
+            name = f"{self.seed}/{scoped}/{self.layer}/{index}"
             stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
             generator = torch.Generator(tensor.device).manual_seed(stream)
             with torch.no_grad():
@@ -57,6 +60,17 @@ class WeightNames:
             yield
         finally:
             self.layer = 0
+
+    @contextmanager
+    def building_experts(self, first: int) -> Iterator[None]:
+        """Weights drawn inside are those of experts, one of every role each, from number ``first`` on."""
+        self.scope = "expert "
+        for role in ("weight", "residual"):
+            self._drawn[self.scope + role, self.layer] = first
+        try:
+            yield
+        finally:
+            self.scope = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightNames:
         """Itself: Megatron copies configurations and specifications while building one model."""

@@ -20,6 +20,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_lightseq.attention import AttentionStats
@@ -103,7 +107,13 @@ def _megatron_layer_spec(config: TransformerConfig | PretrainConfig) -> ModuleSp
 
 def _layer_options(config: TransformerConfig | PretrainConfig) -> dict[str, Any]:
     if isinstance(config, PretrainConfig):
-        return {"normalization": config.model.normalization, "qk_layernorm": config.model.qk_layernorm}
+        return {
+            "normalization": config.model.normalization,
+            "qk_layernorm": config.model.qk_layernorm,
+            "num_experts": config.experts.num_experts,
+            "moe_grouped_gemm": config.experts.moe_grouped_gemm,
+            "multi_latent_attention": config.model.multi_latent_attention,
+        }
     return {
         "normalization": config.normalization,
         "qk_layernorm": config.qk_layernorm,
@@ -111,6 +121,17 @@ def _layer_options(config: TransformerConfig | PretrainConfig) -> dict[str, Any]
         "moe_grouped_gemm": config.moe_grouped_gemm,
         "multi_latent_attention": config.multi_latent_attention,
     }
+
+
+def mtp_block_spec(layer: ModuleSpec, num_layers: int) -> MultiTokenPredictionBlockSubmodules:
+    """The specification of multi-token prediction, for ``GPTModel(mtp_block_spec=...)`` on the last pipeline stage.
+
+    Args:
+        layer: what :func:`gpt_layer_spec` returned, or a change of it.
+        num_layers: how many further tokens are predicted.
+    """
+    depth = get_mtp_layer_spec(layer, use_transformer_engine())
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[depth] * num_layers)
 
 
 def use_transformer_engine() -> bool:

@@ -197,7 +197,24 @@ def model_identity(training: Training) -> dict[str, Any]:
         identity["max_position_embeddings"] = (
             model.max_position_embeddings or training.config.training.seq_length
         )
+    identity.update(_variants(training.config))
     return identity
+
+
+def _variants(config: PretrainConfig) -> dict[str, Any]:
+    """What a plain decoder does not have, so that checkpoints of one need not speak of it."""
+    model, experts = config.model, config.experts
+    found: dict[str, Any] = {}
+    if model.multi_latent_attention:
+        keys = ("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+        found.update({key: getattr(model, key) for key in (*keys, "v_head_dim")})
+    if model.mtp_num_layers is not None:
+        found["mtp_num_layers"] = model.mtp_num_layers
+    if experts.num_experts is not None:
+        found |= {"num_experts": experts.num_experts, "moe_ffn_hidden_size": config.expert_ffn_size}
+        routed = ("moe_router_topk", "moe_shared_expert_intermediate_size", "moe_grouped_gemm")
+        found.update({key: getattr(experts, key) for key in routed})
+    return found
 
 
 def optimizer_identity(config: PretrainConfig) -> dict[str, Any]:
@@ -222,12 +239,17 @@ def data_identity(config: PretrainConfig) -> dict[str, Any]:
 
 def world_identity(training: Training) -> dict[str, int]:
     """What two runs must share for one to use the other's random state."""
-    sizes = training.sizes
+    sizes, parallel = training.sizes, training.config.parallel
+    experts = {
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+    }
     return {
         "world_size": sizes.world_size,
         "tensor_model_parallel_size": sizes.tensor,
         "pipeline_model_parallel_size": sizes.pipeline,
         "context_parallel_size": sizes.context,
+        **(experts if training.config.experts.num_experts is not None else {}),
     }
 
 

@@ -117,8 +117,9 @@ def kernel_name(config: PretrainConfig, device: torch.device) -> str:
     model = config.model
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     q = torch.empty(1, 1, model.num_attention_heads, model.head_dim, dtype=dtype, device=device)
-    kv = torch.empty(1, 1, model.query_groups, model.head_dim, dtype=dtype, device=device)
-    return str(resolve_kernel(config.context.cp_kernel, q, kv, kv).name)
+    k = torch.empty(1, 1, model.query_groups, model.head_dim, dtype=dtype, device=device)
+    v = torch.empty(1, 1, model.query_groups, model.value_head_dim, dtype=dtype, device=device)
+    return str(resolve_kernel(config.context.cp_kernel, q, k, v).name)
 
 
 def _choose_device(launch: Launch) -> torch.device:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.config import CheckpointConfig
+from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.errors import LightSeqError, explain
 from megatron_lightseq.groups import rank_in
 from megatron_lightseq.training.checkpoint import Position, load_checkpoint, save_checkpoint
@@ -25,7 +26,7 @@ from megatron_lightseq.training.memory import peak_resident_bytes
 from megatron_lightseq.training.metrics import MetricsLog, TrainMetrics, ValidationMetrics
 from megatron_lightseq.training.progress import Progress, Stopwatch, choose_display, duration
 from megatron_lightseq.training.random_state import restore_random_state
-from megatron_lightseq.training.report import header, model_flops
+from megatron_lightseq.training.report import header
 from megatron_lightseq.training.setup import Training, build_training
 from megatron_lightseq.training.signals import StopRequest
 from megatron_lightseq.training.step import StepResult, evaluate, train_step
@@ -63,7 +64,7 @@ class Loop:
         self._checkpoint: Path | None = None
         self._saved_at: int | None = None
         """The step whose state ``save`` holds."""
-        self._flops = model_flops(training)
+        self._flops = step_flops(training.config, training.padded_vocab_size)
 
     def run(self) -> Outcome:
         """Load, train, evaluate, save."""
@@ -197,6 +198,7 @@ class Loop:
             exposed_communication=exposed_seconds / seconds,
             consumed_samples=self._position.consumed_samples,
             skipped=result.skipped,
+            mtp_loss=result.mtp_loss,
         )
 
     def _evaluate_if_due(self, step: int, datasets: Datasets, progress: Progress, log: MetricsLog) -> None:

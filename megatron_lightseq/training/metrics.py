@@ -39,6 +39,8 @@ class TrainMetrics:
     consumed_samples: int
     skipped: bool
     """Whether the optimizer refused the step because gradients were not finite."""
+    mtp_loss: float | None = None
+    """With multi-token prediction: mean loss of the further tokens, nats per token, unweighted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,8 @@ class MetricsLog:
             self._stream.write(json.dumps({"kind": kind, **values}) + "\n")
         if self._writer is not None:
             for key in values.keys() - {"step"}:
-                self._writer.add_scalar(f"{kind}/{key}", values[key], metrics.step)
+                if values[key] is not None:
+                    self._writer.add_scalar(f"{kind}/{key}", values[key], metrics.step)
 
     def close(self) -> None:
         """Flush and close all files."""

@@ -49,8 +49,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     """
     parts = _parts(optimizer)
     settings = [[_settings(group) for group in part.param_groups] for part in parts]
-    states = [state] if len(parts) == 1 else [state[index] for index in sorted(state)]
-    for part, part_state in zip(parts, states, strict=True):
+    for part, part_state in zip(parts, _by_part(parts, state), strict=True):
         if isinstance(part, DistributedOptimizer):
             _load_distributed(part, part_state)
         else:
@@ -70,10 +69,52 @@ def _parts(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def _by_part(parts: list[Any], state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The state of each of the optimizers that are chained, one of them for experts that are spread over ranks.
+
+    A checkpoint may come from ranks that chain another number of them. Its tensors find their parameters by name; what
+    is said for all parameters together (the step count above all) then lies where the saved chain had it.
+    """
+    saved = [state[index] for index in sorted(key for key in state if isinstance(key, int))]
+    own = {key: value for key, value in state.items() if not isinstance(key, int)}
+    wanted, others = ([own], saved) if len(parts) == 1 else (saved, [own])
+    donor = next((part_state for part_state in (*others, *wanted) if _has_settings(part_state)), None)
+    for part, part_state in zip(parts, wanted, strict=True):
+        if donor is not None and not _has_settings(part_state):
+            _complete(part, part_state, donor)
+    return wanted
+
+
+def _inner(part_state: dict[str, Any]) -> dict[str, Any]:
+    """The state of torch's optimizer, which Megatron's for low precision and for shards wrap once more."""
+    found: dict[str, Any] = part_state.get("optimizer", part_state)
+    return found
+
+
+def _has_settings(part_state: dict[str, Any]) -> bool:
+    groups = _inner(part_state).get("param_groups", [])
+    return bool(groups) and all("wd_mult" in group for group in groups)
+
+
+def _complete(part: Any, part_state: dict[str, Any], donor: dict[str, Any]) -> None:
+    """Settings as this optimizer has them, and the step count of another of the checkpoint."""
+    if "optimizer" in donor:
+        part_state.setdefault("optimizer", {})
+    inner, given = _inner(part_state), _inner(donor)
+    groups = inner.get("param_groups") or [{"params": []} for _ in part.param_groups]
+    steps = {key: given["param_groups"][0][key] for key in ("step",) if key in given["param_groups"][0]}
+    inner["param_groups"] = [
+        {**_settings(own), **steps, "params": group["params"]}
+        for own, group in zip(part.param_groups, groups, strict=True)
+    ]
+    if "common_step" in given.get("state", {}):
+        inner.setdefault("state", {})["common_step"] = given["state"]["common_step"]
+
+
 def _load_distributed(part: Any, state: dict[str, Any]) -> None:
     """Step and groups first, then the tensors, with the step count out of Megatron's way."""
     tensors = state.pop("param_state")
-    state.pop("param_state_sharding_type")
+    state.pop("param_state_sharding_type", None)
     part.load_state_dict(state)
     inner = part.optimizer.state
     steps = {param: inner[param].pop("step") for param in inner if "step" in inner[param]}

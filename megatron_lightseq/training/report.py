@@ -53,6 +53,7 @@ def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, st
     extras = [
         "sequence parallel" if config.parallel.sequence_parallel else "",
         "distributed optimizer" if config.parallel.use_distributed_optimizer else "",
+        _expert_ranks(config),
     ]
     attention = f"{config.context.cp_method}, kernel {kernel_name(config, job.device)}"
     if config.context.cp_comm_type:
@@ -67,8 +68,8 @@ def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, st
         (
             "model",
             f"{count(num_parameters(training))} parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
-            f"{model.num_attention_heads} heads in {model.query_groups} groups, vocabulary {corpora.vocab_size}, "
-            f"{'bf16' if settings.bf16 else 'fp32'}",
+            f"{_heads(config)}, vocabulary {corpora.vocab_size}, {'bf16' if settings.bf16 else 'fp32'}"
+            f"{_variants(config)}",
         ),
         (
             "ranks",
@@ -85,36 +86,46 @@ def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, st
     ]
 
 
+def _heads(config: PretrainConfig) -> str:
+    model = config.model
+    if model.multi_latent_attention:
+        return f"{model.num_attention_heads} heads of {model.head_dim}:{model.value_head_dim} from latent vectors"
+    return f"{model.num_attention_heads} heads in {model.query_groups} groups"
+
+
+def _variants(config: PretrainConfig) -> str:
+    experts, found = config.experts, ""
+    if experts.num_experts is not None:
+        found += f", {experts.moe_router_topk} of {experts.num_experts} experts"
+        found += " and a shared one" if experts.moe_shared_expert_intermediate_size else ""
+    if config.model.mtp_num_layers is not None:
+        found += f", {config.model.mtp_num_layers} further token(s) predicted"
+    return found
+
+
+def _expert_ranks(config: PretrainConfig) -> str:
+    size = config.parallel.expert_model_parallel_size
+    return f"experts over {size} ranks" if size > 1 else ""
+
+
 def num_parameters(training: Training) -> int:
     """Parameters of the whole model, each counted once; collective."""
-    tensor_rank = 0 if training.groups.tp is None else training.groups.tp.rank()
-    own = 0
+    groups = training.collection
+    tied = not training.config.model.untie_embeddings_and_output_weights
+    # The last pipeline stage has the embedding once more, as output layer and for multi-token prediction.
+    copies = ("embedding.word_embeddings.weight", *(["output_layer.weight"] if tied else []))
+    total = torch.zeros(2, dtype=torch.int64, device=training.device)
     for model in training.models:
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            of_experts = ".experts." in name
+            tensor_ranks = groups.expt_tp if of_experts else groups.tp
             sharded = getattr(parameter, "tensor_model_parallel", False)
-            copy_of_embedding = getattr(parameter, "shared", False) and not model.pre_process
-            if (sharded or tensor_rank == 0) and not copy_of_embedding:
-                own += parameter.numel()
-    total = torch.tensor(own, dtype=torch.int64, device=training.device)
+            is_copy = name in copies and not model.pre_process
+            if (sharded or tensor_ranks.rank() == 0) and not is_copy:
+                total[int(of_experts)] += parameter.numel()
     dist.all_reduce(total)
-    return int(total.item()) // (training.sizes.data * training.sizes.context)
-
-
-def model_flops(training: Training) -> float:
-    """Floating point operations of one step over all ranks, forward and backward, without recomputation.
-
-    Six for every weight of a matrix and token, and 6 * seq_length * heads * head_dim for every token and
-    layer: the two products of causal attention, half of each masked.
-    """
-    config = training.config
-    model, settings = config.model, config.training
-    heads, groups, width = model.num_attention_heads, model.query_groups, model.head_dim
-    projections = model.hidden_size * width * (2 * heads + 2 * groups)
-    mlp = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_size
-    output = model.hidden_size * training.padded_vocab_size
-    attention = settings.seq_length * heads * width
-    tokens = settings.seq_length * settings.global_batch_size
-    return 6.0 * tokens * (model.num_layers * (projections + mlp + attention) + output)
+    dense, experts = total.tolist()
+    return int(dense) // groups.dp_cp.size() + int(experts) // groups.expt_dp.size()
 
 
 def finish(config: PretrainConfig, corpora: Corpora, outcome: Outcome) -> list[str]:

@@ -15,7 +15,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -24,15 +24,18 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_lightseq.attention import AttentionStats
-from megatron_lightseq.config import PretrainConfig
-from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
+from megatron_lightseq.config import Machine, PretrainConfig
+from megatron_lightseq.config.validate import validate_training
+from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.groups import ParallelSizes, ProcessGroups, rank_in
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron import cpu_platform
 from megatron_lightseq.megatron.batch import adopt_layout
+from megatron_lightseq.megatron.experts import with_invariant_experts
 from megatron_lightseq.megatron.norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
-from megatron_lightseq.megatron.spec import gpt_layer_spec, use_transformer_engine
+from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec, use_transformer_engine
+from megatron_lightseq.training.translate import optimizer_config, transformer_config, virtual_stages
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,8 +104,8 @@ def initialize_parallel(config: PretrainConfig) -> ProcessGroups:
     """Build Megatron's process groups over the initialised ``torch.distributed`` world.
 
     Raises:
-        ConfigError: the world size is no multiple of tensor x pipeline x context, torch.distributed is not
-            initialised, or there is no GPU and the CPU platform is not active.
+        ConfigError: torch.distributed is not initialised, there is no GPU and the CPU platform is not active, or the
+            configuration breaks a rule on models, sizes or batches.
     """
     if not dist.is_initialized():
         raise ConfigError(
@@ -120,6 +123,7 @@ def initialize_parallel(config: PretrainConfig) -> ProcessGroups:
                 remedy="Call megatron_lightseq.megatron.cpu_platform.activate() first",
             )
         )
+    check_rules(config)
     sizes = parallel_sizes(config)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -127,12 +131,30 @@ def initialize_parallel(config: PretrainConfig) -> ProcessGroups:
             sizes.pipeline,
             virtual_stages(config),
             context_parallel_size=sizes.context,
+            expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=config.parallel.expert_tensor_size,
             distributed_timeout_minutes=math.ceil(config.parallel.distributed_timeout_minutes),
             create_gloo_process_groups=_gloo_groups_needed(),
         )
     groups = ProcessGroups.from_collection(ProcessGroupCollection.use_mpu_process_groups())
     groups.check(sizes)
     return groups
+
+
+def check_rules(config: PretrainConfig) -> None:
+    """Refuse what `lightseq pretrain` would refuse, for programs that build their configuration themselves.
+
+    Raises:
+        ConfigError: every broken rule on the model, its sizes, recomputation and batches, on this machine.
+    """
+    validate_training(
+        config,
+        Machine(
+            world_size=dist.get_world_size(),
+            num_gpus=torch.cuda.device_count(),
+            has_transformer_engine=use_transformer_engine(),
+        ),
+    )
 
 
 def parallel_sizes(config: PretrainConfig) -> ParallelSizes:
@@ -147,41 +169,6 @@ def parallel_sizes(config: PretrainConfig) -> ParallelSizes:
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         context=parallel.context_parallel_size,
-    )
-
-
-def virtual_stages(config: PretrainConfig) -> int | None:
-    """Model chunks of each pipeline rank, None without interleaving.
-
-    Raises:
-        ConfigError: the layers do not divide among the stages.
-    """
-    parallel, layers = config.parallel, config.model.num_layers
-    if layers % parallel.pipeline_model_parallel_size:
-        raise _indivisible(config, "num_layers", parallel.pipeline_model_parallel_size)
-    if parallel.num_layers_per_virtual_pipeline_stage is None:
-        return None
-    layers_of_chunks = parallel.pipeline_model_parallel_size * parallel.num_layers_per_virtual_pipeline_stage
-    if parallel.pipeline_model_parallel_size == 1 or layers % layers_of_chunks:
-        raise _indivisible(config, "num_layers_per_virtual_pipeline_stage", layers_of_chunks)
-    if not parallel.overlap_p2p_comm:
-        raise UnsupportedError(
-            explain(
-                got="an interleaved pipeline with overlap_p2p_comm off",
-                rule="Megatron then cross-matches sends and receives of a pair of ranks and trains on garbage",
-                remedy="Leave overlap_p2p_comm on",
-            )
-        )
-    return layers // layers_of_chunks
-
-
-def _indivisible(config: PretrainConfig, key: str, divisor: int) -> ConfigError:
-    return ConfigError(
-        explain(
-            got=f"{config.model.num_layers} layers over {config.parallel.pipeline_model_parallel_size} pipeline stages",
-            rule=f"{key} asks for a multiple of {divisor} layers and, if interleaved, for two stages or more",
-            remedy="Change num_layers, pipeline_model_parallel_size or num_layers_per_virtual_pipeline_stage",
-        )
     )
 
 
@@ -220,14 +207,12 @@ def build_training(
         weight_names: draws the initial weights; default: by the configuration's seed.
 
     Raises:
-        ConfigError: sizes that do not divide, named with their values.
-        UnsupportedError: ``cp_method: megatron`` with context parallelism and without Transformer Engine.
+        ConfigError: the configuration breaks rules, named with their values.
     """
     groups = groups or initialize_parallel(config)
+    check_rules(config)
     sizes = parallel_sizes(config)
     groups.check(sizes)
-    _check_batch(config, sizes)
-    _check_baseline(config)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     if config.parallel.sequence_parallel:
         allow_sequence_parallel()
@@ -262,38 +247,6 @@ def build_training(
     )
 
 
-def _check_batch(config: PretrainConfig, sizes: ParallelSizes) -> None:
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if batch % (micro * sizes.data):
-        raise ConfigError(
-            explain(
-                got=f"global_batch_size {batch} with micro_batch_size {micro} on {sizes.data} data-parallel rank(s)",
-                rule=f"it must be a multiple of their product, {micro * sizes.data}",
-                remedy="Change global_batch_size or micro_batch_size",
-            )
-        )
-    if virtual_stages(config) is not None and (batch // (micro * sizes.data)) % sizes.pipeline:
-        raise ConfigError(
-            explain(
-                got=f"{batch // (micro * sizes.data)} micro-batches on {sizes.pipeline} pipeline stages",
-                rule="the interleaved schedule runs micro-batches in groups of as many as there are stages",
-                remedy="Change global_batch_size, or do not interleave",
-            )
-        )
-
-
-def _check_baseline(config: PretrainConfig) -> None:
-    cp_size = config.parallel.context_parallel_size
-    if config.context.cp_method == "megatron" and cp_size > 1 and not use_transformer_engine():
-        raise UnsupportedError(
-            explain(
-                got=f"cp_method megatron with context_parallel_size {cp_size} and without Transformer Engine",
-                rule="Megatron's own attention has context parallelism only in Transformer Engine",
-                remedy="Set context_parallel_size to 1, or choose cp_method lightseq, ring or zigzag",
-            )
-        )
-
-
 def _seed_dropout(config: PretrainConfig, groups: ProcessGroups, collection: ProcessGroupCollection) -> None:
     """Dropout differs between ranks that hold different tokens or layers, and agrees between tensor-parallel ones."""
     seed = config.training.seed + 100 * rank_in(groups.pp) + 100_000 * rank_in(collection.dp_cp)
@@ -301,61 +254,8 @@ def _seed_dropout(config: PretrainConfig, groups: ProcessGroups, collection: Pro
     model_parallel_cuda_manual_seed(seed)
 
 
-def transformer_config(config: PretrainConfig, names: WeightNames | None = None) -> TransformerConfig:
-    """Megatron's configuration of the model and of how it is parallelised."""
-    model, parallel, recompute = config.model, config.parallel, config.recompute
-    names = names or WeightNames(config.training.seed)
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    fused = (
-        torch.cuda.is_available()
-    )  # Megatron's fusions compile with torch.compile: minutes on a CPU, no gain
-    selective = recompute.recompute_granularity == "selective"
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        kv_channels=model.head_dim,
-        normalization=model.normalization,
-        layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.swiglu,
-        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
-        add_bias_linear=model.add_bias_linear,
-        qk_layernorm=model.qk_layernorm,
-        attention_dropout=model.attention_dropout,
-        hidden_dropout=model.hidden_dropout,
-        init_method=names.normal("weight", model.init_method_std),
-        output_layer_init_method=names.normal(
-            "residual", model.init_method_std / math.sqrt(2 * model.num_layers)
-        ),
-        embedding_init_method=names.normal("embedding", model.init_method_std),
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_stages(config),
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        overlap_p2p_comm=parallel.virtual_pipeline,
-        batch_p2p_comm=not parallel.virtual_pipeline,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=config.training.bf16,
-        calculate_per_token_loss=config.training.calculate_per_token_loss,
-        recompute_granularity=recompute.recompute_granularity,
-        recompute_method=recompute.recompute_method,
-        recompute_num_layers=recompute.recompute_num_layers,
-        recompute_modules=list(recompute.recompute_modules) if selective else None,
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-    )
-
-
 def _named_layers(spec: ModuleSpec, names: WeightNames) -> ModuleSpec:
+    spec = with_invariant_experts(spec, names)
     return replace(spec, module=NamedTransformerLayer, params={**spec.params, "weight_names": names})
 
 
@@ -367,17 +267,21 @@ def _build_model(
     vp_stage: int | None,
 ) -> GPTModel:
     model = config.model
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     built = GPTModel(
         config=model_config,
         transformer_layer_spec=spec,
         vocab_size=vocab_size,
         max_sequence_length=model.max_position_embeddings or config.training.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=is_last,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        mtp_block_spec=mtp_block_spec(spec, model.mtp_num_layers)
+        if model.mtp_num_layers and is_last
+        else None,
         vp_stage=vp_stage,
     )
     return built.to(model_device())
@@ -406,25 +310,6 @@ def _wrap(
         DistributedDataParallel(model_config, ddp_config, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
-
-
-def optimizer_config(config: PretrainConfig) -> OptimizerConfig:
-    """Megatron's configuration of the optimizer; norms and biases are not decayed."""
-    settings = config.optimizer
-    return OptimizerConfig(
-        optimizer=settings.optimizer,
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
-        clip_grad=settings.clip_grad,
-        bf16=config.training.bf16,
-        params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-    )
 
 
 def _connect(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_lightseq.groups import rank_in, size_of
 from megatron_lightseq.megatron.batch import shard_batch
@@ -49,6 +50,8 @@ class StepResult:
     """Learning rate of this step."""
     skipped: bool
     """Whether the optimizer refused the step (gradients were not finite)."""
+    mtp_loss: float | None = None
+    """With multi-token prediction: mean loss of the further tokens, unweighted; each micro-batch counts alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +87,7 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
         num_tokens=num_tokens,
         learning_rate=float(learning_rate),
         skipped=not updated,
+        mtp_loss=_mtp_loss(training),
     )
 
 
@@ -143,13 +147,15 @@ def _forward_step(
 ) -> tuple[torch.Tensor, Any]:
     """Megatron's ``forward_step_func``: the chunk's output, and what turns it into a loss on the last stage."""
     model = gpt_model(chunk)
-    wanted = (*(_MODEL_INPUTS if model.pre_process else ()), *(_LOSS_INPUTS if model.post_process else ()))
+    embeds = model.pre_process or model.mtp_process
+    wanted = (*(_MODEL_INPUTS if embeds else ()), *(_LOSS_INPUTS if model.post_process else ()))
     whole: dict[str, torch.Tensor | None] = {}
     if wanted:  # stages in the middle get hidden states, not batches
         batch = next(iterator)
         whole = {name: batch[name].to(training.device, non_blocking=True) for name in wanted}
     shard = shard_batch(whole, training.layout, rank_in(training.groups.cp))
-    output = chunk(shard.get("tokens"), shard.get("position_ids"), None, labels=shard.get("labels"))
+    mask = {"loss_mask": shard["loss_mask"]} if model.mtp_process else {}  # of the further tokens
+    output = chunk(shard.get("tokens"), shard.get("position_ids"), None, labels=shard.get("labels"), **mask)
     return output, partial(_loss, training, shard.get("loss_mask"), whole.get("loss_mask"))
 
 
@@ -187,6 +193,18 @@ def _loss(
     return loss_sum * cp_size, all_tokens.int(), report
 
 
+def _mtp_loss(training: Training) -> float | None:
+    """What multi-token prediction has lost since the last call, from Megatron's own books; on every rank."""
+    if training.config.model.mtp_num_layers is None:
+        return None
+    total = torch.zeros((), dtype=torch.float64, device=training.device)
+    if training.is_last_stage:
+        sums = MTPLossLoggingHelper.tracker.pop("values")
+        total += sums.mean() / training.num_microbatches / training.collection.dp_cp.size()
+        dist.all_reduce(total, group=training.collection.dp_cp)
+    return float(_from_last_stage(training, total).item())
+
+
 def _reduce(training: Training, reports: list[torch.Tensor]) -> tuple[float, int]:
     """Mean loss and token count of all ranks' reports, on every rank."""
     total = torch.zeros(3, dtype=torch.float64, device=training.device)
@@ -194,8 +212,12 @@ def _reduce(training: Training, reports: list[torch.Tensor]) -> tuple[float, int
         total += torch.stack(reports).sum(0)
     if training.is_last_stage:
         dist.all_reduce(total, group=training.collection.dp_cp)
+    numerator, denominator, tokens = _from_last_stage(training, total).tolist()
+    return numerator / max(denominator, 1e-12), int(tokens)
+
+
+def _from_last_stage(training: Training, value: torch.Tensor) -> torch.Tensor:
     pipeline = training.collection.pp
     if pipeline.size() > 1:
-        dist.broadcast(total, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
-    numerator, denominator, tokens = total.tolist()
-    return numerator / max(denominator, 1e-12), int(tokens)
+        dist.broadcast(value, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
+    return value

@@ -91,7 +91,32 @@ _GPT2 = {
     "add_bias_linear": True,
     "untie_embeddings_and_output_weights": True,
 }
+_EXPERTS = {
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 48,
+    "moe_aux_loss_coeff": 0.05,
+    "moe_router_load_balancing_type": "aux_loss",
+}
+_ONE_OF_FOUR = {**_EXPERTS, "moe_router_load_balancing_type": "seq_aux_loss", "moe_router_topk": 1}
+_SHARED_EXPERT = {**_EXPERTS, "moe_shared_expert_intermediate_size": 32}
+_EP2 = {"expert_model_parallel_size": 2}
+_EP4 = {"expert_model_parallel_size": 4}
+_EP2_ETP1 = {**_EP2, "expert_tensor_parallel_size": 1}
+_GATHERED = {"moe_token_dispatcher_type": "allgather"}
+_LATENT = {
+    "multi_latent_attention": True,
+    "num_query_groups": None,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 10,
+}
+_DIRECT_QUERIES = {**_LATENT, "q_lora_rank": None, "qk_layernorm": True}
+_MULTI_TOKEN = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
 _AVERAGE_OF_AVERAGES = {"calculate_per_token_loss": False}
+_MULTI_TOKEN_AVERAGE = {**_MULTI_TOKEN, **_AVERAGE_OF_AVERAGES}
+_EVERYTHING = {**_MULTI_TOKEN, **_LATENT, **_EXPERTS}
 
 _METHODS = ("lightseq", "ring", "zigzag", "all_gather", "mesh", "ulysses", "usp", "rsa", "auto")
 
@@ -134,6 +159,43 @@ CELLS: tuple[Cell, ...] = (
     _cell("gpt-2 tp2 cp2 lightseq", {**_TP2, **_cp(2, "lightseq")}, _GPT2),
     _cell("gpt-2 pp2 cp2 usp", {**_PP2, **_cp(2, "usp")}, _GPT2),
     _cell("average of averages dp2 cp2 mesh", _cp(2, "mesh"), _AVERAGE_OF_AVERAGES, data=2),
+    _cell("experts cp2 lightseq", _cp(2, "lightseq"), _EXPERTS),
+    _cell("experts ep2", _EP2, _EXPERTS, data=2),
+    _cell("experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, _EXPERTS),
+    _cell(
+        "experts ep4 cp2 zigzag, sharded optimizer",
+        {**_EP4, **_SHARDED, **_cp(2, "zigzag")},
+        _EXPERTS,
+        data=2,
+    ),
+    _cell("experts tp2 sp cp2 ep2 lightseq", {**_TP2_SP, **_EP2, **_cp(2, "lightseq")}, _EXPERTS, data=2),
+    _cell("experts tp2 sp cp2 ep2 etp1 ulysses", {**_TP2_SP, **_EP2_ETP1, **_cp(2, "ulysses")}, _EXPERTS),
+    _cell("experts pp2 cp2 ep2 ring, full recompute", {**_PP2, **_EP2, **_FULL, **_cp(2, "ring")}, _EXPERTS),
+    _cell("experts, gathered tokens, ep2 cp2 mesh", {**_EP2, **_GATHERED, **_cp(2, "mesh")}, _ONE_OF_FOUR),
+    _cell(
+        "experts, average of averages, cp2 lightseq", _cp(2, "lightseq"), {**_EXPERTS, **_AVERAGE_OF_AVERAGES}
+    ),
+    _cell("shared expert tp2 sp ep2 cp2 lightseq", {**_TP2_SP, **_EP2, **_cp(2, "lightseq")}, _SHARED_EXPERT),
+    *(
+        _cell(f"latent cp2 {method}", _cp(2, method), _LATENT)
+        for method in ("lightseq", "zigzag", "ulysses", "rsa")
+    ),
+    _cell("latent cp3 lightseq", _cp(3, "lightseq"), _LATENT),
+    _cell("latent cp4 mesh, full recompute", {**_FULL, **_cp(4, "mesh")}, _LATENT),
+    _cell("latent, direct queries, pp2 cp2 zigzag", {**_PP2, **_cp(2, "zigzag")}, _DIRECT_QUERIES),
+    _cell("latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, {**_LATENT, **_EXPERTS}),
+    *(
+        _cell(f"multi-token cp2 {layout}", _cp(2, "ring", cp_layout=layout), _MULTI_TOKEN)
+        for layout in ("contiguous", "zigzag", "striped")
+    ),
+    _cell("multi-token cp4 lightseq", _cp(4, "lightseq"), _MULTI_TOKEN),
+    _cell("multi-token pp2 cp2 zigzag, full recompute", {**_PP2, **_FULL, **_cp(2, "zigzag")}, _MULTI_TOKEN),
+    _cell("multi-token tp2 sp cp2 striped", {**_TP2_SP, **_cp(2, "ring", cp_layout="striped")}, _MULTI_TOKEN),
+    _cell(
+        "multi-token, average of averages, dp2 cp2 lightseq", _cp(2, "lightseq"), _MULTI_TOKEN_AVERAGE, data=2
+    ),
+    _cell("multi-token latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, _EVERYTHING),
+    _cell("bf16 latent cp2 zigzag", _cp(2, "zigzag"), {"bf16": True, **_LATENT}, tolerance=BF16),
     _cell("bf16 cp2 lightseq", _cp(2, "lightseq"), {"bf16": True}, tolerance=BF16),
     _cell("bf16 cp2 ulysses", _cp(2, "ulysses"), {"bf16": True}, tolerance=BF16),
 )

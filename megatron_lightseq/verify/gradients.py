@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lightseq.groups import rank_in
 from megatron_lightseq.training.setup import Training, gpt_model
 
-Gradients = dict[str, Tensor]
+Gradients = dict[str, list[Tensor]]
+"""By the parameter's name; one for each of its replicas, which must agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,10 @@ class Piece:
     name: str
     """Of the parameter in a model that is not cut."""
     replica: int
-    """Number among the data- and context-parallel ranks, which must all hold the same."""
+    """Number among the ranks that must all hold the same: data- and context-parallel ones, of experts fewer or more."""
+    num_replicas: int
     tensor_rank: int
+    num_tensor_ranks: int
     dim: int | None
     """The dimension that tensor parallelism cuts; None for a parameter that every rank holds whole."""
     parts: int
@@ -36,16 +38,21 @@ def pieces_of(training: Training) -> list[Piece]:
     """This rank's pieces, after a step; collective over data- and context-parallel ranks."""
     if training.config.parallel.use_distributed_optimizer:
         _gather_shards(training)
-    replica = training.collection.dp_cp.rank()
+    groups = training.collection
     found = []
     for name, parameter in _named_parameters(training):
+        of_experts = ".experts." in name
+        replicas = groups.expt_dp if of_experts else groups.dp_cp
+        tensor_ranks = groups.expt_tp if of_experts else groups.tp
         is_cut = getattr(parameter, "tensor_model_parallel", False)
-        gated = training.config.model.swiglu and "mlp.linear_fc1" in name
+        gated = training.config.model.swiglu and "linear_fc1" in name
         found.append(
             Piece(
                 name=name,
-                replica=replica,
-                tensor_rank=rank_in(training.groups.tp),
+                replica=replicas.rank(),
+                num_replicas=replicas.size(),
+                tensor_rank=tensor_ranks.rank(),
+                num_tensor_ranks=tensor_ranks.size(),
                 dim=parameter.partition_dim if is_cut else None,
                 parts=2 if gated else 1,
                 gradient=parameter.main_grad.detach().float().cpu().clone(),
@@ -55,7 +62,7 @@ def pieces_of(training: Training) -> list[Piece]:
 
 
 def _named_parameters(training: Training) -> Iterator[tuple[str, Any]]:
-    """Parameters by their names in an uncut model: layers counted through, a tied output layer left out."""
+    """Parameters by their names in an uncut model: layers and experts counted through, a tied output layer left out."""
     tied = not training.config.model.untie_embeddings_and_output_weights
     for chunk in training.chunks:
         model = gpt_model(chunk)
@@ -63,33 +70,45 @@ def _named_parameters(training: Training) -> Iterator[tuple[str, Any]]:
             f"decoder.layers.{index}.": f"decoder.layers.{layer.layer_number - 1}."
             for index, layer in enumerate(model.decoder.layers)
         }
+        for name, module in model.named_modules():
+            for index, expert in enumerate(getattr(module, "local_expert_indices", ())):
+                local = f"{name}.experts.local_experts.{index}."
+                numbers[local] = f"{_renamed(name + '.', numbers)}experts.local_experts.{expert}."
         for name, parameter in model.named_parameters():
-            if tied and name == "output_layer.weight":
-                continue
-            prefix = next((prefix for prefix in numbers if name.startswith(prefix)), "")
-            yield numbers.get(prefix, "") + name[len(prefix) :], parameter
+            if not (tied and name == "output_layer.weight"):
+                yield _renamed(name, numbers), parameter
+
+
+def _renamed(name: str, numbers: dict[str, str]) -> str:
+    """The name with the longest of these prefixes replaced."""
+    prefix = max((prefix for prefix in numbers if name.startswith(prefix)), key=len, default="")
+    return numbers.get(prefix, "") + name[len(prefix) :]
 
 
 def _gather_shards(training: Training) -> None:
     """Complete the gradient buffers: with a sharded optimizer a rank has reduced only its own part of each."""
     for chunk in training.chunks:
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def assemble(pieces: list[Piece]) -> list[Gradients]:
-    """The whole gradients, one dictionary for each data- and context-parallel replica."""
-    by_parameter: dict[tuple[int, str], dict[int, Piece]] = {}
+def assemble(pieces: list[Piece]) -> Gradients:
+    """The whole gradient of every parameter, once for each of its replicas."""
+    by_name: dict[str, dict[tuple[int, int], Piece]] = {}
     for piece in pieces:
-        by_parameter.setdefault((piece.replica, piece.name), {})[piece.tensor_rank] = piece
-    replicas = sorted({replica for replica, _ in by_parameter})
-    whole: dict[int, Gradients] = {replica: {} for replica in replicas}
-    for (replica, name), by_rank in by_parameter.items():
-        whole[replica][name] = _join([by_rank[rank] for rank in sorted(by_rank)])
-    return [whole[replica] for replica in replicas]
+        by_name.setdefault(piece.name, {})[piece.replica, piece.tensor_rank] = piece
+    whole: Gradients = {}
+    for name, grid in by_name.items():
+        first = next(iter(grid.values()))
+        replicas, tensor_ranks = range(first.num_replicas), range(first.num_tensor_ranks)
+        assert len(grid) == len(replicas) * len(tensor_ranks), (
+            f"{name}: {sorted(grid)} of {replicas} x {tensor_ranks}"
+        )
+        whole[name] = [_join([grid[replica, rank] for rank in tensor_ranks]) for replica in replicas]
+    return whole
 
 
 def _join(pieces: list[Piece]) -> Tensor:

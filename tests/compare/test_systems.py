@@ -9,8 +9,9 @@ import pytest
 from megatron_lightseq.cli.compare import run
 from megatron_lightseq.compare.link import scheduled_bytes
 from megatron_lightseq.compare.run import common_config
-from megatron_lightseq.compare.systems import SYSTEMS, choose, model_flops
+from megatron_lightseq.compare.systems import SYSTEMS, choose
 from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.errors import ConfigError, UnsupportedError
 from megatron_lightseq.schedule import METHODS
 
@@ -85,14 +86,14 @@ def test_padding_of_the_vocabulary_is_common() -> None:
         assert padded == math.lcm(128, ranks)
 
 
-def test_model_flops_by_hand() -> None:
+def test_flops_by_hand() -> None:
     """One layer, one head of 2, hidden 2, MLP 4, 8 tokens, vocabulary 10."""
     tiny = with_values(
         PretrainConfig(), num_layers=1, hidden_size=2, num_attention_heads=1, ffn_hidden_size=4, seq_length=8
     )
     projections, mlp, logits = 4 * 2 * 2, 3 * 2 * 4, 2 * 10
     attention = 2 * 2 * 8 * 8 * 2 // 2
-    assert model_flops(tiny, 10) == 3 * (2 * 8 * (projections + mlp + logits) + attention)
+    assert step_flops(tiny, 10) == 3 * (2 * 8 * (projections + mlp + logits) + attention)
 
 
 def test_scheduled_bytes_by_hand() -> None:

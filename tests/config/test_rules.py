@@ -22,6 +22,118 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
     "heads_divide_by_query_groups": ({"num_query_groups": 3}, Machine(), "num_query_groups that divides 8"),
     "rotary_dimension_is_even": ({"kv_channels": 31}, Machine(), "Use an even head dimension"),
     "positions_reach_seq_length": ({"max_position_embeddings": 4095}, Machine(), "at least 4096"),
+    "latent_keys_need_latent_attention": (
+        {"kv_lora_rank": 16},
+        Machine(),
+        "Set multi_latent_attention to true",
+    ),
+    "latent_attention_has_no_groups": (
+        {"multi_latent_attention": True, "num_query_groups": 2},
+        Machine(),
+        "Remove num_query_groups and kv_channels",
+    ),
+    "latent_attention_uses_rope": (
+        {"multi_latent_attention": True, "position_embedding_type": "none"},
+        Machine(),
+        "position_embedding_type to rope",
+    ),
+    "latent_baseline_needs_transformer_engine": (
+        {"multi_latent_attention": True, "cp_method": "megatron"},
+        Machine(has_transformer_engine=False),
+        "Set cp_method to another method",
+    ),
+    "latent_attention_is_not_cut_by_heads": (
+        {"multi_latent_attention": True, "tensor_model_parallel_size": 2},
+        Machine(has_transformer_engine=False),
+        "Set tensor_model_parallel_size to 1",
+    ),
+    "mtp_loss_needs_layers": ({"mtp_loss_scaling_factor": 0.3}, Machine(), "Set mtp_num_layers"),
+    "mtp_learns_no_positions": (
+        {"mtp_num_layers": 1, "position_embedding_type": "learned_absolute"},
+        Machine(),
+        "Set position_embedding_type to rope or none",
+    ),
+    "mtp_recomputes_uniformly": (
+        {
+            "mtp_num_layers": 1,
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": 1,
+        },
+        Machine(),
+        "Set recompute_method to uniform and recompute_num_layers to 1",
+    ),
+    "expert_keys_need_experts": ({"moe_router_topk": 1}, Machine(), "Set num_experts, or remove"),
+    "topk_is_within_experts": (
+        {"num_experts": 4, "moe_router_topk": 5},
+        Machine(),
+        "moe_router_topk of at most 4",
+    ),
+    "experts_divide_by_expert_parallel": (
+        {"num_experts": 4, "expert_model_parallel_size": 3},
+        Machine(),
+        "Use num_experts in multiples of 3",
+    ),
+    "world_size_holds_experts": (
+        {"num_experts": 4, "expert_model_parallel_size": 4},
+        Machine(world_size=1),
+        "Lower expert_model_parallel_size, or start more ranks",
+    ),
+    "expert_copies_are_replicas": (
+        {
+            "num_experts": 4,
+            "expert_tensor_parallel_size": 1,
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+        },
+        Machine(),
+        "the copies would drift apart",
+    ),
+    "experts_need_sequence_parallel": (
+        {"num_experts": 4, "tensor_model_parallel_size": 2},
+        Machine(),
+        "the router must see every token once",
+    ),
+    "experts_divide_by_tensor_parallel": (
+        {
+            "num_experts": 4,
+            "moe_ffn_hidden_size": 65,
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 2,
+        },
+        Machine(),
+        "Change moe_ffn_hidden_size to such a multiple",
+    ),
+    "shared_expert_divides_by_tensor_parallel": (
+        {
+            "num_experts": 4,
+            "moe_shared_expert_intermediate_size": 65,
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+        },
+        Machine(),
+        "moe_shared_expert_intermediate_size in multiples of 2",
+    ),
+    "experts_have_no_bias": (
+        {"num_experts": 4, "add_bias_linear": True},
+        Machine(),
+        "Set add_bias_linear to false",
+    ),
+    "aux_loss_has_a_type": (
+        {"num_experts": 4, "moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "none"},
+        Machine(),
+        "to aux_loss or seq_aux_loss",
+    ),
+    "grouped_gemm_needs_transformer_engine": (
+        {"num_experts": 4, "moe_grouped_gemm": True},
+        Machine(has_transformer_engine=False),
+        "Set moe_grouped_gemm to false",
+    ),
+    "experts_are_not_recomputed_as_mlp": (
+        {"num_experts": 4, "recompute_granularity": "selective", "recompute_modules": ("mlp",)},
+        Machine(),
+        "Remove mlp from recompute_modules",
+    ),
     "world_size_is_product": (
         {"context_parallel_size": 2},
         Machine(world_size=3),

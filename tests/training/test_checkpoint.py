@@ -18,6 +18,20 @@ from tests.training import saved_runs
 from tests.training.hostile import payloads
 from tests.training.saved_runs import SAVED_AT, Outcome, refusal, resume, train_and_save
 
+VARIANT = {
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 48,
+    "moe_aux_loss_coeff": 0.05,
+    "multi_latent_attention": True,
+    "num_query_groups": None,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 10,
+    "mtp_num_layers": 1,
+}
+"""A model with everything that a plain decoder lacks."""
+
 BITWISE = {
     "fp32": (1, {}),
     "bf16": (1, {"bf16": True}),
@@ -39,6 +53,15 @@ BITWISE = {
     "pp2 interleaved": (
         2,
         {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    ),
+    "experts ep2 cp2, latent, multi-token, distributed optimizer": (
+        2,
+        {
+            **VARIANT,
+            "expert_model_parallel_size": 2,
+            "context_parallel_size": 2,
+            "use_distributed_optimizer": True,
+        },
     ),
 }
 
@@ -94,6 +117,27 @@ def test_distributed_optimizer_state_resumes_on_another_layout(tmp_path: Path) -
     whole = run_ranks(2, train_and_save, sharded, str(tmp_path))[0]
     other = run_ranks(2, resume, {**sharded, "tensor_model_parallel_size": 2}, str(tmp_path))[0]
     assert other.losses == pytest.approx(whole.losses[SAVED_AT:], rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"use_distributed_optimizer": True}, {"bf16": True}])
+def test_experts_of_two_ranks_resume_on_one(tmp_path: Path, more: dict[str, Any]) -> None:
+    """And the other way; expert parallelism has an optimizer of its own for experts."""
+    apart = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
+    whole = run_ranks(2, train_and_save, {**VARIANT, **more, **apart}, str(tmp_path))[0]
+    single = run_ranks(1, resume, {**VARIANT, **more}, str(tmp_path))[0]
+    assert single.started_at == SAVED_AT
+    tolerance = 5e-3 if "bf16" in more else 1e-5
+    assert single.losses == pytest.approx(whole.losses[SAVED_AT:], rel=tolerance)
+    assert single.grad_norms == pytest.approx(whole.grad_norms[SAVED_AT:], rel=10 * tolerance)
+
+
+def test_experts_of_one_rank_resume_on_two(tmp_path: Path) -> None:
+    apart = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
+    for more in ({}, {"use_distributed_optimizer": True}):
+        root = str(tmp_path / str(len(more)))
+        whole = run_ranks(1, train_and_save, {**VARIANT, **more}, root)[0]
+        for resumed in run_ranks(2, resume, {**VARIANT, **more, **apart}, root):
+            assert resumed.losses == pytest.approx(whole.losses[SAVED_AT:], rel=1e-5)
 
 
 def test_without_optimizer_state_the_run_differs(single: tuple[Path, Outcome]) -> None:

@@ -17,6 +17,23 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"context_parallel_size": 2}),
     "dp2": (2, {}),
 }
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 32}
+LATENT = {
+    "multi_latent_attention": True,
+    "num_query_groups": None,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 10,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "experts": EXPERTS,
+    "latent": LATENT,
+    "latent, direct queries": {**LATENT, "q_lora_rank": None},
+    "multi-token": {"mtp_num_layers": 2},
+    "all": {**EXPERTS, **LATENT, "mtp_num_layers": 1},
+}
 
 
 def counted(overrides: dict[str, Any]) -> int:
@@ -42,11 +59,23 @@ def test_every_parameter_is_counted_once_on_every_layout(tied: bool) -> None:
         assert run_ranks(world_size, counted, {**overrides, **layout}) == [expected] * world_size, name
 
 
+def test_experts_and_copied_embeddings_are_counted_once() -> None:
+    overrides = VARIANTS["all"]
+    expected = run_ranks(1, listed, overrides)[0]
+    expert_ranks = {"expert_model_parallel_size": 2}
+    layouts: list[tuple[int, dict[str, Any]]] = [
+        (2, {**expert_ranks, "context_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+    ]
+    for world_size, layout in layouts:
+        assert run_ranks(world_size, counted, {**overrides, **layout}) == [expected] * world_size, layout
+
+
 def flops(overrides: dict[str, Any]) -> tuple[float, float, float]:
     """Flops of a step as we tell them, as torch counts them, and what the reference kernel does on top."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from megatron_lightseq.training.report import model_flops
+    from megatron_lightseq.config.accounting import step_flops
     from megatron_lightseq.training.step import train_step
     from tests.megatron.runs import batches
 
@@ -55,14 +84,23 @@ def flops(overrides: dict[str, Any]) -> tuple[float, float, float]:
             train_step(training, batches(training, 0))
         model, settings = training.config.model, training.config.training
         tokens = settings.seq_length * settings.global_batch_size
-        width = model.num_attention_heads * model.head_dim
-        product = 2.0 * tokens * model.num_layers * settings.seq_length * width  # one over the whole square
-        masked_half, scores_again = 3.0 * product, product
-        return model_flops(training), float(counter.get_total_flops()), masked_half + scores_again
+        layers = model.num_layers + (model.mtp_num_layers or 0)
+        square = 2.0 * tokens * layers * settings.seq_length * model.num_attention_heads
+        masked_half = 1.5 * square * (model.head_dim + model.value_head_dim)
+        scores_again = square * model.head_dim
+        told = step_flops(training.config, training.padded_vocab_size)
+        return told, float(counter.get_total_flops()), masked_half + scores_again
 
 
 @pytest.mark.parametrize("swiglu", [True, False])
 def test_flops_are_those_that_torch_counts(swiglu: bool) -> None:
     """The reference kernel multiplies the masked half of the square as well, and the scores again in backward."""
     told, counted_by_torch, on_top = run_ranks(1, flops, {"cp_kernel": "reference", "swiglu": swiglu})[0]
+    assert told + on_top == counted_by_torch
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_flops_of_other_models_are_those_that_torch_counts(name: str) -> None:
+    overrides = {"cp_kernel": "reference", **VARIANTS[name]}
+    told, counted_by_torch, on_top = run_ranks(1, flops, overrides)[0]
     assert told + on_top == counted_by_torch

@@ -15,7 +15,10 @@ from megatron_lightseq.verify.cells import BF16, CELLS, Tolerance, select
 from megatron_lightseq.verify.gradients import Piece, assemble
 from megatron_lightseq.verify.parity import Outcome, Verdict, compare
 
-SHORT = r"^cp2 (lightseq|mesh|rsa|auto)$|^tp2 sp cp2 ulysses$|^pp2 interleaved cp2 mesh$|sharded optimizer 2$|cp4 usp"
+SHORT = (
+    r"^cp2 (lightseq|mesh|rsa|auto)$|^tp2 sp cp2 ulysses$|^pp2 interleaved cp2 mesh$|cp4 usp"
+    r"|^shared expert|^experts ep4|^latent cp2 lightseq$|^multi-token cp2 striped$"
+)
 """Cells of at most 4 processes: every kind of transport and every other parallelism once."""
 
 
@@ -46,7 +49,7 @@ def test_what_is_wrong_fails_and_what_follows_still_runs() -> None:
     assert lines["other weights"].startswith("False|(")
     assert lines["other average"].startswith("False|(")
     assert lines["impossible"].startswith("False|None|")
-    assert "UnsupportedError: method 'lightseq' on the zigzag layout" in lines["impossible"]
+    assert "ConfigError: cp_method lightseq, cp_layout zigzag: lightseq balances" in lines["impossible"]
     assert lines["right"].startswith("True|(")
 
 
@@ -55,6 +58,8 @@ def test_the_matrix_is_large_and_named() -> None:
     assert len({cell.name for cell in CELLS}) == len(CELLS)
     assert max(cell.world_size for cell in CELLS) == 8
     used = {cell.values.get("cp_method") for cell in CELLS}
+    assert {cell.model.get("num_experts") for cell in CELLS} == {None, 4}
+    assert any("mtp_num_layers" in cell.model and "multi_latent_attention" in cell.model for cell in CELLS)
     assert used >= {"lightseq", "ring", "zigzag", "all_gather", "mesh", "ulysses", "usp", "rsa", "auto"}
 
 
@@ -73,7 +78,16 @@ def test_nothing_to_verify_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def piece(gradient: torch.Tensor, **values: object) -> Piece:
-    plain = Piece(name="w", replica=0, tensor_rank=0, dim=None, parts=1, gradient=gradient)
+    plain = Piece(
+        name="w",
+        replica=0,
+        num_replicas=2,
+        tensor_rank=0,
+        num_tensor_ranks=2,
+        dim=None,
+        parts=1,
+        gradient=gradient,
+    )
     return replace(plain, **values)  # type: ignore[arg-type]
 
 
@@ -92,12 +106,17 @@ def test_pieces_make_the_whole(dim: int, parts: int) -> None:
         for r in (0, 1)
         for rank in (1, 0)
     ]
-    for gradients in assemble(cut):
-        assert torch.equal(gradients["w"], whole)
+    (found,) = assemble(cut).values()
+    assert len(found) == 2
+    assert all(torch.equal(gradient, whole) for gradient in found)
+    with pytest.raises(AssertionError, match="w: "):
+        assemble(cut[1:])
 
 
 def outcome(*replicas: dict[str, torch.Tensor], loss: float = 4.0, grad_norm: float = 2.0) -> Outcome:
-    return Outcome(loss=loss, grad_norm=grad_norm, replicas=list(replicas))
+    names = {name for replica in replicas for name in replica}
+    gradients = {name: [replica[name] for replica in replicas if name in replica] for name in names}
+    return Outcome(loss=loss, grad_norm=grad_norm, gradients=gradients)
 
 
 def verdict(got: Outcome) -> Verdict:
@@ -113,6 +132,7 @@ def test_distances_are_relative_and_of_the_furthest_parameter() -> None:
     assert far.gradient == pytest.approx(0.1)
     assert not verdict(outcome(right, loss=4.001)).passed
     assert not verdict(outcome(right, grad_norm=2.001)).passed
+    assert not verdict(replace(outcome(right), mtp_loss=4.0)).passed, "the reference has none"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,267 @@
+"""Rules on what a model may have beside the plain decoder: latent attention, multi-token prediction, experts."""
+
+from __future__ import annotations
+
+from megatron_lightseq.config.rules import Machine, RuleBook
+from megatron_lightseq.config.sections import ExpertsConfig, ModelConfig, PretrainConfig
+
+LATENT, MULTI_TOKEN, EXPERTS = RuleBook(), RuleBook(), RuleBook()
+
+_LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_EXPERT_KEYS = (
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_token_dispatcher_type",
+    "moe_shared_expert_intermediate_size",
+    "moe_grouped_gemm",
+)
+
+
+# --- multi-latent attention -------------------------------------------------------------------------------------
+
+
+@LATENT.rule(
+    "multi_latent_attention",
+    *_LATENT_KEYS,
+    text="ranks of latent vectors and their head dimensions belong to multi_latent_attention",
+    remedy="Set multi_latent_attention to true, or remove them; kv_channels is the head dimension without it",
+)
+def latent_keys_need_latent_attention(c: PretrainConfig, _: Machine) -> bool:
+    defaults = ModelConfig()
+    unchanged = all(getattr(c.model, key) == getattr(defaults, key) for key in _LATENT_KEYS)
+    return c.model.multi_latent_attention or unchanged
+
+
+@LATENT.rule(
+    "multi_latent_attention",
+    "num_query_groups",
+    "kv_channels",
+    text="latent attention gives every head keys and values of its own, with head dimensions of their own",
+    remedy="Remove num_query_groups and kv_channels; set qk_head_dim, qk_pos_emb_head_dim and v_head_dim",
+)
+def latent_attention_has_no_groups(c: PretrainConfig, _: Machine) -> bool:
+    plain = c.model.num_query_groups is None and c.model.kv_channels is None
+    return not c.model.multi_latent_attention or plain
+
+
+@LATENT.rule(
+    "multi_latent_attention",
+    "position_embedding_type",
+    "rotary_percent",
+    text="latent attention turns the whole of qk_pos_emb_head_dim by RoPE",
+    remedy="Set position_embedding_type to rope and rotary_percent to 1.0",
+)
+def latent_attention_uses_rope(c: PretrainConfig, _: Machine) -> bool:
+    turned = c.model.position_embedding_type == "rope" and c.model.rotary_percent == 1
+    return not c.model.multi_latent_attention or turned
+
+
+@LATENT.rule(
+    "multi_latent_attention",
+    "cp_method",
+    needs="has_transformer_engine",
+    text="Megatron's own attention takes queries and values of different widths in Transformer Engine only",
+    remedy="Set cp_method to another method, on one rank too",
+)
+def latent_baseline_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
+    plain = c.model.multi_latent_attention and c.context.cp_method == "megatron"
+    return not plain or m.has_transformer_engine is not False
+
+
+@LATENT.rule(
+    "multi_latent_attention",
+    "tensor_model_parallel_size",
+    needs="has_transformer_engine",
+    text="all heads share the keys that RoPE turns, and under tensor parallelism Megatron's own layers lose what the "
+    "other ranks' heads add to their gradient",
+    remedy="Set tensor_model_parallel_size to 1, or install transformer_engine on a machine with GPUs",
+)
+def latent_attention_is_not_cut_by_heads(c: PretrainConfig, m: Machine) -> bool:
+    cut = c.model.multi_latent_attention and c.parallel.tensor_model_parallel_size > 1
+    return not cut or m.has_transformer_engine is not False
+
+
+# --- multi-token prediction -------------------------------------------------------------------------------------
+
+
+@MULTI_TOKEN.rule(
+    "mtp_num_layers",
+    "mtp_loss_scaling_factor",
+    text="mtp_loss_scaling_factor weighs the losses of mtp_num_layers, of which there are none",
+    remedy="Set mtp_num_layers, or remove mtp_loss_scaling_factor",
+)
+def mtp_loss_needs_layers(c: PretrainConfig, _: Machine) -> bool:
+    unchanged = c.model.mtp_loss_scaling_factor == ModelConfig().mtp_loss_scaling_factor
+    return c.model.mtp_num_layers is not None or unchanged
+
+
+@MULTI_TOKEN.rule(
+    "mtp_num_layers",
+    "position_embedding_type",
+    text="multi-token prediction embeds tokens on the last pipeline stage too, which learns no positions",
+    remedy="Set position_embedding_type to rope or none",
+)
+def mtp_learns_no_positions(c: PretrainConfig, _: Machine) -> bool:
+    return c.model.mtp_num_layers is None or c.model.position_embedding_type != "learned_absolute"
+
+
+@MULTI_TOKEN.rule(
+    "mtp_num_layers",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    text="Megatron recomputes layers of multi-token prediction one by one, uniformly",
+    remedy="Set recompute_method to uniform and recompute_num_layers to 1",
+)
+def mtp_recomputes_uniformly(c: PretrainConfig, _: Machine) -> bool:
+    if c.model.mtp_num_layers is None or c.recompute.recompute_granularity != "full":
+        return True
+    if c.recompute.recompute_method is None or c.recompute.recompute_num_layers is None:
+        return True  # which has a rule of its own
+    return c.recompute.recompute_method == "uniform" and c.recompute.recompute_num_layers == 1
+
+
+# --- mixture of experts -----------------------------------------------------------------------------------------
+
+
+@EXPERTS.rule(
+    "num_experts",
+    *_EXPERT_KEYS,
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    text="what is said of experts needs experts",
+    remedy="Set num_experts, or remove the other keys",
+)
+def expert_keys_need_experts(c: PretrainConfig, _: Machine) -> bool:
+    sizes = (c.parallel.expert_model_parallel_size, c.parallel.expert_tensor_parallel_size)
+    return c.experts.num_experts is not None or (c.experts == ExpertsConfig() and sizes == (1, None))
+
+
+@EXPERTS.rule(
+    "moe_router_topk",
+    "num_experts",
+    text="a token takes moe_router_topk different experts",
+    remedy="Use moe_router_topk of at most {num_experts}",
+)
+def topk_is_within_experts(c: PretrainConfig, _: Machine) -> bool:
+    return c.experts.num_experts is None or c.experts.moe_router_topk <= c.experts.num_experts
+
+
+@EXPERTS.rule(
+    "num_experts",
+    "expert_model_parallel_size",
+    text="num_experts must be a multiple of expert_model_parallel_size, for every rank holds whole experts",
+    remedy="Use num_experts in multiples of {expert_model_parallel_size}",
+)
+def experts_divide_by_expert_parallel(c: PretrainConfig, _: Machine) -> bool:
+    experts = c.experts.num_experts
+    return experts is None or experts % c.parallel.expert_model_parallel_size == 0
+
+
+@EXPERTS.rule(
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    needs="world_size",
+    text="the world size must be a multiple of expert tensor (null: tensor) * expert model * pipeline parallel sizes",
+    remedy="Lower expert_model_parallel_size, or start more ranks",
+)
+def world_size_holds_experts(c: PretrainConfig, m: Machine) -> bool:
+    if c.experts.num_experts is None or (m.world_size or 0) % c.parallel.model_parallel_size:
+        return True  # the latter has a rule of its own
+    return (m.world_size or 0) % c.parallel.expert_parallel_size == 0
+
+
+@EXPERTS.rule(
+    "expert_tensor_parallel_size",
+    "tensor_model_parallel_size",
+    "expert_model_parallel_size",
+    text="tensor parallel ranks that hold copies of an expert must be known as its replicas, which Megatron's own "
+    "layers do with expert_model_parallel_size > 1 only: without, the copies would drift apart",
+    remedy="Set expert_tensor_parallel_size to null, or expert_model_parallel_size to 2 or more",
+)
+def expert_copies_are_replicas(c: PretrainConfig, _: Machine) -> bool:
+    same = c.parallel.expert_tensor_size == c.parallel.tensor_model_parallel_size
+    return c.experts.num_experts is None or same or c.parallel.expert_model_parallel_size > 1
+
+
+@EXPERTS.rule(
+    "num_experts",
+    "tensor_model_parallel_size",
+    "sequence_parallel",
+    text="with tensor parallelism the router must see every token once, which sequence_parallel sees to",
+    remedy="Set sequence_parallel to true",
+)
+def experts_need_sequence_parallel(c: PretrainConfig, _: Machine) -> bool:
+    cut = c.parallel.tensor_model_parallel_size == 1 or c.parallel.sequence_parallel
+    return c.experts.num_experts is None or cut
+
+
+@EXPERTS.rule(
+    "moe_ffn_hidden_size",
+    "ffn_hidden_size",
+    "expert_tensor_parallel_size",
+    "tensor_model_parallel_size",
+    text="an expert's width (moe_ffn_hidden_size, or ffn_hidden_size) must be a multiple of "
+    "expert_tensor_parallel_size (null: tensor_model_parallel_size)",
+    remedy="Change moe_ffn_hidden_size to such a multiple",
+)
+def experts_divide_by_tensor_parallel(c: PretrainConfig, _: Machine) -> bool:
+    return c.experts.num_experts is None or c.expert_ffn_size % c.parallel.expert_tensor_size == 0
+
+
+@EXPERTS.rule(
+    "moe_shared_expert_intermediate_size",
+    "tensor_model_parallel_size",
+    text="the shared expert's width must be a multiple of tensor_model_parallel_size",
+    remedy="Use moe_shared_expert_intermediate_size in multiples of {tensor_model_parallel_size}",
+)
+def shared_expert_divides_by_tensor_parallel(c: PretrainConfig, _: Machine) -> bool:
+    width = c.experts.moe_shared_expert_intermediate_size
+    return width is None or width % c.parallel.tensor_model_parallel_size == 0
+
+
+@EXPERTS.rule(
+    "num_experts",
+    "add_bias_linear",
+    text="experts have no biases",
+    remedy="Set add_bias_linear to false",
+)
+def experts_have_no_bias(c: PretrainConfig, _: Machine) -> bool:
+    return c.experts.num_experts is None or not c.model.add_bias_linear
+
+
+@EXPERTS.rule(
+    "moe_aux_loss_coeff",
+    "moe_router_load_balancing_type",
+    text="moe_aux_loss_coeff weighs a load balancing loss, and the type chosen has none",
+    remedy="Set moe_router_load_balancing_type to aux_loss or seq_aux_loss, or moe_aux_loss_coeff to 0",
+)
+def aux_loss_has_a_type(c: PretrainConfig, _: Machine) -> bool:
+    return c.experts.moe_aux_loss_coeff == 0 or c.experts.moe_router_load_balancing_type != "none"
+
+
+@EXPERTS.rule(
+    "moe_grouped_gemm",
+    "num_experts",
+    needs="has_transformer_engine",
+    text="the kernel that multiplies all local experts at once is Transformer Engine's",
+    remedy="Set moe_grouped_gemm to false, or install transformer_engine on a machine with GPUs",
+)
+def grouped_gemm_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
+    return not c.experts.moe_grouped_gemm or m.has_transformer_engine is not False
+
+
+@EXPERTS.rule(
+    "num_experts",
+    "recompute_granularity",
+    "recompute_modules",
+    text="selective recompute of mlp is for layers without experts, and Megatron would ignore it",
+    remedy="Remove mlp from recompute_modules, or use full recompute",
+)
+def experts_are_not_recomputed_as_mlp(c: PretrainConfig, _: Machine) -> bool:
+    asked = c.recompute.recompute_granularity == "selective" and "mlp" in c.recompute.recompute_modules
+    return c.experts.num_experts is None or not asked

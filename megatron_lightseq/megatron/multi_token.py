@@ -1,0 +1,157 @@
+"""Multi-token prediction over context-parallel ranks: the token after each token, by the attention's layout.
+
+Megatron shifts ids, positions, labels and loss masks one token to the left (``roll_tensor``,
+transformer/multi_token_prediction.py). Over context-parallel ranks it does so for its own zigzag cut, whatever the
+attention does. Here a layout says who holds the next token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.layout import SequenceLayout
+
+_ROLL = "roll_tensor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Successors:
+    """One rank's part in handing every token's successor to the rank that asks for it."""
+
+    sent: torch.Tensor
+    """Local indices of the tokens to send, rank by rank (int64)."""
+    sent_to: list[int]
+    """How many of them go to each rank, this one included."""
+    placed: torch.Tensor
+    """Local indices that the received tokens are successors of, rank by rank (int64)."""
+    received_from: list[int]
+    """How many come from each rank."""
+
+    @staticmethod
+    def of(layout: SequenceLayout, rank: int, seq_length: int, device: torch.device) -> Successors:
+        """The plan of ``rank`` for sequences of ``seq_length`` tokens; a few token indices but for stripes."""
+        held = [torch.tensor(layout.positions(other, seq_length)) for other in range(layout.cp_size)]
+        owner = torch.empty(seq_length + 1, dtype=torch.int64)
+        index = torch.empty(seq_length + 1, dtype=torch.int64)
+        owner[seq_length] = -1  # nothing follows the last token
+        for other, positions in enumerate(held):
+            owner[positions], index[positions] = other, torch.arange(len(positions))
+        owners = [owner[positions + 1] for positions in held]
+        sent = [index[held[asker] + 1][owners[asker] == rank] for asker in range(layout.cp_size)]
+        placed = [torch.nonzero(owners[rank] == other).flatten() for other in range(layout.cp_size)]
+        return Successors(
+            sent=torch.cat(sent).to(device),
+            sent_to=[len(part) for part in sent],
+            placed=torch.cat(placed).to(device),
+            received_from=[len(part) for part in placed],
+        )
+
+
+class LayoutRoll:
+    """Megatron's ``roll_tensor`` for shards of a layout; takes the same arguments.
+
+    Args:
+        layout: which rank holds which tokens.
+        group: the context-parallel ranks.
+    """
+
+    def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup) -> None:
+        self.layout = layout
+        self.group = group
+        self._plans: dict[tuple[int, torch.device], Successors] = {}
+
+    def __call__(
+        self,
+        tensor: torch.Tensor,
+        shifts: int = -1,
+        dims: int = -1,
+        cp_group: Any = None,
+        packed_seq_params: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every token's successor in the whole sequence, 0 after its last token; collective.
+
+        Args:
+            tensor: (B, S), this rank's ids, positions, labels or mask.
+            shifts: -1.
+            dims: the sequence dimension.
+            cp_group: not read: the group is the model's own.
+            packed_seq_params: refused unless None.
+
+        Returns:
+            The same shape, and the sum over all ranks divided by their number: what a mean over micro-batches divides
+            by, such that ranks which hold unequal numbers of unmasked tokens still add up to one process's mean.
+
+        Raises:
+            UnsupportedError: packed sequences, or another shift.
+        """
+        del cp_group
+        if packed_seq_params is not None or shifts != -1:
+            raise UnsupportedError(
+                explain(
+                    got="packed sequences" if packed_seq_params is not None else f"a shift of {shifts}",
+                    rule=f"multi-token prediction on layout {self.layout} shifts whole sequences by one token",
+                    remedy="Use unpacked sequences, or switch mtp_num_layers off",
+                )
+            )
+        tokens = tensor.movedim(dims, 0)
+        plan = self._plan(len(tokens) * self.layout.cp_size, tensor.device)
+        arrived = tokens.new_empty((len(plan.placed), *tokens.shape[1:]))
+        dist.all_to_all_single(
+            arrived, tokens[plan.sent].contiguous(), plan.received_from, plan.sent_to, group=self.group
+        )
+        rolled = torch.zeros_like(tokens)
+        rolled[plan.placed] = arrived
+        rolled = rolled.movedim(0, dims).contiguous()
+        total = rolled.sum()
+        dist.all_reduce(total, group=self.group)
+        return rolled, total / self.layout.cp_size
+
+    def _plan(self, seq_length: int, device: torch.device) -> Successors:
+        key = (seq_length, device)
+        if key not in self._plans:
+            self._plans[key] = Successors.of(self.layout, self.group.rank(), seq_length, device)
+        return self._plans[key]
+
+
+def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.ProcessGroup) -> int:
+    """Have every module below ``model`` that shifts tokens shift them by ``layout``.
+
+    Their methods are bound anew, on these modules alone, with another ``roll_tensor`` in place of the global one.
+
+    Returns:
+        How many methods there were.
+    """
+    roll = LayoutRoll(layout, group)
+    found = 0
+    for module in model.modules():
+        for name, function in _rolling_methods(type(module)):
+            own = FunctionType(
+                function.__code__,
+                {**function.__globals__, _ROLL: roll},
+                function.__name__,
+                function.__defaults__,
+                function.__closure__,
+            )
+            own.__kwdefaults__ = function.__kwdefaults__
+            setattr(module, name, MethodType(own, module))
+            found += 1
+    return found
+
+
+def _rolling_methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    for name, function in inspect.getmembers(kind, inspect.isfunction):
+        if _ROLL in function.__globals__ and _names(function.__code__, _ROLL):
+            yield name, function
+
+
+def _names(code: CodeType, name: str) -> bool:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return name in code.co_names or any(_names(constant, name) for constant in inner)

@@ -1,0 +1,151 @@
+"""Megatron's own configurations, out of this package's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.megatron.seeded_init import WeightNames
+
+
+def virtual_stages(config: PretrainConfig) -> int | None:
+    """Model chunks of each pipeline rank, None without interleaving."""
+    parallel = config.parallel
+    if parallel.num_layers_per_virtual_pipeline_stage is None:
+        return None
+    layers = parallel.pipeline_model_parallel_size * parallel.num_layers_per_virtual_pipeline_stage
+    return config.model.num_layers // layers
+
+
+def transformer_config(config: PretrainConfig, names: WeightNames | None = None) -> TransformerConfig:
+    """Megatron's configuration of the model and of how it is parallelised.
+
+    Args:
+        config: of the run.
+        names: draws the initial weights; default: by the configuration's seed.
+    """
+    model, parallel, recompute = config.model, config.parallel, config.recompute
+    names = names or WeightNames(config.training.seed)
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    fused = (
+        torch.cuda.is_available()
+    )  # Megatron's fusions compile with torch.compile: minutes on a CPU, no gain
+    selective = recompute.recompute_granularity == "selective"
+    kind = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
+    return kind(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        add_bias_linear=model.add_bias_linear,
+        qk_layernorm=model.qk_layernorm,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        init_method=names.normal("weight", model.init_method_std),
+        output_layer_init_method=names.normal(
+            "residual", model.init_method_std / math.sqrt(2 * model.num_layers)
+        ),
+        embedding_init_method=names.normal("embedding", model.init_method_std),
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages(config),
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        overlap_p2p_comm=parallel.virtual_pipeline,
+        batch_p2p_comm=not parallel.virtual_pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.training.bf16,
+        calculate_per_token_loss=config.training.calculate_per_token_loss,
+        recompute_granularity=recompute.recompute_granularity,
+        recompute_method=recompute.recompute_method,
+        recompute_num_layers=recompute.recompute_num_layers,
+        recompute_modules=list(recompute.recompute_modules) if selective else None,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        **_latent(config),
+        **_multi_token(config),
+        **_experts(config),
+    )
+
+
+def _latent(config: PretrainConfig) -> dict[str, Any]:
+    model = config.model
+    if not model.multi_latent_attention:
+        return {}
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": model.q_lora_rank,
+        "kv_lora_rank": model.kv_lora_rank,
+        "qk_head_dim": model.qk_head_dim,
+        "qk_pos_emb_head_dim": model.qk_pos_emb_head_dim,
+        "v_head_dim": model.v_head_dim,
+        "rope_type": "rope",
+        "rotary_base": model.rotary_base,
+        "rotary_scaling_factor": 1.0,
+    }
+
+
+def _multi_token(config: PretrainConfig) -> dict[str, Any]:
+    model = config.model
+    if model.mtp_num_layers is None:
+        return {}
+    return {
+        "mtp_num_layers": model.mtp_num_layers,
+        "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
+    }
+
+
+def _experts(config: PretrainConfig) -> dict[str, Any]:
+    experts, parallel = config.experts, config.parallel
+    if experts.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": config.expert_ffn_size,
+        "moe_router_topk": experts.moe_router_topk,
+        # One expert's weight is 1 after a softmax over the chosen, and the router would learn nothing.
+        "moe_router_pre_softmax": experts.moe_router_topk == 1,
+        "moe_router_load_balancing_type": experts.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": experts.moe_aux_loss_coeff,
+        "moe_token_dispatcher_type": experts.moe_token_dispatcher_type,
+        "moe_shared_expert_intermediate_size": experts.moe_shared_expert_intermediate_size,
+        "moe_grouped_gemm": experts.moe_grouped_gemm,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+    }
+
+
+def optimizer_config(config: PretrainConfig) -> OptimizerConfig:
+    """Megatron's configuration of the optimizer; norms and biases are not decayed."""
+    settings = config.optimizer
+    return OptimizerConfig(
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.training.bf16,
+        params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )

@@ -1,0 +1,75 @@
+"""Experts train alike on any number of ranks; what Megatron does by itself would not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.megatron.runs import on_ranks, train
+
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.5, "train_iters": 3}
+APART = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
+
+
+def megatrons_router() -> Callable[[], None]:
+    """Each rank multiplies its share of the load balancing loss by its own tokens."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_lightseq.megatron import experts
+
+    ours, experts.WholeBatchRouter = experts.WholeBatchRouter, TopKRouter  # type: ignore[misc]
+    return lambda: setattr(experts, "WholeBatchRouter", ours)
+
+
+def local_numbers() -> Callable[[], None]:
+    """Experts are drawn by their number on the rank."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    from megatron_lightseq.megatron import experts
+
+    class Local(SequentialMLP):
+        def __init__(self, *args: Any, weight_names: Any, **kwargs: Any) -> None:
+            with weight_names.building_experts(0):
+                super().__init__(*args, **kwargs)
+
+    ours, experts.NamedExperts = experts.NamedExperts, Local  # type: ignore[misc]
+    return lambda: setattr(experts, "NamedExperts", ours)
+
+
+def test_experts_train_like_one_rank_and_megatrons_habits_would_not() -> None:
+    single = on_ranks(1, train, EXPERTS)[0]
+    for run in on_ranks(2, train, {**EXPERTS, **APART}):
+        assert run.losses == pytest.approx(single.losses, rel=1e-5)
+        assert run.grad_norms == pytest.approx(single.grad_norms, rel=1e-4)
+    for habit in (megatrons_router, local_numbers):
+        run = on_ranks(2, train, {**EXPERTS, **APART}, habit)[0]
+        assert run.grad_norms != pytest.approx(single.grad_norms, rel=1e-4), habit.__name__
+
+
+def test_the_load_balancing_loss_counts() -> None:
+    weighed, free = (on_ranks(1, train, {**EXPERTS, "moe_aux_loss_coeff": w})[0] for w in (0.5, 0.0))
+    assert weighed.grad_norms[0] != pytest.approx(free.grad_norms[0], rel=1e-3)
+    assert weighed.losses[0] == pytest.approx(free.losses[0], rel=1e-6), "it is no part of what is reported"
+
+
+def _uneven() -> tuple[list[float], list[float]]:
+    import torch
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    from megatron_lightseq.megatron import cpu_platform
+
+    cpu_platform.activate()
+    rank, group = dist.get_rank(), dist.group.WORLD
+    mine = torch.full((rank + 1, 2), float(rank))
+    gathered = mappings._gather_along_first_dim(mine, group, [1, 2, 3])
+    part = mappings._reduce_scatter_along_first_dim(gathered, group, [1, 2, 3])
+    return gathered[:, 0].tolist(), part[:, 1].tolist()
+
+
+def test_ranks_may_gather_and_scatter_unequal_parts() -> None:
+    whole = [0.0, 1.0, 1.0, 2.0, 2.0, 2.0]
+    results = on_ranks(3, _uneven)
+    assert results == [(whole, [3.0 * rank] * (rank + 1)) for rank in range(3)]

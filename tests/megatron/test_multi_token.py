@@ -1,0 +1,126 @@
+"""The token after each token, on shards of every layout: found among the ranks, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lightseq.errors import UnsupportedError
+from megatron_lightseq.layout import SequenceLayout
+from tests.megatron.runs import on_ranks
+
+LENGTH = 24
+LAYOUTS = ["contiguous", "zigzag", "striped"]
+
+
+def _rolled(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    import torch.distributed as dist
+
+    from megatron_lightseq.megatron.multi_token import LayoutRoll
+
+    layout = SequenceLayout(name, dist.get_world_size())
+    whole = torch.arange(1, 2 * LENGTH + 1).view(2, LENGTH).to(dtype)
+    roll = LayoutRoll(layout, dist.group.WORLD)
+    once, _ = roll(layout.shard(whole, dist.get_rank(), 1))
+    twice, total = roll(once, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None)
+    return twice, total.item()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rolling_shards_rolls_the_sequence(name: str, size: int) -> None:
+    whole = torch.arange(1, 2 * LENGTH + 1).view(2, LENGTH)
+    expected = torch.cat([whole[:, 2:], torch.zeros(2, 2, dtype=torch.int64)], dim=1)
+    for dtype in (torch.int64, torch.float32):
+        results = on_ranks(size, _rolled, name, dtype)
+        assert torch.equal(
+            SequenceLayout(name, size).unshard([part for part, _ in results], 1), expected.to(dtype)
+        )
+        assert [total for _, total in results] == pytest.approx([expected.sum().item() / size] * size)
+
+
+def test_only_tokens_that_another_rank_needs_travel() -> None:
+    from megatron_lightseq.megatron.multi_token import Successors
+
+    def foreign(name: str) -> list[int]:
+        layout = SequenceLayout(name, 4)
+        plans = [Successors.of(layout, rank, LENGTH, torch.device("cpu")) for rank in range(4)]
+        return [sum(plan.received_from) - plan.received_from[rank] for rank, plan in enumerate(plans)]
+
+    assert foreign("contiguous") == [1, 1, 1, 0]
+    assert foreign("zigzag") == [1, 2, 2, 1]
+    assert foreign("striped") == [6, 6, 6, 5]
+
+
+def test_other_shifts_and_packed_sequences_are_refused() -> None:
+    from megatron_lightseq.megatron.multi_token import LayoutRoll
+
+    roll = LayoutRoll(SequenceLayout("striped", 2), None)  # type: ignore[arg-type]  # it does not come to that
+    with pytest.raises(UnsupportedError, match=r"packed sequences: .*striped\(2\).*Use unpacked sequences"):
+        roll(torch.zeros(1, 4), packed_seq_params=object())
+    with pytest.raises(UnsupportedError, match=r"a shift of 2: .*by one token"):
+        roll(torch.zeros(1, 4), shifts=2)
+
+
+def _adopted() -> tuple[int, bool, bool]:
+    """How many methods were bound anew, and whether others kept Megatron's."""
+    import torch.distributed as dist
+    from megatron.core.transformer import multi_token_prediction
+
+    from megatron_lightseq.megatron.multi_token import LayoutRoll, adopt_rolls
+
+    class Layer(torch.nn.Module):
+        forward = multi_token_prediction.MultiTokenPredictionLayer._get_embeddings
+
+    ours, theirs = Layer(), Layer()
+    found = adopt_rolls(ours, SequenceLayout("striped", dist.get_world_size()), dist.group.WORLD)
+    roll = ours.forward.__func__.__globals__["roll_tensor"]  # type: ignore[attr-defined]
+    kept = theirs.forward.__func__.__globals__["roll_tensor"] is multi_token_prediction.roll_tensor  # type: ignore[attr-defined]
+    return found, isinstance(roll, LayoutRoll), kept
+
+
+def test_only_this_model_rolls_by_the_layout() -> None:
+    assert on_ranks(2, _adopted) == [(1, True, True)] * 2
+
+
+# --- a whole model ----------------------------------------------------------------------------------------------------
+
+MULTI_TOKEN = {"mtp_num_layers": 2, "train_iters": 2}
+
+
+def _trained(overrides: dict[str, Any], megatrons: bool = False) -> tuple[list[float], list[float | None]]:
+    from megatron.core import parallel_state
+
+    from megatron_lightseq.config import PretrainConfig, with_values
+    from megatron_lightseq.megatron import batch, cpu_platform
+    from megatron_lightseq.training.setup import build_training
+    from megatron_lightseq.training.step import train_step
+    from tests.megatron.runs import TINY, VOCAB_SIZE, batches
+
+    cpu_platform.activate()
+    adopt, batch.adopt_rolls = batch.adopt_rolls, (lambda *_: 0) if megatrons else batch.adopt_rolls
+    try:
+        config = with_values(PretrainConfig(), **{**TINY, **MULTI_TOKEN, **overrides})
+        training = build_training(config, vocab_size=VOCAB_SIZE)
+        results = [train_step(training, batches(training, step)) for step in range(2)]
+    finally:
+        batch.adopt_rolls = adopt
+        parallel_state.destroy_model_parallel()
+    return [result.loss for result in results], [result.mtp_loss for result in results]
+
+
+def test_further_tokens_are_learned_alike_and_megatrons_roll_would_not_do() -> None:
+    (losses, mtp_losses), *_ = on_ranks(1, _trained, {})
+    assert mtp_losses[1] is not None
+    stripes = {"context_parallel_size": 2, "cp_method": "ring", "cp_layout": "striped"}
+    for found in on_ranks(2, _trained, stripes):
+        assert found[0] == pytest.approx(losses, rel=1e-5)
+        assert found[1] == pytest.approx(mtp_losses, rel=1e-5)
+    assert on_ranks(2, _trained, stripes, True)[0][1] != pytest.approx(mtp_losses, rel=1e-3)
+
+
+def test_plain_models_have_no_such_loss() -> None:
+    (_, mtp_losses), *_ = on_ranks(1, _trained, {"mtp_num_layers": None})
+    assert mtp_losses == [None, None]
