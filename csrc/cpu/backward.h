@@ -1,24 +1,23 @@
 // Backward driver: one chunk of keys against all query rows that see it.
 //
-// dK and dV of the chunk stay with the worker; dQ of a row tile is summed over
-// chunks in memory, always in the order of the chunks: workers take turns, so
-// the sum is the same bit for bit on any number of cores and no worker needs a
-// dQ buffer of its own. Per (row tile, key panel), with P from the final lse:
+// dK and dV of the chunk stay with the worker; dQ of a row tile is summed over chunks in memory, always in
+// the order of the chunks: workers take turns, so the sum is the same bit for bit on any number of cores and
+// no worker needs a dQ buffer of its own. Per (row tile, key panel), with P from the final lse:
+//
 //   P^T = 2^(K Q^T - lse)   dP^T = V dO^T   dS^T = P^T (dP^T - delta)
-//   dV += P^T dO            dK += dS^T Q    dQ^T += K^T dS^T (softmax_scale:
-//   once, at the end)
-// Tile sums start from zero and are added to memory once: three times less fp32
-// error than one running sum.
+//   dV += P^T dO            dK += dS^T Q    dQ^T += K^T dS^T          (softmax_scale: once, at the end)
+//
+// Tile sums start from zero and are added to memory once: three times less fp32 error than one running sum.
 //
 //   struct Engine {
-//     static int64_t width(int64_t dim);    // dim padded as the engine's
-//     products want it static constexpr int kPanelKeys;      // keys
-//     differentiated at a time static constexpr int kChunkKeys;      // keys of
-//     a chunk Engine(params, at, scratch cursor); void load_chunk(int64_t
-//     first, int64_t last);  // K and V of these keys void load_rows(const
-//     RowTile&);                // Q and dO void differentiate(const
-//     BackwardTile&, int64_t begin, int64_t end, const Gradients&);
-//   };
+//     static int64_t width(int64_t dim);                 // dim padded as the engine's products want it
+//     static int64_t chunk_keys(const AttentionShape&);  // keys of a chunk
+//     static constexpr int kPanelKeys;                   // keys differentiated in one call, at most
+//     Engine(params, at, scratch cursor);
+//     void load_chunk(int64_t first, int64_t last);      // K and V of these keys
+//     void load_rows(const RowTile&);                    // Q and dO
+//     void differentiate(const BackwardTile&, int64_t begin, int64_t end, const Gradients&);
+//   };                                                   // keys [begin, end) of a panel of the chunk
 #pragma once
 #include "pack.h"
 #include "row_tile.h"
@@ -33,62 +32,46 @@ struct BackwardTile {
   alignas(MLS_VEC_BYTES) float delta[kTileRows];
 };
 
-// Sums that an engine adds to. Keys count from first_key, the start of the
-// chunk.
+// Sums that an engine adds to. Keys count from first_key, the start of the chunk.
 struct Gradients {
   int64_t first_key;
-  float* dk;        // [kChunkKeys][width(D)], without softmax_scale
-  float* dv;        // [kChunkKeys][width(Dv)]
+  float* dk;        // [chunk keys][width(D)], without softmax_scale
+  float* dv;        // [chunk keys][width(Dv)]
   float* dq_lanes;  // [width(D)][kTileRows], without softmax_scale
-};
-
-// Chunks [first, last) hold the keys that a row tile sees; they add to its dQ
-// in this order.
-struct ChunkRange {
-  int64_t first, last;
-
-  ChunkRange(const RowTile& tile, int64_t chunk_keys) : first(0), last(0) {
-    if (tile.key_begin >= tile.key_end) return;
-    first = tile.key_begin / chunk_keys;
-    last = ceil_div(tile.key_end, chunk_keys);
-  }
 };
 
 template <class Engine>
 class BackwardChunk {
  public:
-  // turns: one counter per row tile of this kv head, holding the chunk whose
-  // turn it is.
-  BackwardChunk(const BackwardParams& params, KeyHead at, ScratchCursor& scratch, TurnCounter* turns)
+  // turns: one per row tile of this kv head
+  BackwardChunk(const BackwardParams& params, KeyHead at, ScratchCursor& scratch, ChunkTurns* turns)
       : p_(params),
         shape_(params.shape),
         at_(at),
         group_(params.shape.heads_per_group()),
         width_(Engine::width(params.shape.head_dim)),
         value_width_(Engine::width(params.shape.value_dim)),
+        chunk_keys_(Engine::chunk_keys(params.shape)),
         engine_(params, at, scratch),
         tile_(scratch.objects<BackwardTile>(1)),
-        sums_{0, scratch.objects<float>(Engine::kChunkKeys * width_),
-              scratch.objects<float>(Engine::kChunkKeys * value_width_),
-              scratch.objects<float>(width_ * kTileRows)},
+        sums_{0, scratch.objects<float>(chunk_keys_ * width_),
+              scratch.objects<float>(chunk_keys_ * value_width_), scratch.objects<float>(width_ * kTileRows)},
         dq_rows_(scratch.objects<float>(kTileRows * padded(params.shape.head_dim))),
         turns_(turns) {}
 
-  // Row tiles from the last to the first: a causal chunk always sees the last,
-  // so that neighbouring chunks walk one tile apart instead of waiting for each
-  // other at the start.
+  // Row tiles from the last to the first: a causal chunk always sees the last, so that neighbouring chunks
+  // walk one tile apart instead of waiting for each other at the start.
   void run(int64_t chunk) {
-    sums_.first_key = chunk * Engine::kChunkKeys;
-    num_keys_ = std::min<int64_t>(Engine::kChunkKeys, shape_.num_keys - sums_.first_key);
+    sums_.first_key = chunk * chunk_keys_;
+    num_keys_ = std::min<int64_t>(chunk_keys_, shape_.num_keys - sums_.first_key);
     bool loaded = false;
     for (int64_t t = row_tiles(shape_) - 1; t >= 0; --t) {
+      if (chunk < turns_[t].first || chunk >= turns_[t].last) continue;
       fill_row_tile(shape_, p_.mask, t * kTileRows, tile_->rows);
-      const ChunkRange chunks(tile_->rows, Engine::kChunkKeys);
-      if (chunk < chunks.first || chunk >= chunks.last) continue;
       if (!loaded) begin_chunk();
       loaded = true;
       process_tile();
-      add_dq(turns_[t], chunk);
+      add_dq(turns_[t].next, chunk);
     }
     if (loaded) {
       add_chunk(sums_.dk, width_, shape_.head_dim, p_.softmax_scale, p_.dk);
@@ -99,8 +82,8 @@ class BackwardChunk {
  private:
   void begin_chunk() {
     engine_.load_chunk(sums_.first_key, sums_.first_key + num_keys_);
-    std::memset(sums_.dk, 0, Engine::kChunkKeys * width_ * sizeof(float));
-    std::memset(sums_.dv, 0, Engine::kChunkKeys * value_width_ * sizeof(float));
+    std::memset(sums_.dk, 0, chunk_keys_ * width_ * sizeof(float));
+    std::memset(sums_.dv, 0, chunk_keys_ * value_width_ * sizeof(float));
   }
 
   void process_tile() {
@@ -118,8 +101,7 @@ class BackwardChunk {
 
   void load_row_values() {
     for (int i = 0; i < kTileRows; ++i) {
-      tile_->lse_log2[i] = kInfinity;  // rows past the end and rows that see no
-                                       // key: P = 2^-inf = 0
+      tile_->lse_log2[i] = kInfinity;  // rows past the end and rows that see no key: P = 2^-inf = 0
       tile_->delta[i] = 0.0f;
       if (i >= tile_->rows.num_rows) continue;
       const float lse = row_value(p_.lse, group_, at_, tile_->rows.first_row + i);
@@ -129,14 +111,14 @@ class BackwardChunk {
     }
   }
 
-  void add_dq(TurnCounter& turn, int64_t chunk) {
+  void add_dq(std::atomic<int32_t>& turn, int64_t chunk) {
     const RowTile& tile = tile_->rows;
     const int64_t dim = shape_.head_dim;
     alignas(MLS_VEC_BYTES) float scale[kTileRows];
     std::fill_n(scale, kTileRows, p_.softmax_scale);
     lanes_to_rows(sums_.dq_lanes, dim, scale, dq_rows_);
-    // Workers take chunks in ascending order, so the one waited for is running:
-    // no deadlock on any thread count.
+    // Workers take chunks in ascending order, so the one waited for is running: no deadlock on any thread
+    // count.
     while (turn.load(std::memory_order_acquire) != chunk) std::this_thread::yield();
     for (int i = 0; i < tile.num_rows; ++i) {
       add_row(dq_rows_ + i * padded(dim), dim, 1.0f, row_pointer(p_.dq, group_, at_, tile.first_row + i));
@@ -154,13 +136,13 @@ class BackwardChunk {
   const BackwardParams& p_;
   const AttentionShape& shape_;
   const KeyHead at_;
-  const int64_t group_, width_, value_width_;
+  const int64_t group_, width_, value_width_, chunk_keys_;
   int64_t num_keys_ = 0;
   Engine engine_;
   BackwardTile* const tile_;
   Gradients sums_;
   float* const dq_rows_;  // staging: [kTileRows][padded(D)]
-  TurnCounter* const turns_;
+  ChunkTurns* const turns_;
 };
 
 template <class Engine>
@@ -168,26 +150,31 @@ Workload backward_workload(const BackwardParams& p) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads;
   ScratchCursor counting(nullptr);
   const BackwardChunk<Engine> chunk(p, KeyHead{}, counting, nullptr);
-  return {heads * ceil_div(p.shape.num_keys, Engine::kChunkKeys), counting.used(),
+  return {heads * ceil_div(p.shape.num_keys, Engine::chunk_keys(p.shape)), counting.used(),
           heads * row_tiles(p.shape)};
 }
 
+// The chunks that hold keys of each row tile; the first of them begins.
 template <class Engine>
-void init_turns(const BackwardParams& p, TurnCounter* turns) {
+void init_turns(const BackwardParams& p, ChunkTurns* turns) {
+  const int64_t chunk_keys = Engine::chunk_keys(p.shape), tiles = row_tiles(p.shape);
   RowTile tile;
-  for (int64_t t = 0; t < row_tiles(p.shape); ++t) {
+  for (int64_t t = 0; t < tiles; ++t) {
     fill_row_tile(p.shape, p.mask, t * kTileRows, tile);
-    const auto first = static_cast<int32_t>(ChunkRange(tile, Engine::kChunkKeys).first);
+    const bool empty = tile.key_begin >= tile.key_end;
+    const auto first = static_cast<int32_t>(empty ? 0 : tile.key_begin / chunk_keys);
+    const auto last = static_cast<int32_t>(empty ? 0 : ceil_div(tile.key_end, chunk_keys));
     for (int64_t head = 0; head < p.shape.batch * p.shape.num_kv_heads; ++head) {
-      turns[head * row_tiles(p.shape) + t].store(first, std::memory_order_relaxed);
+      ChunkTurns& turn = turns[head * tiles + t];
+      turn.first = first, turn.last = last;
+      turn.next.store(first, std::memory_order_relaxed);
     }
   }
 }
 
-// Chunk-major: ascending chunks of one head, as the turns need, and independent
-// heads side by side.
+// Chunk-major: ascending chunks of one head, as the turns need, and independent heads side by side.
 template <class Engine>
-void backward_task(const BackwardParams& p, int64_t task, void* scratch, TurnCounter* turns) {
+void backward_task(const BackwardParams& p, int64_t task, void* scratch, ChunkTurns* turns) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads;
   const int64_t head = task % heads;
   ScratchCursor cursor(scratch);

@@ -15,6 +15,7 @@ class AmxBackward {
   static constexpr int kPanelKeys = kAmxPanelKeys;
   static constexpr int kChunkKeys = kPanelKeys * kPanelsPerChunk;
   static int64_t width(int64_t dim) { return amx_width(dim); }
+  static int64_t chunk_keys(const AttentionShape&) { return kChunkKeys; }
 
   AmxBackward(const BackwardParams& params, KeyHead at, ScratchCursor& scratch)
       : p_(params),

@@ -1,6 +1,6 @@
-// Forward engine for vector units: fp32 panels (bf16 is widened when a panel is
-// loaded) and the micro-kernel.
+// Forward engine for vector units: fp32 panels (bf16 is widened when keys are loaded) and the micro-kernel.
 #pragma once
+#include "key_segments.h"
 #include "micro_kernel.h"
 #include "pack.h"
 #include "row_tile.h"
@@ -9,22 +9,120 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
-template <class Element>
-class VectorForward {
+// All that works on fp32, whatever the element type.
+class ForwardProducts {
  public:
-  static constexpr int kPanelKeys = kVectorPanelKeys;
+  // Keys loaded at a time: every row tile then meets several panels in a row and keeps its Q and O in the L1
+  // cache.
+  static constexpr int kPanelKeys = kVectorPanelKeys * kPanelsPerChunk;
   static int64_t width(int64_t dim) { return padded(dim); }
 
-  VectorForward(const ForwardParams& params, KeyHead at, ScratchCursor& scratch)
-      : p_(params),
-        at_(at),
-        dim_(params.shape.head_dim),
+  ForwardProducts(const ForwardParams& params, ScratchCursor& scratch)
+      : dim_(params.shape.head_dim),
         value_dim_(params.shape.value_dim),
         log2_scale_(params.softmax_scale * kLog2E),
         q_(scratch.objects<float>(block_tiles(params.shape) * padded(dim_) * kTileRows)),
         k_(scratch.objects<float>(kPanelKeys * padded(dim_))),
         v_(scratch.objects<float>(kPanelKeys * padded(value_dim_))),
-        scores_(scratch.objects<float>(kPanelKeys * kTileRows)),
+        scores_(scratch.objects<float>(kVectorPanelKeys * kTileRows)) {}
+
+  void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
+              float* out) {
+    const float* const q = q_ + t * padded(dim_) * kTileRows;
+    for (const KeySegment& segment : KeySegments(tile, begin, end)) {
+      for_panels(segment, [&](const KeySegment& keys) {
+        const float* const k = k_ + (keys.begin - first) * padded(dim_);
+        const float* const v = v_ + (keys.begin - first) * padded(value_dim_);
+        with_count<kMicroVecs>(keys.num_vecs, [&]<int V>() {
+          Vec top[V];
+          score_keys<V>(tile, keys, k, q + keys.first_row(), top);
+          SoftmaxStepOf<V> step(state, top, log2_scale_, keys.first_row());
+          weigh_keys<V>(keys.num_keys(), step);
+          step.finish(state, keys.first_row());
+          add_values<V>(step, v, keys.num_keys(), out + keys.first_row());
+        });
+      });
+    }
+  }
+
+ protected:
+  const int64_t dim_, value_dim_;
+  const float log2_scale_;
+  float* const q_;       // per row tile: Q^T, [padded(D)][kTileRows]
+  float* const k_;       // [kPanelKeys][padded(D)]
+  float* const v_;       // [kPanelKeys][padded(Dv)]
+  float* const scores_;  // S^T, then P^T: [kVectorPanelKeys][kTileRows]
+
+ private:
+  // scores = S^T, -inf where masked; top = their maximum.
+  template <int V>
+  void score_keys(const RowTile& tile, const KeySegment& keys, const float* k, const float* q,
+                  Vec (&top)[V]) {
+    const bool masked = needs_mask(tile, keys);
+    float* const scores = scores_;
+    const int64_t dim = dim_, stride = padded(dim);
+#pragma GCC unroll 8
+    for (int x = 0; x < V; ++x) top[x] = splat(-kInfinity);
+    for_row_groups(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
+      Accumulator<R, V> acc;
+      multiply<Order::kRowMajor>(k + r * stride, stride, q, kTileRows, dim, acc);
+      if (masked) {
+        acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
+          score = mask_scores(tile, keys.begin + r + i, keys.first_vec + x, score);
+        });
+      }
+      Vec highest[V];  // `top` itself would be written to memory after every score, which it might alias
+#pragma GCC unroll 8
+      for (int x = 0; x < V; ++x) highest[x] = top[x];
+      acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
+        highest[x] = max(score, highest[x]);
+        store(scores + (r + i) * kTileRows + x * kLanes, score);
+      });
+#pragma GCC unroll 8
+      for (int x = 0; x < V; ++x) top[x] = highest[x];
+    });
+  }
+
+  // P^T in place of S^T
+  template <int V>
+  void weigh_keys(int64_t num_keys, SoftmaxStepOf<V>& result) {
+    SoftmaxStepOf<V> step = result;
+    float* const scores = scores_;
+    for (int64_t r = 0; r < num_keys; ++r) {
+#pragma GCC unroll 8
+      for (int x = 0; x < V; ++x) {
+        float* const at = scores + r * kTileRows + x * kLanes;
+        store(at, step.weight(x, load(at)));
+      }
+    }
+    result = step;
+  }
+
+  // O^T = rescale * O^T + V^T P^T
+  template <int V>
+  void add_values(const SoftmaxStepOf<V>& step, const float* v, int64_t num_keys, float* out) {
+    const float* const weights = scores_;
+    const int64_t stride = padded(value_dim_);
+    for_row_groups(value_dim_, [&]<int R>(int64_t d) __attribute__((always_inline)) {
+      Accumulator<R, V> acc;
+      float* const tile = out + d * kTileRows;
+      acc.for_each([&](int i, int x, Vec& value) __attribute__((always_inline)) {
+        value = load(tile + i * kTileRows + x * kLanes) * step.rescale[x];
+      });
+      multiply_add<Order::kColumnMajor>(v + d, stride, weights, kTileRows, num_keys, acc);
+      acc.for_each([&](int i, int x, Vec& value)
+                       __attribute__((always_inline)) { store(tile + i * kTileRows + x * kLanes, value); });
+    });
+  }
+};
+
+template <class Element>
+class VectorForward : public ForwardProducts {
+ public:
+  VectorForward(const ForwardParams& params, KeyHead at, ScratchCursor& scratch)
+      : ForwardProducts(params, scratch),
+        p_(params),
+        at_(at),
         rows_(scratch.objects<float>(kTileRows * padded(dim_))) {}
 
   void load_rows(int t, const RowTile& tile) {
@@ -37,70 +135,10 @@ class VectorForward {
     load_key_panel<Element>(p_.v, at_, first, last - first, value_dim_, v_);
   }
 
-  void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
-              float* out) {
-    Vec top[kMicroVecs];
-    score_keys(t, tile, first, begin, end, top);
-    SoftmaxStep step(state, top, log2_scale_);
-    for (int64_t r = 0; r < end - begin; ++r) {
-#pragma GCC unroll 8
-      for (int x = 0; x < kMicroVecs; ++x) {
-        float* at = scores_ + r * kTileRows + x * kLanes;
-        store(at, step.weight(x, load(at)));
-      }
-    }
-    step.finish(state);
-    add_values(step, v_ + (begin - first) * padded(value_dim_), end - begin, out);
-  }
-
  private:
-  // scores = S^T, -inf where masked; top = their maximum.
-  void score_keys(int t, const RowTile& tile, int64_t first, int64_t begin, int64_t end,
-                  Vec (&top)[kMicroVecs]) {
-    const float* k = k_ + (begin - first) * padded(dim_);
-    const float* q = q_ + t * padded(dim_) * kTileRows;
-    const bool masked = tile.needs_mask(begin, end);
-#pragma GCC unroll 8
-    for (int x = 0; x < kMicroVecs; ++x) top[x] = splat(-kInfinity);
-    for_row_groups(end - begin, [&]<int R>(int64_t r) __attribute__((always_inline)) {
-      Accumulator<R, kMicroVecs> acc;
-      acc.zero();
-      multiply_add<Order::kRowMajor>(k + r * padded(dim_), padded(dim_), q, kTileRows, dim_, acc);
-      if (masked) {
-        acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
-          score = mask_scores(tile, begin + r + i, x, score);
-        });
-      }
-      acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
-        top[x] = max(score, top[x]);
-        store(scores_ + (r + i) * kTileRows + x * kLanes, score);
-      });
-    });
-  }
-
-  // O^T = rescale * O^T + V^T P^T
-  void add_values(const SoftmaxStep& step, const float* v, int64_t num_keys, float* out) {
-    for_row_groups(value_dim_, [&]<int R>(int64_t d) __attribute__((always_inline)) {
-      Accumulator<R, kMicroVecs> acc;
-      float* tile = out + d * kTileRows;
-      acc.for_each([&](int i, int x, Vec& value) __attribute__((always_inline)) {
-        value = load(tile + i * kTileRows + x * kLanes) * step.rescale[x];
-      });
-      multiply_add<Order::kColumnMajor>(v + d, padded(value_dim_), scores_, kTileRows, num_keys, acc);
-      acc.for_each([&](int i, int x, Vec& value)
-                       __attribute__((always_inline)) { store(tile + i * kTileRows + x * kLanes, value); });
-    });
-  }
-
   const ForwardParams& p_;
   const KeyHead at_;
-  const int64_t dim_, value_dim_;
-  const float log2_scale_;
-  float* const q_;       // per row tile: Q^T, [padded(D)][kTileRows]
-  float* const k_;       // [kPanelKeys][padded(D)]
-  float* const v_;       // [kPanelKeys][padded(Dv)]
-  float* const scores_;  // S^T, then P^T: [kPanelKeys][kTileRows]
-  float* const rows_;    // staging: [kTileRows][padded(D)]
+  float* const rows_;  // staging: [kTileRows][padded(D)]
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,5 +1,4 @@
-// The seam of instruction-set variants: every variant fills one table, and
-// nothing else knows them apart.
+// The seam of instruction-set variants: every variant fills one table, and nothing else knows them apart.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -9,24 +8,27 @@
 
 namespace mls::cpu {
 
-// Work is cut into numbered tasks; a worker takes the lowest task not yet
-// taken. The cut depends on the shape alone, never on the number of threads, so
-// results are bit for bit the same on any number of cores.
+// Work is cut into numbered tasks; a worker takes the lowest task not yet taken. The cut depends on the shape
+// alone, never on the number of threads, so results are bit for bit the same on any number of cores.
 struct Workload {
   int64_t num_tasks;
   size_t scratch_bytes;  // per worker
-  int64_t num_counters;  // backward: turn counters shared by all workers
+  int64_t num_turns;     // backward: of all row tiles, shared by all workers
 };
 
-using TurnCounter = std::atomic<int32_t>;
+// Backward: chunks [first, last) of keys add to dQ of one row tile, in this order; whose turn it is.
+struct ChunkTurns {
+  int32_t first, last;
+  std::atomic<int32_t> next;
+};
 
 // The kernel of one element type in one variant.
 struct Kernel {
   Workload (*forward_workload)(const ForwardParams&);
   void (*forward_task)(const ForwardParams&, int64_t task, void* scratch);
   Workload (*backward_workload)(const BackwardParams&);
-  void (*init_turns)(const BackwardParams&, TurnCounter* turns);
-  void (*backward_task)(const BackwardParams&, int64_t task, void* scratch, TurnCounter* turns);
+  void (*init_turns)(const BackwardParams&, ChunkTurns* turns);
+  void (*backward_task)(const BackwardParams&, int64_t task, void* scratch, ChunkTurns* turns);
   double (*peak_work)(int64_t iterations);  // floating-point operations of products in registers only
 };
 
@@ -45,8 +47,7 @@ extern const KernelTable kAvx512Table;
 extern const KernelTable kAmxTable;
 #endif
 
-// The fastest variant this machine runs, or the one named by MLS_CPU_ISA
-// (tests). Throws if it cannot run.
+// The fastest variant this machine runs, or the one named by MLS_CPU_ISA (tests). Throws if it cannot run.
 const KernelTable& selected_table();
 
 }  // namespace mls::cpu

@@ -12,12 +12,18 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
+// The keys that the rows of one vector see.
+struct VectorKeys {
+  int64_t begin, end;          // some row sees each of these; empty if begin >= end
+  int64_t all_begin, all_end;  // every row sees all of these
+};
+
 struct RowTile {
   int64_t first_row;
   int num_rows;
-  int64_t key_begin,
-      key_end;                 // keys that some row sees lie in here; empty if begin >= end
-  int64_t all_begin, all_end;  // every row sees all of these keys
+  int64_t key_begin, key_end;      // keys that some row sees lie in here; empty if begin >= end
+  int64_t all_begin, all_end;      // every row sees all of these keys
+  VectorKeys vectors[kMicroVecs];  // the same for each vector of rows
   alignas(MLS_VEC_BYTES) int32_t begin[kTileRows];
   alignas(MLS_VEC_BYTES) int32_t end[kTileRows];
 
@@ -69,28 +75,42 @@ inline void visible_keys(const AttentionShape& shape, const KeyMask& mask, int64
   if (begin >= end) begin = end = 0;
 }
 
+inline void fill_vector(const AttentionShape& shape, const KeyMask& mask, int first_lane, RowTile& tile) {
+  const int64_t group = shape.heads_per_group();
+  VectorKeys& keys = tile.vectors[first_lane / kLanes];
+  keys = {shape.num_keys, 0, 0, shape.num_keys};
+  int64_t query = (tile.first_row + first_lane) / group, head = (tile.first_row + first_lane) % group;
+  for (int lane = first_lane; lane < first_lane + kLanes; ++lane) {
+    // Lanes past the end are never read back, so they are never a reason to mask.
+    int64_t begin = 0, end = shape.num_keys;
+    if (lane < tile.num_rows) {
+      visible_keys(shape, mask, query, begin, end);
+      if (begin < end) {
+        keys.begin = std::min(keys.begin, begin);
+        keys.end = std::max(keys.end, end);
+      }
+      keys.all_begin = std::max(keys.all_begin, begin);
+      keys.all_end = std::min(keys.all_end, end);
+    }
+    tile.begin[lane] = static_cast<int32_t>(begin);
+    tile.end[lane] = static_cast<int32_t>(end);
+    if (++head == group) head = 0, ++query;
+  }
+}
+
 inline void fill_row_tile(const AttentionShape& shape, const KeyMask& mask, int64_t first_row,
                           RowTile& tile) {
-  const int64_t group = shape.heads_per_group();
   tile.first_row = first_row;
   tile.num_rows = static_cast<int>(std::min<int64_t>(kTileRows, rows_per_kv_head(shape) - first_row));
   tile.key_begin = shape.num_keys, tile.key_end = 0;
   tile.all_begin = 0, tile.all_end = shape.num_keys;
-  for (int lane = 0; lane < kTileRows; ++lane) {
-    int64_t begin = 0,
-            end = shape.num_keys;  // lanes past the end: never read back, so
-                                   // never a reason to mask
-    if (lane < tile.num_rows) {
-      visible_keys(shape, mask, (first_row + lane) / group, begin, end);
-      if (begin < end) {
-        tile.key_begin = std::min(tile.key_begin, begin);
-        tile.key_end = std::max(tile.key_end, end);
-      }
-      tile.all_begin = std::max(tile.all_begin, begin);
-      tile.all_end = std::min(tile.all_end, end);
-    }
-    tile.begin[lane] = static_cast<int32_t>(begin);
-    tile.end[lane] = static_cast<int32_t>(end);
+  for (int x = 0; x < kMicroVecs; ++x) {
+    fill_vector(shape, mask, x * kLanes, tile);
+    const VectorKeys& keys = tile.vectors[x];
+    tile.key_begin = std::min(tile.key_begin, keys.begin);
+    tile.key_end = std::max(tile.key_end, keys.end);
+    tile.all_begin = std::max(tile.all_begin, keys.all_begin);
+    tile.all_end = std::min(tile.all_end, keys.all_end);
   }
 }
 

@@ -20,9 +20,8 @@ struct FreeScratch {
   void operator()(char* memory) const { ::operator delete[](memory, kScratchAlignment); }
 };
 
-// Workers take the next task until none is left. at::parallel_for hands each
-// one index of [0, workers), or all of them to one thread; either way one
-// worker runs per call, and tasks start in ascending order.
+// Workers take the next task until none is left. at::parallel_for hands each one index of [0, workers), or
+// all of them to one thread; either way one worker runs per call, and tasks start in ascending order.
 template <class RunTask>
 void run_tasks(const Workload& work, RunTask run_task) {
   if (work.num_tasks == 0) return;
@@ -52,7 +51,7 @@ void run_forward(const ForwardParams& params) {
 void run_backward(const BackwardParams& params) {
   const Kernel& kernel = selected_table().of(params.element_type);
   const Workload work = kernel.backward_workload(params);
-  std::vector<TurnCounter> turns(work.num_counters);
+  std::vector<ChunkTurns> turns(work.num_turns);
   kernel.init_turns(params, turns.data());
   run_tasks(work,
             [&](int64_t task, void* scratch) { kernel.backward_task(params, task, scratch, turns.data()); });

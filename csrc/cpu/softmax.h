@@ -69,24 +69,26 @@ struct SoftmaxState {
   }
 };
 
-// One step of it: new scores arrive with their maximum, older sums are rescaled
-// to the new maximum.
-struct SoftmaxStep {
-  Vec scale;                // softmax_scale * log2(e)
-  Vec offset[kMicroVecs];   // the new maximum, finite
-  Vec rescale[kMicroVecs];  // factor of everything summed so far
-  Vec sum[kMicroVecs];
+// One step of it for V vectors of rows: new scores arrive with their maximum, older sums are rescaled to the
+// new maximum.
+template <int V>
+struct SoftmaxStepOf {
+  Vec scale;       // softmax_scale * log2(e)
+  Vec offset[V];   // the new maximum, finite
+  Vec rescale[V];  // factor of everything summed so far
+  Vec sum[V];
 
-  MLS_INLINE SoftmaxStep(SoftmaxState& state, const Vec (&top)[kMicroVecs], float log2_scale)
+  MLS_INLINE SoftmaxStepOf(SoftmaxState& state, const Vec (&top)[V], float log2_scale, int first_row = 0)
       : scale(splat(log2_scale)) {
 #pragma GCC unroll 8
-    for (int x = 0; x < kMicroVecs; ++x) {
-      const Vec old = load(state.max_log2 + x * kLanes);
+    for (int x = 0; x < V; ++x) {
+      float* const running = state.max_log2 + first_row + x * kLanes;
+      const Vec old = load(running);
       const Vec updated = max(top[x] * scale, old);
-      store(state.max_log2 + x * kLanes, updated);
+      store(running, updated);
       offset[x] = finite_max(updated);
       rescale[x] = exp2(old - offset[x]);
-      sum[x] = load(state.sum + x * kLanes) * rescale[x];
+      sum[x] = load(state.sum + first_row + x * kLanes) * rescale[x];
     }
   }
   template <int kDegree = 5>
@@ -95,10 +97,12 @@ struct SoftmaxStep {
     sum[x] += p;
     return p;
   }
-  MLS_INLINE void finish(SoftmaxState& state) const {
+  MLS_INLINE void finish(SoftmaxState& state, int first_row = 0) const {
 #pragma GCC unroll 8
-    for (int x = 0; x < kMicroVecs; ++x) store(state.sum + x * kLanes, sum[x]);
+    for (int x = 0; x < V; ++x) store(state.sum + first_row + x * kLanes, sum[x]);
   }
 };
+
+using SoftmaxStep = SoftmaxStepOf<kMicroVecs>;
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,30 +1,32 @@
 // Every size of the blocking, in one place.
 //
-//   row tile     kTileRows query rows in the SIMD lanes: the columns of the
-//   transposed scores S^T[key][row] row block    kMinBlockTiles to
-//   kMaxBlockTiles row tiles that share each packed key panel (one forward
-//   task) key panel kVectorPanelKeys keys: S^T of one (row tile, key panel)
-//   stays in the L1 cache key chunk kPanelsPerChunk panels whose dK and dV stay
-//   in the L2 cache (one backward task) micro tile   kMicroRows x kMicroVecs
-//   accumulators in registers
+//   row tile    kTileRows query rows in the SIMD lanes: the columns of the transposed scores S^T[key][row]
+//   row block   kMinBlockTiles to kMaxBlockTiles row tiles that share each load of keys (one forward task)
+//   key panel   at most kVectorPanelKeys keys: S^T of one (row tile, key panel) stays in the L1 cache
+//   key chunk   whole panels: their K and V, and in the backward dK and dV (one task), stay in the L2 cache
+//   micro tile  kMicroRows x kMicroVecs accumulators in registers
 #pragma once
 #include "simd.h"
 
 namespace mls::cpu::MLS_VARIANT {
 
 constexpr int kMicroVecs = 4;
-// 24 accumulators, 4 operands and a broadcast fit the 32 registers of AVX-512;
-// 12 fit the 16 of AVX2 and SSE.
+// 24 accumulators, 4 operands and a broadcast fit the 32 registers of AVX-512; 12 fit the 16 of AVX2 and SSE.
 constexpr int kMicroRows = MLS_VEC_BYTES == 64 ? 6 : 3;
 constexpr int kTileRows = kMicroVecs * kLanes;
-// A block shares the fetching and packing of K and V, so it should be large;
-// but there must be tasks for many cores.
+// A block shares the fetching and packing of K and V, so it should be large; but there must be tasks for many
+// cores.
 constexpr int kMinBlockTiles = 256 / kTileRows;
 constexpr int kMaxBlockTiles = 1024 / kTileRows;
 constexpr int kWantedForwardTasks = 32;
-constexpr int kVectorPanelKeys = 96;
-constexpr int kAmxPanelKeys = 128;  // a multiple of kAmxBlock
-constexpr int kPanelsPerChunk = 4;
+constexpr int kVectorPanelKeys = 96;  // a multiple of kMicroRows
+constexpr int kAmxPanelKeys = 128;    // a multiple of kAmxBlock
+constexpr int kPanelsPerChunk = 4;    // at least
+// A backward chunk should be large too: what it does once per row tile (fetch and transpose Q and dO, add dQ)
+// is then a smaller part.
+constexpr int kMaxPanelsPerChunk = 8;
+constexpr int kWantedBackwardTasks = 16;
+constexpr int64_t kChunkBytes = 768 * 1024;  // of K, V, dK and dV; half of a small L2 cache must be left
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;

@@ -24,7 +24,7 @@ void forward_task_with_tiles(const ForwardParams& p, int64_t task, void* scratch
   forward_task<AmxForward>(p, task, scratch);
 }
 
-void backward_task_with_tiles(const BackwardParams& p, int64_t task, void* scratch, TurnCounter* turns) {
+void backward_task_with_tiles(const BackwardParams& p, int64_t task, void* scratch, ChunkTurns* turns) {
   const AmxSession session;
   backward_task<AmxBackward>(p, task, scratch, turns);
 }
