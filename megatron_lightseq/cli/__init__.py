@@ -47,6 +47,9 @@ COMMANDS = {
         "megatron_lightseq.cli.verify",
         "check every combination of methods and parallelisms against one process",
     ),
+    "megatron-lm": Command(
+        "megatron_lightseq.cli.megatron_lm", "run an unmodified Megatron-LM script with our attention"
+    ),
     "bench": Command(
         "megatron_lightseq.cli.bench", "time our CPU attention beside torch's, and transfers beside kernels"
     ),

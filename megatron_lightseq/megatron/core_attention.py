@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core import parallel_state
 from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -23,6 +23,7 @@ from megatron_lightseq.megatron.checkpoint_scope import current_scope, track_che
 from megatron_lightseq.schedule import Network
 
 if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
 
@@ -229,9 +230,9 @@ class LightSeqCoreAttention(MegatronModule):
 
 def _context_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | None:
     """The CP group of Megatron's collection, or of its global state when a layer is built without one."""
-    if collection is None:
-        collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
-    group: torch.distributed.ProcessGroup | None = collection.cp
+    group: torch.distributed.ProcessGroup | None = (
+        parallel_state.get_context_parallel_group() if collection is None else collection.cp
+    )
     return group
 
 

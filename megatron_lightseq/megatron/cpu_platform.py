@@ -27,7 +27,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -116,6 +116,22 @@ def activate() -> None:
     )
 
 
+def extend(modules: Iterable[str], answers: ModuleType, attributes: Iterable[tuple[Any, str, Any]]) -> None:
+    """Do the same for modules outside of megatron.core, until :func:`deactivate`.
+
+    Args:
+        modules: full names; a module that does not exist is skipped. Only constants are renamed in them: their
+            ``tensor.cuda()`` stays as it is.
+        answers: what their ``torch.cuda`` is replaced with, such as a subclass of :class:`CpuCuda`.
+        attributes: (owner, name, value) to set.
+    """
+    assert is_active(), "activate() comes first"
+    for name in modules:
+        _patch_module(name, answers, rename_methods=False)
+    for owner, attribute, value in attributes:
+        _replace(owner, attribute, value)
+
+
 def deactivate() -> None:
     """Undo :func:`activate`; without it, do nothing."""
     while _undo:
@@ -141,26 +157,28 @@ def _replace(owner: Any, attribute: str, value: Any) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _patch_module(name: str) -> None:
+def _patch_module(name: str, answers: ModuleType | None = None, *, rename_methods: bool = True) -> None:
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise  # the module is there and misses a package of its own
         return
     for function in _functions_of(module):
-        _replace_code(function)
+        _replace_code(function, rename_methods)
     if getattr(module, "torch", None) is torch:
-        _replace(module, "torch", _cpu_torch())
+        _replace(module, "torch", _cpu_torch(answers or CpuCuda()))
 
 
-def _cpu_torch() -> ModuleType:
+def _cpu_torch(answers: ModuleType) -> ModuleType:
     """The torch module with another ``cuda``. A full copy, so that torch.compile sees an ordinary module."""
     stand_in = ModuleType("torch")
     stand_in.__dict__.update(torch.__dict__)
-    stand_in.__dict__["cuda"] = stand_in.__dict__["cpu"] = _CpuCuda()
+    stand_in.__dict__["cuda"] = stand_in.__dict__["cpu"] = answers
     return stand_in
 
 
-class _CpuCuda(ModuleType):
+class CpuCuda(ModuleType):
     """The calls Megatron makes to ``torch.cuda``, answered for the CPU; all others reach the real module."""
 
     def __init__(self) -> None:
@@ -238,33 +256,34 @@ def _unwrapped(member: Any) -> Iterator[FunctionType]:
         )
 
 
-def _replace_code(function: FunctionType) -> None:
+def _replace_code(function: FunctionType, rename_methods: bool) -> None:
     before = function.__code__
-    after = _on_cpu(before)
+    after = on_cpu(before, rename_methods=rename_methods)
     if after is not before:
         function.__code__ = after
         _undo.append(lambda: setattr(function, "__code__", before))
 
 
-def _on_cpu(code: CodeType) -> CodeType:
+def on_cpu(code: CodeType, *, rename_methods: bool = True) -> CodeType:
     """The same code with constants that name CUDA naming the CPU, and ``tensor.cuda()`` written ``tensor.cpu()``.
 
     ``torch.cuda`` turns into ``torch.cpu`` by that, which is why :func:`_cpu_torch` answers under both names.
+    Without ``rename_methods`` only constants change.
     """
-    constants = tuple(_constant_on_cpu(constant) for constant in code.co_consts)
-    names = tuple("cpu" if name == "cuda" else name for name in code.co_names)
+    constants = tuple(_constant_on_cpu(constant, rename_methods) for constant in code.co_consts)
+    names = tuple("cpu" if rename_methods and name == "cuda" else name for name in code.co_names)
     if names == code.co_names and all(new is old for new, old in zip(constants, code.co_consts, strict=True)):
         return code
     return code.replace(co_consts=constants, co_names=names)
 
 
-def _constant_on_cpu(constant: Any) -> Any:
+def _constant_on_cpu(constant: Any, rename_methods: bool) -> Any:
     if isinstance(constant, str):
         return _CONSTANTS.get(constant, constant)
     if isinstance(constant, CodeType):
-        return _on_cpu(constant)
+        return on_cpu(constant, rename_methods=rename_methods)
     if isinstance(constant, tuple):
-        items = tuple(_constant_on_cpu(item) for item in constant)
+        items = tuple(_constant_on_cpu(item, rename_methods) for item in constant)
         return constant if all(new is old for new, old in zip(items, constant, strict=True)) else items
     return constant
 
@@ -339,4 +358,4 @@ def _not_cpu_state_warning(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
 
-__all__ = ["PATCHED_MODULES", "activate", "deactivate", "is_active"]
+__all__ = ["PATCHED_MODULES", "CpuCuda", "activate", "deactivate", "extend", "is_active", "on_cpu"]

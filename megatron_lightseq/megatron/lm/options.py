@@ -1,0 +1,124 @@
+"""Our options inside Megatron-LM: flags beside Megatron's own, or environment variables where ``--spec`` is used.
+
+Both spell the keys of :mod:`megatron_lightseq.config.sections`: ``--cp-method ring`` is ``MLS_CP_METHOD=ring``, and
+``cp_method: ring`` in the YAML file that ``MLS_CONFIG`` names. Variables override the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_lightseq.config import ContextParallelConfig, PretrainConfig, to_flat
+from megatron_lightseq.config.load import from_entries
+from megatron_lightseq.config.sections import RecomputeConfig
+from megatron_lightseq.config.strict_yaml import Entry, read_yaml
+from megatron_lightseq.config.typed import choices, field_docstrings, is_switch
+from megatron_lightseq.errors import ConfigError, explain
+
+KEYS = (
+    "cp_method",
+    "cp_ulysses_size",
+    "cp_layout",
+    "cp_overlap",
+    "cp_kernel",
+    "keep_attention_on_recompute",
+)
+"""The keys that are ours; all others, ``cp_comm_type`` among them, are Megatron-LM's own arguments."""
+PREFIX = "MLS_"
+FILE_VARIABLE = "MLS_CONFIG"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LmOptions:
+    """What a run of Megatron-LM asks of us."""
+
+    context: ContextParallelConfig = field(default_factory=ContextParallelConfig)
+    """Method, layout, kernel, overlap."""
+    keep_attention_on_recompute: bool = True
+    """Keep attention's results across activation recomputation."""
+
+    @property
+    def active(self) -> bool:
+        """Whether attention is ours; ``cp_method megatron`` leaves Megatron as it is, for a baseline."""
+        return self.context.cp_method != "megatron"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags to Megatron-LM's parser, in a group of their own."""
+    defaults = to_flat(PretrainConfig())
+    texts = {**field_docstrings(ContextParallelConfig), **field_docstrings(RecomputeConfig)}
+    group = parser.add_argument_group(
+        title="LightSeq", description="context parallelism by megatron_lightseq"
+    )
+    for key in KEYS:
+        flag, text = f"--{key.replace('_', '-')}", texts[key].replace("%", "%%")
+        if is_switch(key):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=defaults[key], help=text)
+        else:
+            words = choices(key) or None
+            group.add_argument(
+                flag, type=str if words else int, choices=words, default=defaults[key], help=text
+            )
+    return parser
+
+
+def options_from_flags(arguments: argparse.Namespace) -> LmOptions:
+    """Our options out of what Megatron-LM's parser has read.
+
+    Raises:
+        ConfigError: the namespace does not have them, because ``--yaml-cfg`` has replaced it.
+    """
+    missing = [key for key in KEYS if not hasattr(arguments, key)]
+    if missing:
+        raise ConfigError(
+            explain(
+                got="--yaml-cfg, whose file replaces everything on the command line",
+                rule=f"then {', '.join(missing)} cannot be read there",
+                remedy="Give Megatron-LM's arguments as flags",
+            )
+        )
+    return _options({key: getattr(arguments, key) for key in KEYS})
+
+
+def options_from_environment(environment: Mapping[str, str] | None = None) -> LmOptions:
+    """Our options out of ``MLS_CONFIG`` and ``MLS_<KEY>``; default: this process's environment.
+
+    Raises:
+        ConfigError: a file that cannot be read, a value of another type, or a key that is Megatron-LM's.
+    """
+    variables = os.environ if environment is None else environment
+    layers: list[Mapping[str, Entry]] = []
+    if variables.get(FILE_VARIABLE):
+        layers.append(read_yaml(Path(variables[FILE_VARIABLE])))
+        for key, entry in layers[0].items():
+            if key not in KEYS:
+                raise ConfigError(
+                    explain(
+                        got=f"{key!r} ({entry.origin})",
+                        rule=f"{FILE_VARIABLE} holds the keys {', '.join(KEYS)}",
+                        remedy="Give the others to Megatron-LM as its own flags",
+                    )
+                )
+    names = {key: f"{PREFIX}{key.upper()}" for key in KEYS}
+    layers.append(
+        {
+            key: Entry(variables[name], f"environment variable {name}")
+            for key, name in names.items()
+            if name in variables
+        }
+    )
+    flat = to_flat(from_entries(layers))
+    return _options({key: flat[key] for key in KEYS})
+
+
+def _options(values: Mapping[str, Any]) -> LmOptions:
+    of_context = {key: value for key, value in values.items() if key != "keep_attention_on_recompute"}
+    return LmOptions(
+        context=replace(ContextParallelConfig(), **of_context),
+        keep_attention_on_recompute=values["keep_attention_on_recompute"],
+    )

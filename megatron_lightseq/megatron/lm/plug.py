@@ -1,0 +1,280 @@
+"""LightSeq attention put into a running Megatron-LM: attention, batches, positions.
+
+One :class:`Plug` a process. It replaces the seams of :mod:`megatron_lightseq.megatron.lm.seams`; until it has
+options, and with ``cp_method megatron``, every replacement does what the original does.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_lightseq.attention import AttentionStats
+from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.config.chosen import with_chosen_layout
+from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.megatron.batch import adopt_layout, shard_batch
+from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
+from megatron_lightseq.megatron.lm import cpu, seams
+from megatron_lightseq.megatron.lm.options import LmOptions, add_flags, options_from_flags
+from megatron_lightseq.megatron.lm.refusals import check_arguments
+from megatron_lightseq.megatron.lm.seams import Replacements, Seam
+
+Batch = dict[str, Any]
+
+
+class Plug:
+    """What is replaced in this process, and the options by which the replacements act."""
+
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        """``on_cpu``: :func:`megatron_lightseq.megatron.lm.cpu.activate` has been called."""
+        self.on_cpu = on_cpu
+        self.options: LmOptions | None = None
+        """None until they are known."""
+        self.stats = AttentionStats()
+        """Attention forwards, bytes and waiting time of this rank, over all layers."""
+        self._settings: CoreAttentionSettings | None = None
+        self._replacements = Replacements()
+        self._models = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether models built from now on get our attention."""
+        return self.options is not None and self.options.active
+
+    @property
+    def settings(self) -> CoreAttentionSettings:
+        """What every layer's attention is built with."""
+        assert self._settings is not None, "configure() comes first"
+        return self._settings
+
+    def configure(self, options: LmOptions, arguments: Any) -> None:
+        """Take the options of a run; called again with the same ones, it changes nothing.
+
+        Args:
+            options: ours.
+            arguments: Megatron-LM's namespace.
+
+        Raises:
+            UnsupportedError: Megatron-LM is asked for something that our attention would have to ignore.
+            ConfigError: another run has configured this process before.
+        """
+        if options.active:
+            check_arguments(arguments)
+        settings = core_attention_settings(options, arguments, self.stats)
+        if self._settings is None:
+            self.options, self._settings = options, settings
+        elif settings != self._settings:
+            raise ConfigError(
+                explain(
+                    got=f"LightSeq options {options} after {self.options}",
+                    rule="one process trains with one set of them",
+                    remedy="Start another process",
+                )
+            )
+
+    def wire_flags(self) -> None:
+        """Add our flags to Megatron-LM's, and take the options when it parses them."""
+        if self.on_cpu:
+            self._replacements.replace(seams.ARGUMENTS, cpu.with_defaults)
+        self._replacements.replace(seams.ARGUMENTS, _with_flags)
+        self._replacements.replace(seams.PARSE, self._parsing)
+
+    def wire_model(self) -> None:
+        """Put our attention into layers, and our layout into batches and models.
+
+        Raises:
+            UnsupportedError: this Megatron lacks one of the seams.
+        """
+        self._replacements.replace(seams.LOCAL_ATTENTION, self._attention)
+        if _importable(seams.TE_ATTENTION):
+            self._replacements.replace(seams.TE_ATTENTION, self._attention)
+        self._replacements.replace(seams.BATCH, self._cutting)
+        self._replacements.replace(seams.MODEL, self._adopting)
+
+    def remove(self) -> None:
+        """Undo everything; models that were built keep their attention."""
+        self._replacements.undo()
+
+    def _parsing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def parse_args(*args: Any, **kwargs: Any) -> Any:
+            arguments = original(*args, **kwargs)
+            if self.on_cpu:
+                cpu.check_backend(arguments)
+            self.configure(options_from_flags(arguments), arguments)
+            return arguments
+
+        return parse_args
+
+    def _attention(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def core_attention(provider: Any) -> Any:
+            if not self.active:
+                return original(provider)
+            return ModuleSpec(module=LightSeqCoreAttention, params={"settings": self.settings})
+
+        return core_attention
+
+    def _cutting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def get_batch_on_this_cp_rank(batch: Batch, *args: Any, **kwargs: Any) -> Batch:
+            given = signature.bind(batch, *args, **kwargs).arguments
+            group = given.get("cp_group") or parallel_state.get_context_parallel_group()
+            if not self.active or group.size() == 1:
+                return original(batch, *args, **kwargs)
+            if not self._models:
+                raise _no_model()
+            return self.cut(batch, group, given)
+
+        return get_batch_on_this_cp_rank
+
+    def cut(self, batch: Batch, group: torch.distributed.ProcessGroup, given: dict[str, Any]) -> Batch:
+        """This rank's part of a batch, cut by the layout of the attention.
+
+        Args:
+            batch: as Megatron-LM's ``get_batch_on_this_cp_rank`` gets it.
+            group: the context-parallel ranks.
+            given: the other arguments of that function.
+
+        Raises:
+            UnsupportedError: packed sequences, or a group chosen sample by sample.
+        """
+        packing = [name for name in ("is_hybrid_cp", "use_per_sequence_balancing") if given.get(name)]
+        packing += [name for name in _PACKING_ENTRIES if batch.get(name) is not None]
+        if packing:
+            raise UnsupportedError(
+                explain(
+                    got=f"a batch with {', '.join(packing)}",
+                    rule="LightSeq cuts batches of unpacked sequences over the whole context-parallel group",
+                    remedy="Train on unpacked sequences, or use --cp-method megatron",
+                )
+            )
+        layout = SequenceLayout(self.settings.layout, group.size())
+        return shard_batch(batch, layout, group.rank())
+
+    def _adopting(self, original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def __init__(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            original(model, *args, **kwargs)
+            if self.active:
+                self.adopt(model)
+
+        return __init__
+
+    def adopt(self, model: torch.nn.Module) -> None:
+        """Make a finished model follow the layout of its attention.
+
+        Raises:
+            UnsupportedError: layers of the model have another attention than ours.
+        """
+        attentions = [
+            module._modules["core_attention"] for module in model.modules() if _has_attention(module)
+        ]
+        others = {type(attention).__name__ for attention in attentions} - {LightSeqCoreAttention.__name__}
+        if others:
+            raise UnsupportedError(
+                explain(
+                    got=f"a {type(model).__name__} with {', '.join(sorted(others))}",
+                    rule="all layers must have LightSeq attention, which this model's specification does not take "
+                    "from where it is put",
+                    remedy="Leave --spec out, or use --cp-method megatron",
+                )
+            )
+        self._models += 1
+        if attentions:  # a pipeline stage may hold the embedding or the output layer alone
+            adopt_layout(model)
+
+
+_PACKING_ENTRIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
+
+
+def core_attention_settings(
+    options: LmOptions, arguments: Any, stats: AttentionStats
+) -> CoreAttentionSettings:
+    """What layers are built with: our options, and the kinds that Megatron-LM's ``--cp-comm-type`` names.
+
+    Args:
+        options: ours.
+        arguments: Megatron-LM's namespace; its hierarchical sizes say how many ranks exchange heads.
+        stats: where all layers count.
+    """
+    context = options.context
+    comm_types = tuple(getattr(arguments, "cp_comm_type", None) or ())
+    inner = getattr(arguments, "hierarchical_context_parallel_sizes", None)
+    return CoreAttentionSettings(
+        method=context.method_name,
+        comm_types=comm_types,
+        ulysses_size=context.cp_ulysses_size or (inner[0] if inner else None),
+        layout=_layout(options, arguments),
+        kernel=context.cp_kernel,
+        overlap=context.cp_overlap,
+        keep_on_recompute=options.keep_attention_on_recompute,
+        stats=stats,
+    )
+
+
+def _layout(options: LmOptions, arguments: Any) -> str:
+    """The layout that was asked for or balances the method; ``auto`` is predicted as ``lightseq pretrain`` does."""
+    names = (
+        "num_attention_heads",
+        "hidden_size",
+        "kv_channels",
+        "seq_length",
+        "micro_batch_size",
+        "bf16",
+        "tensor_model_parallel_size",
+        "context_parallel_size",
+    )
+    given = {name: getattr(arguments, name, None) for name in names}
+    grouped = getattr(arguments, "group_query_attention", False)
+    config = with_values(
+        PretrainConfig(),
+        cp_method=options.context.cp_method,
+        cp_layout=options.context.cp_layout,
+        num_query_groups=arguments.num_query_groups if grouped else None,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return with_chosen_layout(config).context.layout_name
+
+
+def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_megatron_arguments(parser: Any) -> Any:
+        return add_flags(original(parser))
+
+    return add_megatron_arguments
+
+
+def _has_attention(module: torch.nn.Module) -> bool:
+    return module._modules.get("core_attention") is not None
+
+
+def _importable(seam: Seam) -> bool:
+    """Whether Megatron's adapters of Transformer Engine can be imported; a broken one raises anything."""
+    try:
+        seam.find()
+    except UnsupportedError:
+        raise
+    except Exception:  # noqa: BLE001 - without Transformer Engine there is nothing to replace
+        return False
+    return True
+
+
+def _no_model() -> UnsupportedError:
+    return UnsupportedError(
+        explain(
+            got="a batch for context-parallel ranks before any GPTModel was built",
+            rule="LightSeq attention is put into Megatron's GPTModel, and this program trains something else",
+            remedy="Use --cp-method megatron, or megatron_lightseq.gpt_layer_spec in a program of your own",
+        )
+    )
