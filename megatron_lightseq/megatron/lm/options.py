@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,11 @@ from megatron_lightseq.config import ContextParallelConfig, PretrainConfig, to_f
 from megatron_lightseq.config.load import from_entries
 from megatron_lightseq.config.sections import RecomputeConfig
 from megatron_lightseq.config.strict_yaml import Entry, read_yaml
-from megatron_lightseq.config.typed import choices, field_docstrings, is_switch
+from megatron_lightseq.config.typed import choices, describe, field_docstrings, is_switch
 from megatron_lightseq.errors import ConfigError, explain
 
 KEYS = (
-    "cp_method",
-    "cp_ulysses_size",
-    "cp_layout",
-    "cp_overlap",
-    "cp_kernel",
+    *(entry.name for entry in fields(ContextParallelConfig) if entry.name != "cp_comm_type"),
     "keep_attention_on_recompute",
 )
 """The keys that are ours; all others, ``cp_comm_type`` among them, are Megatron-LM's own arguments."""
@@ -60,9 +56,13 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if is_switch(key):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=defaults[key], help=text)
         else:
-            words = choices(key) or None
+            of_words = "integer" not in describe(key)
             group.add_argument(
-                flag, type=str if words else int, choices=words, default=defaults[key], help=text
+                flag,
+                type=str if of_words else int,
+                choices=choices(key) or None,
+                default=defaults[key],
+                help=text,
             )
     return parser
 

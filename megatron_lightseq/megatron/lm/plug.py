@@ -16,8 +16,6 @@ from megatron.core import parallel_state
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_lightseq.attention import AttentionStats
-from megatron_lightseq.config import PretrainConfig, with_values
-from megatron_lightseq.config.chosen import with_chosen_layout
 from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.batch import adopt_layout, shard_batch
@@ -26,6 +24,7 @@ from megatron_lightseq.megatron.lm import cpu, seams
 from megatron_lightseq.megatron.lm.options import LmOptions, add_flags, options_from_flags
 from megatron_lightseq.megatron.lm.refusals import check_arguments
 from megatron_lightseq.megatron.lm.seams import Replacements, Seam
+from megatron_lightseq.megatron.lm.settings import core_attention_settings
 
 Batch = dict[str, Any]
 
@@ -64,7 +63,8 @@ class Plug:
 
         Raises:
             UnsupportedError: Megatron-LM is asked for something that our attention would have to ignore.
-            ConfigError: another run has configured this process before.
+            ConfigError: our options do not fit together or to Megatron-LM's; or another run has configured this
+                process before.
         """
         if options.active:
             check_arguments(arguments)
@@ -110,6 +110,10 @@ class Plug:
             if self.on_cpu:
                 cpu.check_backend(arguments)
             self.configure(options_from_flags(arguments), arguments)
+            if self.active and len(arguments.cp_comm_type) > 1:
+                # Read above, one for each layer. Megatron-Core until 0.16 counts layers from 1 in this list, and
+                # fails at the last one.
+                arguments.cp_comm_type = ["p2p"]
             return arguments
 
         return parse_args
@@ -164,7 +168,7 @@ class Plug:
 
     def _adopting(self, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
-        def __init__(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        def __init__(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
             original(model, *args, **kwargs)
             if self.active:
                 self.adopt(model)
@@ -196,55 +200,6 @@ class Plug:
 
 
 _PACKING_ENTRIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
-
-
-def core_attention_settings(
-    options: LmOptions, arguments: Any, stats: AttentionStats
-) -> CoreAttentionSettings:
-    """What layers are built with: our options, and the kinds that Megatron-LM's ``--cp-comm-type`` names.
-
-    Args:
-        options: ours.
-        arguments: Megatron-LM's namespace; its hierarchical sizes say how many ranks exchange heads.
-        stats: where all layers count.
-    """
-    context = options.context
-    comm_types = tuple(getattr(arguments, "cp_comm_type", None) or ())
-    inner = getattr(arguments, "hierarchical_context_parallel_sizes", None)
-    return CoreAttentionSettings(
-        method=context.method_name,
-        comm_types=comm_types,
-        ulysses_size=context.cp_ulysses_size or (inner[0] if inner else None),
-        layout=_layout(options, arguments),
-        kernel=context.cp_kernel,
-        overlap=context.cp_overlap,
-        keep_on_recompute=options.keep_attention_on_recompute,
-        stats=stats,
-    )
-
-
-def _layout(options: LmOptions, arguments: Any) -> str:
-    """The layout that was asked for or balances the method; ``auto`` is predicted as ``lightseq pretrain`` does."""
-    names = (
-        "num_attention_heads",
-        "hidden_size",
-        "kv_channels",
-        "seq_length",
-        "micro_batch_size",
-        "bf16",
-        "tensor_model_parallel_size",
-        "context_parallel_size",
-    )
-    given = {name: getattr(arguments, name, None) for name in names}
-    grouped = getattr(arguments, "group_query_attention", False)
-    config = with_values(
-        PretrainConfig(),
-        cp_method=options.context.cp_method,
-        cp_layout=options.context.cp_layout,
-        num_query_groups=arguments.num_query_groups if grouped else None,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    return with_chosen_layout(config).context.layout_name
 
 
 def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
