@@ -68,10 +68,10 @@ class Plug:
         """
         if options.active:
             check_arguments(arguments)
-        settings = core_attention_settings(options, arguments, self.stats)
-        if self._settings is None:
+        settings = core_attention_settings(options, arguments, self.stats) if options.active else None
+        if self.options is None:
             self.options, self._settings = options, settings
-        elif settings != self._settings:
+        elif (options.active, settings) != (self.active, self._settings):
             raise ConfigError(
                 explain(
                     got=f"LightSeq options {options} after {self.options}",

@@ -1,0 +1,85 @@
+"""The launcher, around a checkout with a stand-in for Megatron-LM's training program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lightseq.cli import run
+from tests.megatron import fake_lm
+from tests.packaging.fakes import ROOT
+
+needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on machines without a GPU")
+
+
+def lightseq(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m megatron_lightseq`` in an interpreter of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-m", "megatron_lightseq", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+@needs_cpu
+def test_an_unmodified_script_runs_wired_on_the_cpu(tmp_path: Path) -> None:
+    script = fake_lm.checkout(tmp_path)
+    flags = ("--seq-length", "96", "--cp-method", "ring", "--attention-dropout", "0")
+    done = lightseq("megatron-lm", str(script), *flags)
+    assert done.returncode == 0, done.stderr
+    assert "torch sees no CUDA device, so Megatron-LM runs on the CPU, over gloo" in done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert (seen["device"], seen["wired"], seen["module"]) == ("cpu", True, "__main__")
+    assert seen["argv"] == list(flags)
+    assert (seen["args"]["cp_method"], seen["args"]["seq_length"]) == ("ring", 96)
+    assert (seen["args"]["transformer_impl"], seen["args"]["distributed_backend"]) == ("local", "gloo")
+
+
+@needs_cpu
+def test_refusals_end_the_launcher_with_a_message_and_status_2(tmp_path: Path) -> None:
+    done = lightseq("megatron-lm", str(fake_lm.checkout(tmp_path)), "--fp16", "--attention-dropout", "0")
+    assert done.returncode == 2
+    assert (
+        "lightseq megatron-lm: --fp16: LightSeq attention computes in fp32 and bf16. Use --bf16."
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+@needs_cpu
+def test_a_checkout_without_a_seam_is_refused_by_name(tmp_path: Path) -> None:
+    script = fake_lm.checkout(tmp_path)
+    arguments = tmp_path / "megatron" / "training" / "arguments.py"
+    arguments.write_text(arguments.read_text().replace("def add_megatron_arguments", "def add_arguments"))
+    done = lightseq("megatron-lm", str(script))
+    assert done.returncode == 2
+    assert (
+        "has no megatron.training.arguments.add_megatron_arguments: it is where our flags join" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/pretrain_gpt.py"], "nowhere/pretrain_gpt.py: there is no such file"),
+        ([__file__], "no megatron/training beside it"),
+        (["--cp-method", "ring"], "'--cp-method' where the script is expected: the script comes first"),
+    ],
+)
+def test_what_is_no_script_of_megatron_lm_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["megatron-lm", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_names_our_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["megatron-lm", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "pretrain_gpt.py" in shown
+    assert "--cp-method" in shown
+    assert run(["megatron-lm"]) == 2

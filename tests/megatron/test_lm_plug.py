@@ -1,0 +1,407 @@
+"""What the plug replaces in Megatron-LM, in every signature that its versions have, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lightseq.errors import ConfigError, UnsupportedError
+from megatron_lightseq.layout import SequenceLayout
+from tests.megatron import fake_lm
+
+CP_SIZE, RANK = 3, 1
+
+
+class Group:
+    """A process group as far as cutting batches goes."""
+
+    def __init__(self, size: int = CP_SIZE) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return RANK
+
+
+@pytest.fixture
+def plug() -> Iterator[Any]:
+    from megatron_lightseq.megatron.lm.plug import Plug
+
+    made = Plug()
+    yield made
+    made.remove()
+
+
+def configured(plug: Any, *flags: str) -> Any:
+    from megatron_lightseq.megatron.lm.options import add_flags, options_from_flags
+
+    arguments = add_flags(argparse.ArgumentParser()).parse_args(flags)
+    plug.configure(options_from_flags(arguments), arguments)
+    return plug
+
+
+# --- seams --------------------------------------------------------------------------------------------------------
+
+
+def test_every_seam_of_the_core_is_in_the_installed_one() -> None:
+    from megatron_lightseq.megatron.lm.seams import BATCH, LOCAL_ATTENTION, MODEL, SEAMS, TE_ATTENTION
+
+    for seam in (BATCH, LOCAL_ATTENTION, MODEL, TE_ATTENTION):
+        owner, attribute = seam.find()
+        assert callable(getattr(owner, attribute))
+    assert len({seam.path for seam in SEAMS}) == len(SEAMS)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("megatron.core.models.nowhere", "X"),
+        ("megatron.core.utils", "cut_no_batch"),
+        ("megatron.core.models.backends", "NoProvider.core_attention"),
+        ("megatron.training.arguments", "add_megatron_arguments"),
+    ],
+)
+def test_a_missing_seam_is_named_with_version_and_remedy(module: str, name: str) -> None:
+    import megatron.core
+
+    from megatron_lightseq.megatron.lm.seams import Seam
+
+    seam = Seam(module=module, name=name, purpose="something is done")
+    with pytest.raises(UnsupportedError) as caught:
+        seam.find()
+    assert f"this Megatron-LM ({megatron.core.__version__} in " in str(caught.value)
+    assert f"has no {module}.{name}: it is where something is done; supported are core_v0.14.0" in str(
+        caught.value
+    )
+
+
+def test_a_seam_whose_module_misses_a_package_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lightseq.megatron.lm import seams
+
+    def failing(name: str) -> ModuleType:
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    monkeypatch.setattr(seams.importlib, "import_module", failing)
+    with pytest.raises(ModuleNotFoundError, match="triton"):
+        seams.BATCH.find()
+
+
+def test_replacements_reach_every_module_that_holds_the_name_and_are_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron_lightseq.megatron.lm import seams
+
+    fake_lm.modules(monkeypatch)
+    initialize, arguments = sys.modules["megatron.training.initialize"], seams.PARSE.find()[0]
+    original = arguments.parse_args
+    assert initialize.parse_args is original
+    replacements = seams.Replacements()
+    replacements.replace(seams.PARSE, lambda before: lambda: before)
+    assert initialize.parse_args is arguments.parse_args
+    assert initialize.parse_args() is original
+    replacements.undo()
+    assert initialize.parse_args is arguments.parse_args is original
+
+
+# --- flags --------------------------------------------------------------------------------------------------------
+
+
+def wired(plug: Any, monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
+    """Parse a command line as Megatron-LM's initialisation does, with our flags registered."""
+    fake_lm.modules(monkeypatch)
+    plug.wire_flags()
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags])
+    return sys.modules["megatron.training.initialize"].parse_args()
+
+
+def test_our_flags_stand_beside_megatrons(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = wired(
+        plug, monkeypatch, "--seq-length", "96", "--cp-method", "ring", "--attention-dropout", "0"
+    )
+    assert (arguments.seq_length, arguments.cp_method) == (96, "ring")
+    assert plug.active
+    assert plug.settings.method == "ring"
+
+
+def test_unknown_flags_are_still_refused(
+    plug: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        wired(plug, monkeypatch, "--cp-methods", "ring")
+    assert "unrecognized arguments: --cp-methods" in capsys.readouterr().err
+
+
+def test_what_would_be_ignored_is_refused_when_it_is_parsed(
+    plug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"--attention-dropout 0\.1: .*Give --attention-dropout 0"):
+        wired(plug, monkeypatch)
+    with pytest.raises(UnsupportedError, match=r"--reset-attention-mask: .*across documents"):
+        wired(plug, monkeypatch, "--attention-dropout", "0", "--reset-attention-mask")
+    with pytest.raises(ConfigError, match=r"--yaml-cfg"):
+        wired(plug, monkeypatch, "--yaml-cfg", "x.yaml")
+
+
+def test_the_baseline_may_do_what_we_refuse(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wired(plug, monkeypatch, "--cp-method", "megatron", "--reset-attention-mask", "--cp-comm-type", "a2a")
+    assert not plug.active
+
+
+def test_kinds_of_single_layers_are_taken_over(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = wired(plug, monkeypatch, "--attention-dropout", "0", "--cp-comm-type", "p2p", "a2a")
+    assert plug.settings.comm_types == ("p2p", "a2a")
+    assert arguments.cp_comm_type == ["p2p"]
+
+
+def test_options_may_be_read_twice_but_not_changed(plug: Any) -> None:
+    configured(configured(plug, "--cp-method", "ring"), "--cp-method", "ring")
+    with pytest.raises(ConfigError, match=r"one process trains with one set"):
+        configured(plug, "--cp-method", "mesh")
+
+
+def test_the_cpu_has_defaults_of_its_own_and_gloo_only(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plug.on_cpu = True
+    arguments = wired(plug, monkeypatch, "--attention-dropout", "0")
+    assert (arguments.distributed_backend, arguments.transformer_impl) == ("gloo", "local")
+    assert not arguments.apply_rope_fusion
+    assert not hasattr(arguments, "masked_softmax_fusion"), "only defaults of arguments that this version has"
+    with pytest.raises(ConfigError, match=r"--distributed-backend nccl .*without a CUDA device.*gloo"):
+        wired(plug, monkeypatch, "--attention-dropout", "0", "--distributed-backend", "nccl")
+
+
+# --- batches, in the signatures of all versions -------------------------------------------------------------------
+
+
+def cut_0_14(batch: dict[str, Any]) -> Any:
+    return "megatron's"
+
+
+def cut_0_16(batch: dict[str, Any], cp_group: Any = None) -> Any:
+    return "megatron's"
+
+
+def cut_0_18(
+    batch: dict[str, Any], is_hybrid_cp: bool, cp_group: Any = None, hybrid_cp_group_func: Any = None
+) -> Any:
+    return "megatron's"
+
+
+def cut_0_19(
+    batch: dict[str, Any],
+    is_hybrid_cp: bool,
+    cp_group: Any = None,
+    hybrid_cp_group_func: Any = None,
+    use_per_sequence_balancing: bool = False,
+) -> Any:
+    return "megatron's"
+
+
+NEWER = {"is_hybrid_cp": False, "cp_group": Group(), "hybrid_cp_group_func": None}
+CALLS: list[tuple[Any, dict[str, Any]]] = [
+    (cut_0_14, {}),
+    (cut_0_16, {}),
+    (cut_0_16, {"cp_group": Group()}),
+    (cut_0_18, NEWER),
+    (cut_0_19, {**NEWER, "use_per_sequence_balancing": False}),
+]
+
+
+def batch() -> dict[str, Any]:
+    tokens = torch.arange(12).expand(2, -1)
+    return {"tokens": tokens, "labels": tokens + 1, "attention_mask": None, "cu_seqlens": None}
+
+
+@pytest.fixture
+def cutter(plug: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The plug with options, a model, and a context-parallel group in Megatron's global state."""
+    from megatron.core import parallel_state
+
+    monkeypatch.setattr(parallel_state, "get_context_parallel_group", lambda: Group())
+    plug._models = 1
+    return configured(plug, "--cp-method", "lightseq")
+
+
+@pytest.mark.parametrize(("original", "options"), CALLS)
+def test_batches_are_cut_by_our_layout_in_every_version(
+    cutter: Any, original: Any, options: dict[str, Any]
+) -> None:
+    cut = cutter._cutting(original)(batch(), **options)
+    expected = SequenceLayout.contiguous(CP_SIZE).positions(RANK, 12)
+    assert list(cut) == list(batch()), "0.14 unpacks the values in their order"
+    assert cut["tokens"].tolist() == [list(expected)] * 2
+    assert cut["labels"].tolist() == [[position + 1 for position in expected]] * 2
+    assert cut["cu_seqlens"] is None
+
+
+def test_one_rank_and_the_baseline_keep_megatrons_cut(cutter: Any, plug: Any) -> None:
+    assert cutter._cutting(cut_0_16)(batch(), cp_group=Group(1)) == "megatron's"
+    plug.options = None
+    assert plug._cutting(cut_0_16)(batch(), cp_group=Group()) == "megatron's"
+
+
+@pytest.mark.parametrize(
+    ("entries", "options", "named"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 6, 12])}, {}, "cu_seqlens"),
+        ({"local_cp_size": torch.tensor(2)}, {}, "local_cp_size"),
+        ({}, {"is_hybrid_cp": True}, "is_hybrid_cp"),
+        ({}, {"use_per_sequence_balancing": True}, "use_per_sequence_balancing"),
+    ],
+)
+def test_packed_batches_are_refused_by_name(
+    cutter: Any, entries: dict[str, Any], options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=rf"a batch with {named}: .*unpacked sequences"):
+        cutter._cutting(cut_0_19)({**batch(), **entries}, **{**NEWER, **options})
+
+
+def test_a_program_without_a_gpt_model_is_refused(cutter: Any) -> None:
+    cutter._models = 0
+    with pytest.raises(UnsupportedError, match=r"before any GPTModel was built.*trains something else"):
+        cutter._cutting(cut_0_16)(batch(), cp_group=Group())
+
+
+# --- layers and models --------------------------------------------------------------------------------------------
+
+
+def gpt(spec: Any = None) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from tests.megatron.test_core_attention import transformer_config
+
+    return GPTModel(
+        transformer_config(), spec or get_gpt_layer_local_spec(), vocab_size=64, max_sequence_length=32
+    )
+
+
+def core_attentions(model: Any) -> set[str]:
+    return {type(layer.self_attention.core_attention).__name__ for layer in model.decoder.layers}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_models_of_megatrons_own_specification_get_our_attention_until_it_is_removed(plug: Any) -> None:
+    plug.wire_model()
+    assert core_attentions(gpt()) == {"DotProductAttention"}, "there are no options yet"
+    configured(plug, "--cp-method", "ring")
+    model = gpt()
+    assert core_attentions(model) == {"LightSeqCoreAttention"}
+    assert all(layer.self_attention.core_attention.layout_adopted for layer in model.decoder.layers)
+    assert model.decoder.layers[0].self_attention.core_attention.method == "ring"
+    plug.remove()
+    assert core_attentions(gpt()) == {"DotProductAttention"}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_experts_latent_attention_and_transformer_engine_take_it_from_the_same_place(plug: Any) -> None:
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    configured(plug).wire_model()
+    for options in ({}, {"num_experts": 2}, {"multi_latent_attention": True}):
+        attention = get_gpt_layer_local_spec(**options).submodules.self_attention.submodules
+        assert attention.core_attention.module.__name__ == "LightSeqCoreAttention", options
+    assert TESpecProvider().core_attention().params["settings"] is plug.settings
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_specification_that_brings_its_own_attention_is_refused(plug: Any) -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    own = get_gpt_layer_local_spec()
+    configured(plug).wire_model()
+    with pytest.raises(
+        UnsupportedError, match=r"a GPTModel with DotProductAttention: all layers must.*--spec"
+    ):
+        gpt(own)
+
+
+# --- --spec -------------------------------------------------------------------------------------------------------
+
+
+def spec_arguments(**changes: Any) -> SimpleNamespace:
+    values = {
+        "transformer_impl": "local",
+        "num_experts": None,
+        "normalization": "RMSNorm",
+        "qk_layernorm": True,
+        "multi_latent_attention": False,
+        "attention_dropout": 0.0,
+        "cp_comm_type": ["p2p"],
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+@pytest.fixture
+def spec_route(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """``megatron.training.get_args`` answers; what the specification switched on is undone afterwards."""
+    from megatron_lightseq.megatron import lm
+    from megatron_lightseq.megatron.lm import layers_spec
+    from megatron_lightseq.megatron.lm.plug import Plug
+
+    package = fake_lm.modules(monkeypatch)
+    plugs: list[Plug] = []
+
+    def remembered() -> Plug:
+        plugs.append(Plug())
+        return plugs[-1]
+
+    monkeypatch.setattr(layers_spec, "Plug", remembered)
+
+    def read(**changes: Any) -> Any:
+        package.get_args = lambda: spec_arguments(**changes)
+        # as megatron.core.transformer.spec_utils.import_module does
+        return vars(__import__("megatron_lightseq.megatron.lm", fromlist=["layers"]))["layers"]
+
+    yield read
+    vars(lm).pop("layers", None)
+    for plug in plugs:
+        plug.remove()
+
+
+def test_spec_gives_a_finished_layer_before_0_19(spec_route: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLS_CP_METHOD", "ulysses")
+    spec = spec_route()
+    model = gpt(spec)
+    assert core_attentions(model) == {"LightSeqCoreAttention"}
+    attention = model.decoder.layers[0].self_attention
+    assert attention.core_attention.method == "ulysses"
+    assert attention.core_attention.layout_adopted
+    assert type(attention.q_layernorm).__name__ != "IdentityOp", "the other arguments are Megatron-LM's"
+
+
+def test_spec_gives_a_function_from_0_19(spec_route: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = ModuleType("megatron.training.models.gpt")
+    models.default_layer_spec = lambda config, vp_stage=None: config  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron.training.models", ModuleType("megatron.training.models"))
+    monkeypatch.setitem(sys.modules, models.__name__, models)
+    assert spec_route() is models.default_layer_spec
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"num_experts": 2, "virtual_pipeline_model_parallel_size": 2}, "--num-experts with an interleaved"),
+    ],
+)
+def test_spec_refuses_what_one_specification_cannot_say(
+    spec_route: Any, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=rf"{named}.* with --spec.*before 0\.19.*the launcher"):
+        spec_route(**changes)
+
+
+def test_the_package_has_no_other_names() -> None:
+    from megatron_lightseq.megatron import lm
+
+    with pytest.raises(AttributeError, match="has no attribute 'layer'"):
+        lm.layer  # noqa: B018
