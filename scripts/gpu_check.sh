@@ -1,20 +1,27 @@
 #!/usr/bin/env bash
 # Everything about the CUDA kernels that only a GPU can show, in one command of under nine minutes:
 #
-#   bash scripts/gpu_check.sh [FOLDER]        results go to FOLDER (default: benchmarks/results/<device>-<commit>)
+#   bash scripts/gpu_check.sh [--only STAGE,STAGE] [FOLDER]
 #
-# 1. builds the extension with CUDA; 2. compares every primitive with the emulator's vectors, bit for bit; 3. compares
-# forward and backward with fp64, and two ranks on one GPU; 4. runs small tiles under compute-sanitizer; 5. times the
-# kernels against torch's. It stops at the first thing that is wrong: numbers of wrong kernels are worth nothing.
+# Stages: build the extension; compare every primitive with the emulator's vectors, bit for bit; compare forward and
+# backward with fp64; two ranks on one GPU; small tiles under compute-sanitizer; time the kernels against torch's; run
+# what later GPUs would run, compiled from PTX. Every stage has a limit of its own. One that fails or runs out of time is
+# reported and the others still run; the exit status is 0 only when none did. FOLDER (default:
+# benchmarks/results/<device>-<commit>) gets log.txt, gpu.json and gpu.md.
 #
-# Needs a PyTorch built for CUDA, nvcc, and a GPU of compute capability 8.0 or later. It uses the Python on PATH
-# (PYTHON=... chooses another) and installs nothing.
+# Needs a PyTorch built for CUDA, pytest, nvcc, and a GPU of compute capability 8.0 or later; without nvcc an extension
+# that was built elsewhere with MLS_CUDA=1 serves. It uses the Python on PATH (PYTHON=... chooses another) and installs
+# nothing. Where there is no git history, GPU_CHECK_COMMIT says what is being measured.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 PYTHON=${PYTHON:-python3}
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+
+# name:seconds, in order. Together less than nine minutes.
+STAGES=(build:90 primitives:30 correctness:90 ranks:40 memcheck:50 bench:160 racecheck:40 later-gpus:30)
+BENCH_SECONDS=120 # after which it starts nothing new; what it is compiling then has the rest
 
 say() { printf '[gpu_check %3ds] %s\n' "$SECONDS" "$*"; }
 die() {
@@ -22,40 +29,101 @@ die() {
     exit 1
 }
 
+only=all out=''
+while [ $# -gt 0 ]; do
+    case $1 in
+        --only) only=${2:?--only needs the names of stages} && shift ;;
+        -*) die "unknown option $1. Usage: bash scripts/gpu_check.sh [--only STAGE,STAGE] [FOLDER]" ;;
+        *) out=$1 ;;
+    esac
+    shift
+done
+names=${STAGES[*]%%:*}
+for name in ${only//,/ }; do
+    case " all $names " in
+        *" $name "*) ;;
+        *) die "there is no stage $name. The stages are: $names" ;;
+    esac
+done
+
+# Sets the array `command` to what a stage runs, or empties it and says why in `reason`.
+command_of() {
+    local pytest=("$PYTHON" -m pytest -q -m gpu -p no:cacheprovider)
+    reason=''
+    case $1 in
+        build)
+            command=(env MLS_CUDA=1 "$PYTHON" setup.py build_ext --inplace)
+            command -v nvcc >/dev/null ||
+                { command=() && reason='nvcc is not here; what was built elsewhere is checked'; }
+            ;;
+        primitives) command=("${pytest[@]}" tests/cuda/test_calibration.py) ;;
+        correctness) command=("${pytest[@]}" tests/cuda/test_gpu.py) ;;
+        ranks) command=("${pytest[@]}" tests/cuda/test_two_ranks.py) ;;
+        memcheck | racecheck)
+            command=(compute-sanitizer --tool "$1" --error-exitcode 9 "$PYTHON" -m tests.cuda.sanitized)
+            command -v compute-sanitizer >/dev/null || { command=() && reason='compute-sanitizer is not here'; }
+            ;;
+        bench)
+            command=("$PYTHON" -m megatron_lightseq.bench.gpu --out "$out" --seconds "$BENCH_SECONDS"
+                --commit "$commit" --checks "${verdicts[@]}")
+            ;;
+        later-gpus)
+            command=(env CUDA_FORCE_PTX_JIT=1 "${pytest[@]}" tests/cuda/test_gpu.py
+                -k "test_matches_fp64 and 100x77 and bfloat16 and atomic")
+            ;;
+    esac
+}
+
+# Runs a stage within its limit and notes its verdict.
+run_stage() {
+    local name=$1 limit=$2 start=$SECONDS status=0 verdict
+    command_of "$name"
+    if [ ${#command[@]} -eq 0 ]; then
+        verdict="skipped: $reason"
+    else
+        printf '\n===== %s: %s\n' "$name" "${command[*]}" >>"$out/log.txt"
+        timeout -k 5 "$limit" "${command[@]}" >"$out/stage.txt" 2>&1 || status=$?
+        cat "$out/stage.txt" >>"$out/log.txt"
+        case $status in
+            0) verdict=ok ;;
+            124 | 137) verdict="FAILED: not done after $limit s" ;;
+            *) verdict="FAILED: exit status $status" ;;
+        esac
+        # A test that is skipped has shown nothing.
+        if [ "$status" -eq 0 ] && grep -qE '^[0-9]+ (skipped|deselected)' "$out/stage.txt"; then
+            verdict="FAILED: nothing ran"
+        fi
+        [ "$verdict" = ok ] && [ "$name" != bench ] || tail -n 25 "$out/stage.txt"
+        rm -f "$out/stage.txt"
+    fi
+    verdicts+=("$name=$verdict")
+    say "$name: $verdict ($((SECONDS - start)) s)"
+}
+
 "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
     die "$PYTHON has no torch that sees a GPU. Run this on a machine with one, or set PYTHON."
 device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
-out=${1:-benchmarks/results/$device-$commit}
-mkdir -p "$out"
+commit=${GPU_CHECK_COMMIT:-$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)}
+out=${out:-benchmarks/results/$device-${commit:0:10}}
+mkdir -p "$out" || die "cannot write to $out"
+: >"$out/log.txt"
+verdicts=()
+say "$device, commit $commit"
 
-say "building"
-major=$("$PYTHON" -c 'import torch; print("90a" if torch.cuda.get_device_capability() == (9, 0) else "80")')
-MLS_CUDA=1 MLS_CUDA_ARCHS=${MLS_CUDA_ARCHS:-$([ "$major" = 90a ] && echo "90a" || echo "80")} \
-    "$PYTHON" setup.py build_ext --inplace >"$out/build.log" 2>&1 || {
-    tail -20 "$out/build.log"
-    die "the build failed; all of its output is in $out/build.log"
-}
+for stage in "${STAGES[@]}"; do
+    name=${stage%:*} limit=${stage#*:}
+    case ",$only," in
+        ,all, | *",$name,"*) run_stage "$name" "$limit" ;;
+    esac
+    if [ "$name" = build ]; then
+        missing=$("$PYTHON" -c 'from megatron_lightseq.kernels.cuda import missing_cuda; print(missing_cuda() or "")')
+        [ -z "$missing" ] || die "no CUDA kernels to check: $missing. The build's output is in $out/log.txt"
+    fi
+done
 
-say "primitives, bit for bit"
-"$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/cuda/test_calibration.py | tee "$out/calibration.log"
-
-say "kernels against fp64, two ranks on one GPU"
-"$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --timeout 240 tests/cuda/test_gpu.py | tee "$out/correctness.log"
-
-if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-        say "compute-sanitizer $tool"
-        timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m tests.cuda.sanitized \
-            >"$out/$tool.log" 2>&1 || {
-            tail -20 "$out/$tool.log"
-            die "compute-sanitizer $tool: see $out/$tool.log"
-        }
-    done
-else
-    say "compute-sanitizer is not here: SKIPPED"
-fi
-
-say "benchmarks"
-timeout 240 "$PYTHON" -m megatron_lightseq.bench.gpu --out "$out"
-say "done: $out"
+printf '\n'
+printf '  %s\n' "${verdicts[@]}" | tee -a "$out/log.txt"
+case "${verdicts[*]}" in
+    *FAILED*) die "not everything passed; all output is in $out/log.txt" ;;
+esac
+say "nothing failed: $out"

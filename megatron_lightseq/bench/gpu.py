@@ -8,86 +8,35 @@ data. Both ceilings are measured in the same run: a large matrix product and a d
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_lightseq.bench.gpu_contenders import (
+    BACKENDS,
+    RING_STEPS,
+    Contender,
+    Flex,
+    GpuCase,
+    Ours,
+    Sdpa,
+)
+from megatron_lightseq.bench.gpu_report import Measured, Report, environment, write_report
 from megatron_lightseq.kernels.cuda import CudaKernel
-from megatron_lightseq.kernels.registry import TileMask
 
-TOKENS = 16384
-WIDTH = 2048
-RING_STEPS = 4
-SEQ_LENGTHS = (2048, 4096, 8192, 16384, 32768)
-BACKENDS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
-FAR = 1 << 30
+SEQ_LENGTHS = (16384, 2048, 4096, 8192, 32768)
+"""The most telling first: where the time runs out, it is the others that are left out."""
+LEFT_OUT = "left out: the time was up"
+Timer = Callable[[Callable[[], object]], float]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuCase:
-    """One shape: S tokens, H query heads, G key/value heads, B = max(1, 16k / S) sequences, bfloat16."""
-
-    seq_length: int
-    head_dim: int
-    causal: bool
-    kv_share: int
-    """Query heads per key/value head: 1 is MHA."""
-
-    @property
-    def batch(self) -> int:
-        return max(1, TOKENS // self.seq_length)
-
-    @property
-    def heads(self) -> int:
-        return WIDTH // self.head_dim
-
-    @property
-    def forward_flops(self) -> float:
-        whole = 4.0 * self.batch * self.heads * self.seq_length**2 * self.head_dim
-        return whole / 2 if self.causal else whole
-
-    @property
-    def mask(self) -> TileMask:
-        return TileMask(-FAR, 0 if self.causal else FAR)
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, dout in Megatron's (S, B, H, D)."""
-
-        def normal(heads: int) -> Tensor:
-            shape = (self.seq_length, self.batch, heads, self.head_dim)
-            return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-        groups = self.heads // self.kv_share
-        return normal(self.heads), normal(groups), normal(groups), normal(self.heads)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """One contender on one case; seconds are medians, None where it does not run."""
-
-    case: GpuCase
-    contender: str
-    forward_s: float | None
-    backward_s: float | None
-    note: str = ""
-
-    def tflops(self, direction: str) -> float | None:
-        seconds = self.forward_s if direction == "forward" else self.backward_s
-        factor = 1.0 if direction == "forward" else 2.5
-        return None if seconds is None else factor * self.case.forward_flops / seconds / 1e12
-
-
-def median_seconds(run: Callable[[], object], repetitions: int = 10) -> float:
-    """Of one call, by CUDA events, after three calls of warm-up."""
+def event_seconds(run: Callable[[], object], repetitions: int = 10) -> float:
+    """Median of one call by CUDA events, after three calls of warm-up."""
     for _ in range(3):
         run()
     times = []
@@ -101,156 +50,123 @@ def median_seconds(run: Callable[[], object], repetitions: int = 10) -> float:
     return statistics.median(times)
 
 
-def measure_ours(case: GpuCase, *, ring: bool = False) -> Measured:
-    """Our kernel; its backward includes delta, zeroing the fp32 buffers and rounding them to bfloat16.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """Where contenders run, and how long they may take in all."""
 
-    ``ring`` cuts the keys into blocks that are merged through the accumulated state, as a ring of ranks does.
-    """
-    q, k, v, dout = case.tensors()
-    kernel, scale = CudaKernel(), case.head_dim**-0.5
-    out = torch.empty(q.shape, device="cuda")
-    lse = torch.empty(case.batch, case.heads, case.seq_length, device="cuda")
-    grads = [torch.empty(x.shape, device="cuda") for x in (q, k, v)]
-    steps = RING_STEPS if ring else 1
-    width = case.seq_length // steps
+    device: torch.device
+    timer: Timer = event_seconds
+    end: float = float("inf")
+    """On ``clock``: nothing new is started after it."""
+    clock: Callable[[], float] = time.monotonic
 
-    def tiles() -> Iterator[tuple[slice, TileMask]]:
-        for first in range(0, case.seq_length, width):
-            yield slice(first, first + width), TileMask(case.mask.band_lo - first, case.mask.band_hi - first)
-
-    def forward() -> None:
-        for part, mask in tiles():
-            state = {"mask": mask, "softmax_scale": scale, "accumulate": part.start > 0}
-            kernel.forward(q, k[part], v[part], out, lse, **state)
-
-    def backward() -> list[Tensor]:
-        delta = (out * dout).sum(-1).permute(1, 2, 0).contiguous()
-        for grad in grads:
-            grad.zero_()
-        for part, mask in tiles():
-            targets = grads[0], grads[1][part], grads[2][part]
-            kernel.backward(dout, q, k[part], v[part], lse, delta, *targets, mask=mask, softmax_scale=scale)
-        return [grad.bfloat16() for grad in grads]
-
-    return Measured(
-        case=case,
-        contender=f"ours, {steps} blocks" if ring else "ours",
-        forward_s=median_seconds(forward),
-        backward_s=median_seconds(backward),
-    )
-
-
-def measure_torch(case: GpuCase, contender: str) -> Measured:
-    """One backend of scaled_dot_product_attention, or a note on why it does not run."""
-    q, k, v, dout = (x.permute(1, 2, 0, 3).contiguous() for x in case.tensors())
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-
-    def forward() -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=case.causal, enable_gqa=case.kv_share > 1
+    def measure(self, case: GpuCase, contender: Contender) -> Measured:
+        """Both directions of one contender on one case; what does not run is a note, not an end."""
+        seconds: dict[str, float | None] = {"forward": None, "backward": None}
+        note = ""
+        for direction in seconds:
+            if self.clock() > self.end:
+                note = note or LEFT_OUT
+                break
+            try:
+                with contender.settings():
+                    call = getattr(contender, direction)(case, case.tensors(self.device))
+                    seconds[direction] = self.timer(call)
+            except Exception as error:  # noqa: BLE001  backends and compilers refuse in their own ways
+                note = (
+                    note
+                    or f"{direction}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+                )
+        return Measured(
+            case=case,
+            contender=contender.name,
+            rival=not isinstance(contender, Ours),
+            forward_s=seconds["forward"],
+            backward_s=seconds["backward"],
+            note=note,
         )
 
-    try:
-        with sdpa_kernel(BACKENDS[contender]):
-            with torch.no_grad():
-                forward_s = median_seconds(forward)
-            out = forward()
-            backward_s = median_seconds(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
-    except RuntimeError as error:
-        note = str(error).splitlines()[0][:120]
-        return Measured(case=case, contender=contender, forward_s=None, backward_s=None, note=note)
-    return Measured(case=case, contender=contender, forward_s=forward_s, backward_s=backward_s)
+    def measure_sdpa(self, case: GpuCase, backend: str) -> Measured:
+        """A backend of SDPA; where it does not know GQA, with keys and values repeated."""
+        found = self.measure(case, Sdpa(backend))
+        refused = found.forward_s is None and case.kv_share > 1 and found.note != LEFT_OUT
+        return self.measure(case, Sdpa(backend, repeat=True)) if refused else found
+
+    def ceilings(self, matrix: int = 8192, elements: int = 1 << 29) -> dict[str, float]:
+        """TFLOP/s of a large bfloat16 matrix product, TB/s of a copy (bytes read and written)."""
+        a, b = (torch.randn(matrix, matrix, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        source = torch.randn(elements, device=self.device)
+        target = torch.empty_like(source)
+        return {
+            "matmul_tflops": 2 * matrix**3 / self.timer(lambda: a @ b) / 1e12,
+            "copy_tbytes_per_s": 2 * source.nbytes / self.timer(lambda: target.copy_(source)) / 1e12,
+        }
 
 
-def ceilings() -> dict[str, float]:
-    """TFLOP/s of a large bfloat16 matrix product, TB/s of a copy (bytes read and written)."""
-    size = 8192
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source = torch.randn(1 << 29, device="cuda")
-    target = torch.empty_like(source)
-    return {
-        "matmul_tflops": 2 * size**3 / median_seconds(lambda: a @ b) / 1e12,
-        "copy_tbytes_per_s": 2 * source.nbytes / median_seconds(lambda: target.copy_(source)) / 1e12,
-    }
-
-
-def environment() -> dict[str, str]:
-    """What the numbers depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    return {
-        "device": torch.cuda.get_device_name(),
-        "capability": capability,
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
-        "python": platform.python_version(),
-        "commit": commit or "unknown",
-    }
-
-
-def cases(lengths: tuple[int, ...]) -> Iterator[GpuCase]:
-    for head_dim in (64, 128):
-        for causal in (False, True):
-            for kv_share in (1, 4):
-                for seq_length in lengths:
+def cases(lengths: Sequence[int]) -> Iterator[GpuCase]:
+    """Every shape, in the order of the lengths; D = 128 first."""
+    for seq_length in lengths:
+        for head_dim in (128, 64):
+            for causal in (True, False):
+                for kv_share in (1, 4):
                     yield GpuCase(seq_length=seq_length, head_dim=head_dim, causal=causal, kv_share=kv_share)
 
 
-def table(results: list[Measured]) -> str:
-    """Markdown: TFLOP/s, and the ratio of ours to torch's best in the same direction."""
-    lines = [
-        "| D | mask | heads | S | direction | contender | TFLOP/s | to torch's best |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case in dict.fromkeys(one.case for one in results):
-        mine = [one for one in results if one.case == case]
-        for direction in ("forward", "backward"):
-            rivals = [one.tflops(direction) or 0.0 for one in mine if one.contender in BACKENDS]
-            best = max(rivals, default=0.0)
-            for one in mine:
-                rate = one.tflops(direction)
-                ratio = f"{rate / best:.2f}" if rate and best else "-"
-                heads = "MHA" if case.kv_share == 1 else f"GQA {case.kv_share}"
-                shown = one.note if rate is None else f"{rate:.0f}"
-                mask = "causal" if case.causal else "full"
-                shape = (str(case.head_dim), mask, heads, str(case.seq_length))
-                lines.append(f"| {' | '.join((*shape, direction, one.contender, shown, ratio))} |")
-    return "\n".join(lines)
+def run(
+    benchmark: Benchmark,
+    shapes: Sequence[GpuCase],
+    ours: Ours,
+    compiled: Contender,
+    progress: Callable[[list[Measured]], None],
+) -> list[Measured]:
+    """Contenders of a case after one another, so that what disturbs one disturbs all.
 
-
-def run(lengths: tuple[int, ...]) -> list[Measured]:
-    """Every case, contenders after one another so that what disturbs one disturbs all."""
-    results = []
-    for case in cases(lengths):
-        results += [measure_ours(case), *(measure_torch(case, name) for name in BACKENDS)]
-        if case.seq_length == TOKENS:
-            results.append(measure_ours(case, ring=True))
+    The compiled one comes at the end: its compilations take longer than all the rest.
+    """
+    results: list[Measured] = []
+    ring = replace(ours, blocks=RING_STEPS)
+    for case in shapes:
+        results += [benchmark.measure(case, ours), benchmark.measure(case, ring)]
+        results += [benchmark.measure_sdpa(case, backend) for backend in BACKENDS]
+        progress(results)
+    for case in shapes:
+        results.append(benchmark.measure(case, compiled))
+        progress(results)
     return results
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """0 where everything of ours ran; 1 where a case of ours failed; 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="megatron_lightseq.bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     parser.add_argument("--seq-lengths", type=int, nargs="+", default=SEQ_LENGTHS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after these")
+    parser.add_argument("--commit", default="unknown", help="what the report says was measured")
+    parser.add_argument(
+        "--checks",
+        nargs="*",
+        default=[],
+        metavar="NAME=VERDICT",
+        help="what was checked before, for the report",
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
             "megatron_lightseq.bench.gpu: torch sees no GPU here: there is nothing to time.", file=sys.stderr
         )
         return 2
-    results, limits, machine = run(tuple(options.seq_lengths)), ceilings(), environment()
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(one) for one in results]
-    report = {"environment": machine, "ceilings": limits, "results": rows}
-    (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    head = "\n".join(f"- {name}: {value}" for name, value in {**machine, **limits}.items())
-    text = f"{head}\n\n{table(results)}\n"
-    (options.out / "gpu.md").write_text(text)
-    print(text)
-    return 0
+    benchmark = Benchmark(device=torch.device("cuda"), end=time.monotonic() + options.seconds)
+    report = Report(
+        environment=environment(options.commit), ceilings=benchmark.ceilings(), checks=tuple(options.checks)
+    )
+
+    def save(results: list[Measured]) -> None:
+        write_report(report, results, options.out)
+
+    results = run(benchmark, list(cases(options.seq_lengths)), Ours(CudaKernel()), Flex(), save)
+    summary, _, _ = (options.out / "gpu.md").read_text().partition("| D |")
+    print(f"{summary}The table: {options.out / 'gpu.md'}")
+    return int(any(not one.rival and one.note not in ("", LEFT_OUT) for one in results))
 
 
 if __name__ == "__main__":

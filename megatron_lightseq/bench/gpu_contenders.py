@@ -1,0 +1,237 @@
+"""Who takes part in the GPU benchmark: our kernel, torch's fused backends, and torch's Triton kernel (flex_attention).
+
+Shape letters: S tokens, B batch, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.registry import Kernel, TileMask
+
+FAR = 1 << 30
+BACKENDS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
+RING_STEPS = 4
+FLEX_LONGEST = 16384
+"""Tokens: what makes flex_attention's block masks holds S x S indices."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuCase:
+    """One shape: S tokens, H = width / D query heads, B = max(1, tokens / S) sequences, bfloat16."""
+
+    seq_length: int
+    head_dim: int
+    causal: bool
+    kv_share: int
+    """Query heads per key/value head: 1 is MHA."""
+    tokens: int = 16384
+    width: int = 2048
+
+    @property
+    def batch(self) -> int:
+        return max(1, self.tokens // self.seq_length)
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def forward_flops(self) -> float:
+        """Useful operations of forward; backward has 2.5 times as many."""
+        whole = 4.0 * self.batch * self.heads * self.seq_length**2 * self.head_dim
+        return whole / 2 if self.causal else whole
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, dout in Megatron's (S, B, H, D), at random."""
+
+        def normal(heads: int) -> Tensor:
+            shape = (self.seq_length, self.batch, heads, self.head_dim)
+            return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+        groups = self.heads // self.kv_share
+        return normal(self.heads), normal(groups), normal(groups), normal(self.heads)
+
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+Call = Callable[[], object]
+
+
+class Contender(Protocol):
+    """One way to compute attention: what is to be timed, for tensors (S, B, H, D) as :meth:`GpuCase.tensors` makes."""
+
+    @property
+    def name(self) -> str: ...
+
+    def settings(self) -> AbstractContextManager[Any]:
+        """What must be in force while it runs."""
+
+    def forward(self, case: GpuCase, tensors: Tensors) -> Call: ...
+
+    def backward(self, case: GpuCase, tensors: Tensors) -> Call: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """Our kernel on Megatron's layout; backward includes delta, zeroing the fp32 gradients and rounding them.
+
+    With ``blocks`` > 1 the keys come in blocks that are merged through the accumulated state, as on a ring of ranks.
+    """
+
+    kernel: Kernel
+    blocks: int = 1
+
+    @property
+    def name(self) -> str:
+        return "ours" if self.blocks == 1 else f"ours, {self.blocks} blocks"
+
+    def settings(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def _tiles(self, case: GpuCase) -> Iterator[tuple[slice, TileMask]]:
+        width = case.seq_length // self.blocks
+        for first in range(0, case.seq_length, width):
+            yield slice(first, first + width), TileMask(-FAR - first, -first if case.causal else FAR)
+
+    def _state(self, case: GpuCase, q: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.empty(q.shape, device=q.device)
+        return out, torch.empty(case.batch, case.heads, case.seq_length, device=q.device)
+
+    def forward(self, case: GpuCase, tensors: Tensors) -> Call:
+        q, k, v, _ = tensors
+        out, lse = self._state(case, q)
+        scale = case.head_dim**-0.5
+
+        def call() -> tuple[Tensor, Tensor]:
+            for part, mask in self._tiles(case):
+                later = part.start > 0
+                self.kernel.forward(
+                    q, k[part], v[part], out, lse, mask=mask, softmax_scale=scale, accumulate=later
+                )
+            return out, lse
+
+        return call
+
+    def backward(self, case: GpuCase, tensors: Tensors) -> Call:
+        q, k, v, dout = tensors
+        out, lse = self._state(case, q)
+        for part, mask in self._tiles(case):
+            state = {"mask": mask, "softmax_scale": case.head_dim**-0.5, "accumulate": part.start > 0}
+            self.kernel.forward(q, k[part], v[part], out, lse, **state)
+        dq, dk, dv = grads = [torch.empty(x.shape, device=q.device) for x in (q, k, v)]
+
+        def call() -> list[Tensor]:
+            delta = (out * dout).sum(-1).permute(1, 2, 0).contiguous()
+            for grad in grads:
+                grad.zero_()
+            for part, mask in self._tiles(case):
+                state = {"mask": mask, "softmax_scale": case.head_dim**-0.5}
+                self.kernel.backward(dout, q, k[part], v[part], lse, delta, dq, dk[part], dv[part], **state)
+            return [grad.to(q.dtype) for grad in grads]
+
+        return call
+
+
+class _Differentiable:
+    """A function of q, k, v in torch's layout (B, H, S, D), timed through autograd."""
+
+    def attend(self, case: GpuCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        raise NotImplementedError
+
+    def inputs(self, case: GpuCase, tensors: Tensors) -> list[Tensor]:
+        return [x.permute(1, 2, 0, 3).contiguous() for x in tensors]
+
+    def forward(self, case: GpuCase, tensors: Tensors) -> Call:
+        q, k, v, _ = self.inputs(case, tensors)
+        attend = self.attend(case, q.device)
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                return attend(q, k, v)
+
+        return call
+
+    def backward(self, case: GpuCase, tensors: Tensors) -> Call:
+        q, k, v, dout = self.inputs(case, tensors)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = self.attend(case, q.device)(*leaves)
+        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Sdpa(_Differentiable):
+    """One backend of torch's scaled_dot_product_attention."""
+
+    backend: str
+    repeat: bool = False
+    """Give every query head its own copy of its key/value head, made outside the timing: not all know GQA."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}, K and V repeated" if self.repeat else self.backend
+
+    def settings(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = sdpa_kernel(BACKENDS[self.backend])
+        return context
+
+    def inputs(self, case: GpuCase, tensors: Tensors) -> list[Tensor]:
+        q, k, v, dout = _Differentiable.inputs(self, case, tensors)
+        if self.repeat:
+            k, v = (x.repeat_interleave(case.kv_share, 1) for x in (k, v))
+        return [q, k, v, dout]
+
+    def attend(self, case: GpuCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        grouped = case.kv_share > 1 and not self.repeat
+        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=case.causal, enable_gqa=grouped
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Flex(_Differentiable):
+    """torch's flex_attention, compiled: the Triton kernel that comes with torch."""
+
+    compiler: Callable[..., Any] = torch.compile
+
+    @property
+    def name(self) -> str:
+        return "flex (Triton)"
+
+    def settings(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def attend(self, case: GpuCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        reason = self._refusal(case, device)
+        if reason is not None:
+            raise UnsupportedError(
+                explain(
+                    got=f"flex_attention for {case.seq_length} tokens", rule=reason, remedy="Leave it out"
+                )
+            )
+        torch.compiler.reset()  # every case is compiled for its own shapes; too many would end in the slow path
+        mask = None
+        if case.causal:
+            length = case.seq_length
+            mask = create_block_mask(
+                lambda b, h, q, k: q >= k, None, None, length, length, device=str(device)
+            )
+        compiled = self.compiler(flex_attention)
+        return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=case.kv_share > 1)
+
+    def _refusal(self, case: GpuCase, device: torch.device) -> str | None:
+        if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            return "it is compiled by Triton, which is not installed"
+        if case.seq_length > FLEX_LONGEST:
+            return f"its block masks are made of S x S indices: at most {FLEX_LONGEST} tokens here"
+        return None

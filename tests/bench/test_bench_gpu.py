@@ -1,0 +1,208 @@
+"""The GPU benchmark, run on the CPU: every contender computes the same attention, and the report says what it must."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lightseq.bench import gpu
+from megatron_lightseq.bench.gpu import LEFT_OUT, Benchmark, cases, main, run
+from megatron_lightseq.bench.gpu_contenders import Contender, Flex, GpuCase, Ours, Sdpa
+from megatron_lightseq.bench.gpu_report import Measured, Report, goals, table, write_report
+from megatron_lightseq.kernels.cpu import CpuKernel
+
+CPU = torch.device("cpu")
+CASE = GpuCase(seq_length=64, head_dim=64, causal=True, kv_share=2, tokens=128, width=256)
+SHAPES = [CASE, replace(CASE, causal=False), replace(CASE, kv_share=1, seq_length=128)]
+REPORT = Report(
+    environment={"device": "some GPU", "commit": "abc"},
+    ceilings={"matmul_tflops": 800.0},
+    checks=("build=ok",),
+)
+
+
+def untimed(call: Callable[[], object]) -> float:
+    call()
+    return 1e-3
+
+
+def stand_in(_: object) -> Callable[..., Tensor]:
+    """For the compiled flex_attention, which has no backward on a CPU and takes long to compile."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, block_mask: object, enable_gqa: bool) -> Tensor:
+        causal = block_mask is not None
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=enable_gqa
+        )
+
+    return attend
+
+
+FLEX = Flex(stand_in)
+BENCHMARK = Benchmark(device=CPU, timer=untimed)
+
+
+def results_of(contender: Contender, case: GpuCase) -> list[Tensor]:
+    """out, dq, dk, dv in (S, B, H, D)."""
+    torch.manual_seed(0)
+    tensors = case.tensors(CPU)
+    with contender.settings():
+        forward: Any = contender.forward(case, tensors)()
+        grads: Any = contender.backward(case, tensors)()
+    if isinstance(contender, Ours):
+        return [forward[0].float(), *(x.float() for x in grads)]
+    return [x.float().permute(2, 0, 1, 3) for x in (forward, *grads)]
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_all_contenders_compute_the_same(case: GpuCase) -> None:
+    want = results_of(Ours(CpuKernel()), case)
+    rivals: list[Contender] = [Ours(CpuKernel(), 4), Sdpa("sdpa-flash"), FLEX]
+    for rival in rivals:
+        for first, second in zip(results_of(rival, case), want, strict=True):
+            assert (first - second).norm() <= 2e-2 * second.norm(), rival.name
+
+
+def test_flex_attention_computes_the_same_forward() -> None:
+    torch.manual_seed(0)
+    tensors = CASE.tensors(CPU)
+    out = Flex(lambda function: function).forward(CASE, tensors)()
+    want = Sdpa("sdpa-flash").forward(CASE, tensors)()
+    assert isinstance(out, Tensor)
+    assert isinstance(want, Tensor)
+    assert (out - want).norm() <= 2e-2 * want.norm()
+
+
+def test_repeated_keys_and_values_give_the_same_output() -> None:
+    torch.manual_seed(0)
+    tensors = CASE.tensors(CPU)
+    calls = [Sdpa("sdpa-flash", repeat=repeat).forward(CASE, tensors) for repeat in (False, True)]
+    first, second = (call() for call in calls)
+    torch.testing.assert_close(first, second)
+
+
+def test_what_does_not_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
+    saved: list[int] = []
+    found = run(BENCHMARK, SHAPES, Ours(CpuKernel()), FLEX, lambda rows: saved.append(len(rows)))
+    assert saved == [4, 8, 12, 13, 14, 15]
+    by_name = {(one.case, one.contender): one for one in found}
+    for case in SHAPES:
+        for name in ("ours", "ours, 4 blocks", "sdpa-flash", "flex (Triton)"):
+            one = by_name[case, name]
+            assert (one.forward_s, one.backward_s, one.note) == (1e-3, 1e-3, "")
+        cudnn = "sdpa-cudnn" if case.kv_share == 1 else "sdpa-cudnn, K and V repeated"
+        assert by_name[case, cudnn].forward_s is None
+        assert by_name[case, cudnn].note.startswith("forward: RuntimeError: ")
+    write_report(REPORT, found, tmp_path)
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["environment"]["commit"] == "abc"
+    assert len(content["results"]) == len(found)
+    text = (tmp_path / "gpu.md").read_text()
+    assert "- build=ok" in text
+    assert text.count("RuntimeError") == 2 * len(SHAPES)
+
+
+def test_a_backward_that_fails_keeps_the_forward() -> None:
+    class Broken(Sdpa):
+        def backward(self, *_: object) -> Callable[[], object]:
+            raise RuntimeError("no backward\nat all")
+
+    one = BENCHMARK.measure(CASE, Broken("sdpa-flash"))
+    assert (one.forward_s, one.backward_s) == (1e-3, None)
+    assert one.note == "backward: RuntimeError: no backward"
+
+
+def test_nothing_starts_after_the_end() -> None:
+    ticks = itertools.count()
+    benchmark = replace(BENCHMARK, clock=lambda: float(next(ticks)), end=2.5)
+    found = run(benchmark, SHAPES, Ours(CpuKernel()), FLEX, lambda _: None)
+    done = [one for one in found if one.note == ""]
+    assert [one.contender for one in done] == ["ours"]
+    assert {one.note for one in found[1:]} == {LEFT_OUT}
+    assert len(found) == 5 * len(SHAPES)
+
+
+def test_flex_says_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = replace(CASE, seq_length=32768)
+    assert "at most 16384 tokens" in BENCHMARK.measure(replace(long, width=64), FLEX).note
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert Flex()._refusal(CASE, torch.device("cuda")) == "it is compiled by Triton, which is not installed"
+
+
+def test_cases_are_those_of_the_papers() -> None:
+    shapes = list(cases(gpu.SEQ_LENGTHS))
+    assert len(shapes) == 5 * 2 * 2 * 2
+    assert shapes[0].seq_length == 16384
+    for case in shapes:
+        assert case.heads * case.head_dim == 2048
+        assert case.batch * case.seq_length == max(16384, case.seq_length)
+    assert (
+        GpuCase(seq_length=1024, head_dim=64, causal=False, kv_share=1).forward_flops
+        == 4.0 * 16 * 2**20 * 2048
+    )
+
+
+def test_ceilings_are_rates() -> None:
+    assert BENCHMARK.ceilings(matrix=8, elements=16) == {
+        "matmul_tflops": pytest.approx(2 * 8**3 / 1e-3 / 1e12),
+        "copy_tbytes_per_s": pytest.approx(2 * 64 / 1e-3 / 1e12),
+    }
+
+
+def rows(ours: float, blocks: float, best: float, other: float) -> list[Measured]:
+    case = GpuCase(seq_length=16384, head_dim=128, causal=True, kv_share=1)
+    times = {
+        "ours": ours,
+        "ours, 4 blocks": blocks,
+        "sdpa-cudnn": best,
+        "sdpa-flash": other,
+        "flex (Triton)": 1e-9,
+    }
+    return [
+        Measured(case=case, contender=name, rival="ours" not in name, forward_s=s, backward_s=s)
+        for name, s in times.items()
+    ]
+
+
+def test_goals_are_judged_by_the_fastest_backend() -> None:
+    reached = goals(rows(ours=1.0, blocks=1.04, best=0.95, other=2.0))
+    assert reached == [
+        "forward, D = 128, causal, to torch's best: 0.95 to 0.95 (at least 0.9 wanted): reached",
+        "backward, D = 128, causal, to torch's best: 0.95 to 0.95 (at least 0.85 wanted): reached",
+        "forward, time of 4 blocks to that of one call, long sequences: 1.04 to 1.04 (at most 1.05 wanted): reached",
+        "backward, time of 4 blocks to that of one call, long sequences: 1.04 to 1.04 (at most 1.05 wanted): reached",
+    ]
+    missed = goals(rows(ours=1.0, blocks=1.06, best=0.87, other=2.0))
+    assert [line.rpartition(": ")[2] for line in missed] == [
+        "NOT reached",
+        "reached",
+        "NOT reached",
+        "NOT reached",
+    ]
+    silent = [replace(one, forward_s=None, backward_s=None) for one in rows(1.0, 1.0, 1.0, 1.0)]
+    assert all(": not measured (" in line for line in goals(silent))
+
+
+def test_table_shows_rates_and_reasons() -> None:
+    results = rows(ours=0.01, blocks=0.01, best=0.005, other=0.02)
+    results[3] = replace(results[3], forward_s=None, note="forward: no | way")
+    lines = table(results, 800.0).splitlines()
+    assert len(lines) == 2 + 2 * len(results)
+    flops = results[0].case.forward_flops / 1e12
+    assert f"| 128 | causal | MHA | 16384 | forward | ours | 10.000 | {flops / 0.01:.0f} |" in lines[2]
+    assert lines[2].endswith("| 0.50 |")
+    assert "| sdpa-flash | - | forward: no / way | - | - |" in lines[5]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path)]) == 2
+    assert "torch sees no GPU here" in capsys.readouterr().err
