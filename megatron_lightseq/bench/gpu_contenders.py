@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lightseq.errors import UnsupportedError, explain
@@ -207,7 +208,9 @@ class Flex(_Differentiable):
         return "flex (Triton)"
 
     def settings(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+        # A compiled backward that may reuse what forward kept refuses to run again, as timing does.
+        context: AbstractContextManager[Any] = functorch.patch(donated_buffer=False)
+        return context
 
     def attend(self, case: GpuCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention

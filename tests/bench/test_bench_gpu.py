@@ -81,6 +81,23 @@ def test_flex_attention_computes_the_same_forward() -> None:
     assert (out - want).norm() <= 2e-2 * want.norm()
 
 
+def test_compiled_backwards_can_be_timed_again_and_again() -> None:
+    """torch frees what forward kept at the first compiled backward, unless it is told not to."""
+    function = torch.compile(lambda x: (x @ x).softmax(-1) @ x, backend="aot_eager")
+    x = torch.randn(8, 8, requires_grad=True)
+
+    def twice() -> list[Tensor]:
+        out = function(x)
+        return [torch.autograd.grad(out, x, torch.ones(8, 8), retain_graph=True)[0] for _ in range(2)]
+
+    with FLEX.settings():
+        first, second = twice()
+    assert torch.equal(first, second)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="donated_buffer=False"):
+        twice()
+
+
 def test_repeated_keys_and_values_give_the_same_output() -> None:
     torch.manual_seed(0)
     tensors = CASE.tensors(CPU)
