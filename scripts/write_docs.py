@@ -12,6 +12,9 @@ KIND is one of
     schedule METHOD P [DIRECTION]  a schedule over P ranks, as it prints
     balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
     traffic                  bytes sent by method and P
+    seams                    what is replaced in Megatron-LM (megatron_lightseq/megatron/lm/seams.py)
+    refusals                 arguments of Megatron-LM that are refused (megatron_lightseq/megatron/lm/refusals.py)
+    variables                our options as environment variables, for Megatron-LM's --spec
     include FILE             a Markdown file that a command has written, as it is
     image FILE WORDS ...     a picture below docs/ that a command has drawn
     code FILE [FIRST | LAST] a file, or its lines from the one with FIRST to the next one with LAST
@@ -35,6 +38,9 @@ from megatron_lightseq.config.flat import to_flat
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import dump_scalar
 from megatron_lightseq.config.typed import describe, field_docstrings, section_types
+from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
+from megatron_lightseq.megatron.lm.refusals import REFUSALS
+from megatron_lightseq.megatron.lm.seams import DEFAULT_LAYERS, SEAMS
 from megatron_lightseq.schedule import METHODS, TensorShape, simulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +115,23 @@ def traffic() -> str:
     return table(["ranks", "zigzag, MHA", "lightseq, MHA", "zigzag, GQA 4:1", "lightseq, GQA 4:1"], rows)
 
 
+def seams() -> str:
+    """What is replaced in Megatron-LM."""
+    rows = [[f"`{seam.path}`", seam.purpose, seam.versions] for seam in (*SEAMS, DEFAULT_LAYERS)]
+    return table(["replaced, or with `--spec` called", "it is where", "core"], rows)
+
+
+def refusals() -> str:
+    """Arguments of Megatron-LM that our attention would have to ignore."""
+    rows = [[f"`--{r.argument.replace('_', '-')}`", r.rule, r.remedy] for r in REFUSALS]
+    return table(["argument", "because", "instead"], rows)
+
+
+def variables() -> str:
+    """Our options as environment variables."""
+    return ", ".join(f"`{PREFIX}{key.upper()}`" for key in KEYS)
+
+
 def code(path: str, *between: str) -> str:
     """A file of the repository, or a part of it."""
     lines = (ROOT / path).read_text().splitlines()
@@ -180,6 +203,9 @@ KINDS: dict[str, Callable[..., str]] = {
     "schedule": schedule,
     "balance": balance,
     "traffic": traffic,
+    "seams": seams,
+    "refusals": refusals,
+    "variables": variables,
     "code": code,
     "include": include,
     "image": image,

@@ -83,3 +83,18 @@ def test_help_names_our_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pretrain_gpt.py" in shown
     assert "--cp-method" in shown
     assert run(["megatron-lm"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("checkout", "message"),
+    [(None, "MEGATRON_LM_PATH is not set"), ("/nowhere", "there is no /nowhere/pretrain_gpt.py")],
+)
+def test_the_example_says_what_it_needs(checkout: str | None, message: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MEGATRON_LM_PATH"}
+    if checkout is not None:
+        environment["MEGATRON_LM_PATH"] = checkout
+    command = ["bash", "scripts/pretrain_megatron_lm.sh"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"[lightseq] error: {message}" in done.stderr
+    assert "[lightseq] remedy: " in done.stderr

@@ -50,7 +50,7 @@ def test_every_key_is_documented() -> None:
 
 def test_every_variable_of_the_scripts_is_documented() -> None:
     documented = (ROOT / "docs" / "configuration.md").read_text()
-    for script in ("lib.sh", "pretrain_gpt.sh"):
+    for script in ("lib.sh", "pretrain_megatron_lm.sh", "pretrain_gpt.sh"):
         head = (ROOT / "scripts" / script).read_text()
         variables = re.findall(r"^#   ((?:[A-Z_]+(?:, )?)+) ", head, flags=re.MULTILINE)
         assert variables, script
