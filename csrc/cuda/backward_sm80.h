@@ -6,6 +6,7 @@
 // through shared memory, for dQ. dQ goes to memory by atomic additions, in no fixed order; for repeatable
 // gradients attention_backward_dq_sm80 computes it instead, at 7 products a tile in place of 5.
 #pragma once
+#include "cuda/gradients.h"
 #include "cuda/softmax.h"
 
 namespace mls::cuda {
@@ -34,13 +35,6 @@ struct BackwardTraits {
   static_assert(kThreads >= kQueries);
 };
 
-// What backward needs to know of a query besides its vectors.
-struct alignas(16) QueryRow {
-  float lse_log2;  // +inf where the query sees no key at all: its probabilities are then 0
-  float delta;
-  KeyInterval seen;
-};
-
 template <class T>
 struct BackwardShared {
   unsigned char* base;
@@ -54,58 +48,6 @@ struct BackwardShared {
   MLS_DEVICE typename T::GradTile grads(int i) const { return {stage(i) + T::QueryTile::kBytes}; }
   MLS_DEVICE QueryRow* rows(int i) const {
     return reinterpret_cast<QueryRow*>(grads(i).base + T::GradTile::kBytes);
-  }
-};
-
-MLS_DEVICE QueryRow query_row(const BackwardParams& params, const Visibility& visibility, int batch, int head,
-                              int query) {
-  if (query >= visibility.num_queries) return {infinity(), 0.0f, {0, 0}};
-  const float lse = params.lse.data[batch * params.lse.batch_stride + head * params.lse.head_stride +
-                                    query * params.lse.query_stride];
-  const float delta = params.delta.data[batch * params.delta.batch_stride + head * params.delta.head_stride +
-                                        query * params.delta.query_stride];
-  return {lse == -infinity() ? infinity() : lse * kLog2e, delta, visibility.keys_of(query)};
-}
-
-// The query tiles of all heads of a group that see some of the keys [first_key, end_key).
-template <int kQueries>
-struct QueryTiles {
-  const Visibility& visibility;
-  int first_key, end_key, end_head;
-  QueryInterval rows;
-  // The tile at hand; none is left where head == end_head.
-  int head, first_query;
-  bool masked = false;
-
-  MLS_DEVICE QueryTiles(const Visibility& visibility, int first_key, int end_key, int first_head,
-                        int end_head)
-      : visibility(visibility),
-        first_key(first_key),
-        end_key(end_key),
-        end_head(end_head),
-        rows(queries_of_keys(visibility, first_key, end_key)),
-        head(first_head) {
-    rows.first = rows.first / kQueries * kQueries;
-    first_query = rows.first - kQueries;
-    if (rows.first < rows.end)
-      advance();
-    else
-      head = end_head;
-  }
-  MLS_DEVICE bool done() const { return head == end_head; }
-  MLS_DEVICE void advance() {
-    while (head < end_head) {
-      first_query += kQueries;
-      if (first_query >= rows.end) {
-        first_query = rows.first - kQueries;
-        ++head;
-        continue;
-      }
-      const KeyBounds bounds = bounds_of_queries<kQueries>(visibility, first_query);
-      if (bounds.misses(first_key, end_key)) continue;
-      masked = !bounds.covers(first_key, end_key);
-      return;
-    }
   }
 };
 
@@ -191,10 +133,6 @@ MLS_DEVICE void store_score_gradients(const typename T::ScoreTile& tile, const T
   }
 }
 
-MLS_DEVICE float* gradient_row(const TokenTensor<float>& tensor, int batch, int head, int token) {
-  return tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + token * tensor.token_stride;
-}
-
 // dQ += dS K for the block's queries: a warp takes 16 queries and some pairs of column tiles.
 template <class T>
 MLS_DEVICE void add_query_gradient(const BackwardParams& params, const BackwardShared<T>& shared, int batch,
@@ -223,23 +161,6 @@ MLS_DEVICE void add_query_gradient(const BackwardParams& params, const BackwardS
   }
 }
 
-template <int kTiles>
-MLS_DEVICE void add_rows(const TokenTensor<float>& tensor, const float (&grad)[kTiles][4], int batch,
-                         int head, int first_row, int num_rows, int first_column, float scale) {
-  MLS_UNROLL
-  for (int e = 0; e < 4; e += 2) {
-    const int row = first_row + fragment_row(e);
-    if (row >= num_rows) continue;
-    float* target = gradient_row(tensor, batch, head, row) + first_column;
-    MLS_UNROLL
-    for (int j = 0; j < kTiles; ++j) {
-      auto* pair = reinterpret_cast<FloatPair*>(target + fragment_column(j, 0));
-      const FloatPair old = *pair;
-      *pair = {old.x + grad[j][e] * scale, old.y + grad[j][e + 1] * scale};
-    }
-  }
-}
-
 // One tile of queries: everything that it adds to the gradients.
 template <class T>
 MLS_DEVICE void backward_tile(KeyGradients<T>& gradients, const BackwardShared<T>& shared, int stage,
@@ -256,7 +177,7 @@ MLS_DEVICE void backward_tile(KeyGradients<T>& gradients, const BackwardShared<T
 }
 
 template <class T>
-MLS_DEVICE void prefetch_queries(const BackwardParams& params, const QueryTiles<T::kQueries>& tiles,
+MLS_DEVICE void prefetch_queries(const BackwardParams& params, const QueryTiles<T::kQueries, T::kKeys>& tiles,
                                  const BackwardShared<T>& shared, int batch, int stage) {
   if (!tiles.done()) {
     const int num_queries = tiles.visibility.num_queries, thread = static_cast<int>(thread_index().x);
@@ -287,8 +208,7 @@ attention_backward_sm80(const BackwardLaunch arguments) {
   const int first_key = static_cast<int>(block_index().x) * T::kKeys;
   const int kv_head = static_cast<int>(block_index().y), batch = static_cast<int>(block_index().z);
   const int group = static_cast<int>(params.shape.num_heads / params.shape.num_kv_heads);
-  QueryTiles<T::kQueries> tiles(visibility, first_key, smaller(first_key + T::kKeys, visibility.num_keys),
-                                kv_head * group, kv_head * group + group);
+  QueryTiles<T::kQueries, T::kKeys> tiles(visibility, first_key, kv_head * group, kv_head * group + group);
   if (tiles.done()) return;
   load_tile<T::kThreads>(shared.keys(), rows_of(params.k, batch, kv_head, visibility.num_keys), first_key);
   load_tile<T::kThreads>(shared.values(), rows_of(params.v, batch, kv_head, visibility.num_keys), first_key);

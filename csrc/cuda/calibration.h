@@ -152,26 +152,112 @@ calibrate_sm90(const MLS_GRID_CONSTANT HopperCalibrationLaunch launch) {
   if constexpr (kCompilesSm90a) calibrate_warpgroup<Element>(launch, memory);
 }
 
-// `hopper`: the sm_90a primitives, else those of sm_80. `input` holds 128 x 128 numbers of `type`; `output`
-// gets 32 x 48 words, or 128 x 272. Null, or what is wrong.
+// ---- what backward uses besides ----
+
+constexpr int kGradientLogWords = kSwizzleRowBytes / 4 + 16;
+constexpr int kReducedQueries = 50, kReducedColumns = 24;  // of a tile of 64 x 32
+
+struct GradientCalibrationLaunch {
+  CalibrationParams params;
+  TensorMap map, reduced;
+};
+
+// One warpgroup: stmatrix, proxy fence, wgmma from the middle of a panel, and a reduction to global memory.
 template <class Element>
-const char* calibrate(bool hopper, const CalibrationParams& params, ElementType type, void* stream) {
-  if (!hopper)
+MLS_DEVICE void calibrate_gradient_warpgroup(const GradientCalibrationLaunch& launch, unsigned char* memory) {
+  using Tile = PanelTile<kCalibrationRows, kCalibrationColumns>;
+  using Stored = PanelTile<64, 64>;
+  using Sums = FloatPanelTile<64, 32>;
+  const Tile tile{memory};
+  const Stored stored{memory + Tile::kBytes};
+  const Sums reduced{stored.base + Stored::kBytes};
+  auto* full = reinterpret_cast<Barrier*>(reduced.base + Sums::kBytes);
+  const int thread = static_cast<int>(thread_index().x), row = warp_id() * 16 + (lane_id() & 15);
+  if (thread == 0) {
+    barrier_init(full, 1);
+    barrier_init_fence();
+    barrier_expect(full, Tile::kBytes);
+    copy_tile(tile, launch.map, full, 0, 0, 0);
+  }
+  const auto* words = reinterpret_cast<const uint32_t*>(launch.params.input) + thread * 16;
+  for (int step = 0; step < 4; ++step) {
+    const uint32_t a[4] = {words[4 * step], words[4 * step + 1], words[4 * step + 2], words[4 * step + 3]};
+    stmatrix_x4(stored.chunk(row, step * 2 + (lane_id() >> 4)), a);
+  }
+  proxy_fence();
+  sync_threads();
+  barrier_wait(full, 0);
+  float sums[4][4];
+  set_zero(sums);
+  hold(sums);
+  wgmma_fence();
+  Wgmma<Element, 32>::template from_shared<true, true>(sums, stored.along_rows(0, 16),
+                                                       tile.along_rows(96, 48), 1);
+  wgmma_commit();
+  wgmma_wait<0>();
+  hold(sums);
+  RegisterLog log{launch.params.output + thread * kGradientLogWords};
+  log.add(sums);
+  const auto* stored_row = reinterpret_cast<const uint32_t*>(stored.base + thread % 64 * kSwizzleRowBytes);
+  for (int i = 0; i < kSwizzleRowBytes / 4; ++i) log.add(stored_row[i]);
+  store_fragments(reduced, sums, warp_id() * 16, 0.5f);
+  proxy_fence();
+  sync_threads();
+  if (thread != 0) return;
+  tensor_reduce_add(launch.reduced, reduced.base, 0, 0, 0, 0);
+  tensor_reduce_commit();
+  tensor_reduce_wait_read();
+}
+
+template <class Element>
+MLS_KERNEL(kWarpgroupSize, 1)
+calibrate_sm90_gradients(const MLS_GRID_CONSTANT GradientCalibrationLaunch launch) {
+  MLS_SHARED_MEMORY(memory);
+  if constexpr (kCompilesSm90a) calibrate_gradient_warpgroup<Element>(launch, memory);
+}
+
+constexpr const char* kNoTensorMap = "CUDA made no tensor map";
+
+inline bool map_input(TensorMap* map, const CalibrationParams& params, ElementType type) {
+  const TokenTensor<const void> tensor{params.input, kCalibrationColumns, 0, 0};
+  return make_tensor_map(map, tensor, {kCalibrationColumns, kCalibrationRows, 1, 1}, type, kCalibrationRows);
+}
+
+template <class Element>
+const char* calibrate_gradients(const CalibrationParams& params, ElementType type, void* stream) {
+  GradientCalibrationLaunch arguments{params, {}, {}};
+  auto* sums = reinterpret_cast<float*>(params.output + kWarpgroupSize * kGradientLogWords);
+  const bool described =
+      map_input(&arguments.map, params, type) &&
+      make_tensor_map(&arguments.reduced, {sums, 32, 0, 0}, {kReducedColumns, kReducedQueries, 1, 1}, 64);
+  if (!described) return kNoTensorMap;
+  constexpr int kBytes = PanelTile<kCalibrationRows, kCalibrationColumns>::kBytes +
+                         PanelTile<64, 64>::kBytes + FloatPanelTile<64, 32>::kBytes + 64;
+  return launch(&calibrate_sm90_gradients<Element>, Dim3(1), kWarpgroupSize, kBytes, stream, arguments);
+}
+
+// Primitives are compared in groups.
+enum class PrimitiveGroup { kSm80, kSm90, kSm90Gradients };
+
+// `input` holds 128 x 128 numbers of `type`; `output` gets 32 x 48 words, 128 x 272, or 128 x 48 and a sum of
+// 64 x 32 to what is there. Null, or what is wrong.
+template <class Element>
+const char* calibrate(PrimitiveGroup group, const CalibrationParams& params, ElementType type, void* stream) {
+  if (group == PrimitiveGroup::kSm80)
     return launch(&calibrate_sm80<Element>, Dim3(1), kWarpSize, 2 * SharedTile<32, 64>::kBytes, stream,
                   params);
+  if (group == PrimitiveGroup::kSm90Gradients) return calibrate_gradients<Element>(params, type, stream);
   HopperCalibrationLaunch arguments{params, {}};
-  const TokenTensor<const void> tensor{params.input, kCalibrationColumns, 0, 0};
-  if (!make_tensor_map(&arguments.map, tensor, {kCalibrationColumns, kCalibrationRows, 1, 1}, type,
-                       kCalibrationRows))
-    return "CUDA made no tensor map";
+  if (!map_input(&arguments.map, params, type)) return kNoTensorMap;
   using Tile = PanelTile<kCalibrationRows, kCalibrationColumns>;
   constexpr int kBytes = Tile::kBytes + Tile::kPanelBytes + 64;
   return launch(&calibrate_sm90<Element>, Dim3(1), kWarpgroupSize, kBytes, stream, arguments);
 }
 
-inline const char* calibrate(bool hopper, ElementType type, const CalibrationParams& params, void* stream) {
-  return type == ElementType::kBFloat16 ? calibrate<BFloat16>(hopper, params, type, stream)
-                                        : calibrate<Float16>(hopper, params, type, stream);
+inline const char* calibrate(PrimitiveGroup group, ElementType type, const CalibrationParams& params,
+                             void* stream) {
+  return type == ElementType::kBFloat16 ? calibrate<BFloat16>(group, params, type, stream)
+                                        : calibrate<Float16>(group, params, type, stream);
 }
 
 }  // namespace mls::cuda

@@ -17,11 +17,22 @@ struct KernelEntry {
 
 constexpr int kAnyLater = 1 << 30;
 
+// backward_sm90 where it has such head dims.
+template <class Element, int kHeadDim, int kValueDim>
+const char* backward_of_hopper(const BackwardParams& params, bool deterministic, void* stream) {
+#define MLS_IS(D, Dv) || (kHeadDim == D && kValueDim == Dv)
+  if constexpr (false MLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(MLS_IS))
+    return backward_sm90<Element, kHeadDim, kValueDim>(params, deterministic, stream);
+  else
+    return backward_sm80<Element, kHeadDim, kValueDim>(params, deterministic, stream);
+#undef MLS_IS
+}
+
 #define MLS_ENTRY(FROM, TO, ELEMENT, D, Dv, FORWARD, BACKWARD) \
   {FROM, TO, ElementType::k##ELEMENT, D, Dv, &FORWARD<ELEMENT, D, Dv>, &BACKWARD<ELEMENT, D, Dv>},
-#define MLS_SM90_ENTRIES(D, Dv)                                   \
-  MLS_ENTRY(90, 91, BFloat16, D, Dv, forward_sm90, backward_sm80) \
-  MLS_ENTRY(90, 91, Float16, D, Dv, forward_sm90, backward_sm80)
+#define MLS_SM90_ENTRIES(D, Dv)                                        \
+  MLS_ENTRY(90, 91, BFloat16, D, Dv, forward_sm90, backward_of_hopper) \
+  MLS_ENTRY(90, 91, Float16, D, Dv, forward_sm90, backward_of_hopper)
 #define MLS_SM80_ENTRIES(D, Dv)                                          \
   MLS_ENTRY(80, kAnyLater, BFloat16, D, Dv, forward_sm80, backward_sm80) \
   MLS_ENTRY(80, kAnyLater, Float16, D, Dv, forward_sm80, backward_sm80)

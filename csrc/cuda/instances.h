@@ -14,6 +14,10 @@ namespace mls::cuda {
 #define MLS_FOR_EACH_HOPPER_HEAD_DIM(X) MLS_FOR_EACH_HEAD_DIM(X)
 #endif
 
+#if !defined(MLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM)
+#define MLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(X) X(64, 64) X(128, 128)
+#endif
+
 // Bytes of shared memory for a block of the sm_80 kernels: what 8.0 has, and for the commonest head dim
 // what 8.6, 8.9 and 12.x have too (kernels/cuda.py refuses those GPUs the others).
 constexpr int shared_budget(int head_dim) {
@@ -29,5 +33,8 @@ const char* forward_sm90(const ForwardParams& params, void* stream);
 
 template <class Element, int kHeadDim, int kValueDim>
 const char* backward_sm80(const BackwardParams& params, bool deterministic, void* stream);
+
+template <class Element, int kHeadDim, int kValueDim>
+const char* backward_sm90(const BackwardParams& params, bool deterministic, void* stream);
 
 }  // namespace mls::cuda

@@ -19,17 +19,53 @@ struct PanelTile {
 
   // An operand whose k runs along the columns: rows first_row.., columns k..k+15.
   MLS_DEVICE uint64_t along_columns(int first_row, int k) const {
-    return matrix_descriptor(
-        base + k / kSwizzleColumns * kPanelBytes + first_row * kSwizzleRowBytes + k % kSwizzleColumns * 2,
-        kPanelBytes);
+    return matrix_descriptor(base + first_row * kSwizzleRowBytes,
+                             k / kSwizzleColumns * kPanelBytes + k % kSwizzleColumns * 2, kPanelBytes);
+  }
+  MLS_DEVICE unsigned char* chunk(int row, int chunk) const {
+    return base + chunk / 8 * kPanelBytes + row * kSwizzleRowBytes + (chunk % 8 ^ row % 8) * 16;
   }
   // An operand whose k runs along the rows: rows k..k+15, columns from first_column, a panel's first, on.
   MLS_DEVICE uint64_t along_rows(int first_column, int k) const {
-    return matrix_descriptor(base + first_column / kSwizzleColumns * kPanelBytes + k * kSwizzleRowBytes +
-                                 first_column % kSwizzleColumns * 2,
-                             kPanelBytes);
+    return matrix_descriptor(
+        base + first_column / kSwizzleColumns * kPanelBytes + first_column % kSwizzleColumns * 2,
+        k * kSwizzleRowBytes, kPanelBytes);
   }
 };
+
+// fp32 sums on their way to global memory: panels of 32 columns under the same swizzle.
+template <int kRows_, int kColumns_>
+struct FloatPanelTile {
+  static constexpr int kRows = kRows_;
+  static constexpr int kPanelColumns = kSwizzleRowBytes / 4;
+  static constexpr int kPanels = kColumns_ / kPanelColumns;
+  static constexpr int kPanelBytes = kRows * kSwizzleRowBytes;
+  static constexpr int kBytes = kPanels * kPanelBytes;
+  static_assert(kRows % 8 == 0 && kColumns_ % kPanelColumns == 0);
+
+  unsigned char* base;  // 1024-byte aligned
+};
+
+// Writes a warp's fragments, times `factor`, as rows first_row.. of a tile. Odd rows of a fragment trade
+// tiles j and j ^ 2: of the four rows that half a warp stores at once, no two then meet in a bank.
+template <class Tile, int kTiles>
+MLS_DEVICE void store_fragments(const Tile& tile, const float (&x)[kTiles][4], int first_row, float factor) {
+  constexpr int kPanelTiles = Tile::kPanelColumns / 8;
+  static_assert(kPanelTiles == 4 && kTiles == Tile::kPanels * kPanelTiles);
+  const int row = lane_id() >> 2, column_pair = lane_id() & 3;
+  const bool trades = row % 2;
+  const int swizzle = column_pair >> 1 ^ row ^ (trades ? 4 : 0);
+  unsigned char* start = tile.base + (first_row + row) * kSwizzleRowBytes + (column_pair & 1) * 8;
+  MLS_UNROLL
+  for (int j = 0; j < kTiles; ++j) {
+    unsigned char* target =
+        start + j / kPanelTiles * Tile::kPanelBytes + (j % kPanelTiles * 2 ^ swizzle) * 16;
+    MLS_UNROLL
+    for (int e = 0; e < 4; e += 2)
+      store_shared_pair(target + e / 2 * 8 * kSwizzleRowBytes, (trades ? x[j ^ 2][e] : x[j][e]) * factor,
+                        (trades ? x[j ^ 2][e + 1] : x[j][e + 1]) * factor);
+  }
+}
 
 // Copies tokens first_token.. of one head into a tile. One thread calls it, once it has made `full` expect
 // Tile::kBytes.
@@ -40,6 +76,12 @@ MLS_DEVICE void copy_tile(const Tile& tile, const TensorMap& map, Barrier* full,
   for (int panel = 0; panel < Tile::kPanels; ++panel)
     tensor_copy(tile.base + panel * Tile::kPanelBytes, map, full, panel * kSwizzleColumns, first_token, head,
                 batch);
+}
+
+// A warp is done with what `empty` guards: all of its lanes, before one of them says so.
+MLS_DEVICE void arrive_as_warp(Barrier* empty) {
+  sync_warp();
+  if (lane_id() == 0) barrier_arrive(empty);
 }
 
 // A ring of stages that a producer fills and consumers drain: the stage and the parity of one use.

@@ -144,7 +144,9 @@ def cached_library() -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             unfinished = Path(scratch) / "library.so"
-            build_library(CSRC, build_machine(CSRC, Path(scratch)), unfinished, "-O2")
+            build_library(
+                CSRC, build_machine(CSRC, Path(scratch)), unfinished, "-O2", "-DMLS_BACKWARD_QUERY_TILES=3"
+            )
             unfinished.rename(library)
     return library
 

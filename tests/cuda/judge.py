@@ -1,4 +1,4 @@
-"""The error budget of tests/kernels/oracle.py for a forward pass alone."""
+"""The error budget of tests/kernels/oracle.py for a forward or a backward pass alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.kernels.registry import Kernel
-from tests.kernels.oracle import Case, expect_close, textbook
+from tests.kernels.oracle import Case, Results, expect_close, expect_within_budget, textbook
 
 
 def run_forward(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -26,3 +26,20 @@ def expect_output(
     low = textbook(case, torch.float32, tensors, dtype)
     expect_close(f"out of {case} in {dtype}", out, exact[0], low[0])
     expect_close(f"lse of {case} in {dtype}", lse, exact[1], low[1])
+
+
+def run_backward(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel) -> Results:
+    """The textbook's out and lse, and the gradients of two calls, each of which adds half of its ``dout``."""
+    q, k, v, dout = tensors
+    out, lse, *_ = textbook(case, torch.float32, tensors)
+    half = dout * 0.5
+    delta = (out * half.float()).sum(-1).permute(1, 2, 0).contiguous()
+    grads = dq, dk, dv = [torch.zeros(x.shape) for x in (q, k, v)]
+    for _ in range(2):
+        kernel.backward(half, q, k, v, lse, delta, *grads, mask=case.mask(), softmax_scale=case.softmax_scale)
+    return out, lse, dq, dk, dv
+
+
+def expect_gradients(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...], kernel: Kernel) -> None:
+    """dq, dk and dv keep the budget against fp64."""
+    expect_within_budget(case, dtype, tensors, run_backward(case, tensors, kernel))

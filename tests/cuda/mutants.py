@@ -126,9 +126,9 @@ SM80_MUTANTS = (
     ),
     Mutant(
         name="backward: rows beyond the tensor count",
-        file=BACKWARD,
-        old="return {infinity(), 0.0f, {0, 0}}",
-        new="return {-infinity(), 0.0f, {0, 0}}",
+        file="gradients.h",
+        old="return infinity();",
+        new="return -infinity();",
     ),
     Mutant(name="backward: delta forgotten", file=BACKWARD, old=".delta);", new=".delta * 0.0f);"),
     Mutant(
@@ -222,4 +222,115 @@ HOPPER_MUTANTS = (
         file="panels.h",
     ),
     _hopper("columns beyond the panel's half multiplied", "k < T::kHeadDim", "k < 144"),
+)
+
+CONSUMER, TILES, PANELS = "backward_sm90.h", "backward_sm90_tiles.h", "panels.h"
+
+
+def _backward(name: str, old: str, new: str, file: str = CONSUMER, *, slow: bool = False) -> Mutant:
+    return Mutant(
+        name=f"hopper backward: {name}",
+        file=file,
+        old=old,
+        new=new,
+        architecture="sm90 backward",
+        slow=slow,
+    )
+
+
+HOPPER_BACKWARD_MUTANTS = (
+    _backward(
+        "scores used before they are done",
+        "wgmma_wait<1>();\n    hold(state.scores)",
+        "wgmma_wait<2>();\n    hold(state.scores)",
+    ),
+    _backward("dP used before it is done", "wgmma_wait<1>();  // all but dV", "wgmma_wait<2>();"),
+    _backward("dQ used before it is done", "wgmma_wait<1>();  // all but dK", "wgmma_wait<2>();"),
+    _backward(
+        "tile released before dK has read it",
+        "wgmma_wait<0>();\n    hold(state.dk);\n    hold(state.ds_operand);\n"
+        "    arrive_as_warp(&barriers.tile_empty[at.stage]);",
+        "arrive_as_warp(&barriers.tile_empty[at.stage]);\n"
+        "    wgmma_wait<0>();\n    hold(state.dk);\n    hold(state.ds_operand);",
+    ),
+    _backward(
+        "dS read before all have written it", "named_barrier_sync(1, T::kConsumers * kWarpgroupSize);", ""
+    ),
+    _backward("dS not fenced", "proxy_fence();\n    named_barrier_sync", "named_barrier_sync"),
+    _backward(
+        "dQ not fenced",
+        "proxy_fence();\n    arrive_as_warp(&barriers.dq_full",
+        "arrive_as_warp(&barriers.dq_full",
+    ),
+    _backward(
+        "one stage of dS",
+        "consumer.share_score_gradients(state, turn);\n      consumer.issue_query_gradient(state, turn);",
+        "consumer.share_score_gradients(state, 0);\n      consumer.issue_query_gradient(state, 0);",
+    ),
+    _backward(
+        "dQ overwritten before it is sent", "barrier_wait(&barriers.dq_empty[consumer], turn ^ 1);", ""
+    ),
+    _backward("wrong parity of dQ", "dq_empty[consumer], turn ^ 1)", "dq_empty[consumer], turn)"),
+    _backward("dQ of another tile's turn", "barrier_wait(full, parity);", "", TILES),
+    _backward("dQ not committed", "    tensor_reduce_commit();\n", "", TILES),
+    _backward("dQ's shared memory free before it is read", "    tensor_reduce_wait_read();\n", "", TILES),
+    _backward("keys used before they landed", "barrier_wait(&barriers.keys_full, 0);", ""),
+    _backward("dO used before it landed", "barrier_wait(&barriers.grads_full[at.stage], at.parity);\n", ""),
+    _backward(
+        "rows overwritten while used",
+        "any = !cursor.done();\n    barrier_wait(&barriers.tile_empty[at.stage], at.parity ^ 1);",
+        "any = !cursor.done();",
+        TILES,
+    ),
+    _backward(
+        "queries counted as there before their rows",
+        "barrier_init(&queries_full[stage], 1 + kWarpSize)",
+        "barrier_init(&queries_full[stage], 1)",
+        TILES,
+    ),
+    _backward(
+        "one arrival frees a stage",
+        "barrier_init(&tile_empty[stage], T::kConsumerWarps)",
+        "barrier_init(&tile_empty[stage], 1)",
+        TILES,
+    ),
+    _backward(
+        "fewer bytes expected than copied",
+        "barrier_expect(queries, T::QueryTile::kBytes)",
+        "barrier_expect(queries, T::QueryTile::kBytes / 2)",
+        TILES,
+    ),
+    _backward("no word of the end", "rows.any = any;", "rows.any = true;", TILES),
+    _backward("last head of a group left out", "end_head = head + group;", "end_head = head + 1;", TILES),
+    _backward(
+        "tiles that are seen in part left out", "== TileKind::kUnseen);", "!= TileKind::kWhole);", TILES
+    ),
+    _backward("barriers used before their initialisation", "sync_threads();\n", ""),
+    _backward(
+        "last queries left out", "visibility.num_queries) + T::kQueries - 1)", "visibility.num_queries))"
+    ),
+    _backward("edge tiles not masked", "if (rows.masked)", "if (false && rows.masked)"),
+    _backward(
+        "mask one key off",
+        "contains(first_key + fragment_row(e))",
+        "contains(first_key + 1 + fragment_row(e))",
+    ),
+    _backward("dS not transposed", "from_shared<true, true>", "from_shared<false, true>"),
+    _backward(
+        "both consumers make the same columns of dQ",
+        "along_rows(consumer * T::kDqColumns, k)",
+        "along_rows(0, k)",
+    ),
+    _backward("product without wgmma.fence", "hold(scores);\n  wgmma_fence();", "hold(scores);"),
+    _backward(
+        "the second launch adds to the first queries",
+        "part.dq.data += first_query * part.dq.token_stride;",
+        "",
+    ),
+    _backward("delta forgotten", "- rows.delta[fragment_column(j, e)]", ""),
+    _backward(
+        "dK without the scale", "num_keys, 0,\n           params.softmax_scale);", "num_keys, 0, 1.0f);"
+    ),
+    _backward("dS stored unswizzled", "(chunk % 8 ^ row % 8)", "(chunk % 8)", PANELS),
+    _backward("rows of dQ meet in banks", "trades = row % 2;", "trades = false;", PANELS, slow=True),
 )

@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 from tests.cuda.emulator import ELEMENT_TYPES, Emulator, cached_library
 
 VECTORS = Path(__file__).with_name("primitive_vectors.npz")
-OUTPUT_WORDS = {False: 32 * 48, True: 128 * 272}
-VARIANTS = [(dtype, hopper) for dtype in (torch.bfloat16, torch.float16) for hopper in (False, True)]
+GROUPS = {"sm80": 32 * 48, "sm90": 128 * 272, "sm90_gradients": 128 * 48 + 64 * 32}
+"""Words of output of each PrimitiveGroup of csrc/cuda/calibration.h, in its order."""
+VARIANTS = [(dtype, group) for dtype in (torch.bfloat16, torch.float16) for group in GROUPS]
+ONE = 0x3F800000
+"""fp32 1: what outputs hold before, and what a reduction adds to."""
 
 
 def numbers(dtype: torch.dtype) -> torch.Tensor:
@@ -27,16 +30,16 @@ def numbers(dtype: torch.dtype) -> torch.Tensor:
     return torch.randint(-8, 9, (128, 128), generator=generator).to(dtype)
 
 
-def key(dtype: torch.dtype, hopper: bool) -> str:
-    return f"{'sm90' if hopper else 'sm80'}_{str(dtype).removeprefix('torch.')}"
+def key(dtype: torch.dtype, group: str) -> str:
+    return f"{group}_{str(dtype).removeprefix('torch.')}"
 
 
-def emulated(dtype: torch.dtype, hopper: bool) -> NDArray[np.uint32]:
+def emulated(dtype: torch.dtype, group: str) -> NDArray[np.uint32]:
     library = Emulator(cached_library()).library
-    source, output = numbers(dtype), np.full(OUTPUT_WORDS[hopper], 0xFFFFFFFF, dtype=np.uint32)
+    source, output = numbers(dtype), np.full(GROUPS[group], ONE, dtype=np.uint32)
     library.mls_emu_calibrate.restype = ctypes.c_char_p
     failure = library.mls_emu_calibrate(
-        ctypes.c_bool(hopper),
+        list(GROUPS).index(group),
         ELEMENT_TYPES[dtype],
         ctypes.c_void_p(source.data_ptr()),
         output.ctypes.data_as(ctypes.c_void_p),
@@ -45,10 +48,10 @@ def emulated(dtype: torch.dtype, hopper: bool) -> NDArray[np.uint32]:
     return output
 
 
-@pytest.mark.parametrize(("dtype", "hopper"), VARIANTS, ids=lambda value: str(value))
-def test_emulator_still_gives_the_vectors(library: Path, dtype: torch.dtype, hopper: bool) -> None:
+@pytest.mark.parametrize(("dtype", "group"), VARIANTS, ids=lambda value: str(value))
+def test_emulator_still_gives_the_vectors(library: Path, dtype: torch.dtype, group: str) -> None:
     with np.load(VECTORS) as vectors:
-        np.testing.assert_array_equal(emulated(dtype, hopper), vectors[key(dtype, hopper)])
+        np.testing.assert_array_equal(emulated(dtype, group), vectors[key(dtype, group)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -56,7 +59,7 @@ def test_vectors_agree_with_plain_matrix_products(dtype: torch.dtype) -> None:
     """Accumulators of wgmma, by PTX's fragment layout, against products of the same integers."""
     x = numbers(dtype).double()
     with np.load(VECTORS) as vectors:
-        words = vectors[key(dtype, True)].view(np.float32).reshape(128, 272)
+        words = vectors[key(dtype, "sm90")].view(np.float32).reshape(128, 272)
     pairs = (
         numbers(dtype).flatten()[: 128 * 8].double().view(4, 8, 4, 4, 2)
     )  # warp, row, column pair, register
@@ -79,7 +82,7 @@ def test_vectors_agree_with_plain_matrix_products(dtype: torch.dtype) -> None:
 def test_vectors_hold_zeros_beyond_the_tensor(dtype: torch.dtype) -> None:
     """A copy of columns 104 to 167 and rows 28 to 155, of which 24 columns and 100 rows exist."""
     with np.load(VECTORS) as vectors:
-        words = vectors[key(dtype, True)].reshape(128, 272)[:, 240:]
+        words = vectors[key(dtype, "sm90")].reshape(128, 272)[:, 240:]
     chunks = torch.from_numpy(words.copy().view(np.int16)).view(dtype).view(128, 8, 8)
     order = torch.arange(8) ^ torch.arange(128).unsqueeze(1) % 8  # the 128-byte swizzle
     panel = chunks.gather(1, order.unsqueeze(-1).expand(128, 8, 8)).reshape(128, 64)
@@ -88,29 +91,52 @@ def test_vectors_hold_zeros_beyond_the_tensor(dtype: torch.dtype) -> None:
     assert torch.equal(panel, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_vectors_of_gradients_agree_with_plain_tensors(dtype: torch.dtype) -> None:
+    """What stmatrix stored, its transposed product with a part of a panel, and the clipped sum in memory."""
+    words = numbers(dtype).flatten()[: 64 * 64].view(4, 8, 4, 4, 4, 2)  # warp, row, pair, step, register, low
+    stored = torch.empty(64, 64, dtype=dtype)
+    for register in range(4):
+        part = stored.view(4, 2, 8, 4, 2, 4, 2)[
+            :, register % 2, :, :, register // 2
+        ]  # warp, row, step, pair, low
+        part.copy_(words[:, :, :, :, register].transpose(2, 3))
+    with np.load(VECTORS) as vectors:
+        log, reduced = np.split(vectors[key(dtype, "sm90_gradients")], [128 * 48])
+    sums = torch.from_numpy(log.reshape(128, 48)[:, :16].copy().view(np.float32)).view(4, 8, 4, 4, 2, 2)
+    product = stored[16:32].double().T @ numbers(dtype)[48:64, 96:].double()
+    assert torch.equal(sums.permute(0, 4, 1, 3, 2, 5).reshape(64, 32).double(), product)
+    chunks = torch.from_numpy(log.reshape(128, 48)[:64, 16:].copy().view(np.int16)).view(dtype).view(64, 8, 8)
+    order = torch.arange(8) ^ torch.arange(64).unsqueeze(1) % 8  # the 128-byte swizzle
+    assert torch.equal(chunks.gather(1, order.unsqueeze(-1).expand(64, 8, 8)).reshape(64, 64), stored)
+    want = torch.ones(64, 32)
+    want[:50, :24] += 0.5 * product[:50, :24].float()
+    assert torch.equal(torch.from_numpy(reduced.copy().view(np.float32)).view(64, 32), want)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize(("dtype", "hopper"), VARIANTS, ids=lambda value: str(value))
-def test_gpu_gives_the_vectors(dtype: torch.dtype, hopper: bool) -> None:
-    if hopper and torch.cuda.get_device_capability() != (9, 0):
+@pytest.mark.parametrize(("dtype", "group"), VARIANTS, ids=lambda value: str(value))
+def test_gpu_gives_the_vectors(dtype: torch.dtype, group: str) -> None:
+    if group.startswith("sm90") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
     from megatron_lightseq import _C  # type: ignore[attr-defined]
 
     function = ctypes.CDLL(_C.__file__).mls_cuda_calibrate
     function.restype = ctypes.c_char_p
     source = numbers(dtype).cuda()
-    output = torch.full((OUTPUT_WORDS[hopper],), -1, dtype=torch.int32, device="cuda")
+    output = torch.full((GROUPS[group],), ONE, dtype=torch.int32, device="cuda")
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in (source, output)]
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    failure = function(ctypes.c_bool(hopper), ELEMENT_TYPES[dtype], *pointers, stream)
+    failure = function(list(GROUPS).index(group), ELEMENT_TYPES[dtype], *pointers, stream)
     assert failure is None, failure
     torch.cuda.synchronize()
     with np.load(VECTORS) as vectors:
-        np.testing.assert_array_equal(output.cpu().numpy().view(np.uint32), vectors[key(dtype, hopper)])
+        np.testing.assert_array_equal(output.cpu().numpy().view(np.uint32), vectors[key(dtype, group)])
 
 
 def main() -> None:
-    results = {key(dtype, hopper): emulated(dtype, hopper) for dtype, hopper in VARIANTS}
+    results = {key(dtype, group): emulated(dtype, group) for dtype, group in VARIANTS}
     np.savez_compressed(VECTORS, **results)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_lightseq.kernels.cuda import HEAD_DIMS
 from tests.cuda.emulator import EmulationError, Emulator
-from tests.cuda.judge import expect_output, run_forward
+from tests.cuda.judge import expect_gradients, expect_output, run_forward
 from tests.kernels.oracle import Case, Results, delta, expect_within_budget, inputs, run_kernel, with_keys
 
 CAUSAL = Case(queries=150, keys=200, heads=4, groups=2, head_dim=64, value_dim=64, band_hi=50)
@@ -65,6 +65,30 @@ def test_hopper_matches_fp64(library: Path, case: Case, seed: int, dims: tuple[i
     counts = kernel.statistics()
     assert counts.wgmma > 0
     assert counts.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("case", "seed"), HOPPER_TILES, ids=str)
+def test_hopper_gradients_match_fp64(library: Path, case: Case, seed: int, head_dim: int) -> None:
+    case = replace(case, head_dim=head_dim, value_dim=head_dim)
+    dtype = torch.float16 if seed % 2 else torch.bfloat16
+    kernel = Emulator(library, "sm90", seed=seed)
+    kernel.statistics()
+    expect_gradients(case, dtype, inputs(case, dtype), kernel)
+    counts = kernel.statistics()
+    assert counts.wgmma > 0
+    assert counts.mma == 0
+    assert counts.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+def test_keys_beyond_the_tensor_count_nothing_whatever_the_scores(library: Path, architecture: str) -> None:
+    """All scores near -160: exp(0 - lse) of the zeros that fill up a tile is infinite."""
+    case = Case(queries=70, keys=100, head_dim=64, value_dim=64)
+    _, k, v, dout = inputs(case, torch.bfloat16)
+    q = torch.full((70, 1, 2, 64), -20.0).bfloat16()
+    k = (1.0 + 0.02 * k.float()).bfloat16()
+    expect_gradients(case, torch.bfloat16, (q, k, v, dout), Emulator(library, architecture))
 
 
 @pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)

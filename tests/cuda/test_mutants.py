@@ -9,15 +9,33 @@ import pytest
 import torch
 
 from tests.cuda.emulator import CSRC, EmulationError, Emulator, build_library, build_machine, missing
-from tests.cuda.judge import expect_output, run_forward
-from tests.cuda.mutants import HOPPER_MUTANTS, SM80_MUTANTS, Mutant
+from tests.cuda.judge import expect_gradients, expect_output, run_forward
+from tests.cuda.mutants import HOPPER_BACKWARD_MUTANTS, HOPPER_MUTANTS, SM80_MUTANTS, Mutant
 from tests.kernels.oracle import Case, delta, expect_within_budget, inputs
 
 HEAD_DIMS = {  # few, for they are compiled again for every mutant
-    "sm80": ("-DMLS_FOR_EACH_HEAD_DIM(X)=X(64, 64)", "-DMLS_FOR_EACH_HOPPER_HEAD_DIM(X)="),
+    "sm80": (
+        "-DMLS_FOR_EACH_HEAD_DIM(X)=X(64, 64)",
+        "-DMLS_FOR_EACH_HOPPER_HEAD_DIM(X)=",
+        "-DMLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(X)=",
+    ),
     # One panel of 64 columns and half of the next.
-    "sm90": ("-DMLS_FOR_EACH_HEAD_DIM(X)=", "-DMLS_FOR_EACH_HOPPER_HEAD_DIM(X)=X(96, 96)"),
+    "sm90": (
+        "-DMLS_FOR_EACH_HEAD_DIM(X)=",
+        "-DMLS_FOR_EACH_HOPPER_HEAD_DIM(X)=X(96, 96)",
+        "-DMLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(X)=",
+    ),
+    "sm90 backward": (
+        "-DMLS_FOR_EACH_HEAD_DIM(X)=",
+        "-DMLS_FOR_EACH_HOPPER_HEAD_DIM(X)=",
+        "-DMLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(X)=X(128, 128)",
+        "-DMLS_BACKWARD_QUERY_TILES=4",  # so that some cases need two launches
+    ),
 }
+HOPPER_BACKWARD_CASES = (
+    Case(queries=330, keys=140, heads=2, groups=1, head_dim=128, value_dim=128, band_hi=-20, amplitude=2.0),
+    Case(queries=200, keys=130, heads=1, head_dim=128, value_dim=128, ranges="documents"),
+)
 HOPPER_CASES = (
     Case(queries=70, keys=600, heads=1, head_dim=96, value_dim=96, band_hi=540, amplitude=3.0),
     Case(queries=140, keys=520, heads=1, head_dim=96, value_dim=96),
@@ -38,10 +56,15 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def examine(library: Path, architecture: str) -> str | None:
     """What is wrong with these kernels, or None."""
-    run, cases = (forward, HOPPER_CASES) if architecture == "sm90" else (run_in_two_parts, CASES)
+    run, cases, seeds = {
+        "sm80": (run_in_two_parts, CASES, 3),
+        "sm90": (forward, HOPPER_CASES, 3),
+        "sm90 backward": (backward, HOPPER_BACKWARD_CASES, 6),
+    }[architecture]
     for case in cases:
-        for seed in (1, 2, 3):
-            kernel = Emulator(library, architecture, deterministic=seed == 2, seed=seed)
+        for seed in range(1, seeds + 1):
+            deterministic = architecture == "sm80" and seed == 2
+            kernel = Emulator(library, architecture.split()[0], deterministic=deterministic, seed=seed)
             try:
                 run(case, kernel)
             except (AssertionError, EmulationError) as error:
@@ -54,6 +77,10 @@ def examine(library: Path, architecture: str) -> str | None:
 def forward(case: Case, kernel: Emulator) -> None:
     tensors = inputs(case, torch.bfloat16)
     expect_output(case, torch.bfloat16, tensors, *run_forward(case, tensors, kernel))
+
+
+def backward(case: Case, kernel: Emulator) -> None:
+    expect_gradients(case, torch.bfloat16, inputs(case, torch.bfloat16), kernel)
 
 
 def run_in_two_parts(case: Case, kernel: Emulator) -> None:
@@ -85,7 +112,7 @@ def mutated(mutant: Mutant, folder: Path) -> Path:
     return csrc
 
 
-@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+@pytest.mark.parametrize("architecture", HEAD_DIMS)
 def test_nothing_is_wrong_without_a_mutant(architecture: str, machine: list[str], tmp_path: Path) -> None:
     build_library(
         CSRC, machine, tmp_path / "library.so", "-O1", "-DMLS_BFLOAT16_ONLY", *HEAD_DIMS[architecture]
@@ -93,7 +120,9 @@ def test_nothing_is_wrong_without_a_mutant(architecture: str, machine: list[str]
     assert examine(tmp_path / "library.so", architecture) is None
 
 
-@pytest.mark.parametrize("mutant", SM80_MUTANTS + HOPPER_MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize(
+    "mutant", SM80_MUTANTS + HOPPER_MUTANTS + HOPPER_BACKWARD_MUTANTS, ids=lambda mutant: mutant.name
+)
 def test_mutant_is_caught(mutant: Mutant, machine: list[str], tmp_path: Path) -> None:
     options = ("-O1", "-DMLS_BFLOAT16_ONLY", *HEAD_DIMS[mutant.architecture])
     build_library(mutated(mutant, tmp_path), machine, tmp_path / "library.so", *options)

@@ -187,3 +187,19 @@ def test_hopper_kernels_use_its_tensor_cores(compiled: dict[tuple[str, str], Com
             assert wanted in function, f"{name} has no {wanted}"
         for unwanted in ("STL", "LDL", " HMMA"):
             assert unwanted not in function, f"{name} has {unwanted}"
+
+
+def test_hopper_gradients_use_its_tensor_cores(compiled: dict[tuple[str, str], Compiled]) -> None:
+    functions = sass(compiled["backward_sm90.cu", "90a"].object_file).split("Function : ")[1:]
+    assert len(functions) == 4  # two head dims, two element types
+    for function in functions:
+        name = function.split()[0]
+        head_dim = int(re.findall(r"Li(\d+)E", name)[0])
+        wanted_products = Counter({"64x64x16": 2 * head_dim // 16})  # S and dP: 64 queries
+        wanted_products[f"64x{head_dim}x16"] += 2 * 64 // 16  # dV and dK of them
+        wanted_products[f"64x{head_dim // 2}x16"] += 128 // 16  # half of the columns of dQ, from 128 keys
+        assert Counter(re.findall(r"HGMMA\.(64x\d+x16)\.F32", function)) == wanted_products, name
+        for wanted in ("UTMALDG.4D", "UTMAREDG.4D.ADD", "STSM", "USETMAXREG"):
+            assert wanted in function, f"{name} has no {wanted}"
+        for unwanted in ("STL", "LDL", " HMMA"):
+            assert unwanted not in function, f"{name} has {unwanted}"

@@ -1,6 +1,7 @@
 #include "cuda/emulation/hopper.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -8,7 +9,6 @@ namespace mls::emu {
 namespace {
 
 constexpr int kRowBytes = 128;  // of a swizzled panel
-constexpr int kElementsPerRow = 64;
 
 // The 128-byte swizzle: 16-byte chunks of a row change places by the row's number in its group of eight.
 size_t swizzled(size_t offset) {
@@ -31,9 +31,12 @@ void Hopper::reset() {
   unfenced.assign(block.num_threads(), {});
   barriers.clear();
   copies.clear();
+  reductions.clear();
   warpgroups.assign((block.num_threads() + 127) / 128, {});
   constexpr unsigned kLaziness[] = {16, 1024, 0};
   laziness = kLaziness[block.random() % 3];
+  constexpr unsigned kPatience[] = {1, 16, 256};
+  patience = kPatience[block.random() % 3];
 }
 
 std::string Hopper::describe_waits() const {
@@ -130,16 +133,60 @@ void Hopper::land(const PendingCopy& copy) {
     const int64_t token = copy.at[1] + row;
     const bool inside =
         token >= 0 && token < map.sizes[1] && copy.at[2] < map.sizes[2] && copy.at[3] < map.sizes[3];
-    const int64_t columns = std::min<int64_t>(kElementsPerRow, map.sizes[0] - copy.at[0]);
-    if (inside && columns > 0)
+    const int64_t bytes = std::min<int64_t>(kRowBytes, (map.sizes[0] - copy.at[0]) * map.strides[0]);
+    if (inside && bytes > 0)
       std::memcpy(line,
                   map.data + copy.at[0] * map.strides[0] + token * map.strides[1] +
                       copy.at[2] * map.strides[2] + copy.at[3] * map.strides[3],
-                  columns * 2);
+                  bytes);
     for (int chunk = 0; chunk < 8; ++chunk) {
       const size_t offset = swizzled(copy.target + row * kRowBytes + chunk * 16);
       std::memcpy(block.shared() + offset, line + chunk * 16, 16);
       std::memcpy(async_view.data() + offset, line + chunk * 16, 16);
+    }
+  }
+}
+
+void Hopper::tensor_reduce_add(const TensorMap& map, const void* source, std::array<int, 4> at) {
+  PendingReduction reduction{block.thread(), block.check_shared(source, 16), map, at};
+  const size_t bytes = static_cast<size_t>(map.rows) * kRowBytes;
+  if (reduction.source % 1024) block.fail("tensor reduction: a swizzled source must be 1024-byte aligned");
+  if (reduction.source + bytes > block.shared_bytes()) block.fail("tensor reduction beyond shared memory");
+  if (map.strides[0] != 4) block.fail("tensor reduction: the emulator adds fp32 alone");
+  if (block.random() % 2) reduce(reduction);
+  reductions.push_back(reduction);
+}
+
+void Hopper::tensor_reduce_commit() {
+  for (PendingReduction& reduction : reductions)
+    if (reduction.thread == block.thread()) reduction.committed = true;
+}
+
+void Hopper::tensor_reduce_wait_read() {
+  for (unsigned turn = 0; turn < patience; ++turn) block.yield();  // others may spoil what was not read
+  std::erase_if(reductions, [this](PendingReduction& reduction) {
+    const bool due = reduction.committed && reduction.thread == block.thread();
+    if (due && !reduction.read) reduce(reduction);
+    return due;
+  });
+}
+
+std::string Hopper::describe_unfinished() const {
+  return reductions.empty() ? "" : "a block ended before a tensor reduction had read its shared memory";
+}
+
+void Hopper::reduce(PendingReduction& reduction) {
+  reduction.read = true;
+  const TensorMap& map = reduction.map;
+  for (int row = 0; row < map.rows; ++row) {
+    const int64_t token = reduction.at[1] + row;
+    if (token < 0 || token >= map.sizes[1]) continue;
+    for (int i = 0; i < kRowBytes / 4 && reduction.at[0] + i < map.sizes[0]; ++i) {
+      float value;
+      std::memcpy(&value, async_view.data() + swizzled(reduction.source + row * kRowBytes + i * 4), 4);
+      const unsigned char* target = map.data + (reduction.at[0] + i) * 4 + token * map.strides[1] +
+                                    reduction.at[2] * map.strides[2] + reduction.at[3] * map.strides[3];
+      std::atomic_ref(*reinterpret_cast<float*>(const_cast<unsigned char*>(target))).fetch_add(value);
     }
   }
 }

@@ -9,12 +9,12 @@
 
 namespace mls::emu {
 
-// A rank-4 tensor of 16-bit elements, (dim, tokens, heads, batch), cut into boxes of 64 x `rows` elements
-// that land in shared memory under the 128-byte swizzle.
+// A rank-4 tensor, (dim, tokens, heads, batch), cut into boxes of 128 bytes x `rows` tokens that lie in
+// shared memory under the 128-byte swizzle.
 struct TensorMap {
   const unsigned char* data = nullptr;
   std::array<int64_t, 4> sizes = {};
-  std::array<int64_t, 4> strides = {};  // bytes
+  std::array<int64_t, 4> strides = {};  // bytes; the first is an element's
   int rows = 0;
 };
 
@@ -44,6 +44,11 @@ struct Hopper {
   void barrier_wait(const void* barrier, int parity);
 
   void tensor_copy(const void* target, const TensorMap& map, const void* barrier, std::array<int, 4> at);
+  void tensor_reduce_add(const TensorMap& map, const void* source, std::array<int, 4> at);
+  void tensor_reduce_commit();
+  void tensor_reduce_wait_read();
+  // Empty, or what a block that has ended left behind.
+  std::string describe_unfinished() const;
   void land_sometimes();
   bool land_one();
 
@@ -62,6 +67,14 @@ struct Hopper {
     TensorMap map;
     size_t barrier;
     std::array<int, 4> at;
+  };
+  // A reduction reads shared memory at its start or, as the seed falls, only when its thread waits for that.
+  struct PendingReduction {
+    int thread;
+    size_t source;
+    TensorMap map;
+    std::array<int, 4> at;
+    bool committed = false, read = false;
   };
   struct WgmmaTask {
     WgmmaCall call;
@@ -94,6 +107,7 @@ struct Hopper {
   Barrier& find(const void* barrier);
   void advance(Barrier& barrier);
   void land(const PendingCopy& copy);
+  void reduce(PendingReduction& reduction);
   void issue(Warpgroup& group, const WgmmaCall& call);
   void read_operands(WgmmaTask& task);
   float element(Format format, uint64_t descriptor, int major, int k, bool transposed);
@@ -105,6 +119,8 @@ struct Hopper {
   std::vector<std::vector<std::pair<size_t, size_t>>> unfenced;
   std::map<size_t, Barrier> barriers;
   std::vector<PendingCopy> copies;
+  std::vector<PendingReduction> reductions;
+  unsigned patience = 1;  // turns that a reduction waits before it reads
   unsigned laziness = 0;  // a copy lands at one in so many switches; 0: only when every thread waits
   std::vector<Warpgroup> warpgroups;
 };

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "cuda/backward_sm80_instances.h"
+#include "cuda/backward_sm90_instances.h"
 #include "cuda/calibration.h"
 #include "cuda/emulation/machine.h"
 #include "cuda/forward_sm80_instances.h"
@@ -33,6 +34,12 @@ const char* with_kernel(const AttentionShape& shape, ElementType type, Run run) 
 template <class Run>
 const char* with_hopper_kernel(const AttentionShape& shape, ElementType type, Run run) {
   MLS_FOR_EACH_HOPPER_HEAD_DIM(MLS_CASE)
+  return kNoKernel;
+}
+
+template <class Run>
+const char* with_hopper_backward(const AttentionShape& shape, ElementType type, Run run) {
+  MLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(MLS_CASE)
   return kNoKernel;
 }
 
@@ -71,8 +78,16 @@ const char* mls_emu_backward_sm80(const mls::BackwardParams* params, bool determ
       });
 }
 
-const char* mls_emu_calibrate(bool hopper, mls::ElementType type, const uint16_t* input, uint32_t* output) {
-  return mls::cuda::calibrate(hopper, type, {input, output}, nullptr);
+const char* mls_emu_backward_sm90(const mls::BackwardParams* params, bool deterministic) {
+  return mls::cuda::with_hopper_backward(
+      params->shape, params->element_type, [&]<class Element, int kHeadDim, int kValueDim>() {
+        return mls::cuda::backward_sm90<Element, kHeadDim, kValueDim>(*params, deterministic, nullptr);
+      });
+}
+
+const char* mls_emu_calibrate(mls::cuda::PrimitiveGroup group, mls::ElementType type, const uint16_t* input,
+                              uint32_t* output) {
+  return mls::cuda::calibrate(group, type, {input, output}, nullptr);
 }
 
 }  // extern "C"

@@ -96,7 +96,7 @@ std::string Block::run(Dim3 index) {
   lane_ = nullptr;
   switch_away(&main_stack_pointer_);
   running_block = nullptr;
-  return failure_;
+  return failure_.empty() ? hopper_->describe_unfinished() : failure_;
 }
 
 void Block::start_threads() {
@@ -261,7 +261,11 @@ void Block::execute(Lane* lanes, Operation operation) {
     case Operation::kMma:
       return mma(lanes);
     case Operation::kStoreShared:
-      return store_shared(lanes);
+      return store_shared(lanes, 1);
+    case Operation::kStorePair:
+      return store_shared(lanes, 2);
+    case Operation::kStmatrix:
+      return stmatrix(lanes);
     case Operation::kSyncWarp:
     case Operation::kNone:
       return;
@@ -321,14 +325,35 @@ void Block::mma(Lane* lanes) {
     for (int e = 0; e < 4; ++e) lanes[i].accumulator[e] = d[i / 4 + e / 2 * 8][i % 4 * 2 + e % 2];
 }
 
-void Block::store_shared(Lane* lanes) {
-  std::vector<size_t> words;
+void Block::put_word(Lane& lane, size_t offset, uint32_t value) {
+  std::memcpy(shared_ + offset, &value, 4);
+  hopper_->note_store(static_cast<int>(&lane - lanes_.data()), offset, 4);
+}
+
+// Stores of eight bytes go to the banks half a warp at a time.
+void Block::store_shared(Lane* lanes, size_t words) {
+  std::vector<size_t> asked;
   for (int i = 0; i < 32; ++i) {
-    words.push_back(check_shared(lanes[i].address, 4) / 4);
-    std::memcpy(const_cast<void*>(lanes[i].address), &lanes[i].value, 4);
-    hopper_->note_store(static_cast<int>(&lanes[i] - lanes_.data()), words.back() * 4, 4);
+    const size_t offset = check_shared(lanes[i].address, words * 4);
+    put_word(lanes[i], offset, lanes[i].value);
+    if (words == 2) put_word(lanes[i], offset + 4, lanes[i].second_value);
+    for (size_t word = 0; word < words; ++word) asked.push_back(offset / 4 + word);
+    if (asked.size() < 32) continue;
+    statistics.bank_conflicts += extra_wavefronts(asked);
+    asked.clear();
   }
-  statistics.bank_conflicts += extra_wavefronts(words);
+}
+
+void Block::stmatrix(Lane* lanes) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    std::vector<size_t> asked;
+    for (int i = 0; i < 32; ++i) {
+      const size_t offset = check_shared(lanes[matrix * 8 + i / 4].address, 16) + i % 4 * 4;
+      put_word(lanes[i], offset, lanes[i].registers[matrix]);
+      asked.push_back(offset / 4);
+    }
+    statistics.bank_conflicts += extra_wavefronts(asked);
+  }
 }
 
 Options& options() {

@@ -27,7 +27,17 @@ struct Dim3 {
 
 enum class Format { kBFloat16, kFloat16 };
 
-enum class Operation { kNone, kShuffle, kSyncWarp, kLdmatrix, kLdmatrixTransposed, kMma, kStoreShared };
+enum class Operation {
+  kNone,
+  kShuffle,
+  kSyncWarp,
+  kLdmatrix,
+  kLdmatrixTransposed,
+  kMma,
+  kStoreShared,
+  kStorePair,
+  kStmatrix
+};
 
 // What happened, summed over all blocks since the caller cleared it.
 struct Statistics {
@@ -46,7 +56,7 @@ struct Lane {
   Operation operation = Operation::kNone;
   const void* address = nullptr;
   uint32_t* registers = nullptr;
-  uint32_t value = 0;
+  uint32_t value = 0, second_value = 0;
   int lane_mask = 0;
   Format format = Format::kBFloat16;
   float* accumulator = nullptr;
@@ -124,7 +134,9 @@ class Block {
   void shuffle(Lane* lanes);
   void ldmatrix(Lane* lanes, bool transposed);
   void mma(Lane* lanes);
-  void store_shared(Lane* lanes);
+  void store_shared(Lane* lanes, size_t words);
+  void stmatrix(Lane* lanes);
+  void put_word(Lane& lane, size_t offset, uint32_t value);
 
   Dim3 grid_, index_;
   const std::function<void()>& kernel_;

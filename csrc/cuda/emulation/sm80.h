@@ -52,6 +52,12 @@ inline T shuffle_xor(T value, int lane_mask) {
   return value;
 }
 
+inline bool any_lane(bool condition) {
+  int any = condition;
+  for (int lane_mask = 16; lane_mask > 0; lane_mask /= 2) any |= shuffle_xor(any, lane_mask);
+  return any != 0;
+}
+
 MLS_DEVICE uint32_t float_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -49,6 +49,34 @@ inline void tensor_copy(void* shared, const TensorMap& map, Barrier* barrier, in
   hopper().tensor_copy(shared, map, barrier, {column, token, head, batch});
 }
 
+inline void tensor_reduce_add(const TensorMap& map, const void* shared, int column, int token, int head,
+                              int batch) {
+  hopper().tensor_reduce_add(map, shared, {column, token, head, batch});
+}
+
+inline void tensor_reduce_commit() {
+  hopper().tensor_reduce_commit();
+}
+
+inline void tensor_reduce_wait_read() {
+  hopper().tensor_reduce_wait_read();
+}
+
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  emu::Block& block = emu::Block::current();
+  block.lane().address = row;
+  block.lane().registers = const_cast<uint32_t*>(r);
+  block.collective(emu::Operation::kStmatrix);
+}
+
+inline void store_shared_pair(void* shared, float x, float y) {
+  emu::Block& block = emu::Block::current();
+  block.lane().address = shared;
+  block.lane().value = float_bits(x);
+  block.lane().second_value = float_bits(y);
+  block.collective(emu::Operation::kStorePair);
+}
+
 inline void proxy_fence() {
   hopper().proxy_fence();
 }
@@ -60,6 +88,19 @@ inline bool make_tensor_map(TensorMap* map, const TokenTensor<const void>& tenso
           {2, tensor.token_stride * 2, tensor.head_stride * 2, tensor.batch_stride * 2},
           rows};
   return true;
+}
+
+inline bool make_tensor_map(TensorMap* map, const TokenTensor<float>& tensor, const int64_t (&sizes)[4],
+                            int rows) {
+  *map = {reinterpret_cast<const unsigned char*>(tensor.data),
+          {sizes[0], sizes[1], sizes[2], sizes[3]},
+          {4, tensor.token_stride * 4, tensor.head_stride * 4, tensor.batch_stride * 4},
+          rows};
+  return true;
+}
+
+inline int warpgroup_id() {
+  return emu::Block::current().thread() / 128;
 }
 
 inline void named_barrier_sync(int id, int threads) {
@@ -88,6 +129,8 @@ template <int kPending>
 inline void wgmma_wait() {
   hopper().wgmma_wait(kPending);
 }
+
+inline void keep_here(uint32_t&) {}
 
 template <class Registers>
 inline void hold(Registers&) {}

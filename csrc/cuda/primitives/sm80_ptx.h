@@ -41,6 +41,11 @@ MLS_DEVICE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+// Whether it holds in some lane of the warp: the same answer in all of them, and ptxas knows that.
+MLS_DEVICE bool any_lane(bool condition) {
+  return __any_sync(0xffffffffu, condition);
+}
+
 MLS_DEVICE uint32_t float_bits(float x) {
   return __float_as_uint(x);
 }

@@ -80,15 +80,36 @@ MLS_DEVICE void tensor_copy(void* shared, const TensorMap& map, Barrier* barrier
       : "memory");
 }
 
+// Starts adding a tile of shared memory to a tensor in global memory, what lies outside left out. Several
+// make a group of the thread that starts them.
+MLS_DEVICE void tensor_reduce_add(const TensorMap& map, const void* shared, int column, int token, int head,
+                                  int batch) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::
+          "l"(&map),
+      "r"(shared_address(shared)), "r"(column), "r"(token), "r"(head), "r"(batch)
+      : "memory");
+}
+
+MLS_DEVICE void tensor_reduce_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until this thread's groups have read their shared memory; what they add arrives by the kernel's end.
+MLS_DEVICE void tensor_reduce_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // This thread's ordinary stores to shared memory become visible to wgmma and tensor copies.
 MLS_DEVICE void proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A map of one (tokens, batch, heads, dim) tensor for boxes of 64 columns x `rows` tokens; false where CUDA
+// A map of one (tokens, batch, heads, dim) tensor for boxes of 128 bytes x `rows` tokens; false where CUDA
 // cannot make one.
-inline bool make_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor, const int64_t (&sizes)[4],
-                            ElementType type, int rows) {
+inline bool encode_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor,
+                              const int64_t (&sizes)[4], CUtensorMapDataType type, int element_bytes,
+                              int rows) {
   static void* const encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -101,17 +122,51 @@ inline bool make_tensor_map(TensorMap* map, const TokenTensor<const void>& tenso
   cuuint64_t dims[4], stride_bytes[3];
   for (int i = 0; i < 4; ++i) dims[i] = sizes[i];
   // The stride of a dimension of size 1 means nothing, and may be one that CUDA refuses.
-  for (int i = 0; i < 3; ++i) stride_bytes[i] = (sizes[i + 1] == 1 ? 8 : strides[i]) * 2;
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const auto data_type =
-      type == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  for (int i = 0; i < 3; ++i) stride_bytes[i] = sizes[i + 1] == 1 ? 16 : strides[i] * element_bytes;
+  const cuuint32_t steps[4] = {1, 1, 1, 1},
+                   box[4] = {static_cast<cuuint32_t>(kSwizzleRowBytes / element_bytes),
+                             static_cast<cuuint32_t>(rows), 1, 1};
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
-             map, data_type, 4, const_cast<void*>(tensor.data), dims, stride_bytes, box, steps,
+             map, type, 4, const_cast<void*>(tensor.data), dims, stride_bytes, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Of 16-bit inputs: boxes of 64 columns.
+inline bool make_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor, const int64_t (&sizes)[4],
+                            ElementType type, int rows) {
+  return encode_tensor_map(
+      map, tensor, sizes,
+      type == ElementType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      rows);
+}
+
+// Of fp32 results, to add to: boxes of 32 columns.
+inline bool make_tensor_map(TensorMap* map, const TokenTensor<float>& tensor, const int64_t (&sizes)[4],
+                            int rows) {
+  return encode_tensor_map(map, {tensor.data, tensor.token_stride, tensor.batch_stride, tensor.head_stride},
+                           sizes, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, rows);
+}
+
 // ---- warps and their registers ----
+
+// Four 8 x 8 matrices to shared memory, the reverse of ldmatrix_x4: lane i gives the address of row i % 8 of
+// matrix i / 8.
+MLS_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// Eight bytes a lane; the whole warp takes part.
+MLS_DEVICE void store_shared_pair(void* shared, float x, float y) {
+  *static_cast<float2*>(shared) = make_float2(x, y);
+}
+
+// Of the block. ptxas knows that all threads of a warp agree, so that what depends on it costs few registers.
+MLS_DEVICE int warpgroup_id() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+}
 
 // Waits for `threads` threads at barrier `id` (1 to 15).
 MLS_DEVICE void named_barrier_sync(int id, int threads) {

@@ -19,6 +19,11 @@ MLS_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The compiler may not compute what follows from x before this point.
+MLS_DEVICE void keep_here(uint32_t& x) {
+  asm volatile("" : "+r"(x));
+}
+
 // The compiler may not move uses of these registers across this point: it does not know that wgmma works on
 // them between its issue and its wait.
 template <int kTiles>

@@ -1,0 +1,280 @@
+// Fused attention backward for compute capability 9.0a (FlashAttention-3's structure, by own code).
+//
+// A block owns 128 keys of one key/value head, as backward_sm80.h's does, and walks over the query tiles that
+// see them. One warpgroup produces: a thread copies tiles of Q and dO into a ring by tensor copies, a warp
+// writes beside them what is known of each query. Two consumer warpgroups, 64 keys each, multiply by wgmma:
+// S^T = K Q^T and dP^T = V dO^T leave P^T and dS^T in registers as operands of dV and dK; only dS goes
+// through shared memory, for dQ = dS K, of which each consumer makes half the columns. Two more threads of
+// the producer send dQ on, by tensor copies that add in the L2 cache. The softmax runs beside dP, dS beside
+// dV, the store of dQ beside dK, and each consumer beside the other.
+#pragma once
+#include "cuda/backward_sm90_tiles.h"
+
+namespace mls::cuda {
+
+// What a consumer warpgroup accumulates: of its 64 keys, and its share of dQ.
+template <class T>
+struct HopperBackwardState {
+  float dk[T::kHeadDim / 8][4];
+  float dv[T::kHeadDim / 8][4];
+  float dq[T::kDqColumns / 8][4];
+  float scores[T::kQueries / 8][4];          // S^T, then P^T
+  float grads[T::kQueries / 8][4];           // dP^T, then dS^T
+  uint32_t p_operand[T::kQueries / 16][4];   // P^T in 16 bits
+  uint32_t ds_operand[T::kQueries / 16][4];  // dS^T in 16 bits
+};
+
+// Starts sums = 64 rows of `a` times `b` transposed: K Q^T or V dO^T.
+template <class T>
+MLS_DEVICE void issue_transposed(float (&sums)[T::kQueries / 8][4], const typename T::KeyTile& a,
+                                 int first_row, const typename T::QueryTile& b) {
+  hold(sums);
+  wgmma_fence();
+  MLS_UNROLL
+  for (int k = 0; k < T::kHeadDim; k += 16)
+    Wgmma<typename T::Element, T::kQueries>::template from_shared<false, false>(
+        sums, a.along_columns(first_row, k), b.along_columns(0, k), k > 0);
+  wgmma_commit();
+}
+
+// Starts grad += the transposed scores times Q or dO.
+template <class T>
+MLS_DEVICE void issue_key_gradient(float (&grad)[T::kHeadDim / 8][4], uint32_t (&scores)[T::kQueries / 16][4],
+                                   const typename T::QueryTile& tile) {
+  hold(grad);
+  hold(scores);
+  wgmma_fence();
+  MLS_UNROLL
+  for (int step = 0; step < T::kQueries / 16; ++step)
+    Wgmma<typename T::Element, T::kHeadDim>::template from_registers<true>(grad, scores[step],
+                                                                           tile.along_rows(0, step * 16), 1);
+  wgmma_commit();
+}
+
+// S^T of a warp's 16 keys from first_key on: -inf where the query does not see the key.
+template <int kTiles, int kQueries>
+MLS_DEVICE void mask_transposed(float (&scores)[kTiles][4], const TileRows<kQueries>& rows, int first_key) {
+  MLS_UNROLL
+  for (int j = 0; j < kTiles; ++j) {
+    MLS_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (!rows.seen[fragment_column(j, e)].contains(first_key + fragment_row(e))) scores[j][e] = -infinity();
+  }
+}
+
+template <class T>
+struct HopperBackwardConsumer {
+  const HopperBackwardShared<T>& shared;
+  HopperBackwardBarriers<T>& barriers;
+  int consumer;   // warpgroup
+  int warp_row;   // of the warp's 16 keys, within the block's tile
+  int first_key;  // the block's
+  float softmax_scale;
+
+  MLS_DEVICE void issue_scores(HopperBackwardState<T>& state, int stage) const {
+    issue_transposed<T>(state.scores, shared.keys(), consumer * 64, shared.queries(stage));
+  }
+
+  MLS_DEVICE void issue_probability_gradients(HopperBackwardState<T>& state, int stage) const {
+    issue_transposed<T>(state.grads, shared.values(), consumer * 64, shared.grads(stage));
+  }
+
+  // S^T -> P^T
+  MLS_DEVICE void make_probabilities(HopperBackwardState<T>& state, int stage) const {
+    const auto& rows = shared.rows(stage);
+    if (rows.masked) mask_transposed(state.scores, rows, first_key + warp_row);
+    MLS_UNROLL
+    for (int step = 0; step < T::kQueries / 16; ++step) {
+      MLS_UNROLL
+      for (int j = 2 * step; j < 2 * step + 2; ++j) {
+        MLS_UNROLL
+        for (int e = 0; e < 4; ++e)
+          state.scores[j][e] = exp2_approx(state.scores[j][e] * (softmax_scale * kLog2e) -
+                                           rows.lse_log2[fragment_column(j, e)]);
+      }
+      to_a<typename T::Element>(state.p_operand[step], state.scores, step);
+    }
+  }
+
+  // dP^T -> dS^T = P^T (dP^T - delta), without the scale of the scores, which dQ and dK get at their end.
+  MLS_DEVICE void make_score_gradients(HopperBackwardState<T>& state, int stage) const {
+    const auto& rows = shared.rows(stage);
+    MLS_UNROLL
+    for (int step = 0; step < T::kQueries / 16; ++step) {
+      MLS_UNROLL
+      for (int j = 2 * step; j < 2 * step + 2; ++j) {
+        MLS_UNROLL
+        for (int e = 0; e < 4; ++e)
+          state.grads[j][e] = state.scores[j][e] * (state.grads[j][e] - rows.delta[fragment_column(j, e)]);
+      }
+      to_a<typename T::Element>(state.ds_operand[step], state.grads, step);
+    }
+  }
+
+  // For all consumers to read: the fragments of 16 queries are four 8 x 8 matrices as they stand.
+  MLS_DEVICE void share_score_gradients(const HopperBackwardState<T>& state, int score_stage) const {
+    const int lane = lane_id(), row = warp_row + (lane & 15), second = lane >> 4;
+    const auto tile = shared.scores(score_stage);
+    MLS_UNROLL
+    for (int step = 0; step < T::kQueries / 16; ++step)
+      stmatrix_x4(tile.chunk(row, step * 2 + second), state.ds_operand[step]);
+    proxy_fence();
+    named_barrier_sync(1, T::kConsumers * kWarpgroupSize);
+  }
+
+  // Starts dq = dS K.
+  MLS_DEVICE void issue_query_gradient(HopperBackwardState<T>& state, int score_stage) const {
+    hold(state.dq);
+    wgmma_fence();
+    MLS_UNROLL
+    for (int k = 0; k < T::kKeys; k += 16)
+      Wgmma<typename T::Element, T::kDqColumns>::template from_shared<true, true>(
+          state.dq, shared.scores(score_stage).along_rows(0, k),
+          shared.keys().along_rows(consumer * T::kDqColumns, k), k > 0);
+    wgmma_commit();
+  }
+
+  MLS_DEVICE void store_query_gradient(HopperBackwardState<T>& state, int turn) const {
+    hold(state.dq);
+    barrier_wait(&barriers.dq_empty[consumer], turn ^ 1);  // passes at once the first time
+    store_fragments(shared.query_gradient(consumer), state.dq, warp_row % 64, softmax_scale);
+    proxy_fence();
+    arrive_as_warp(&barriers.dq_full[consumer]);
+  }
+};
+
+// One consumer warpgroup: all its queries. ptxas allows no product in flight from one turn of a loop to the
+// next.
+template <class T>
+MLS_DEVICE void consume_queries(HopperBackwardState<T>& state, const HopperBackwardConsumer<T>& consumer) {
+  const auto& shared = consumer.shared;
+  auto& barriers = consumer.barriers;
+  RingPosition<T::kStages> at;
+  barrier_wait(&barriers.keys_full, 0);
+  for (int turn = 0;; turn ^= 1, at.advance()) {  // of the scores' two stages, and the parity of dQ's one
+    barrier_wait(&barriers.queries_full[at.stage], at.parity);
+    if (!any_lane(shared.rows(at.stage).any)) return;
+    consumer.issue_scores(state, at.stage);
+    barrier_wait(&barriers.grads_full[at.stage], at.parity);
+    consumer.issue_probability_gradients(state, at.stage);
+    wgmma_wait<1>();
+    hold(state.scores);
+    consumer.make_probabilities(state, at.stage);
+    issue_key_gradient<T>(state.dv, state.p_operand, shared.grads(at.stage));
+    wgmma_wait<1>();  // all but dV
+    hold(state.grads);
+    consumer.make_score_gradients(state, at.stage);
+    if constexpr (T::kWithDq) {
+      consumer.share_score_gradients(state, turn);
+      consumer.issue_query_gradient(state, turn);
+    }
+    issue_key_gradient<T>(state.dk, state.ds_operand, shared.queries(at.stage));
+    wgmma_wait<1>();  // all but dK
+    hold(state.dv);
+    hold(state.p_operand);
+    if constexpr (T::kWithDq) consumer.store_query_gradient(state, turn);
+    wgmma_wait<0>();
+    hold(state.dk);
+    hold(state.ds_operand);
+    arrive_as_warp(&barriers.tile_empty[at.stage]);
+  }
+}
+
+template <class T>
+MLS_DEVICE void consume(const BackwardParams& params, const HopperBackwardShared<T>& shared,
+                        const HopperBackwardWork& work) {
+  take_registers<T::kConsumerRegisters>();
+  const int warp_row = (warpgroup_id() - 1) * 64 + warp_id() % 4 * 16,
+            num_keys = static_cast<int>(params.shape.num_keys);
+  HopperBackwardState<T> state;
+  set_zero(state.dk);
+  set_zero(state.dv);
+  consume_queries<T>(
+      state, {shared, shared.barriers(), warpgroup_id() - 1, warp_row, work.first_key, params.softmax_scale});
+  add_rows(params.dk, state.dk, work.batch, work.kv_head, work.first_key + warp_row, num_keys, 0,
+           params.softmax_scale);
+  add_rows(params.dv, state.dv, work.batch, work.kv_head, work.first_key + warp_row, num_keys, 0, 1.0f);
+}
+
+template <class T>
+MLS_DEVICE void backward_block_sm90(const HopperBackwardLaunch& launch, unsigned char* memory) {
+  const BackwardParams& params = launch.params;
+  const HopperBackwardShared<T> shared{memory};
+  const Visibility visibility(params.shape, params.mask);
+  HopperBackwardWork work;
+  work.first_key = static_cast<int>(block_index().x) * T::kKeys;
+  work.kv_head = static_cast<int>(block_index().y);
+  work.batch = static_cast<int>(block_index().z);
+  const int end_key = smaller(work.first_key + T::kKeys, visibility.num_keys);
+  work.first_tile = larger(work.first_key - visibility.band_hi, 0) / T::kQueries;
+  work.end_tile =
+      (smaller(end_key - visibility.band_lo, visibility.num_queries) + T::kQueries - 1) / T::kQueries;
+  if (work.first_tile >= work.end_tile) return;
+  if (thread_index().x == 0) shared.barriers().init();
+  classify_tiles<T>(shared.kinds(), visibility, work);
+  sync_threads();
+  if (warp_id() < 4)
+    produce<T>(launch, shared, work);
+  else
+    consume<T>(params, shared, work);
+}
+
+// Blocks: (key tiles, key/value heads, batch).
+template <class T>
+MLS_KERNEL(T::kThreads, 1)
+attention_backward_sm90(const MLS_GRID_CONSTANT HopperBackwardLaunch launch) {
+  MLS_SHARED_MEMORY(memory);
+  if constexpr (kCompilesSm90a) backward_block_sm90<T>(launch, memory);
+}
+
+// Queries first_query.. of a tile, at most `most`, with the same keys.
+inline BackwardParams queries_from(const BackwardParams& params, int64_t first_query, int64_t most) {
+  BackwardParams part = params;
+  const int64_t left = params.shape.num_queries - first_query;
+  part.shape.num_queries = left < most ? left : most;
+  for (TokenTensor<const void>* input : {&part.q, &part.dout})
+    input->data = static_cast<const uint16_t*>(input->data) + first_query * input->token_stride;
+  part.dq.data += first_query * part.dq.token_stride;
+  part.lse.data += first_query * part.lse.query_stride;
+  part.delta.data += first_query * part.delta.query_stride;
+  part.mask.band_lo += first_query;
+  part.mask.band_hi += first_query;
+  if (part.mask.range_begin != nullptr) {
+    part.mask.range_begin += first_query;
+    part.mask.range_end += first_query;
+  }
+  return part;
+}
+
+// False where CUDA cannot describe the tensors: other kernels then take them.
+template <class T>
+bool describe(HopperBackwardLaunch& arguments) {
+  const BackwardParams& params = arguments.params;
+  const auto& shape = params.shape;
+  const int64_t queries[] = {shape.head_dim, shape.num_queries, shape.num_heads, shape.batch};
+  const int64_t keys[] = {shape.head_dim, shape.num_keys, shape.num_kv_heads, shape.batch};
+  const ElementType type = params.element_type;
+  return make_tensor_map(&arguments.q, params.q, queries, type, T::kQueries) &&
+         make_tensor_map(&arguments.dout, params.dout, queries, type, T::kQueries) &&
+         make_tensor_map(&arguments.k, params.k, keys, type, T::kKeys) &&
+         make_tensor_map(&arguments.v, params.v, keys, type, T::kKeys) &&
+         (!T::kWithDq || make_tensor_map(&arguments.dq, params.dq, queries, T::kQueries));
+}
+
+// False, and nothing has been launched, where CUDA cannot describe the tensors.
+template <class T>
+bool launch_backward_sm90(const BackwardParams& params, void* stream, const char** failure) {
+  constexpr int64_t kMost = static_cast<int64_t>(T::kMaxTiles) * T::kQueries;
+  const auto& shape = params.shape;
+  const Dim3 blocks((shape.num_keys + T::kKeys - 1) / T::kKeys, shape.num_kv_heads, shape.batch);
+  *failure = nullptr;
+  for (int64_t first = 0; first < shape.num_queries && *failure == nullptr; first += kMost) {
+    HopperBackwardLaunch arguments{queries_from(params, first, kMost), {}, {}, {}, {}, {}};
+    if (!describe<T>(arguments)) return false;  // alignment decides: if at all, then already the first time
+    *failure = launch(&attention_backward_sm90<T>, blocks, T::kThreads, HopperBackwardShared<T>::kBytes,
+                      stream, arguments);
+  }
+  return true;
+}
+
+}  // namespace mls::cuda

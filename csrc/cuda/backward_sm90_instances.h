@@ -1,0 +1,25 @@
+// Defines backward_sm90: the head dims that have kernels of their own on Hopper.
+#pragma once
+#include "cuda/backward_sm90.h"
+#include "cuda/instances.h"
+
+namespace mls::cuda {
+
+// A launch sees so many tiles of 64 queries, a byte of shared memory each. Tests compile fewer.
+#if !defined(MLS_BACKWARD_QUERY_TILES)
+#define MLS_BACKWARD_QUERY_TILES 4096
+#endif
+
+template <class Element, int kHeadDim, int kValueDim>
+const char* backward_sm90(const BackwardParams& params, bool deterministic, void* stream) {
+  static_assert(kHeadDim == kValueDim);
+  const char* failure = nullptr;
+  using Traits = HopperBackwardTraits<Element, kHeadDim, true, MLS_BACKWARD_QUERY_TILES>;
+  if (!deterministic && launch_backward_sm90<Traits>(params, stream, &failure)) return failure;
+  return backward_sm80<Element, kHeadDim, kValueDim>(params, deterministic, stream);
+}
+
+#define MLS_DEFINE_BACKWARD_SM90(Element, D, Dv) \
+  template const char* backward_sm90<Element, D, Dv>(const BackwardParams&, bool, void*);
+
+}  // namespace mls::cuda

@@ -1,0 +1,98 @@
+// What backward kernels share: the queries that a tile of keys meets, and sums that go to memory.
+#pragma once
+#include "cuda/key_interval.h"
+#include "cuda/tile.h"
+
+namespace mls::cuda {
+
+// The log-sum-exp of a query in base 2; +inf where it sees no key at all: its probabilities are then 0.
+MLS_DEVICE float lse_log2_of(const BackwardParams& params, int batch, int head, int query) {
+  if (query >= params.shape.num_queries) return infinity();
+  const float lse = params.lse.data[batch * params.lse.batch_stride + head * params.lse.head_stride +
+                                    query * params.lse.query_stride];
+  return lse == -infinity() ? infinity() : lse * kLog2e;
+}
+
+MLS_DEVICE float delta_of(const BackwardParams& params, int batch, int head, int query) {
+  if (query >= params.shape.num_queries) return 0.0f;
+  return params.delta.data[batch * params.delta.batch_stride + head * params.delta.head_stride +
+                           query * params.delta.query_stride];
+}
+
+// What backward needs to know of a query besides its vectors.
+struct alignas(16) QueryRow {
+  float lse_log2;
+  float delta;
+  KeyInterval seen;
+};
+
+MLS_DEVICE QueryRow query_row(const BackwardParams& params, const Visibility& visibility, int batch, int head,
+                              int query) {
+  return {lse_log2_of(params, batch, head, query), delta_of(params, batch, head, query),
+          visibility.keys_of(query)};
+}
+
+// The query tiles of all heads of a group that see some of the keys of a tile.
+template <int kQueries, int kKeys>
+struct QueryTiles {
+  const Visibility& visibility;
+  int first_key, end_key, end_head;
+  QueryInterval rows;
+  // The tile at hand; none is left where head == end_head.
+  int head, first_query;
+  bool masked = false;
+
+  MLS_DEVICE QueryTiles(const Visibility& visibility, int first_key, int first_head, int end_head)
+      : visibility(visibility),
+        first_key(first_key),
+        end_key(smaller(first_key + kKeys, visibility.num_keys)),
+        end_head(end_head),
+        rows(queries_of_keys(visibility, first_key, end_key)),
+        head(first_head) {
+    rows.first = rows.first / kQueries * kQueries;
+    first_query = rows.first - kQueries;
+    if (rows.first < rows.end)
+      advance();
+    else
+      head = end_head;
+  }
+  MLS_DEVICE bool done() const { return head == end_head; }
+  MLS_DEVICE void advance() {
+    while (head < end_head) {
+      first_query += kQueries;
+      if (first_query >= rows.end) {
+        first_query = rows.first - kQueries;
+        ++head;
+        continue;
+      }
+      const KeyBounds bounds = bounds_of_queries<kQueries>(visibility, first_query);
+      if (bounds.misses(first_key, end_key)) continue;
+      // Keys beyond the tensor count as masked: their probability, exp(0 - lse), may be infinite.
+      masked = !bounds.covers(first_key, first_key + kKeys);
+      return;
+    }
+  }
+};
+
+MLS_DEVICE float* gradient_row(const TokenTensor<float>& tensor, int batch, int head, int token) {
+  return tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + token * tensor.token_stride;
+}
+
+template <int kTiles>
+MLS_DEVICE void add_rows(const TokenTensor<float>& tensor, const float (&grad)[kTiles][4], int batch,
+                         int head, int first_row, int num_rows, int first_column, float scale) {
+  MLS_UNROLL
+  for (int e = 0; e < 4; e += 2) {
+    const int row = first_row + fragment_row(e);
+    if (row >= num_rows) continue;
+    float* target = gradient_row(tensor, batch, head, row) + first_column;
+    MLS_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      auto* pair = reinterpret_cast<FloatPair*>(target + fragment_column(j, 0));
+      const FloatPair old = *pair;
+      *pair = {old.x + grad[j][e] * scale, old.y + grad[j][e + 1] * scale};
+    }
+  }
+}
+
+}  // namespace mls::cuda
