@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError, explain
 from megatron_lightseq.exchange import HeadExchange
 from megatron_lightseq.groups import Group, UlyssesGroups, rank_in, size_of
+from megatron_lightseq.kernels.merge import merge_sink
 from megatron_lightseq.kernels.registry import Kernel, resolve_kernel
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
@@ -153,29 +154,41 @@ class DistAttention:
         self._runtime = Runtime(transport=transport, overlap=overlap, stats=self.stats)
         self._plans: dict[_Inputs, Plan] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> Tensor:
-        """The local output (S, B, H, Dv); shapes as in :func:`dist_attention`."""
-        return self.forward_with_lse(q, k, v, softmax_scale)[0]
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, sink: Tensor | None = None
+    ) -> Tensor:
+        """The local output (S, B, H, Dv); shapes as in :func:`dist_attention`.
+
+        ``sink`` (H,) is one more logit in every row of a head, of a key whose value is zero; differentiable.
+        """
+        return self.forward_with_lse(q, k, v, softmax_scale, sink)[0]
 
     def forward_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, sink: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The local output (S, B, H, Dv) and log-sum-exp (B, H, S; accumulator dtype, not differentiable)."""
         plan = self._plan_for(q, k, v)
-        out, lse = _Attention.apply(q, k, v, None, None, plan, _scale(softmax_scale, q))
+        out, lse = _Attention.apply(q, k, v, sink, None, plan, _scale(softmax_scale, q))
         return out, lse
 
     def reattach(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: tuple[Tensor, Tensor],
+        softmax_scale: float | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
-        """``out`` with a backward: the forward and its communication are not repeated.
+        """A result that was kept, with a backward: the forward and its communication are not repeated.
 
         Args:
-            q, k, v: recomputed inputs, equal to those that gave ``out``.
-            out: (S, B, H, Dv), lse: (B, H, S): what :meth:`forward_with_lse` returned for them.
+            q, k, v: recomputed inputs, equal to those that gave the result.
+            kept: (S, B, H, Dv) and (B, H, S), what :meth:`forward_with_lse` returned for them.
+            softmax_scale, sink: as they were then.
         """
         plan = self._plan_for(q, k, v)
-        attached, _ = _Attention.apply(q, k, v, out, lse, plan, _scale(softmax_scale, q))
+        attached, _ = _Attention.apply(q, k, v, sink, kept, plan, _scale(softmax_scale, q))
         return attached
 
     @torch.compiler.disable
@@ -311,18 +324,20 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        kept_out: Tensor | None,
-        kept_lse: Tensor | None,
+        sink: Tensor | None,
+        kept: tuple[Tensor, Tensor] | None,
         plan: Plan,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        if kept_out is not None and kept_lse is not None:
-            out, lse = kept_out.view_as(kept_out), kept_lse.view_as(kept_lse)
+        if kept is not None:
+            out, lse = (result.view_as(result) for result in kept)
         else:
             out, lse = plan.run_forward(q, k, v, scale)
             plan.stats.forwards += 1
-        ctx.save_for_backward(q, k, v, out, lse)
+            if sink is not None:
+                out, lse = merge_sink(out, lse, sink)
+        ctx.save_for_backward(q, k, v, out, lse, sink)
         ctx.plan, ctx.scale = plan, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -331,10 +346,19 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @torch.compiler.disable
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, sink = ctx.saved_tensors
         dq, dk, dv = ctx.plan.run_backward(dout.contiguous(), q, k, v, out, lse, ctx.scale)
         ctx.plan.stats.backwards += 1
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, _sink_gradient(sink, dout, out, lse), None, None, None
+
+
+def _sink_gradient(sink: Tensor | None, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor | None:
+    """Of a column of scores as any other, p (v dout - delta) in every row: p is exp(sink - lse), and v is zero."""
+    if sink is None:
+        return None
+    delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(-1).permute(1, 2, 0)  # (B, H, S)
+    probability = (sink.to(lse.dtype)[:, None] - lse).exp()
+    return -(probability * delta).sum((0, 2)).to(sink.dtype)
 
 
 def _scale(softmax_scale: float | None, q: Tensor) -> float:

@@ -18,6 +18,7 @@ KIND is one of
     include FILE             a Markdown file that a command has written, as it is
     image FILE WORDS ...     a picture below docs/ that a command has drawn
     code FILE [FIRST | LAST] a file, or its lines from the one with FIRST to the next one with LAST
+    megatron_options VERDICT what becomes of Megatron's options (megatron_lightseq/megatron/options.py)
     fresh_clone PART         what the README's commands did in a fresh clone (docs/results/fresh_clone.json)
 """
 
@@ -41,6 +42,7 @@ from megatron_lightseq.config.typed import describe, field_docstrings, section_t
 from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
 from megatron_lightseq.megatron.lm.refusals import REFUSALS
 from megatron_lightseq.megatron.lm.seams import DEFAULT_LAYERS, SEAMS
+from megatron_lightseq.megatron.options import CONFIG, CONSTRUCTOR, FORWARD
 from megatron_lightseq.schedule import METHODS, TensorShape, simulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +192,22 @@ def include(path: str) -> str:
     return recorded.read_text().rstrip("\n")
 
 
+def megatron_options(verdict: str) -> str:
+    """The options of one verdict, those of one reason together."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for table_, suffix in ((CONFIG, ""), (CONSTRUCTOR, " (argument)"), (FORWARD, " (argument)")):
+        for name, option in table_.items():
+            if option.verdict == verdict and option.reason:
+                names = by_reason.setdefault((option.reason, option.remedy), [])
+                names.extend([f"`{name}`{suffix}"] if f"`{name}`{suffix}" not in names else [])
+    what_to_do = verdict == "refused"
+    rows = [
+        [", ".join(names), reason, *([remedy] if what_to_do else [])]
+        for (reason, remedy), names in by_reason.items()
+    ]
+    return table(["option", "why", *(["what to do"] if what_to_do else [])], rows)
+
+
 def image(path: str, *words: str) -> str:
     """A picture that a command has drawn, for the documents in docs/; nothing before it has."""
     if not (ROOT / path).exists():
@@ -209,6 +227,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "code": code,
     "include": include,
     "image": image,
+    "megatron_options": megatron_options,
     "fresh_clone": fresh_clone,
 }
 

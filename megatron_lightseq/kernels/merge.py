@@ -19,3 +19,17 @@ def merge_into(out: Tensor, lse: Tensor, out_new: Tensor, lse_new: Tensor) -> No
     weight = torch.where(lse_new.isneginf(), 0.0, (lse_new - total).exp())
     out.lerp_(out_new, weight.permute(2, 0, 1).unsqueeze(-1).to(out.dtype))
     lse.copy_(total)
+
+
+def merge_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A complete result with one more logit in every row, of a key whose value is zero.
+
+    The backward of the result is the plain one, given the new ``out`` and ``lse``.
+
+    Args:
+        out: (S, B, H, Dv), lse: (B, H, S), -inf where a row sees no key.
+        sink: (H,), the logit of each head.
+    """
+    merged = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
+    kept = (lse - merged).exp()  # 0 where lse is -inf: the sink alone is seen
+    return (out * kept.permute(2, 0, 1).unsqueeze(-1)).to(out.dtype), merged

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -20,6 +21,7 @@ from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError,
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.megatron.checkpoint_scope import current_scope, track_checkpoints
+from megatron_lightseq.megatron.options import CONSTRUCTOR, FORWARD, Option, Options, first_refused
 from megatron_lightseq.schedule import Network
 
 if TYPE_CHECKING:
@@ -97,7 +99,8 @@ _METHOD_OF_COMM_TYPE = {"all_gather": "all_gather", "a2a": "ulysses"}
 class LightSeqCoreAttention(MegatronModule):
     """Drop-in for ``DotProductAttention`` / ``TEDotProductAttention`` of megatron-core 0.14 and later.
 
-    It has no parameters, so checkpoints do not know which attention a model was trained with.
+    It has the parameters that Megatron's has (``softmax_offset`` of learnable sinks, else none), so checkpoints do not
+    know which attention a model was trained with.
 
     Raises:
         UnsupportedError: the configuration asks for something this attention would have to ignore.
@@ -118,7 +121,8 @@ class LightSeqCoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         settings = settings or CoreAttentionSettings()
-        group = _context_parallel_group(pg_collection or options.pop("model_comm_pgs", None))
+        groups = pg_collection or options.pop("model_comm_pgs", None)
+        group = _context_parallel_group(groups)
         cp_size = 1 if group is None else group.size()
         comm_type = _comm_type(settings, config, layer_number, options.pop("cp_comm_type", None))
         _check_supported(config, attention_type, options)
@@ -139,6 +143,8 @@ class LightSeqCoreAttention(MegatronModule):
         # Megatron's apply_query_key_layer_scaling divides scores by the layer number and multiplies them back in
         # fp32 (FusedScaleMaskSoftmax): a guard for fp16 scores, without effect where scores are fp32, as here.
         self.softmax_scale = softmax_scale
+        self.tensor_group = _tensor_parallel_group(groups)
+        self.softmax_offset = _softmax_offset(config, self.tensor_group)
         self.window = _window(config, layer_number)
         self.layout_adopted = False
         """Set by :func:`megatron_lightseq.megatron.adopt_layout`: batches and RoPE follow this layout."""
@@ -172,7 +178,7 @@ class LightSeqCoreAttention(MegatronModule):
             LayoutError: nobody has made sure that data and attention agree on the layout.
         """
         del attention_mask
-        _refuse_given(extras, "forward argument")
+        _check_given(extras, FORWARD, "forward argument")
         if self.layout.cp_size > 1 and not self.layout_adopted:
             raise LayoutError(
                 explain(
@@ -193,16 +199,16 @@ class LightSeqCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         scope = current_scope() if self.settings.keep_on_recompute else None
         if scope is None:
-            return attention(query, key, value, self.softmax_scale)
+            return attention(query, key, value, self.softmax_scale, self.softmax_offset)
         stash = scope.stash(self)
         if not scope.replaying:
-            out, lse = attention.forward_with_lse(query, key, value, self.softmax_scale)
+            out, lse = attention.forward_with_lse(query, key, value, self.softmax_scale, self.softmax_offset)
             stash.push(out, lse)
             return out
         if not stash:  # a second backward through a retained graph: the first has taken the result
-            return attention(query, key, value, self.softmax_scale)
-        out, lse = stash.pop(query.shape)
-        return attention.reattach(query, key, value, out, lse, self.softmax_scale)
+            return attention(query, key, value, self.softmax_scale, self.softmax_offset)
+        kept = stash.pop(query.shape)
+        return attention.reattach(query, key, value, kept, self.softmax_scale, self.softmax_offset)
 
     def _mask(self, attn_mask_type: AttnMaskType) -> Mask:
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
@@ -219,9 +225,18 @@ class LightSeqCoreAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Nothing to save: there are no parameters."""
-        del prefix, sharded_offsets, metadata
-        return {}
+        """Of learnable sinks, cut by heads as in Megatron's; else nothing."""
+        if not isinstance(self.softmax_offset, torch.nn.Parameter):
+            return {}
+        found: dict[str, Any] = transformer_utils.make_sharded_tensors_for_checkpoint(
+            {"softmax_offset": self.softmax_offset},
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tensor_group,
+            dp_cp_group=transformer_utils.ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+        return found
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -234,6 +249,12 @@ def _context_parallel_group(collection: Any) -> torch.distributed.ProcessGroup |
         parallel_state.get_context_parallel_group() if collection is None else collection.cp
     )
     return group
+
+
+def _tensor_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | None:
+    """The ranks that share heads; as above."""
+    given: torch.distributed.ProcessGroup | None = None if collection is None else collection.tp
+    return parallel_state.get_tensor_model_parallel_group() if given is None else given
 
 
 def _comm_type(
@@ -260,46 +281,63 @@ def _window(config: TransformerConfig, layer_number: int) -> Mask | None:
     return Mask.window(left, right)
 
 
+def _softmax_offset(
+    config: TransformerConfig, tensor_group: torch.distributed.ProcessGroup | None
+) -> torch.Tensor | None:
+    """(H,): the logit that every row of a head has besides its scores; None without, a parameter where it is learned.
+
+    Raises:
+        UnsupportedError: a softmax_type that is not known.
+    """
+    kind = getattr(config, "softmax_type", "vanilla")
+    heads = config.num_attention_heads // (1 if tensor_group is None else tensor_group.size())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "vanilla":
+        return None
+    if kind == "off-by-one":
+        return torch.zeros(heads, dtype=config.params_dtype, device=device)
+    if kind != "learnable":
+        raise _refusal(f"softmax_type = {kind!r}", Option(verdict="refused", reason="it is not known"))
+    offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
+    set_tensor_model_parallel_attributes(offset, is_parallel=True, dim=0, stride=1)
+    if config.perform_initialization:
+        config.init_method(offset)
+    return offset
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What is refused
 # --------------------------------------------------------------------------------------------------------------------
 
-_HARMLESS_OPTIONS = {
-    "k_channels": "head dimensions are read from the tensors",
-    "v_channels": "head dimensions are read from the tensors",
-    "attn_mask_type": "checked at every call",
-}
-
 
 def _check_supported(config: TransformerConfig, attention_type: str, options: dict[str, Any]) -> None:
-    dropout = options.pop("attention_dropout", None)
-    refused = {
-        "attention_dropout": (config.attention_dropout if dropout is None else dropout) > 0,
-        "softmax_type": getattr(config, "softmax_type", "vanilla") != "vanilla",
-        "qk_clip": getattr(config, "qk_clip", False),
-        "log_max_attention_logit": getattr(config, "log_max_attention_logit", False),
-        "fp8_dot_product_attention": getattr(config, "fp8_dot_product_attention", False),
-        "fp8_multi_head_attention": getattr(config, "fp8_multi_head_attention", False),
-    }
-    for name, given in refused.items():
-        if given:
-            raise _refusal(f"{name} = {getattr(config, name)!r}")
-    if attention_type != "self":
-        raise _refusal(f"attention_type {attention_type!r}")
-    _refuse_given({name: value for name, value in options.items() if name not in _HARMLESS_OPTIONS}, "option")
+    given = {**options, "attention_type": attention_type}
+    if given.get("attention_dropout") is None:
+        given["attention_dropout"] = config.attention_dropout
+    found = first_refused(config, but={"attention_dropout"})
+    if found is not None:
+        name, option = found
+        raise _refusal(f"{name} = {getattr(config, name)!r}", option)
+    _check_given(given, CONSTRUCTOR, "option")
 
 
-def _refuse_given(values: dict[str, Any], kind: str) -> None:
+def _check_given(values: dict[str, Any], table: Options, kind: str) -> None:
     for name, value in values.items():
-        if value is not None:
-            raise _refusal(f"the {kind} {name} = {type(value).__name__}")
+        option = table.get(name, _UNKNOWN)
+        if option.refuses(value):
+            shown = repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
+            raise _refusal(f"the {kind} {name} = {shown}", option)
 
 
-def _refusal(what: str) -> UnsupportedError:
+_UNKNOWN = Option(verdict="refused", reason="it is not known", harmless=(None,))
+
+
+def _refusal(what: str, option: Option) -> UnsupportedError:
     return UnsupportedError(
         explain(
             got=what,
-            rule="LightSeqCoreAttention does not support it and would otherwise have to ignore it",
-            remedy="Switch it off, or use Megatron's own attention (cp_method megatron)",
+            rule="LightSeqCoreAttention does not support it and would otherwise have to ignore it: "
+            + option.reason,
+            remedy=option.remedy,
         )
     )

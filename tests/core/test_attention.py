@@ -214,7 +214,7 @@ def reattached(
         kept = attention.forward_with_lse(q, k, v)
     stats = attention.stats
     counts = [stats.forwards, stats.bytes_sent]
-    again = attention.reattach(q, k, v, *kept)
+    again = attention.reattach(q, k, v, kept)
     counts += [stats.forwards, stats.bytes_sent]
     return plain, [again.detach(), *torch.autograd.grad(again, (q, k, v), dout)], counts
 

@@ -56,6 +56,15 @@ EQUIVALENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "query-key-layer-scaling": ({"apply_query_key_layer_scaling": True}, {"layer_number": 2}),
     "window": ({"window_size": (4, 0)}, {}),
     "window-skipped-layer": ({"window_size": (4, 0), "window_attn_skip_freq": 2}, {"layer_number": 2}),
+    "off-by-one": ({"softmax_type": "off-by-one"}, {}),
+    "off-by-one, grouped, window": (
+        {"softmax_type": "off-by-one", "num_query_groups": 2, "window_size": (4, 0)},
+        {},
+    ),
+    "softmax-scale of the configuration": (
+        {"softmax_scale": 0.2},
+        {"softmax_scale": 0.2},
+    ),  # SelfAttention hands it on
     "window-kept-layer": ({"window_size": (4, 0), "window_attn_skip_freq": 2}, {"layer_number": 1}),
 }
 
@@ -67,6 +76,25 @@ def test_equals_megatrons_attention(case: str) -> None:
     inputs = qkv(config.num_query_groups)
     ours, theirs = (output_and_gradients(make(config, **options), inputs) for make in (build, megatrons))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_learned_sinks_are_megatrons() -> None:
+    config = transformer_config(softmax_type="learnable", num_query_groups=2, init_method_std=1.0)
+    ours, theirs = build(config), megatrons(config)
+    assert [name for name, _ in ours.named_parameters()] == ["softmax_offset"]
+    assert ours.softmax_offset.tensor_model_parallel
+    theirs.load_state_dict(ours.state_dict())
+    inputs, found = qkv(2), []
+    for attention in (ours, theirs):
+        out = attention(*inputs, None)
+        gradients = torch.autograd.grad(
+            (out * torch.arange(out.shape[-1])).sum(), [*inputs, attention.softmax_offset]
+        )
+        found.append([out.detach(), *gradients])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert found[0][-1].norm() > 0.1
+    (saved,) = ours.sharded_state_dict("attention.").values()
+    assert (saved.key, saved.global_shape) == ("attention.softmax_offset", (4,))
 
 
 def test_windows_and_layers_do_change_the_result() -> None:
@@ -149,14 +177,15 @@ def test_megatron_014_passes_its_groups_by_another_name() -> None:
 
 
 CONSTRUCTION = {
-    "attention_dropout": ({"attention_dropout": 0.1}, {}),
-    "attention_dropout ": ({}, {"attention_dropout": 0.1}),
-    "softmax_type = 'off-by-one'": ({"softmax_type": "off-by-one"}, {}),
-    "softmax_type = 'learnable'": ({"softmax_type": "learnable"}, {}),
-    "qk_clip": ({"qk_clip": True}, {}),
+    "attention_dropout = 0.1": ({"attention_dropout": 0.1}, {}),
+    "attention_dropout = 0.2": ({}, {"attention_dropout": 0.2}),
+    "qk_clip = True": ({"qk_clip": True}, {}),
+    "log_max_attention_logit = True": ({"log_max_attention_logit": True}, {}),
     "fp8_dot_product_attention": ({"fp8_dot_product_attention": True}, {}),
-    "attention_type 'cross'": ({}, {"attention_type": "cross"}),
-    "the option sliding_sinks": ({}, {"sliding_sinks": 4}),
+    "flash_decode = True": ({"flash_decode": True}, {}),
+    "attention_type = 'cross'": ({}, {"attention_type": "cross"}),
+    "num_splits = 4": ({}, {"num_splits": 4}),
+    "the option sliding_sinks = 4": ({}, {"sliding_sinks": 4}),
 }
 
 
@@ -169,6 +198,9 @@ def test_refuses_at_construction(name: str) -> None:
 
 def test_accepts_options_that_change_nothing() -> None:
     build(transformer_config(), attention_dropout=0.0, cp_comm_type="p2p", num_splits=None)
+    build(
+        transformer_config(attention_dropout=0.1), attention_dropout=0.0
+    )  # the argument decides, as in Megatron's
 
 
 @pytest.mark.parametrize("name", ["attention_bias", "packed_seq_params", "something_new"])

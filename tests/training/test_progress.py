@@ -34,6 +34,7 @@ GOLDEN_TAGS = [
     "train/learning_rate",
     "train/loss",
     "train/memory_bytes",
+    "train/mtp_loss",
     "train/skipped",
     "train/step_seconds",
     "train/tflops_per_rank",
@@ -179,12 +180,13 @@ def test_tensorboard_files_hold_every_tag(tmp_path: Path) -> None:
 
     log = MetricsLog(folder=None, tensorboard=tmp_path)
     log.write(metrics(1))
-    log.write(metrics(2, loss=1.5))
+    log.write(metrics(2, loss=1.5, mtp_loss=2.5))  # a step without further tokens has no such point
     log.write(ValidationMetrics(step=2, loss=1.6, num_tokens=10))
     log.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert sorted(events.Tags()["scalars"]) == GOLDEN_TAGS
     assert [(event.step, event.value) for event in events.Scalars("train/loss")][1] == (2, 1.5)
+    assert [(event.step, event.value) for event in events.Scalars("train/mtp_loss")] == [(2, 2.5)]
 
 
 def test_metrics_round_trip(tmp_path: Path) -> None:
