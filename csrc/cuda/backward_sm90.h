@@ -261,9 +261,11 @@ bool describe(HopperBackwardLaunch& arguments) {
          (!T::kWithDq || make_tensor_map(&arguments.dq, params.dq, queries, T::kQueries));
 }
 
-// False, and nothing has been launched, where CUDA cannot describe the tensors.
+// False, and nothing has been launched, where CUDA cannot describe the tensors or has no code of this kernel.
 template <class T>
 bool launch_backward_sm90(const BackwardParams& params, void* stream, const char** failure) {
+  static const bool has_code = has_sm90a_code(&attention_backward_sm90<T>);
+  if (!has_code) return false;
   constexpr int64_t kMost = static_cast<int64_t>(T::kMaxTiles) * T::kQueries;
   const auto& shape = params.shape;
   const Dim3 blocks((shape.num_keys + T::kKeys - 1) / T::kKeys, shape.num_kv_heads, shape.batch);

@@ -32,6 +32,8 @@ struct HopperForwardTraits {
   static constexpr int kTileBytes = QueryTile::kBytes + kStages * (KeyTile::kBytes + ValueTile::kBytes);
   static constexpr int kSharedBytes = kTileBytes + (1 + 4 * kStages) * sizeof(Barrier);
   static_assert(kSharedBytes <= 227 * 1024);
+  // Longer rows keep the tensor cores busy by themselves.
+  static constexpr bool kTakesTurns = kHeadDim <= 128;
 };
 
 struct HopperForwardLaunch {
@@ -162,6 +164,29 @@ struct HopperConsumer {
   }
 };
 
+// Consumer warpgroups issue their products in turn: while one's run, the others compute their softmax. Turn i
+// is named barrier 1 + i: the warpgroup before arrives, warpgroup i waits. (A warpgroup's number is asked for
+// anew each time: kept, it would cost a register.)
+template <class T>
+struct Turn {
+  static constexpr int kThreads = 2 * kWarpgroupSize;
+
+  MLS_DEVICE static int warpgroup() { return warp_id() / 4 - 1; }
+  MLS_DEVICE static void give(int next) {
+    if constexpr (T::kTakesTurns) named_barrier_arrive(1 + next % T::kConsumers, kThreads);
+  }
+  MLS_DEVICE static void start() {
+    if (warpgroup() == T::kConsumers - 1) give(0);
+  }
+  MLS_DEVICE static void wait() {
+    if constexpr (T::kTakesTurns) named_barrier_sync(1 + warpgroup(), kThreads);
+  }
+  // Nobody waits for the turn after the last one.
+  MLS_DEVICE static void pass(bool last_tile) {
+    if (!last_tile || warpgroup() < T::kConsumers - 1) give(warpgroup() + 1);
+  }
+};
+
 // One consumer warpgroup: all its keys, with products and softmax side by side.
 template <class T>
 MLS_DEVICE void consume_keys(HopperForwardState<T>& state, const HopperConsumer<T>& consumer,
@@ -178,11 +203,14 @@ MLS_DEVICE void consume_keys(HopperForwardState<T>& state, const HopperConsumer<
   consumer.softmax(state, rescale, work.first_tile);  // out is still zero: nothing to rescale
   consumer.pack_probabilities(state);
   at.advance();
+  if (work.first_tile + 1 < work.end_tile) Turn<T>::start();
   for (int tile = work.first_tile + 1; tile < work.end_tile; ++tile, at.advance(), before.advance()) {
     barrier_wait(shared.keys_full(at.stage), at.parity);
-    issue_scores<T>(state, shared.queries(), shared.keys(at.stage), first_row);
     barrier_wait(shared.values_full(before.stage), before.parity);
+    Turn<T>::wait();
+    issue_scores<T>(state, shared.queries(), shared.keys(at.stage), first_row);
     issue_output<T>(state, shared.values(before.stage));
+    Turn<T>::pass(tile + 1 == work.end_tile);
     wgmma_wait<1>();  // the scores; the output goes on beside the softmax
     hold(state.scores);
     release_stage(shared.keys_empty(at.stage));

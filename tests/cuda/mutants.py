@@ -160,8 +160,8 @@ HOPPER_MUTANTS = (
     ),
     _hopper(
         "values used before they landed",
-        "barrier_wait(shared.values_full(before.stage), before.parity);\n    issue_output",
-        "issue_output",
+        "barrier_wait(shared.values_full(before.stage), before.parity);\n    Turn",
+        "Turn",
     ),
     _hopper(
         "keys used before they landed",
@@ -204,6 +204,9 @@ HOPPER_MUTANTS = (
         "barrier_expect(values, T::ValueTile::kBytes)",
         "barrier_expect(values, T::ValueTile::kBytes * 2)",
     ),
+    _hopper("the first turn is not given", "Turn<T>::start();", ";"),
+    _hopper("a turn is not passed on", "Turn<T>::pass(tile + 1 == work.end_tile);", ""),
+    _hopper("a turn is passed to oneself", "give(warpgroup() + 1);", "give(warpgroup());"),
     _hopper("values not transposed", "from_registers<true>", "from_registers<false>"),
     _hopper(
         "one arrival frees a stage",

@@ -107,6 +107,10 @@ inline void named_barrier_sync(int id, int threads) {
   emu::Block::current().barrier(id, threads, true);
 }
 
+inline void named_barrier_arrive(int id, int threads) {
+  emu::Block::current().barrier(id, threads, false);
+}
+
 template <int kRegisters>
 inline void take_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
