@@ -19,6 +19,7 @@ MACHINES = {
     "gpt_stdlib": (2, 0),
     "laptop_cp1": (1, 0),
     "cpu_tp2_cp2": (4, 0),
+    "cpu_experts_cp2": (2, 0),
     "llama7b_8gpu_64k": (8, 8),
     "gqa8b_2x8gpu_128k": (16, 8),
     "gqa8b_4x8gpu_256k_pp2": (32, 8),
