@@ -130,3 +130,39 @@ def test_sinks_are_the_same_on_every_number_of_ranks(method: str, keep: bool) ->
         whole = torch.cat([part[index] for part in found])
         torch.testing.assert_close(whole, expected[index], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sum(part[4] for part in found), expected[4], rtol=1e-12, atol=1e-12)
+
+
+# --- windows under context parallelism --------------------------------------------------------------------------------
+
+
+def _windowed(layer_number: int) -> torch.Tensor:
+    """This rank's output of a layer in a model whose every second layer sees four tokens back."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_lightseq.megatron import CoreAttentionSettings, cpu_platform
+    from tests.megatron.test_core_attention import build, qkv, transformer_config
+
+    cpu_platform.activate()
+    size, rank = dist.get_world_size(), dist.get_rank()
+    parallel_state.initialize_model_parallel(context_parallel_size=size, create_gloo_process_groups=False)
+    try:
+        config = transformer_config(window_size=(4, 0), window_attn_skip_freq=2, context_parallel_size=size)
+        attention = build(
+            config, layer_number, settings=CoreAttentionSettings(method="zigzag", layout="zigzag")
+        )
+        attention.layout_adopted = True
+        out: torch.Tensor = attention(
+            *(attention.layout.shard(x, rank, 0).contiguous() for x in qkv(length=16)), None
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+    return out.detach()
+
+
+def test_windows_are_those_of_the_layer_on_every_number_of_ranks() -> None:
+    whole = [on_ranks(1, _windowed, layer)[0] for layer in (1, 2)]
+    assert not torch.allclose(whole[0], whole[1], atol=1e-3), "the second layer has no window"
+    for layer, expected in enumerate(whole, start=1):
+        found = SequenceLayout.zigzag(2).unshard(on_ranks(2, _windowed, layer), 0)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
