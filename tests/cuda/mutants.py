@@ -206,6 +206,11 @@ HOPPER_MUTANTS = (
     ),
     _hopper("the first turn is not given", "Turn<T>::start();", ";"),
     _hopper("a turn is not passed on", "Turn<T>::pass(tile + 1 == work.end_tile);", ""),
+    _hopper(
+        "a turn is given that nobody takes",
+        "Turn<T>::pass(tile + 1 == work.end_tile)",
+        "Turn<T>::pass(false)",
+    ),
     _hopper("a turn is passed to oneself", "give(warpgroup() + 1);", "give(warpgroup());"),
     _hopper("values not transposed", "from_registers<true>", "from_registers<false>"),
     _hopper(

@@ -96,7 +96,14 @@ std::string Block::run(Dim3 index) {
   lane_ = nullptr;
   switch_away(&main_stack_pointer_);
   running_block = nullptr;
-  return failure_.empty() ? hopper_->describe_unfinished() : failure_;
+  return failure_.empty() ? describe_unfinished() : failure_;
+}
+
+// Empty, or what a block that has ended left behind.
+std::string Block::describe_unfinished() const {
+  for (const auto& [id, barrier] : barriers_)
+    if (barrier.arrived) return "a block ended with arrivals at barrier " + std::to_string(id);
+  return hopper_->describe_unfinished();
 }
 
 void Block::start_threads() {

@@ -130,6 +130,7 @@ class Block {
   void switch_away(void** save);
   bool choose_warp();
   std::string describe_deadlock() const;
+  std::string describe_unfinished() const;
   void execute(Lane* lanes, Operation operation);
   void shuffle(Lane* lanes);
   void ldmatrix(Lane* lanes, bool transposed);
