@@ -23,8 +23,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-// The processor has tiles for bf16, and the kernel lets this process use them:
-// their 8 KiB of state are only saved for processes that asked.
+// The processor has tiles for bf16, and the kernel lets this process use them: their 8 KiB of state are only
+// saved for processes that asked.
 bool has_amx() {
 #if defined(__linux__)
   constexpr unsigned kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24;

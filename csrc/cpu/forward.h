@@ -1,20 +1,17 @@
-// Forward driver: one block of row tiles against all the keys it sees, by
-// online softmax.
+// Forward driver: one block of row tiles against all the keys it sees, by online softmax.
 //
-// Everything is transposed: S^T[key][row] = K Q^T and O^T[d][row] += V^T P^T,
-// query rows in the SIMD lanes, so maximum, sum and rescaling are lane-wise.
-// How the two products are computed is the engine's business:
+// Everything is transposed: S^T[key][row] = K Q^T and O^T[d][row] += V^T P^T, query rows in the SIMD lanes,
+// so maximum, sum and rescaling are lane-wise. How the two products are computed is the engine's business:
 //
 //   struct Engine {
-//     static int64_t width(int64_t dim);    // dim padded as the engine's
-//     products want it static constexpr int kPanelKeys;      // keys packed at
-//     a time Engine(params, at, scratch cursor); void load_rows(int t, const
-//     RowTile&);              // Q of row tile t void load_panel(int64_t first,
-//     int64_t last);       // K and V of these keys void attend(int t, const
-//     RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
-//     float* out);
-//   };                                                    // keys [begin, end)
-//   of the panel at `first`
+//     static int64_t width(int64_t dim);             // dim padded as the engine's products want it
+//     static constexpr int kPanelKeys;               // keys loaded at a time
+//     Engine(params, at, scratch cursor);
+//     void load_rows(int t, const RowTile&);         // Q of row tile t
+//     void load_panel(int64_t first, int64_t last);  // K and V of these keys
+//     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
+//                 float* out);                       // keys [begin, end) of those loaded from `first` on
+//   };
 #pragma once
 #include "pack.h"
 #include "row_tile.h"
@@ -131,8 +128,7 @@ Workload forward_workload(const ForwardParams& p) {
   return {p.shape.batch * p.shape.num_kv_heads * row_blocks(p.shape), counting.used(), 0};
 }
 
-// Last rows first: under a causal mask they see most keys, and the big tasks
-// should not come last.
+// Last rows first: under a causal mask they see most keys, and the big tasks should not come last.
 template <class Engine>
 void forward_task(const ForwardParams& p, int64_t task, void* scratch) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads;

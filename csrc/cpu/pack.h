@@ -17,8 +17,7 @@ MLS_INLINE void load_row(const typename Element::Storage* src, int64_t dim, floa
   }
 }
 
-// Keys [first, first + count) of one kv head as rows of a panel; stride
-// padded(dim).
+// Keys [first, first + count) of one kv head as rows of a panel; stride padded(dim).
 template <class Element>
 inline void load_key_panel(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
                            int64_t dim, float* panel) {
@@ -79,8 +78,7 @@ MLS_INLINE void add_row(const float* src, int64_t dim, float factor, float* dst)
   for (; d < dim; ++d) dst[d] += src[d] * factor;
 }
 
-// Hands out consecutive cache-line aligned pieces of a worker's scratch; with a
-// null base it only counts.
+// Hands out consecutive cache-line aligned pieces of a worker's scratch; with a null base it only counts.
 class ScratchCursor {
  public:
   explicit ScratchCursor(void* base) : base_(static_cast<char*>(base)) {}

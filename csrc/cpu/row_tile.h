@@ -1,10 +1,8 @@
-// A row tile: kTileRows (query, head) pairs that share one key/value head, and
-// the keys each may see.
+// A row tile: kTileRows (query, head) pairs that share one key/value head, and the keys each may see.
 //
-// All heads of a group are laid side by side in the lanes (row = query *
-// heads_per_group + head): a key panel then serves the whole group, few queries
-// still fill the lanes, and a causal tile spans few queries, so less of it is
-// masked. Band, ranges, ragged ends: all are one [begin, end) of keys per lane.
+// All heads of a group are laid side by side in the lanes (row = query * heads_per_group + head): a key panel
+// then serves the whole group, few queries still fill the lanes, and a causal tile spans few queries, so less
+// of it is masked. Band, ranges, ragged ends: all are one [begin, end) of keys per lane.
 #pragma once
 #include "simd.h"
 #include "softmax.h"

@@ -1,6 +1,5 @@
-// Vectors of floats by compiler vector extensions: no intrinsics, so the same
-// source is AVX-512, AVX2, SSE or NEON. The width is our own macro because g++
-// does not refresh __AVX512F__ after a target pragma.
+// Vectors of floats by compiler vector extensions: no intrinsics, so the same source is AVX-512, AVX2, SSE or
+// NEON. The width is our own macro because g++ does not refresh __AVX512F__ after a target pragma.
 #pragma once
 #if !defined(MLS_VEC_BYTES) || !defined(MLS_VARIANT)
 #error "include from a variant_*.cpp that defines MLS_VEC_BYTES and MLS_VARIANT"
@@ -66,8 +65,7 @@ struct BFloat16 {
   }
 };
 
-// out lane j = j-th index into the 2 * kLanes floats of (a, b), fixed at
-// compile time.
+// out lane j = j-th index into the 2 * kLanes floats of (a, b), fixed at compile time.
 template <int... kIndex>
 MLS_INLINE Vec shuffle(Vec a, Vec b, std::integer_sequence<int, kIndex...>) {
 #if defined(__clang__)
@@ -87,8 +85,7 @@ MLS_INLINE Vec exchange(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
   return shuffle(a, b, std::integer_sequence<int, exchange_index(kLane, kDistance, kUpper)...>{});
 }
 
-// kLanes x kLanes transpose in registers: blocks of kDistance swap across the
-// diagonal, then halve.
+// kLanes x kLanes transpose in registers: blocks of kDistance swap across the diagonal, then halve.
 template <int kDistance = kLanes / 2>
 MLS_INLINE void transpose(Vec (&rows)[kLanes]) {
   using AllLanes = std::make_integer_sequence<int, kLanes>;

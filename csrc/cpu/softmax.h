@@ -1,5 +1,4 @@
-// Base-2 exponential, the softmax of FlashAttention in log2 units: p = 2^(score
-// * scale * log2(e) - max).
+// Base-2 exponential, the softmax of FlashAttention in log2 units: p = 2^(score * scale * log2(e) - max).
 #pragma once
 #include "simd.h"
 #include "tiles.h"
@@ -10,11 +9,10 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// 2^x for x <= about 0; below -126 (and at -inf) exactly 0; NaN stays NaN. A
-// minimax polynomial of degree 5 gives the fraction, relative error 9e-8.
+// 2^x for x <= about 0; below -126 (and at -inf) exactly 0; NaN stays NaN. A minimax polynomial of degree 5
+// gives the fraction, relative error 9e-8.
 #if MLS_VEC_BYTES == 64
-// AVX-512 has both halves as instructions: r = x - floor(x) and p * 2^floor(x).
-// 5 cycles a vector, not 6.5.
+// AVX-512 has both halves as instructions: r = x - floor(x) and p * 2^floor(x). 5 cycles a vector, not 6.5.
 template <int kDegree = 5>
 MLS_INLINE Vec exp2(Vec x) {
   constexpr int kFloor = 0x09;  // no fraction bits, round towards -inf, no exception flags
@@ -30,9 +28,8 @@ MLS_INLINE Vec exp2(Vec x) {
   return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(keep, reinterpret_cast<__m512>(p), wide));
 }
 #else
-// x is split into integer n and r in [-1/2, 1/2] by adding 1.5 * 2^23, which
-// rounds to nearest and leaves n in the low mantissa bits; n is then added to
-// the exponent.
+// x is split into integer n and r in [-1/2, 1/2] by adding 1.5 * 2^23, which rounds to nearest and leaves n
+// in the low mantissa bits; n is then added to the exponent.
 template <int kDegree = 5>
 MLS_INLINE Vec exp2(Vec x) {
   const Vec rounder = splat(12582912.0f);
@@ -50,17 +47,14 @@ MLS_INLINE Vec exp2(Vec x) {
 }
 #endif
 
-// A running maximum that is safe to subtract: a row without keys has -inf, and
-// -inf - -inf would be NaN.
+// A running maximum that is safe to subtract: a row without keys has -inf, and -inf - -inf would be NaN.
 MLS_INLINE Vec finite_max(Vec max_log2) {
   return select(max_log2 == splat(-kInfinity), Vec{}, max_log2);
 }
 
-// The online softmax of one row tile: what has been summed so far, and against
-// which maximum.
+// The online softmax of one row tile: what has been summed so far, and against which maximum.
 struct SoftmaxState {
-  alignas(MLS_VEC_BYTES) float max_log2[kTileRows];  // running maximum of score
-                                                     // * scale * log2(e)
+  alignas(MLS_VEC_BYTES) float max_log2[kTileRows];  // running maximum of score * scale * log2(e)
   alignas(MLS_VEC_BYTES) float sum[kTileRows];       // of 2^(score - maximum)
 
   void clear() {

@@ -1,5 +1,4 @@
-// Included once by each variant_*.cpp, after its target pragma: the whole
-// kernel in that variant's namespace.
+// Included once by each variant_*.cpp, after its target pragma: the whole kernel in that variant's namespace.
 #include "backward.h"
 #include "backward_vector.h"
 #include "forward.h"

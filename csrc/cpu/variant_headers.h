@@ -1,6 +1,5 @@
-// Every header of the kernel that is not its own. A variant includes these
-// before its target pragma, so that library functions shared with other objects
-// are never compiled for instructions the machine may lack.
+// Every header of the kernel that is not its own. A variant includes these before its target pragma, so that
+// library functions shared with other objects are never compiled for instructions the machine may lack.
 #pragma once
 #include <algorithm>
 #include <atomic>
