@@ -100,9 +100,9 @@ run_stage() {
     say "$name: $verdict ($((SECONDS - start)) s)"
 }
 
-"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
+device=$("$PYTHON" -c 'import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name())') ||
     die "$PYTHON has no torch that sees a GPU. Run this on a machine with one, or set PYTHON."
-device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')
+device=${device// /-}
 commit=${GPU_CHECK_COMMIT:-$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)}
 out=${out:-benchmarks/results/$device-${commit:0:10}}
 mkdir -p "$out" || die "cannot write to $out"
@@ -123,6 +123,10 @@ done
 
 printf '\n'
 printf '  %s\n' "${verdicts[@]}" | tee -a "$out/log.txt"
+if [ -f "$out/gpu.md" ]; then # stages after the benchmark are not in it yet
+    printf '\nAll stages:\n' >>"$out/gpu.md"
+    printf -- '- %s\n' "${verdicts[@]}" >>"$out/gpu.md"
+fi
 case "${verdicts[*]}" in
     *FAILED*) die "not everything passed; all output is in $out/log.txt" ;;
 esac

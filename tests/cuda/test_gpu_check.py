@@ -20,14 +20,14 @@ LIMITS = dict(re.findall(r"([a-z-]+):(\d+)", re.search(r"^STAGES=\((.*)\)", SCRI
 PYTHON = """#!/usr/bin/env bash
 # A machine with a GPU, as far as the script asks. Stages log what they were and do as FAIL and SKIP say.
 case "$*" in
-    *is_available*) exit "${NO_GPU:-0}" ;;
-    *get_device_name*) echo Some-GPU && exit ;;
+    *is_available*) [ -z "${NO_GPU:-}" ] && echo "Some GPU"; exit ;;
     *missing_cuda*) echo "${MISSING:-}" && exit ;;
 esac
 echo "$*" >>"$LOG"
 [[ -z ${FAIL:-} || "$*" != *"$FAIL"* ]] || { echo "it broke" && exit 3; }
 [[ -z ${HANG:-} || "$*" != *"$HANG"* ]] || sleep 60
 [[ -z ${SKIP:-} || "$*" != *"$SKIP"* ]] || { echo "4 skipped, 2 deselected in 0.10s" && exit; }
+[[ "$*" != *"bench.gpu --out"* ]] || echo figures >"$4/gpu.md"
 echo "4 passed, 2 deselected in 0.10s"
 """
 SANITIZER = (
@@ -85,7 +85,9 @@ def test_all_stages_run_in_order_and_within_nine_minutes(machine: Path) -> None:
     bench = started[5]
     assert "--commit abcdef --checks build=ok primitives=ok correctness=ok ranks=ok memcheck=ok" in bench
     assert re.findall(r"^\s+([a-z-]+)=ok$", output, re.M) == list(LIMITS)
-    assert sorted(path.name for path in (machine / "out").iterdir()) == ["log.txt"]
+    assert sorted(path.name for path in (machine / "out").iterdir()) == ["gpu.md", "log.txt"]
+    assert (machine / "out" / "gpu.md").read_text().endswith("- racecheck=ok\n- later-gpus=ok\n")
+    assert "Some-GPU, commit abcdef" in output
 
 
 @pytest.mark.parametrize(
