@@ -211,6 +211,53 @@ def test_table_shows_rates_and_reasons() -> None:
     assert "| sdpa-flash | - | forward: no / way | - | - |" in lines[5]
 
 
+class SmallBenchmark(Benchmark):
+    """As the real one, on this CPU and with small ceilings."""
+
+    def __init__(self, *, device: torch.device, end: float) -> None:
+        assert device.type == "cuda"
+        super().__init__(device=CPU, timer=untimed, end=end)
+
+    def ceilings(self, matrix: int = 8, elements: int = 16) -> dict[str, float]:
+        return Benchmark.ceilings(self, matrix, elements)
+
+
+def test_one_command_measures_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for name, value in {
+        "Benchmark": SmallBenchmark,
+        "CudaKernel": CpuKernel,
+        "Flex": lambda: FLEX,
+        "cases": lambda lengths: SHAPES,
+    }.items():
+        monkeypatch.setattr(gpu, name, value)
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--seconds",
+        "600",
+        "--commit",
+        "abc",
+        "--checks",
+        "build=ok",
+        "ranks=ok",
+    ]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "- device: A GPU" in said
+    assert "- forward, D = 64, causal, to torch's best: 1.00 to 1.00" in said
+    assert said.endswith(f"The table: {tmp_path / 'gpu.md'}\n")
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["checks"] == ["build=ok", "ranks=ok"]
+    assert content["environment"]["capability"] == "9.0"
+    monkeypatch.setattr(CpuKernel, "forward", None)  # a kernel of ours that fails
+    assert main(arguments) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path)]) == 2
