@@ -72,15 +72,18 @@ def latent_baseline_needs_transformer_engine(c: PretrainConfig, m: Machine) -> b
 
 @LATENT.rule(
     "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_pos_emb_head_dim",
     "tensor_model_parallel_size",
-    needs="has_transformer_engine",
-    text="all heads share the keys that RoPE turns, and under tensor parallelism Megatron's own layers lose what the "
-    "other ranks' heads add to their gradient",
-    remedy="Set tensor_model_parallel_size to 1, or install transformer_engine on a machine with GPUs",
+    text="tensor parallelism shares the projections to latent vectors: q_lora_rank, and kv_lora_rank + "
+    "qk_pos_emb_head_dim, must be multiples of its size",
+    remedy="Change them to multiples of {tensor_model_parallel_size}",
 )
-def latent_attention_is_not_cut_by_heads(c: PretrainConfig, m: Machine) -> bool:
-    cut = c.model.multi_latent_attention and c.parallel.tensor_model_parallel_size > 1
-    return not cut or m.has_transformer_engine is not False
+def latent_vectors_divide_by_tensor_parallel(c: PretrainConfig, _: Machine) -> bool:
+    widths = (c.model.q_lora_rank or 0, c.model.kv_lora_rank + c.model.qk_pos_emb_head_dim)
+    size = c.parallel.tensor_model_parallel_size
+    return not c.model.multi_latent_attention or all(width % size == 0 for width in widths)
 
 
 # --- multi-token prediction -------------------------------------------------------------------------------------

@@ -7,10 +7,7 @@ attention does. Here a layout says who holds the next token.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,8 +15,7 @@ import torch.distributed as dist
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
-
-_ROLL = "roll_tensor"
+from megatron_lightseq.megatron.rebind import rebind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,34 +120,8 @@ class LayoutRoll:
 def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.ProcessGroup) -> int:
     """Have every module below ``model`` that shifts tokens shift them by ``layout``.
 
-    Their methods are bound anew, on these modules alone, with another ``roll_tensor`` in place of the global one.
-
     Returns:
-        How many methods there were.
+        How many methods there were that do.
     """
     roll = LayoutRoll(layout, group)
-    found = 0
-    for module in model.modules():
-        for name, function in _rolling_methods(type(module)):
-            own = FunctionType(
-                function.__code__,
-                {**function.__globals__, _ROLL: roll},
-                function.__name__,
-                function.__defaults__,
-                function.__closure__,
-            )
-            own.__kwdefaults__ = function.__kwdefaults__
-            setattr(module, name, MethodType(own, module))
-            found += 1
-    return found
-
-
-def _rolling_methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
-    for name, function in inspect.getmembers(kind, inspect.isfunction):
-        if _ROLL in function.__globals__ and _names(function.__code__, _ROLL):
-            yield name, function
-
-
-def _names(code: CodeType, name: str) -> bool:
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return name in code.co_names or any(_names(constant, name) for constant in inner)
+    return sum(rebind(module, "roll_tensor", roll) for module in model.modules())

@@ -182,6 +182,8 @@ CELLS: tuple[Cell, ...] = (
     ),
     _cell("latent cp3 lightseq", _cp(3, "lightseq"), _LATENT),
     _cell("latent cp4 mesh, full recompute", {**_FULL, **_cp(4, "mesh")}, _LATENT),
+    _cell("latent tp2 cp2 ring", {**_TP2, **_cp(2, "ring")}, _LATENT),
+    _cell("latent tp2 sp cp2 lightseq, full recompute", {**_TP2_SP, **_FULL, **_cp(2, "lightseq")}, _LATENT),
     _cell("latent, direct queries, pp2 cp2 zigzag", {**_PP2, **_cp(2, "zigzag")}, _DIRECT_QUERIES),
     _cell("latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, {**_LATENT, **_EXPERTS}),
     *(

@@ -42,10 +42,10 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(has_transformer_engine=False),
         "Set cp_method to another method",
     ),
-    "latent_attention_is_not_cut_by_heads": (
-        {"multi_latent_attention": True, "tensor_model_parallel_size": 2},
-        Machine(has_transformer_engine=False),
-        "Set tensor_model_parallel_size to 1",
+    "latent_vectors_divide_by_tensor_parallel": (
+        {"multi_latent_attention": True, "kv_lora_rank": 33, "tensor_model_parallel_size": 2},
+        Machine(),
+        "Change them to multiples of 2",
     ),
     "mtp_loss_needs_layers": ({"mtp_loss_scaling_factor": 0.3}, Machine(), "Set mtp_num_layers"),
     "mtp_learns_no_positions": (
