@@ -16,17 +16,26 @@ from typing_extensions import override
 
 
 def main(mode: str, script: str, flags: list[str]) -> None:
-    """Run, then report."""
-    if mode == "launcher":
-        from megatron_lightseq.megatron.lm.launcher import launch
-
-        launch(Path(script), flags)
-    else:
-        run_plainly(Path(script), flags)
+    """Run, then report; Megatron-LM leaves by SystemExit after ``--exit-interval``."""
+    try:
+        run(mode, Path(script), flags)
+    except SystemExit as left:
+        if left.code:
+            raise
     from megatron_lightseq.attention import AttentionStats
 
     counts = [counter.forwards for counter in gc.get_objects() if isinstance(counter, AttentionStats)]
     sys.stdout.write(f"\nattention forwards: {max(counts, default=0)}\n")
+
+
+def run(mode: str, script: Path, flags: list[str]) -> None:
+    """The script, in one of the two ways."""
+    if mode == "launcher":
+        from megatron_lightseq.megatron.lm.launcher import launch
+
+        launch(script, flags)
+    else:
+        run_plainly(script, flags)
 
 
 def run_plainly(script: Path, flags: list[str]) -> None:

@@ -163,3 +163,13 @@ def test_pipeline_with_the_distributed_optimizer() -> None:
     pipeline = ("--pipeline-model-parallel-size", "2")
     run = train(4, *cp(2), *pipeline, "--use-distributed-optimizer", "--cp-method", "zigzag")
     check_same(run, forwards=FORWARDS // 2, expected=train(2, *pipeline, "--cp-method", "megatron"))
+
+
+def test_a_checkpoint_of_megatrons_attention_goes_on_with_ours(tmp_path: Path) -> None:
+    folder, form = str(tmp_path), ("--ckpt-format", "torch_dist")
+    first = ("--save", folder, "--save-interval", "2", "--exit-interval", "2", "--cp-method", "megatron")
+    saved = train(1, *form, *first)
+    resumed = train(2, *form, *cp(2), "--load", folder)
+    assert saved.losses == one_process().losses[:2]
+    assert resumed.losses == pytest.approx(one_process().losses[2:], rel=2e-6, abs=0)
+    assert resumed.validation == pytest.approx(one_process().validation, rel=2e-6, abs=0)
