@@ -322,6 +322,11 @@ def _attribute_patches() -> Iterator[tuple[Any, str, Any]]:
     ):
         yield mappings, name, any_length(getattr(mappings, name))
 
+    # The interleaved pipeline frees what it has sent by giving the tensor other storage, while gloo may still read the
+    # first one: gradients became garbage. A tensor of its own keeps that storage until the transfer is over.
+    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    yield p2p, "_p2p_ops", _sending_aliases(p2p._p2p_ops)
+
     # Without Transformer Engine, Megatron's wrappers of it are mock objects that import all the same, so HAVE_TE is
     # wrongly true and `isinstance(x, TELinear)` fails (transformer/multi_latent_attention.py).
     extension = importlib.import_module("megatron.core.extensions.transformer_engine")
@@ -330,6 +335,16 @@ def _attribute_patches() -> Iterator[tuple[Any, str, Any]]:
         yield latent_attention, "HAVE_TE", False
         # The same import fails half-way here and leaves the name undefined (transformer/moe/moe_utils.py).
         yield importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm", None
+
+
+def _sending_aliases(original: Callable[..., Any]) -> Callable[..., Any]:
+    def p2p_ops(**tensors: Any) -> Any:
+        for name in ("tensor_send_prev", "tensor_send_next"):
+            if tensors.get(name) is not None:
+                tensors[name] = tensors[name].detach()
+        return original(**tensors)
+
+    return p2p_ops
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -123,6 +123,28 @@ def test_no_operation_passes_through_python() -> None:
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_what_is_being_sent_outlives_megatrons_deallocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interleaved pipeline gives an output other storage as soon as it has asked for its transfer."""
+    p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "isend", lambda tensor, dst, group: sent.append(tensor))
+    outputs = {name: torch.full((3,), float(index)) for index, name in enumerate(("send_prev", "send_next"))}
+    p2p._p2p_ops(
+        **{f"tensor_{name}": output for name, output in outputs.items()},
+        tensor_recv_prev=None,
+        tensor_recv_next=None,
+        group=torch.distributed.group.WORLD,
+        prev_pipeline_rank=0,
+        next_pipeline_rank=0,
+    )
+    for output in outputs.values():
+        schedules.deallocate_output_tensor(output, True)
+        assert output.numel() == 1
+    assert sorted(tensor.tolist() for tensor in sent) == [[0.0] * 3, [1.0] * 3]
+
+
 def _cuda_constants(module_name: str) -> list[str]:
     """Constants that select CUDA, in all functions of a module."""
     wanted = {"cuda", "torch.cuda.FloatTensor", "torch.cuda.HalfTensor", "torch.cuda.BFloat16Tensor"}

@@ -165,6 +165,12 @@ def test_pipeline_with_the_distributed_optimizer() -> None:
     check_same(run, forwards=FORWARDS // 2, expected=train(2, *pipeline, "--cp-method", "megatron"))
 
 
+def test_interleaved_pipeline() -> None:
+    pipeline = ("--pipeline-model-parallel-size", "2", "--num-layers", "4")
+    interleaved = (*pipeline, "--num-layers-per-virtual-pipeline-stage", "1")
+    check_same(train(4, *cp(2), *interleaved), expected=train(2, *interleaved, "--cp-method", "megatron"))
+
+
 def test_a_checkpoint_of_megatrons_attention_goes_on_with_ours(tmp_path: Path) -> None:
     folder, form = str(tmp_path), ("--ckpt-format", "torch_dist")
     first = ("--save", folder, "--save-interval", "2", "--exit-interval", "2", "--cp-method", "megatron")
