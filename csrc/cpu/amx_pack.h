@@ -37,14 +37,19 @@ MLS_INLINE Vec neighbour_words(Vec low, Vec high) {
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
 }
 
+// words[i] = (low[i], high[i]) for 16 values
+MLS_INLINE Vec interleave(const uint16_t* low, const uint16_t* high) {
+  const WordVec lower = __builtin_convertvector(load_half_words(low), WordVec);
+  const WordVec upper = __builtin_convertvector(load_half_words(high), WordVec);
+  return reinterpret_cast<Vec>(lower | (upper << 16));
+}
+
 // words[n][d] = (rows[2 n][d], rows[2 n + 1][d]); `width` a multiple of 32
 inline void interleave_rows(const uint16_t* rows, int64_t num_rows, int64_t width, uint32_t* words) {
   for (int64_t n = 0; n < num_rows / 2; ++n) {
     const uint16_t* even = rows + 2 * n * width;
     for (int64_t d = 0; d < width; d += kLanes) {
-      const WordVec low = __builtin_convertvector(load_half_words(even + d), WordVec);
-      const WordVec high = __builtin_convertvector(load_half_words(even + width + d), WordVec);
-      store_words(words + n * width + d, reinterpret_cast<Vec>(low | (high << 16)));
+      store_words(words + n * width + d, interleave(even + d, even + width + d));
     }
   }
 }
@@ -99,10 +104,32 @@ inline void copy_tile_rows(const TokenTensor<const void>& tensor, int64_t group,
   std::memset(rows + tile.num_rows * width, 0, (kTileRows - tile.num_rows) * width * sizeof(uint16_t));
 }
 
+// kAmxBlock rows, tile by tile: a tile is 16 rows of 32 values
+inline void rows_to_tiles(const uint16_t* rows, int64_t width, uint16_t* tiles) {
+  for (int64_t r = 0; r < kAmxBlock; r += kAmxTile) {
+    for (int64_t d = 0; d < width; d += kAmxDepth) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kAmxTile; ++i, tiles += kAmxDepth) {
+        _mm512_storeu_si512(tiles, _mm512_loadu_si512(rows + (r + i) * width + d));
+      }
+    }
+  }
+}
+
 // words[d / 2][row] = (row's values d, d + 1): a B operand whose columns are
 // query rows
 inline void rows_to_word_lanes(const uint16_t* rows, int64_t width, uint32_t* words) {
   transpose_words(reinterpret_cast<const uint32_t*>(rows), width / 2, kTileRows, width / 2, words, kTileRows);
+}
+
+// The same for kAmxBlock rows, tile by tile: a tile is 32 values of 16 rows.
+inline void rows_to_word_tiles(const uint16_t* rows, int64_t width, uint32_t* tiles) {
+  const auto* words = reinterpret_cast<const uint32_t*>(rows);
+  for (int64_t d = 0; d < width / 2; d += kAmxTile) {
+    for (int64_t r = 0; r < kAmxBlock; r += kAmxTile, tiles += kAmxTileWords) {
+      transpose_words(words + r * width / 2 + d, width / 2, kAmxTile, kAmxTile, tiles, kAmxRow);
+    }
+  }
 }
 
 // columns[d][key] = rows[key][d]: an A operand whose depth is keys. `words` is
@@ -111,6 +138,19 @@ inline void keys_to_columns(const uint16_t* rows, int64_t num_keys, int64_t widt
                             uint16_t* columns, int64_t stride) {
   interleave_rows(rows, num_keys, width, words);
   transpose_words(words, width, num_keys / 2, width, reinterpret_cast<uint32_t*>(columns), stride / 2);
+}
+
+// The same for kAmxBlock keys, tile by tile: a tile is 32 keys of 16 values.
+inline void keys_to_column_tiles(const uint16_t* rows, int64_t width, uint16_t* tiles) {
+  for (int64_t d = 0; d < width; d += kAmxTile, tiles += kAmxTile * kAmxBlock) {
+    Vec block[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      block[i] = interleave(rows + 2 * i * width + d, rows + (2 * i + 1) * width + d);
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store_words(reinterpret_cast<uint32_t*>(tiles) + i * kAmxRow, block[i]);
+  }
 }
 
 }  // namespace mls::cpu::MLS_VARIANT

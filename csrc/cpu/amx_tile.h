@@ -49,37 +49,69 @@ MLS_INLINE void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
 
+// How a matrix lies in memory as tiles: bytes between the rows of a tile, and
+// elements between neighbouring tiles. A matrix that vector code writes and the
+// tile unit reads is best kept tile by tile (kAmxRow): then it fills whole pages
+// and all sets of the cache.
+template <typename T>
+struct AmxTiles {
+  T* data;
+  int64_t row_bytes, down, right;
+
+  MLS_INLINE T* at(int64_t i, int64_t j) const { return data + i * down + j * right; }
+};
+
+constexpr int kAmxRow = kAmxTileBytes / sizeof(float);  // fp32 or words in the row of a tile
+constexpr int kAmxTileWords = kAmxTile * kAmxRow;
+
+// Tiles one behind the other, `columns` to a row of tiles.
+template <typename T>
+MLS_INLINE AmxTiles<T> packed_tiles(T* data, int64_t columns) {
+  constexpr int64_t kSize = kAmxTile * kAmxTileBytes / sizeof(T);
+  return {data, kAmxTileBytes, columns * kSize, kSize};
+}
+// Rows of `stride` elements.
+template <typename T>
+MLS_INLINE AmxTiles<T> strided_tiles(T* data, int64_t stride) {
+  return {data, stride * int64_t{sizeof(T)}, kAmxTile * stride, kAmxTileBytes / int64_t{sizeof(T)}};
+}
+
 struct AmxShape {
   int64_t rows, columns, depth;  // of C and of the sum; multiples of kAmxBlock
 };
 
-// C = A B, or C += A B. Strides count elements: of fp32, of bf16, of words.
+// C = A B, or C += A B, in blocks of 2 x 2 tiles.
 template <bool kAdd>
-inline void amx_multiply(AmxShape shape, const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                         float* c, int64_t ldc) {
-  const int64_t a_bytes = lda * sizeof(uint16_t), b_bytes = ldb * sizeof(uint32_t),
-                c_bytes = ldc * sizeof(float);
-  for (int64_t i = 0; i < shape.rows; i += kAmxBlock) {
-    for (int64_t j = 0; j < shape.columns; j += kAmxBlock) {
-      float* const upper = c + i * ldc + j;
-      float* const lower = upper + kAmxTile * ldc;
+[[gnu::noinline]] inline void amx_multiply(AmxShape shape, AmxTiles<const uint16_t> a,
+                                           AmxTiles<const uint32_t> b, AmxTiles<float> c) {
+  for (int64_t i = 0; i < shape.rows / kAmxTile; i += 2) {
+    for (int64_t j = 0; j < shape.columns / kAmxTile; j += 2) {
       if constexpr (kAdd) {
-        tile_load<0>(upper, c_bytes), tile_load<1>(upper + kAmxTile, c_bytes);
-        tile_load<2>(lower, c_bytes), tile_load<3>(lower + kAmxTile, c_bytes);
+        tile_load<0>(c.at(i, j), c.row_bytes), tile_load<1>(c.at(i, j + 1), c.row_bytes);
+        tile_load<2>(c.at(i + 1, j), c.row_bytes), tile_load<3>(c.at(i + 1, j + 1), c.row_bytes);
       } else {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
       }
-      for (int64_t k = 0; k < shape.depth; k += kAmxDepth) {
-        tile_load<4>(a + i * lda + k, a_bytes);
-        tile_load<6>(b + k / 2 * ldb + j, b_bytes);
-        tile_load<7>(b + k / 2 * ldb + j + kAmxTile, b_bytes);
-        tile_load<5>(a + (i + kAmxTile) * lda + k, a_bytes);
+#pragma GCC unroll 2
+      for (int64_t k = 0; k < shape.depth / kAmxDepth; ++k) {
+        tile_load<4>(a.at(i, k), a.row_bytes);
+        tile_load<6>(b.at(k, j), b.row_bytes);
+        tile_load<7>(b.at(k, j + 1), b.row_bytes);
+        tile_load<5>(a.at(i + 1, k), a.row_bytes);
         tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
       }
-      tile_store<0>(upper, c_bytes), tile_store<1>(upper + kAmxTile, c_bytes);
-      tile_store<2>(lower, c_bytes), tile_store<3>(lower + kAmxTile, c_bytes);
+      tile_store<0>(c.at(i, j), c.row_bytes), tile_store<1>(c.at(i, j + 1), c.row_bytes);
+      tile_store<2>(c.at(i + 1, j), c.row_bytes), tile_store<3>(c.at(i + 1, j + 1), c.row_bytes);
     }
   }
+}
+
+// The same for rows of any stride. Strides count elements: of bf16, of words,
+// of fp32.
+template <bool kAdd>
+inline void amx_multiply(AmxShape shape, const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
+                         float* c, int64_t ldc) {
+  amx_multiply<kAdd>(shape, strided_tiles(a, lda), strided_tiles(b, ldb), strided_tiles(c, ldc));
 }
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,5 +1,10 @@
 // Forward engine for AMX: bf16 operands, fp32 sums; P is rounded to bf16 for
 // the second product.
+//
+// A panel of packed keys stays in the L2 cache. Rows meet it 32 at a time and a
+// step of keys at a time, so that Q, O, scores and weights stay in the L1
+// cache: tiles are stored as fast there as they are computed, but many times
+// slower to the L2.
 #pragma once
 #include "amx_pack.h"
 #include "amx_tile.h"
@@ -11,7 +16,7 @@ namespace mls::cpu::MLS_VARIANT {
 
 class AmxForward {
  public:
-  static constexpr int kPanelKeys = kAmxPanelKeys;
+  static constexpr int kPanelKeys = kAmxForwardPanelKeys;
   static int64_t width(int64_t dim) { return amx_width(dim); }
 
   AmxForward(const ForwardParams& params, KeyHead at, ScratchCursor& scratch)
@@ -19,108 +24,230 @@ class AmxForward {
         at_(at),
         width_(amx_width(params.shape.head_dim)),
         value_width_(amx_width(params.shape.value_dim)),
-        q_(scratch.objects<uint32_t>(block_tiles(params.shape) * width_ / 2 * kTileRows)),
+        log2_scale_(params.softmax_scale * kLog2E),
+        strips_(scratch.objects<Strip>(block_tiles(params.shape) * kStripsPerTile)),
+        q_(scratch.objects<uint32_t>(block_tiles(params.shape) * kTileRows * width_ / 2)),
         k_(scratch.objects<uint16_t>(kPanelKeys * width_)),
-        v_columns_(scratch.objects<uint16_t>(value_width_ * kColumnStride)),
-        scores_(scratch.objects<float>(kPanelKeys * kTileRows)),
-        weights_(scratch.objects<uint32_t>(kPanelKeys / 2 * kTileRows)),
-        rows_(scratch.objects<uint16_t>(std::max<int64_t>(kPanelKeys, kTileRows) *
-                                        std::max(width_, value_width_))),
-        words_(scratch.objects<uint32_t>(kPanelKeys / 2 * value_width_)) {}
+        v_columns_(scratch.objects<uint16_t>(kPanelKeys * value_width_)),
+        scores_(scratch.objects<float>(kMaxStepKeys * kStripRows)),
+        weights_(scratch.objects<uint32_t>(kMaxStepKeys / 2 * kStripRows)),
+        rows_(scratch.objects<uint16_t>(kTileRows * std::max(width_, value_width_))) {}
 
   void load_rows(int t, const RowTile& tile) {
     copy_tile_rows(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
-    rows_to_word_lanes(rows_, width_, q_ + t * width_ / 2 * kTileRows);
+    for (int i = 0; i < kStripsPerTile; ++i) {
+      strip(t, i) = Strip(tile, i * kStripVecs);
+      rows_to_word_tiles(rows_ + i * kStripRows * width_, width_, strip_queries(t, i));
+    }
   }
 
   void load_panel(int64_t first, int64_t last) {
-    copy_key_rows(p_.k, at_, first, last - first, p_.shape.head_dim, k_);
-    copy_key_rows(p_.v, at_, first, last - first, p_.shape.value_dim, rows_);
-    keys_to_columns(rows_, round_up(last - first, kAmxBlock), value_width_, words_, v_columns_,
-                    kColumnStride);
+    for (int64_t key = first; key < last; key += kAmxBlock) {
+      const int64_t count = std::min<int64_t>(kAmxBlock, last - key);
+      copy_key_rows(p_.k, at_, key, count, p_.shape.head_dim, rows_);
+      rows_to_tiles(rows_, width_, k_ + (key - first) * width_);
+      copy_key_rows(p_.v, at_, key, count, p_.shape.value_dim, rows_);
+      keys_to_column_tiles(rows_, value_width_, v_columns_ + (key - first) * value_width_);
+    }
   }
 
   // Whole blocks of keys are computed; those before `begin` or from `end` on
   // are masked like any other.
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
               float* out) {
-    const int64_t offset = (begin - first) / kAmxBlock * kAmxBlock;
-    const int64_t num_keys = round_up(end - first, kAmxBlock) - offset;
-    amx_multiply<false>({num_keys, kTileRows, width_}, k_ + offset * width_, width_,
-                        q_ + t * width_ / 2 * kTileRows, kTileRows, scores_, kTileRows);
-    Vec top[kMicroVecs];
-    find_maximum(tile, first + offset, num_keys, top);
-    SoftmaxStep step(state, top, p_.softmax_scale * kLog2E);
-    make_weights(num_keys, step);
-    step.finish(state);
-    rescale(step, out);
-    amx_multiply<true>({value_width_, kTileRows, num_keys}, v_columns_ + offset, kColumnStride, weights_,
-                       kTileRows, out, kTileRows);
+    const int64_t step_keys = width_ + value_width_ > 2 * 64 ? kMaxStepKeys : kMaxStepKeys / 2;
+    for (int i = 0; i < kStripsPerTile; ++i) {
+      const Strip& rows = strip(t, i);
+      const int64_t from = (std::max(begin, rows.begin) - first) / kAmxBlock * kAmxBlock;
+      const int64_t to = round_up(std::min(end, rows.end) - first, kAmxBlock);
+      for (int64_t key = from; key < to; key += step_keys) {
+        const Step step{tile,
+                        rows,
+                        state,
+                        first,
+                        key,
+                        std::min(step_keys, to - key),
+                        strip_queries(t, i),
+                        out + i * kStripRows};
+        rows.needs_mask(first + key, first + key + step.num_keys) ? attend<true>(step) : attend<false>(step);
+      }
+    }
   }
 
  private:
-  // One cache line more than the keys, or the rows of a tile would share few
-  // cache sets.
-  static constexpr int64_t kColumnStride = kPanelKeys + 32;
+  static constexpr int kStripRows = kAmxBlock;
+  static constexpr int kStripVecs = kStripRows / kLanes;
+  static constexpr int kStripsPerTile = kTileRows / kStripRows;
+  // Half of it for short rows, where all fits into the L1 cache; long ones are
+  // faster with few loads and stores of O.
+  static constexpr int kMaxStepKeys = 128;
+  // How far, in log2, a score may exceed the reference of the exponentials.
+  // Weights of 2^8 lose nothing: fp32 and bf16 have their digits at any size.
+  static constexpr float kHeadroomLog2 = 8.0f;
 
-  void find_maximum(const RowTile& tile, int64_t first, int64_t num_keys, Vec (&top)[kMicroVecs]) {
+  // Rows of a tile that meet keys together, and the keys they see.
+  struct Strip : VectorKeys {
+    int first_vector;
+
+    Strip(const RowTile& tile, int vector) : VectorKeys(tile.vectors[vector]), first_vector(vector) {
+      for (int x = vector + 1; x < vector + kStripVecs; ++x) {
+        const VectorKeys& more = tile.vectors[x];
+        begin = std::min(begin, more.begin), end = std::max(end, more.end);
+        all_begin = std::max(all_begin, more.all_begin), all_end = std::min(all_end, more.all_end);
+      }
+    }
+    bool needs_mask(int64_t first, int64_t last) const { return first < all_begin || last > all_end; }
+  };
+
+  // Keys [key, key + num_keys) of the panel at `first`, against a strip.
+  struct Step {
+    const RowTile& tile;
+    const Strip& rows;
+    SoftmaxState& state;
+    int64_t first, key, num_keys;
+    const uint32_t* q;
+    float* out;
+
+    MLS_INLINE float* maxima(int x) const { return state.max_log2 + (rows.first_vector + x) * kLanes; }
+    MLS_INLINE float* sums(int x) const { return state.sum + (rows.first_vector + x) * kLanes; }
+  };
+
+  Strip& strip(int t, int i) const { return strips_[t * kStripsPerTile + i]; }
+  uint32_t* strip_queries(int t, int i) const {
+    return q_ + (t * kStripsPerTile + i) * kStripRows * width_ / 2;
+  }
+
+  template <bool kMasked>
+  void attend(const Step& step) {
+    amx_multiply<false>({step.num_keys, kStripRows, width_},
+                        packed_tiles<const uint16_t>(k_ + step.key * width_, width_ / kAmxDepth),
+                        packed_tiles(step.q, kStripVecs), packed_tiles(scores_, kStripVecs));
+    if (lacks_reference(step) || !weigh<kMasked>(step, kHeadroomLog2)) {
+      raise_reference<kMasked>(step);
+      weigh<kMasked>(step, kInfinity);
+    }
+    const int64_t column_tiles = value_width_ / kAmxTile;
+    const AmxTiles<const uint16_t> v{v_columns_ + step.key * value_width_, kAmxTileBytes,
+                                     kAmxTile * kAmxDepth, column_tiles * kAmxTile * kAmxDepth};
+    amx_multiply<true>({value_width_, kStripRows, step.num_keys}, v,
+                       packed_tiles<const uint32_t>(weights_, kStripVecs),
+                       strided_tiles(step.out, kTileRows));
+  }
+
+  // The row of S^T that is key `key + r`, and the row of P^T for it and the next
+  // (r is even there); `key` starts a tile.
+  template <bool kMasked>
+  MLS_INLINE Vec score(const Step& step, int64_t key, int r, int x) const {
+    const Vec scores = load(scores_ + key * kStripRows + x * kAmxTileWords + r * kAmxRow);
+    if constexpr (!kMasked) return scores;
+    return mask_scores(step.tile, step.first + step.key + key + r, step.rows.first_vector + x, scores);
+  }
+  MLS_INLINE uint32_t* weight_pair(int64_t key, int r, int x) const {
+    const int64_t block = key / kAmxBlock, half = key / kAmxTile % 2;
+    return weights_ + (block * kStripVecs + x) * kAmxTileWords + (half * kAmxTile + r) / 2 * kAmxRow;
+  }
+
+  // P^T in pairs of keys. Any reference of the exponentials is right that the
+  // sum shares, if nothing overflows: the largest score of earlier keys does,
+  // and the new scores need not be looked through first. False, and nothing
+  // done, if one exceeds it by more than `headroom`.
+  template <bool kMasked>
+  [[gnu::noinline]] bool weigh(const Step& step, float headroom) {
+    const Vec scale = splat(log2_scale_);
+    Vec reference[kStripVecs], limit[kStripVecs], sum[kStripVecs];
+    __mmask16 within[kStripVecs];
 #pragma GCC unroll 8
-    for (int x = 0; x < kMicroVecs; ++x) top[x] = splat(-kInfinity);
-    if (tile.needs_mask(first, first + num_keys)) {
-      for (int64_t r = 0; r < num_keys; ++r) {
-        for (int x = 0; x < kMicroVecs; ++x) {
-          float* at = scores_ + r * kTileRows + x * kLanes;
-          store(at, mask_scores(tile, first + r, x, load(at)));
+    for (int x = 0; x < kStripVecs; ++x) {
+      const Vec top = load(step.maxima(x));
+      reference[x] = finite_max(top);
+      limit[x] = (top + headroom) / scale;
+      sum[x] = load(step.sums(x));
+      within[x] = 0xffff;
+    }
+    for (int64_t key = 0; key < step.num_keys; key += kAmxTile) {
+#pragma GCC unroll 2
+      for (int r = 0; r < kAmxTile; r += 2) {
+#pragma GCC unroll 8
+        for (int x = 0; x < kStripVecs; ++x) {
+          const Vec even = score<kMasked>(step, key, r, x), odd = score<kMasked>(step, key, r + 1, x);
+          within[x] = not_above(within[x], even, limit[x]);
+          within[x] = not_above(within[x], odd, limit[x]);
+          const Vec p = weight(even * scale - reference[x]), next = weight(odd * scale - reference[x]);
+          sum[x] = sum[x] + p + next;
+          store_words(weight_pair(key, r, x), pair_words(p, next));
         }
       }
     }
-    for (int64_t r = 0; r < num_keys; ++r) {
 #pragma GCC unroll 8
-      for (int x = 0; x < kMicroVecs; ++x) top[x] = max(load(scores_ + r * kTileRows + x * kLanes), top[x]);
+    for (int x = 0; x < kStripVecs; ++x) {
+      if (within[x] != 0xffff) return false;
     }
+#pragma GCC unroll 8
+    for (int x = 0; x < kStripVecs; ++x) store(step.sums(x), sum[x]);
+    return true;
   }
 
-  // weights[key / 2][row] = the pair of P^T for keys (key, key + 1)
-  void make_weights(int64_t num_keys, SoftmaxStep& step) {
-    for (int64_t r = 0; r < num_keys; r += 2) {
+  // exp2() that does not flush results below 2^-126: the tile unit does. Still
+  // exactly 0 at -inf.
+  static MLS_INLINE Vec weight(Vec x) {
+    constexpr int kFloor = 0x09;        // no fraction bits, round towards -inf, no exception flags
+    constexpr __mmask16 kAll = 0xffff;  // the form without a mask warns in g++ 12
+    const auto wide = reinterpret_cast<__m512>(x);
+    const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(wide, kFloor));
+    Vec p = splat(1.8671302134215275e-3f);
+    p = p * r + 9.017030018570639e-3f;
+    p = p * r + 5.5799913320829474e-2f;
+    p = p * r + 2.4016445009565887e-1f;
+    p = p * r + 6.93151311809468e-1f;
+    p = p * r + 1.0f;
+    return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(p), wide));
+  }
+
+  // The maximum of all scores so far becomes the reference.
+  template <bool kMasked>
+  [[gnu::noinline]] void raise_reference(const Step& step) {
 #pragma GCC unroll 8
-      for (int x = 0; x < kMicroVecs; ++x) {
-        const float* at = scores_ + r * kTileRows + x * kLanes;
-        const Vec even = step.weight(x, load(at)), odd = step.weight(x, load(at + kTileRows));
-        store_words(weights_ + r / 2 * kTileRows + x * kLanes, pair_words(even, odd));
+    for (int x = 0; x < kStripVecs; ++x) {
+      Vec top = splat(-kInfinity);
+      for (int64_t key = 0; key < step.num_keys; key += kAmxTile) {
+        for (int r = 0; r < kAmxTile; ++r) top = max(score<kMasked>(step, key, r, x), top);
+      }
+      const Vec old = load(step.maxima(x)), updated = max(top * log2_scale_, old);
+      const Vec rescale = exp2(old - finite_max(updated));
+      store(step.maxima(x), updated);
+      store(step.sums(x), load(step.sums(x)) * rescale);
+      for (int64_t d = 0; d < value_width_; ++d) {
+        float* const at = step.out + d * kTileRows + x * kLanes;
+        store(at, load(at) * rescale);
       }
     }
   }
 
-  // O^T *= rescale; once the maxima have settled, which is soon, every factor
-  // is 1.
-  void rescale(const SoftmaxStep& step, float* out) {
-    bool settled = true;
-    for (int x = 0; x < kMicroVecs; ++x) settled = settled && all_equal(step.rescale[x], splat(1.0f));
-    if (settled) return;
-    for (int64_t d = 0; d < value_width_; ++d) {
+  // Does a row have seen no key yet?
+  static MLS_INLINE bool lacks_reference(const Step& step) {
+    bool lacks = false;
 #pragma GCC unroll 8
-      for (int x = 0; x < kMicroVecs; ++x) {
-        float* at = out + d * kTileRows + x * kLanes;
-        store(at, load(at) * step.rescale[x]);
-      }
+    for (int x = 0; x < kStripVecs; ++x) {
+      lacks = lacks || not_above(0xffff, load(step.maxima(x)), splat(-kInfinity)) != 0;
     }
+    return lacks;
   }
-
-  static MLS_INLINE bool all_equal(Vec a, Vec b) {
-    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_EQ_OQ) == 0xffff;
+  static MLS_INLINE __mmask16 not_above(__mmask16 before, Vec a, Vec b) {
+    return _mm512_mask_cmp_ps_mask(before, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                   _CMP_NGT_UQ);
   }
 
   const ForwardParams& p_;
   const KeyHead at_;
   const int64_t width_, value_width_;
-  uint32_t* const q_;          // per row tile: [width / 2][kTileRows]
-  uint16_t* const k_;          // [kPanelKeys][width]
-  uint16_t* const v_columns_;  // V^T: [value_width][kColumnStride]
-  float* const scores_;        // S^T: [kPanelKeys][kTileRows]
-  uint32_t* const weights_;    // P^T: [kPanelKeys / 2][kTileRows]
+  const float log2_scale_;
+  Strip* const strips_;        // of each row tile
+  uint32_t* const q_;          // of each strip: [width / 2][kStripRows], in tiles
+  uint16_t* const k_;          // [kPanelKeys][width], in tiles
+  uint16_t* const v_columns_;  // V^T of each 32 keys: [value_width][32], in tiles
+  float* const scores_;        // S^T: [keys][kStripRows], in tiles
+  uint32_t* const weights_;    // P^T: [keys / 2][kStripRows], in tiles
   uint16_t* const rows_;       // staging
-  uint32_t* const words_;      // staging
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -19,9 +19,10 @@ constexpr int kTileRows = kMicroVecs * kLanes;
 constexpr int kMinBlockTiles = 256 / kTileRows;
 constexpr int kMaxBlockTiles = 1024 / kTileRows;
 constexpr int kWantedForwardTasks = 32;
-constexpr int kVectorPanelKeys = 96;  // a multiple of kMicroRows
-constexpr int kAmxPanelKeys = 128;    // a multiple of kAmxBlock
-constexpr int kPanelsPerChunk = 4;    // at least
+constexpr int kVectorPanelKeys = 96;       // a multiple of kMicroRows
+constexpr int kAmxPanelKeys = 128;         // a multiple of kAmxBlock
+constexpr int kAmxForwardPanelKeys = 512;  // packed K and V stay in the L2 cache
+constexpr int kPanelsPerChunk = 4;         // at least
 // A backward chunk should be large too: what it does once per row tile (fetch and transpose Q and dO, add dQ)
 // is then a smaller part.
 constexpr int kMaxPanelsPerChunk = 8;
