@@ -1,5 +1,6 @@
 // Defines backward_sm90: the head dims that have kernels of their own on Hopper.
 #pragma once
+#include "cuda/backward_dq_sm90.h"
 #include "cuda/backward_sm90.h"
 #include "cuda/instances.h"
 
@@ -13,10 +14,15 @@ namespace mls::cuda {
 template <class Element, int kHeadDim, int kValueDim>
 const char* backward_sm90(const BackwardParams& params, bool deterministic, void* stream) {
   static_assert(kHeadDim == kValueDim);
+  constexpr int kMaxTiles = MLS_BACKWARD_QUERY_TILES;
+  using AllGradients = HopperBackwardTraits<Element, kHeadDim, true, kMaxTiles>;
+  using KeyGradients = HopperBackwardTraits<Element, kHeadDim, false, kMaxTiles>;
   const char* failure = nullptr;
-  using Traits = HopperBackwardTraits<Element, kHeadDim, true, MLS_BACKWARD_QUERY_TILES>;
-  if (!deterministic && launch_backward_sm90<Traits>(params, stream, &failure)) return failure;
-  return backward_sm80<Element, kHeadDim, kValueDim>(params, deterministic, stream);
+  const bool taken = deterministic ? launch_backward_sm90<KeyGradients>(params, stream, &failure)
+                                   : launch_backward_sm90<AllGradients>(params, stream, &failure);
+  if (!taken) return backward_sm80<Element, kHeadDim, kValueDim>(params, deterministic, stream);
+  if (!deterministic || failure != nullptr) return failure;
+  return launch_dq_sm90<HopperDqTraits<Element, kHeadDim>>(params, stream);
 }
 
 #define MLS_DEFINE_BACKWARD_SM90(Element, D, Dv) \

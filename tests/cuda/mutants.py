@@ -232,7 +232,8 @@ HOPPER_MUTANTS = (
     _hopper("columns beyond the panel's half multiplied", "k < T::kHeadDim", "k < 144"),
 )
 
-CONSUMER, TILES, PANELS = "backward_sm90.h", "backward_sm90_tiles.h", "panels.h"
+CONSUMER, TILES, HOPPER_DQ = "backward_sm90.h", "backward_sm90_tiles.h", "backward_dq_sm90.h"
+PANELS = "panels.h"
 
 
 def _backward(name: str, old: str, new: str, file: str = CONSUMER, *, slow: bool = False) -> Mutant:
@@ -341,4 +342,44 @@ HOPPER_BACKWARD_MUTANTS = (
     ),
     _backward("dS stored unswizzled", "(chunk % 8 ^ row % 8)", "(chunk % 8)", PANELS),
     _backward("rows of dQ meet in banks", "trades = row % 2;", "trades = false;", PANELS, slow=True),
+    _backward(
+        "deterministic dq: keys used before they landed",
+        "barrier_wait(shared.keys_full(at.stage), at.parity);",
+        "",
+        HOPPER_DQ,
+    ),
+    _backward(
+        "deterministic dq: keys overwritten while used",
+        "barrier_wait(shared.keys_empty(at.stage), at.parity ^ 1);",
+        "",
+        HOPPER_DQ,
+    ),
+    _backward(
+        "deterministic dq: dP used before it is done",
+        "wgmma_wait<0>();\n    hold(grads)",
+        "hold(grads)",
+        HOPPER_DQ,
+    ),
+    _backward(
+        "deterministic dq: queries used before they landed",
+        "barrier_wait(shared.queries_full(), 0);",
+        "",
+        HOPPER_DQ,
+    ),
+    _backward(
+        "deterministic dq: keys not transposed", "from_registers<true>", "from_registers<false>", HOPPER_DQ
+    ),
+    _backward(
+        "deterministic dq: edge tiles not masked",
+        "    if (masked) {",
+        "    if (false && masked) {",
+        HOPPER_DQ,
+    ),
+    _backward(
+        "deterministic dq: last keys left out",
+        "tile < work.end_tile; ++tile, at.advance()) {\n    const",
+        "tile < work.end_tile - 1; ++tile, at.advance()) {\n    const",
+        HOPPER_DQ,
+    ),
+    _backward("deterministic dq: delta forgotten", "- rows[i % 4 / 2].delta", "", HOPPER_DQ),
 )

@@ -36,7 +36,8 @@ void Hopper::reset() {
   constexpr unsigned kLaziness[] = {16, 1024, 0};
   laziness = kLaziness[block.random() % 3];
   constexpr unsigned kPatience[] = {1, 16, 256};
-  patience = kPatience[block.random() % 3];
+  product_patience = kPatience[block.random() % 3];
+  reduction_patience = 8 * kPatience[block.random() % 3];
 }
 
 std::string Hopper::describe_waits() const {
@@ -162,8 +163,13 @@ void Hopper::tensor_reduce_commit() {
     if (reduction.thread == block.thread()) reduction.committed = true;
 }
 
+// Lets other warps go on, for long in some blocks.
+void Hopper::dawdle(unsigned turns) {
+  for (unsigned turn = 0; turn < turns; ++turn) block.yield();
+}
+
 void Hopper::tensor_reduce_wait_read() {
-  for (unsigned turn = 0; turn < patience; ++turn) block.yield();  // others may spoil what was not read
+  dawdle(reduction_patience);  // others may spoil what was not read
   std::erase_if(reductions, [this](PendingReduction& reduction) {
     const bool due = reduction.committed && reduction.thread == block.thread();
     if (due && !reduction.read) reduce(reduction);
@@ -257,6 +263,7 @@ void Hopper::wgmma_commit() {
 
 void Hopper::wgmma_wait(int pending) {
   if (!warpgroup_arrive(WarpgroupStep::kWait)) return;
+  dawdle(product_patience);  // products take their time, and may read their operands late
   Warpgroup& group = warpgroup();
   while (static_cast<int>(group.groups.size()) > pending) {
     for (WgmmaTask& task : group.groups.front()) multiply(group, task);

@@ -108,6 +108,7 @@ struct Hopper {
   void advance(Barrier& barrier);
   void land(const PendingCopy& copy);
   void reduce(PendingReduction& reduction);
+  void dawdle(unsigned turns);
   void issue(Warpgroup& group, const WgmmaCall& call);
   void read_operands(WgmmaTask& task);
   float element(Format format, uint64_t descriptor, int major, int k, bool transposed);
@@ -120,7 +121,8 @@ struct Hopper {
   std::map<size_t, Barrier> barriers;
   std::vector<PendingCopy> copies;
   std::vector<PendingReduction> reductions;
-  unsigned patience = 1;  // turns that a reduction waits before it reads
+  // Turns that asynchronous work waits before it reads shared memory.
+  unsigned product_patience = 1, reduction_patience = 1;
   unsigned laziness = 0;  // a copy lands at one in so many switches; 0: only when every thread waits
   std::vector<Warpgroup> warpgroups;
 };

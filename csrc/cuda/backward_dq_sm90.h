@@ -1,0 +1,225 @@
+// dQ alone on compute capability 9.0a, repeatable bit for bit: a block owns 128 queries and walks over the
+// keys that they see, in order. Built like forward_sm90.h: a thread copies tiles of K and V into a ring, and
+// two consumer warpgroups of 64 queries each keep dQ in registers.
+#pragma once
+#include "cuda/gradients.h"
+#include "cuda/panels.h"
+
+namespace mls::cuda {
+
+template <class Element_, int kHeadDim_>
+struct HopperDqTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kKeys = 128;
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kQueries = 64 * kConsumers;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 168 * (1 + kConsumers));
+  using QueryTile = PanelTile<kQueries, kHeadDim>;
+  using KeyTile = PanelTile<kKeys, kHeadDim>;
+  static constexpr int kTileBytes = 2 * QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
+  static constexpr int kSharedBytes = kTileBytes + (1 + 2 * kStages) * static_cast<int>(sizeof(Barrier));
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+template <class T>
+struct HopperDqShared {
+  unsigned char* base;
+  MLS_DEVICE typename T::QueryTile queries() const { return {base}; }
+  MLS_DEVICE typename T::QueryTile grads() const { return {base + T::QueryTile::kBytes}; }
+  MLS_DEVICE typename T::KeyTile keys(int stage) const {
+    return {base + 2 * T::QueryTile::kBytes + stage * T::KeyTile::kBytes};
+  }
+  MLS_DEVICE typename T::KeyTile values(int stage) const { return keys(T::kStages + stage); }
+  MLS_DEVICE Barrier* queries_full() const { return reinterpret_cast<Barrier*>(base + T::kTileBytes); }
+  MLS_DEVICE Barrier* keys_full(int stage) const { return queries_full() + 1 + stage; }
+  MLS_DEVICE Barrier* keys_empty(int stage) const { return keys_full(T::kStages + stage); }
+
+  MLS_DEVICE void init() const {
+    barrier_init(queries_full(), 1);
+    for (int stage = 0; stage < T::kStages; ++stage) {
+      barrier_init(keys_full(stage), 1);
+      barrier_init(keys_empty(stage), T::kConsumers * 4);
+    }
+    barrier_init_fence();
+  }
+};
+
+struct HopperDqLaunch {
+  BackwardParams params;
+  TensorMap q, k, v, dout;
+};
+
+// What a block works on.
+struct HopperDqWork {
+  int first_query, head, kv_head, batch;
+  int first_tile, end_tile;  // of keys
+};
+
+// One thread: Q, dO, and every tile of K and V.
+template <class T>
+MLS_DEVICE void produce_keys_and_values(const HopperDqLaunch& launch, const HopperDqShared<T>& shared,
+                                        const HopperDqWork& work) {
+  barrier_expect(shared.queries_full(), 2 * T::QueryTile::kBytes);
+  copy_tile(shared.queries(), launch.q, shared.queries_full(), work.first_query, work.head, work.batch);
+  copy_tile(shared.grads(), launch.dout, shared.queries_full(), work.first_query, work.head, work.batch);
+  RingPosition<T::kStages> at;
+  for (int tile = work.first_tile; tile < work.end_tile; ++tile, at.advance()) {
+    Barrier* full = shared.keys_full(at.stage);
+    barrier_wait(shared.keys_empty(at.stage), at.parity ^ 1);  // passes at once the first time round
+    barrier_expect(full, 2 * T::KeyTile::kBytes);
+    copy_tile(shared.keys(at.stage), launch.k, full, tile * T::kKeys, work.kv_head, work.batch);
+    copy_tile(shared.values(at.stage), launch.v, full, tile * T::kKeys, work.kv_head, work.batch);
+  }
+}
+
+// Starts sums = 64 rows of `a` times `b` transposed: Q K^T or dO V^T.
+template <class T>
+MLS_DEVICE void issue_rows(float (&sums)[T::kKeys / 8][4], const typename T::QueryTile& a, int first_row,
+                           const typename T::KeyTile& b) {
+  hold(sums);
+  wgmma_fence();
+  MLS_UNROLL
+  for (int k = 0; k < T::kHeadDim; k += 16)
+    Wgmma<typename T::Element, T::kKeys>::template from_shared<false, false>(
+        sums, a.along_columns(first_row, k), b.along_columns(0, k), k > 0);
+  wgmma_commit();
+}
+
+// Starts dq += dS K.
+template <class T>
+MLS_DEVICE void issue_dq(float (&dq)[T::kHeadDim / 8][4], uint32_t (&ds)[T::kKeys / 16][4],
+                         const typename T::KeyTile& keys) {
+  hold(dq);
+  hold(ds);
+  wgmma_fence();
+  MLS_UNROLL
+  for (int step = 0; step < T::kKeys / 16; ++step)
+    Wgmma<typename T::Element, T::kHeadDim>::template from_registers<true>(dq, ds[step],
+                                                                           keys.along_rows(0, step * 16), 1);
+  wgmma_commit();
+}
+
+// Of the two queries that a thread holds.
+struct DqRows {
+  QueryRow rows[2];
+  float scale_log2;
+
+  // Scores -> probabilities; `masked` where a query may not see every key.
+  template <int kTiles>
+  MLS_DEVICE void to_probabilities(float (&scores)[kTiles][4], int first_key, bool masked) const {
+    if (masked) {
+      MLS_UNROLL
+      for (int i = 0; i < 4 * kTiles; ++i)
+        if (!rows[i % 4 / 2].seen.contains(first_key + fragment_column(i / 4, i % 4)))
+          scores[i / 4][i % 4] = -infinity();
+    }
+    MLS_UNROLL
+    for (int i = 0; i < 4 * kTiles; ++i)
+      scores[i / 4][i % 4] = exp2_approx(scores[i / 4][i % 4] * scale_log2 - rows[i % 4 / 2].lse_log2);
+  }
+
+  // dP -> dS = P (dP - delta), as an operand, without the scale of the scores.
+  template <class Element, int kTiles>
+  MLS_DEVICE void to_operand(uint32_t (&ds)[kTiles / 2][4], float (&grads)[kTiles][4],
+                             const float (&probabilities)[kTiles][4]) const {
+    MLS_UNROLL
+    for (int i = 0; i < 4 * kTiles; ++i)
+      grads[i / 4][i % 4] = probabilities[i / 4][i % 4] * (grads[i / 4][i % 4] - rows[i % 4 / 2].delta);
+    MLS_UNROLL
+    for (int step = 0; step < kTiles / 2; ++step) to_a<Element>(ds[step], grads, step);
+  }
+};
+
+// One consumer warpgroup: dq (unscaled) over all keys.
+template <class T>
+MLS_DEVICE void consume_keys(float (&dq)[T::kHeadDim / 8][4], const HopperDqShared<T>& shared,
+                             const HopperDqWork& work, const DqRows& rows, const KeyBounds& bounds) {
+  float scores[T::kKeys / 8][4], grads[T::kKeys / 8][4];
+  uint32_t ds[T::kKeys / 16][4];
+  const int first_row = (warpgroup_id() - 1) * 64;
+  RingPosition<T::kStages> at;
+  barrier_wait(shared.queries_full(), 0);
+  for (int tile = work.first_tile; tile < work.end_tile; ++tile, at.advance()) {
+    const int first_key = tile * T::kKeys;
+    barrier_wait(shared.keys_full(at.stage), at.parity);
+    issue_rows<T>(scores, shared.queries(), first_row, shared.keys(at.stage));
+    issue_rows<T>(grads, shared.grads(), first_row, shared.values(at.stage));
+    wgmma_wait<1>();  // the scores
+    hold(scores);
+    rows.to_probabilities(scores, first_key, !bounds.covers(first_key, first_key + T::kKeys));
+    wgmma_wait<0>();
+    hold(grads);
+    rows.template to_operand<typename T::Element>(ds, grads, scores);
+    issue_dq<T>(dq, ds, shared.keys(at.stage));
+    wgmma_wait<0>();
+    hold(dq);
+    hold(ds);
+    arrive_as_warp(shared.keys_empty(at.stage));
+  }
+}
+
+template <class T>
+MLS_DEVICE void dq_block_sm90(const HopperDqLaunch& launch, unsigned char* memory) {
+  const BackwardParams& params = launch.params;
+  const HopperDqShared<T> shared{memory};
+  const Visibility visibility(params.shape, params.mask);
+  const int num_tiles = (visibility.num_queries + T::kQueries - 1) / T::kQueries;
+  HopperDqWork work;
+  work.first_query = (num_tiles - 1 - static_cast<int>(block_index().x)) * T::kQueries;
+  work.head = static_cast<int>(block_index().y);
+  work.batch = static_cast<int>(block_index().z);
+  work.kv_head = work.head / static_cast<int>(params.shape.num_heads / params.shape.num_kv_heads);
+  const KeyBounds bounds = bounds_of_queries<T::kQueries>(visibility, work.first_query);
+  if (bounds.any_first >= bounds.any_end) return;
+  work.first_tile = bounds.any_first / T::kKeys;
+  work.end_tile = (bounds.any_end + T::kKeys - 1) / T::kKeys;
+  if (thread_index().x == 0) shared.init();
+  sync_threads();
+  if (warp_id() < 4) {
+    give_registers<T::kProducerRegisters>();
+    if (thread_index().x == 0) produce_keys_and_values<T>(launch, shared, work);
+  } else {
+    take_registers<T::kConsumerRegisters>();
+    const int warp_query = work.first_query + (warp_id() - 4) * 16;
+    const DqRows rows{{query_row(params, visibility, work.batch, work.head, warp_query + fragment_row(0)),
+                       query_row(params, visibility, work.batch, work.head, warp_query + fragment_row(2))},
+                      params.softmax_scale * kLog2e};
+    float dq[T::kHeadDim / 8][4];
+    set_zero(dq);
+    consume_keys<T>(dq, shared, work, rows, bounds);
+    add_rows(params.dq, dq, work.batch, work.head, warp_query, visibility.num_queries, 0,
+             params.softmax_scale);
+  }
+}
+
+// Blocks: (query tiles, heads, batch).
+template <class T>
+MLS_KERNEL(T::kThreads, 1)
+attention_backward_dq_sm90(const MLS_GRID_CONSTANT HopperDqLaunch launch) {
+  MLS_SHARED_MEMORY(memory);
+  if constexpr (kCompilesSm90a) dq_block_sm90<T>(launch, memory);
+}
+
+// Null, or what is wrong.
+template <class T>
+const char* launch_dq_sm90(const BackwardParams& params, void* stream) {
+  const auto& shape = params.shape;
+  const ElementType type = params.element_type;
+  const int64_t queries[] = {shape.head_dim, shape.num_queries, shape.num_heads, shape.batch};
+  const int64_t keys[] = {shape.head_dim, shape.num_keys, shape.num_kv_heads, shape.batch};
+  HopperDqLaunch arguments{params, {}, {}, {}, {}};
+  const bool described = make_tensor_map(&arguments.q, params.q, queries, type, T::kQueries) &&
+                         make_tensor_map(&arguments.dout, params.dout, queries, type, T::kQueries) &&
+                         make_tensor_map(&arguments.k, params.k, keys, type, T::kKeys) &&
+                         make_tensor_map(&arguments.v, params.v, keys, type, T::kKeys);
+  if (!described) return "CUDA described q, k, v and dout for dk and dv, and not for dq";
+  const Dim3 blocks((shape.num_queries + T::kQueries - 1) / T::kQueries, shape.num_heads, shape.batch);
+  return launch(&attention_backward_dq_sm90<T>, blocks, T::kThreads, T::kSharedBytes, stream, arguments);
+}
+
+}  // namespace mls::cuda
