@@ -189,17 +189,30 @@ def test_hopper_kernels_use_its_tensor_cores(compiled: dict[tuple[str, str], Com
             assert unwanted not in function, f"{name} has {unwanted}"
 
 
+def gradient_products(head_dim: int, kernel: str) -> Counter[str]:
+    """wgmma instructions of a tile by shape: 64 queries by 128 keys, or for dq alone 128 by 128."""
+    if kernel == "dq":
+        return Counter({"64x128x16": 2 * head_dim // 16}) + Counter({f"64x{head_dim}x16": 128 // 16})
+    products = Counter({"64x64x16": 2 * head_dim // 16})  # S and dP
+    products[f"64x{head_dim}x16"] += 2 * 64 // 16  # dV and dK
+    if kernel == "all":
+        products[f"64x{head_dim // 2}x16"] += 128 // 16  # half of the columns of dQ
+    return products
+
+
 def test_hopper_gradients_use_its_tensor_cores(compiled: dict[tuple[str, str], Compiled]) -> None:
     functions = sass(compiled["backward_sm90.cu", "90a"].object_file).split("Function : ")[1:]
-    assert len(functions) == 4  # two head dims, two element types
+    seen: Counter[tuple[int, str]] = Counter()
     for function in functions:
         name = function.split()[0]
         head_dim = int(re.findall(r"Li(\d+)E", name)[0])
-        wanted_products = Counter({"64x64x16": 2 * head_dim // 16})  # S and dP: 64 queries
-        wanted_products[f"64x{head_dim}x16"] += 2 * 64 // 16  # dV and dK of them
-        wanted_products[f"64x{head_dim // 2}x16"] += 128 // 16  # half of the columns of dQ, from 128 keys
-        assert Counter(re.findall(r"HGMMA\.(64x\d+x16)\.F32", function)) == wanted_products, name
-        for wanted in ("UTMALDG.4D", "UTMAREDG.4D.ADD", "STSM", "USETMAXREG"):
+        kernel = "dq" if "backward_dq" in name else "all" if "Lb1E" in name else "keys"
+        seen[head_dim, kernel] += 1
+        products = Counter(re.findall(r"HGMMA\.(64x\d+x16)\.F32", function))
+        assert products == gradient_products(head_dim, kernel), name
+        for wanted in ("UTMALDG.4D", "USETMAXREG", *(["UTMAREDG.4D.ADD", "STSM"] if kernel == "all" else [])):
             assert wanted in function, f"{name} has no {wanted}"
         for unwanted in ("STL", "LDL", " HMMA"):
             assert unwanted not in function, f"{name} has {unwanted}"
+    # Each in two element types.
+    assert seen == {(head_dim, kernel): 2 for head_dim in (64, 128) for kernel in ("all", "keys", "dq")}
