@@ -9,6 +9,7 @@
 #   RATES      Gbit/s of the link, each way (default: "10 1 0.25")
 #   DELAY_MS   one-way delay in milliseconds (default: none)
 #   RANKS      ranks, half on each host (default: 2)
+#   OVERLAP    flags of `lightseq bench overlap`, which runs too (default: none)
 #   SYSTEMS    what to compare (default: megatron-tp-sp,megatron-tp,lightseq,lightseq-no-overlap)
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -78,7 +79,8 @@ for rate in "${rates[@]}"; do
     python -m megatron_lightseq compare --network-namespaces "$host_a,$host_b" --interface "$link" \
         --ranks "${RANKS:-2}" --systems "${SYSTEMS:-megatron-tp-sp,megatron-tp,lightseq,lightseq-no-overlap}" \
         --output "$output" --name "two-hosts-$rate" "$@" || failed="$failed $rate"
-    python -m megatron_lightseq bench overlap --network-namespaces "$host_a,$host_b" --interface "$link" \
+    # shellcheck disable=SC2086 # flags are words
+    python -m megatron_lightseq bench overlap ${OVERLAP:-} --network-namespaces "$host_a,$host_b" --interface "$link" \
         --ranks "${RANKS:-2}" --link "two hosts, $rate Gbit/s each way${DELAY_MS:+, $DELAY_MS ms}" \
         --out "$output" --name "overlap-$rate" || failed="$failed overlap-$rate"
 done

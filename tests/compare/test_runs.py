@@ -176,6 +176,7 @@ def two_hosts(folder: Path, **variables: str) -> subprocess.CompletedProcess[str
         "--steps=1",
     ]
     own = {"LIGHTSEQ_SETUP": "0", "LIGHTSEQ_VENV": "none", "RATES": "1", "PYTHONPATH": str(ROOT)}
+    own["OVERLAP"] = "--methods lightseq --seq-length 256 --repetitions 1"
     return subprocess.run(
         ["bash", str(ROOT / "scripts/compare_two_hosts.sh"), str(folder), *flags],
         env={**os.environ, **own, **variables},
@@ -195,6 +196,8 @@ def test_two_hosts_count_what_the_schedule_says(tmp_path: Path) -> None:
     for row in record["figures"]:
         assert abs(row["link_bytes_sent"] / predicted_bytes(row) - 1) <= BYTES_TOLERANCE
         assert row["scheduled_bytes_sent"] in (None, row["attention_bytes_sent"])
+    (hidden,) = json.loads((tmp_path / "overlap-1.json").read_text())["rows"]
+    assert hidden["on"]["bytes_sent"] == hidden["off"]["bytes_sent"] > 0
     assert not {name for name in namespaces() if name.startswith("mls-")}, "taken down again"
 
 
