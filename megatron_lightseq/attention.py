@@ -7,6 +7,7 @@ queries and keys, Dv = head dim of values.
 from __future__ import annotations
 
 import hashlib
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def dist_attention(
             (``usp:4``), ``rsa``, a :class:`schedule.Method`, or ``auto``: for each direction, what the simulation
             of a cluster (schedule/choose.py) finds the fastest for these shards.
         mask: default causal.
-        softmax_scale: default 1 / sqrt(D).
+        softmax_scale: positive; default 1 / sqrt(D).
         kernel: ``auto``, ``cpu`` or ``reference``.
         overlap: transfer while computing.
 
@@ -153,6 +154,8 @@ class DistAttention:
         transport = connect(group) if group is not None and size > 1 else None
         self._runtime = Runtime(transport=transport, overlap=overlap, stats=self.stats)
         self._plans: dict[_Inputs, Plan] = {}
+        self._scales: set[float] = set()
+        """Softmax scales that all ranks have agreed on."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, sink: Tensor | None = None
@@ -168,7 +171,8 @@ class DistAttention:
     ) -> tuple[Tensor, Tensor]:
         """The local output (S, B, H, Dv) and log-sum-exp (B, H, S; accumulator dtype, not differentiable)."""
         plan = self._plan_for(q, k, v)
-        out, lse = _Attention.apply(q, k, v, sink, None, plan, _scale(softmax_scale, q))
+        _check_sink(sink, q)
+        out, lse = _Attention.apply(q, k, v, sink, None, plan, self._scale(softmax_scale, q))
         return out, lse
 
     def reattach(
@@ -188,8 +192,26 @@ class DistAttention:
             softmax_scale, sink: as they were then.
         """
         plan = self._plan_for(q, k, v)
-        attached, _ = _Attention.apply(q, k, v, sink, kept, plan, _scale(softmax_scale, q))
+        attached, _ = _Attention.apply(q, k, v, sink, kept, plan, self._scale(softmax_scale, q))
         return attached
+
+    @torch.compiler.disable
+    def _scale(self, given: float | None, q: Tensor) -> float:
+        """What scores are multiplied by; ranks compare one that is new here."""
+        scale = float(q.shape[-1] ** -0.5 if given is None else given)
+        if scale in self._scales:
+            return scale
+        if not 0 < scale < math.inf:
+            raise ConfigError(
+                explain(
+                    got=f"softmax_scale {scale}",
+                    rule="scores are multiplied by a positive, finite number",
+                    remedy="Leave it out for 1 / sqrt(D), or negate q",
+                )
+            )
+        self._agree(f"softmax scale {scale!r}", f"softmax scale {scale}")
+        self._scales.add(scale)
+        return scale
 
     @torch.compiler.disable
     def _plan_for(self, q: Tensor, k: Tensor, v: Tensor) -> Plan:
@@ -209,7 +231,7 @@ class DistAttention:
         }
         exchanges = [method.ulysses_size(self.layout.cp_size) for method in methods.values()]
         texts = [*map(str, schedules.values()), f"heads over {exchanges}", kernel.name, inputs.describe()]
-        self._agree("\n".join(texts), inputs)
+        self._agree("\n".join(texts), inputs.describe())
         runs = {
             direction: self._make_run(method, schedules[direction], inputs, kernel)
             for direction, method in methods.items()
@@ -270,7 +292,7 @@ class DistAttention:
     def _method_name(self) -> str:
         return "auto" if self.method is None else self.method.name
 
-    def _agree(self, plan_text: str, inputs: _Inputs) -> None:
+    def _agree(self, plan_text: str, shown: str) -> None:
         """Raise :class:`TransportError` unless every rank is about to run the same plan."""
         if self._runtime.transport is None:
             return
@@ -281,9 +303,9 @@ class DistAttention:
             raise TransportError(
                 explain(
                     got=f"rank {self.rank} plans {self._method_name} on {self.layout}, {self.mask} mask, "
-                    f"{inputs.describe()} (plan {digest.hex()[:12]}); rank(s) {others} plan something else",
+                    f"{shown} (plan {digest.hex()[:12]}); rank(s) {others} plan something else",
                     rule="all ranks of a group run one schedule on equally shaped inputs",
-                    remedy="Compare method, layout, mask, kernel, shapes and package version of these ranks",
+                    remedy="Compare method, layout, mask, kernel, shapes, scale and package version of these ranks",
                 )
             )
 
@@ -361,8 +383,15 @@ def _sink_gradient(sink: Tensor | None, dout: Tensor, out: Tensor, lse: Tensor) 
     return -(probability * delta).sum((0, 2)).to(sink.dtype)
 
 
-def _scale(softmax_scale: float | None, q: Tensor) -> float:
-    return float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+def _check_sink(sink: Tensor | None, q: Tensor) -> None:
+    if sink is not None and (tuple(sink.shape) != (q.shape[2],) or sink.device != q.device):
+        raise ConfigError(
+            explain(
+                got=f"a sink {tuple(sink.shape)} on {sink.device} for q {tuple(q.shape)} on {q.device}",
+                rule="a sink is one logit for each query head, on q's device",
+                remedy=f"Give a tensor of shape ({q.shape[2]},)",
+            )
+        )
 
 
 _RULES: tuple[tuple[str, Callable[[Tensor, Tensor, Tensor], bool]], ...] = (

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -342,6 +344,27 @@ def shards(h: int = 4, g: int = 2, d: int = 8, dv: int = 8, tokens: int = 4) -> 
 def test_bad_shapes_are_refused(make, text: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match=text):
         mls.dist_attention(*make())
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.125, math.inf, math.nan])
+def test_a_scale_that_makes_no_softmax_is_refused(scale: float) -> None:
+    with pytest.raises(ConfigError, match=rf"softmax_scale {scale}: .*positive, finite"):
+        mls.dist_attention(*shards(), softmax_scale=scale)
+
+
+def test_a_sink_of_other_heads_is_refused() -> None:
+    q, k, v = shards()
+    with pytest.raises(ConfigError, match=r"a sink \(1,\).*one logit for each query head.*\(4,\)"):
+        DistAttention()(q, k, v, sink=torch.zeros(1))
+
+
+def scale_differently(group: Group) -> None:
+    mls.dist_attention(*shards(), group=group, softmax_scale=0.5 if group.rank() == 1 else 0.25)
+
+
+def test_ranks_that_scale_differently_stop() -> None:
+    with pytest.raises(TransportError, match=r"softmax scale 0\.\d+ .*plan something else"):
+        run_loopback(3, scale_differently)
 
 
 def test_unknown_names_are_refused() -> None:
