@@ -32,7 +32,7 @@ missing=$(python -c '
 import importlib.util
 print(*(name for name in ("six", "regex", "triton", "pydantic") if importlib.util.find_spec(name) is None))')
 [ -z "$missing" ] || die "Megatron-LM's training program imports packages that are not installed: $missing" \
-    "pip install --target FOLDER $missing, and set MEGATRON_LM_PACKAGES=FOLDER"
+    "pip install -c constraints.txt --target FOLDER $missing, and set MEGATRON_LM_PACKAGES=FOLDER"
 
 # Each with its reason in scripts/pretrain_gpt.sh.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
