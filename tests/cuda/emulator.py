@@ -151,6 +151,9 @@ def cached_library() -> Path:
     return library
 
 
+_NO_KERNEL = b"the library has no kernel for these head dims"
+
+
 @dataclass
 class Emulator:
     """The kernels of one architecture (``sm80``, or ``sm90`` as far as it has its own) as a ``Kernel``."""
@@ -183,9 +186,13 @@ class Emulator:
 
     def _call(self, direction: str, params: ctypes.Structure, *arguments: object) -> None:
         self.library.mls_emu_configure(self.seed, self.threads)
-        own = getattr(self.library, f"mls_emu_{direction}_{self.architecture}", None)
-        function = own or getattr(self.library, f"mls_emu_{direction}_sm80")
-        failure = function(ctypes.byref(params), *arguments)
+        for architecture in dict.fromkeys(
+            (self.architecture, "sm80")
+        ):  # as the dispatch: the newest that there is
+            function = getattr(self.library, f"mls_emu_{direction}_{architecture}")
+            failure = function(ctypes.byref(params), *arguments)
+            if failure != _NO_KERNEL:
+                break
         if failure is not None:
             raise EmulationError(failure.decode())
 

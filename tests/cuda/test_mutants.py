@@ -59,7 +59,7 @@ def examine(library: Path, architecture: str) -> str | None:
     """What is wrong with these kernels, or None."""
     run, cases, seeds = {
         "sm80": (run_in_two_parts, CASES, 3),
-        "sm90": (forward, HOPPER_CASES, 3),
+        "sm90": (forward, HOPPER_CASES, 8),
         "sm90 backward": (backward, HOPPER_BACKWARD_CASES, 8),
     }[architecture]
     for case in cases:

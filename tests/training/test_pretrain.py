@@ -17,6 +17,7 @@ GOLDEN_TRAIN = {
     "kind",
     "step",
     "loss",
+    "mtp_loss",
     "grad_norm",
     "learning_rate",
     "tokens_per_second",
