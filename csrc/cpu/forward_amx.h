@@ -172,7 +172,9 @@ class AmxForward {
           const Vec even = score<kMasked>(step, key, r, x), odd = score<kMasked>(step, key, r + 1, x);
           within[x] = not_above(within[x], even, limit[x]);
           within[x] = not_above(within[x], odd, limit[x]);
-          const Vec p = weight(even * scale - reference[x]), next = weight(odd * scale - reference[x]);
+          // Not flushed below 2^-126: the tile unit does.
+          const Vec p = exp2_unflushed(even * scale - reference[x]);
+          const Vec next = exp2_unflushed(odd * scale - reference[x]);
           sum[x] = sum[x] + p + next;
           store_words(weight_pair(key, r, x), pair_words(p, next));
         }
@@ -185,22 +187,6 @@ class AmxForward {
 #pragma GCC unroll 8
     for (int x = 0; x < kStripVecs; ++x) store(step.sums(x), sum[x]);
     return true;
-  }
-
-  // exp2() that does not flush results below 2^-126: the tile unit does. Still
-  // exactly 0 at -inf.
-  static MLS_INLINE Vec weight(Vec x) {
-    constexpr int kFloor = 0x09;        // no fraction bits, round towards -inf, no exception flags
-    constexpr __mmask16 kAll = 0xffff;  // the form without a mask warns in g++ 12
-    const auto wide = reinterpret_cast<__m512>(x);
-    const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(wide, kFloor));
-    Vec p = splat(1.8671302134215275e-3f);
-    p = p * r + 9.017030018570639e-3f;
-    p = p * r + 5.5799913320829474e-2f;
-    p = p * r + 2.4016445009565887e-1f;
-    p = p * r + 6.93151311809468e-1f;
-    p = p * r + 1.0f;
-    return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(p), wide));
   }
 
   // The maximum of all scores so far becomes the reference.

@@ -36,7 +36,7 @@ class ForwardProducts {
         with_count<kMicroVecs>(keys.num_vecs, [&]<int V>() {
           Vec top[V];
           score_keys<V>(tile, keys, k, q + keys.first_row(), top);
-          SoftmaxStepOf<V> step(state, top, log2_scale_, keys.first_row());
+          SoftmaxStep<V> step(state, top, log2_scale_, keys.first_row());
           weigh_keys<V>(keys.num_keys(), step);
           step.finish(state, keys.first_row());
           add_values<V>(step, v, keys.num_keys(), out + keys.first_row());
@@ -85,8 +85,8 @@ class ForwardProducts {
 
   // P^T in place of S^T
   template <int V>
-  void weigh_keys(int64_t num_keys, SoftmaxStepOf<V>& result) {
-    SoftmaxStepOf<V> step = result;
+  void weigh_keys(int64_t num_keys, SoftmaxStep<V>& result) {
+    SoftmaxStep<V> step = result;
     float* const scores = scores_;
     for (int64_t r = 0; r < num_keys; ++r) {
 #pragma GCC unroll 8
@@ -100,7 +100,7 @@ class ForwardProducts {
 
   // O^T = rescale * O^T + V^T P^T
   template <int V>
-  void add_values(const SoftmaxStepOf<V>& step, const float* v, int64_t num_keys, float* out) {
+  void add_values(const SoftmaxStep<V>& step, const float* v, int64_t num_keys, float* out) {
     const float* const weights = scores_;
     const int64_t stride = padded(value_dim_);
     for_row_groups(value_dim_, [&]<int R>(int64_t d) __attribute__((always_inline)) {

@@ -13,24 +13,29 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // gives the fraction, relative error 9e-8.
 #if MLS_VEC_BYTES == 64
 // AVX-512 has both halves as instructions: r = x - floor(x) and p * 2^floor(x). 5 cycles a vector, not 6.5.
-template <int kDegree = 5>
-MLS_INLINE Vec exp2(Vec x) {
+//
+// The same without the flush, in the lanes of `keep`; the others are 0.
+MLS_INLINE Vec exp2_unflushed(Vec x, __mmask16 keep = 0xffff) {
   constexpr int kFloor = 0x09;  // no fraction bits, round towards -inf, no exception flags
-  const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), kFloor));
+  const auto wide = reinterpret_cast<__m512>(x);
+  const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(wide, kFloor));
   Vec p = splat(1.8671302134215275e-3f);
   p = p * r + 9.017030018570639e-3f;
   p = p * r + 5.5799913320829474e-2f;
   p = p * r + 2.4016445009565887e-1f;
   p = p * r + 6.93151311809468e-1f;
   p = p * r + 1.0f;
-  const __m512 wide = reinterpret_cast<__m512>(x);
-  const __mmask16 keep = _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  // The form without a mask warns in g++ 12.
   return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(keep, reinterpret_cast<__m512>(p), wide));
+}
+
+MLS_INLINE Vec exp2(Vec x) {
+  return exp2_unflushed(
+      x, _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ));
 }
 #else
 // x is split into integer n and r in [-1/2, 1/2] by adding 1.5 * 2^23, which rounds to nearest and leaves n
 // in the low mantissa bits; n is then added to the exponent.
-template <int kDegree = 5>
 MLS_INLINE Vec exp2(Vec x) {
   const Vec rounder = splat(12582912.0f);
   const Vec shifted = x + rounder;
@@ -66,13 +71,13 @@ struct SoftmaxState {
 // One step of it for V vectors of rows: new scores arrive with their maximum, older sums are rescaled to the
 // new maximum.
 template <int V>
-struct SoftmaxStepOf {
+struct SoftmaxStep {
   Vec scale;       // softmax_scale * log2(e)
   Vec offset[V];   // the new maximum, finite
   Vec rescale[V];  // factor of everything summed so far
   Vec sum[V];
 
-  MLS_INLINE SoftmaxStepOf(SoftmaxState& state, const Vec (&top)[V], float log2_scale, int first_row = 0)
+  MLS_INLINE SoftmaxStep(SoftmaxState& state, const Vec (&top)[V], float log2_scale, int first_row = 0)
       : scale(splat(log2_scale)) {
 #pragma GCC unroll 8
     for (int x = 0; x < V; ++x) {
@@ -85,7 +90,6 @@ struct SoftmaxStepOf {
       sum[x] = load(state.sum + first_row + x * kLanes) * rescale[x];
     }
   }
-  template <int kDegree = 5>
   MLS_INLINE Vec weight(int x, Vec score) {
     const Vec p = exp2(score * scale - offset[x]);
     sum[x] += p;
@@ -96,7 +100,5 @@ struct SoftmaxStepOf {
     for (int x = 0; x < V; ++x) store(state.sum + first_row + x * kLanes, sum[x]);
   }
 };
-
-using SoftmaxStep = SoftmaxStepOf<kMicroVecs>;
 
 }  // namespace mls::cpu::MLS_VARIANT
