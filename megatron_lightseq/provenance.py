@@ -19,13 +19,17 @@ def provenance() -> str:
 
 def versions() -> str:
     """Cores, versions, commit and date."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     libraries = f"torch {metadata.version('torch')}, megatron-core {metadata.version('megatron-core')}"
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return (
-        f"{cores} cores, {libraries}, megatron_lightseq {__version__}{_commit()}, Python "
+        f"{usable_cores()} cores, {libraries}, megatron_lightseq {__version__}{_commit()}, Python "
         f"{platform.python_version()}, {today}"
     )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

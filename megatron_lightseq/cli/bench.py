@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_lightseq.cli.network_flags import add_network_flags
 from megatron_lightseq.errors import ConfigError, LightSeqError, explain
 
 if TYPE_CHECKING:
@@ -175,14 +176,7 @@ def _overlap_parser(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--repetitions", type=int, default=5, metavar="N", help="median of so many (default: 5)"
     )
-    made.add_argument(
-        "--network-namespaces",
-        metavar="A,B",
-        help="run ranks in these, as on as many hosts (compare_two_hosts.sh)",
-    )
-    made.add_argument(
-        "--interface", default="lo", help="network interface between them (default: %(default)s)"
-    )
+    add_network_flags(made)
     made.add_argument("--link", default="loopback", metavar="TEXT", help="its name in the report")
     made.add_argument("--out", type=Path, metavar="DIR", help="also write NAME.json and NAME.md there")
     made.add_argument("--name", default="overlap", help="of the files written (default: %(default)s)")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from megatron_lightseq.cli.network_flags import add_network_flags
 from megatron_lightseq.compare import report
 from megatron_lightseq.compare.job import Job
 from megatron_lightseq.compare.run import common_config, run_comparison
@@ -17,6 +17,7 @@ from megatron_lightseq.compare.systems import BASELINE, SYSTEMS, choose
 from megatron_lightseq.config import parse_config
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.hosts import Cluster
+from megatron_lightseq.provenance import usable_cores
 
 DEFAULTS = (
     "--num-layers=2",
@@ -48,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         world_size=options.ranks,
         warmup_steps=options.warmup,
         steps=options.steps,
-        threads=options.threads or max(1, _cores() // options.ranks),
+        threads=options.threads or max(1, usable_cores() // options.ranks),
     )
     comparison = run_comparison(
         job,
@@ -83,10 +84,6 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="lightseq compare",
@@ -110,14 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--output", type=Path, metavar="DIR", help="write JSON, Markdown and a plot there")
     made.add_argument("--name", default="compare", help="of the files written (default: %(default)s)")
-    made.add_argument(
-        "--network-namespaces",
-        metavar="A,B",
-        help="run ranks in these, as on as many hosts (compare_two_hosts.sh)",
-    )
-    made.add_argument(
-        "--interface", default="lo", help="network interface between them (default: %(default)s)"
-    )
+    add_network_flags(made)
     made.add_argument(
         "--paper",
         action="store_true",

@@ -9,7 +9,6 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_lightseq import __version__
+from megatron_lightseq.provenance import usable_cores
 
 Verdict = Literal["ok", "absent", "problem"]
 REQUIRED = (
@@ -104,8 +104,7 @@ def _python() -> Finding:
 
 
 def _cores() -> Finding:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding(what="CPU cores", verdict="ok", found=f"{usable} usable")
+    return Finding(what="CPU cores", verdict="ok", found=f"{usable_cores()} usable")
 
 
 def _package(name: str) -> Finding:
