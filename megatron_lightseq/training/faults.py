@@ -126,18 +126,23 @@ class ControlChannel:
         self._longest_step_s = 0.0
         self._suspicious = threading.Event()
         self._closing = threading.Event()
+        self._introduced = threading.Event()
         self._failure: Failure | None = None
         self._known = threading.Condition()
         self._thread: threading.Thread | None = None
         self._last_round = time.monotonic()
 
     def start(self) -> None:
-        """Begin to beat and to watch; a world of one rank has nobody to tell."""
+        """Begin to beat and to watch; a world of one rank has nobody to tell.
+
+        Returns after the first heartbeat: a rank that died before it would be missed, but not named.
+        """
         if self._world_size == 1:
             return
         self._thread = threading.Thread(target=self._serve, name="mls-control", daemon=True)
         self._thread.start()
         threading.Thread(target=self._supervise, name="mls-control-supervisor", daemon=True).start()
+        self._introduced.wait(self._limits.setup_s)
 
     def enter(self, step: int, phase: str) -> None:
         """The main thread begins ``phase`` of ``step`` (steps count from 1; 0 is before the first)."""
@@ -243,9 +248,10 @@ class ControlChannel:
         watch = _Watch(rank=self._rank, world_size=self._world_size, limits=self._limits)
         try:
             store = self._connect()
+            self._beat(watch, store)
+            self._introduced.set()
             while not self._closing.wait(self._limits.beat_s):
-                self._last_round = time.monotonic()
-                watch.beat(store, self._step, self._phase, time.monotonic() - self._since)
+                self._beat(watch, store)
                 failure = watch.look(store, suspicious=self._suspicious.is_set()) or self._overdue(
                     watch, store
                 )
@@ -258,6 +264,10 @@ class ControlChannel:
             if not self._closing.is_set():
                 self._learn(self._host_gone(error))
                 self._leave()
+
+    def _beat(self, watch: _Watch, store: dist.Store) -> None:
+        self._last_round = time.monotonic()
+        watch.beat(store, self._step, self._phase, time.monotonic() - self._since)
 
     def _supervise(self) -> None:
         """A store that does not answer blocks the thread that asks it: its process is stopped or unreachable."""

@@ -34,11 +34,11 @@ def pretrain(config: PretrainConfig) -> int:
             with _without_noise():
                 _run(config, stop)
         except PeerFailureError as error:
-            _leave_for_certain()
+            _leave_for_certain(stop)
             sys.stderr.write(f"rank {rank}: {error}\n")
             return EXIT_PEER_FAILED
         except BaseException:
-            _leave_for_certain()
+            _leave_for_certain(stop)
             raise
     return 0
 
@@ -70,8 +70,9 @@ def _without_noise() -> Iterator[None]:
         yield
 
 
-def _leave_for_certain() -> None:
+def _leave_for_certain(stop: StopRequest) -> None:
     """A process group whose peers are gone may block the interpreter's exit: bound it, by a thread of C."""
+    stop.leave()
     atexit.register(faulthandler.dump_traceback_later, _LEAVE_WITHIN_S, exit=True)
 
 

@@ -251,6 +251,20 @@ def test_a_long_step_is_no_hang_until_it_is_ten_times_the_longest() -> None:
     assert asked
 
 
+def test_a_rank_is_known_before_its_first_step(store: dist.TCPStore) -> None:
+    """Short steps: one that dies in its first half second must be named too."""
+
+    def connect() -> dist.Store:
+        return dist.TCPStore("127.0.0.1", store.port, None, False, timeout=timedelta(seconds=5))
+
+    channel = ControlChannel(connect, rank=1, world_size=2, limits=FaultLimits(beat_s=600.0))
+    channel.start()
+    known = faults._read_beat(store, 1)
+    channel._stop_thread()
+    assert known is not None
+    assert (known.step, known.phase, known.pid) == (0, faults.SET_UP, os.getpid())
+
+
 # ---- signals --------------------------------------------------------------------------------------------------
 
 
@@ -277,3 +291,15 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
                 os._exit(99)  # clean-up must not run: it could wait for other ranks
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
+
+def test_a_signal_does_not_change_how_a_leaving_process_ends() -> None:
+    child = os.fork()
+    if child == 0:
+        with stop_on_signals() as stop:
+            stop.leave()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        os._exit(EXIT_PEER_FAILED)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == EXIT_PEER_FAILED
