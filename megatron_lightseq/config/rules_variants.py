@@ -60,18 +60,6 @@ def latent_attention_uses_rope(c: PretrainConfig, _: Machine) -> bool:
 
 @LATENT.rule(
     "multi_latent_attention",
-    "cp_method",
-    needs="has_transformer_engine",
-    text="Megatron's own attention takes queries and values of different widths in Transformer Engine only",
-    remedy="Set cp_method to another method, on one rank too",
-)
-def latent_baseline_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
-    plain = c.model.multi_latent_attention and c.context.cp_method == "megatron"
-    return not plain or m.has_transformer_engine is not False
-
-
-@LATENT.rule(
-    "multi_latent_attention",
     "q_lora_rank",
     "kv_lora_rank",
     "qk_pos_emb_head_dim",

@@ -1,8 +1,10 @@
-"""Latent attention under tensor parallelism with Megatron's own layers.
+"""Latent attention (MLA) with Megatron's own layers: what it lacks without Transformer Engine, in two places.
 
 All heads share the keys that RoPE turns. Each tensor-parallel rank uses them for its own heads, so their gradient is a
 sum over ranks; but the gather that brings them together (transformer/multi_latent_attention.py) hands each rank back
 its own part of its own gradient only. Transformer Engine's layers do not come by that gather.
+
+Values may be narrower than queries and keys; ``DotProductAttention`` takes one width for all.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_lightseq.megatron.rebind import rebind
 
@@ -69,3 +73,33 @@ def sum_shared_keys(model: torch.nn.Module) -> int:
         if isinstance(module, MLASelfAttention):
             found += rebind(module, "gather_from_tensor_model_parallel_region", SharedKeyGather(module))
     return found
+
+
+class LatentDotProductAttention(DotProductAttention):
+    """Megatron's attention for values of another width than queries: zeros fill up what is narrower.
+
+    Scores, mask, softmax and products are Megatron's, on one context-parallel rank as there; zeros add nothing to a
+    score, and their columns of the result are cut off.
+    """
+
+    def __init__(
+        self,
+        config: MLATransformerConfig,
+        *args: Any,
+        k_channels: Any = None,
+        v_channels: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        del k_channels, v_channels  # the configuration has them, before Megatron gives them too
+        super().__init__(config, *args, **kwargs)
+        self._value_width = config.v_head_dim
+        self._width = max(config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim)
+        self.hidden_size_per_partition = self.num_attention_heads_per_partition * self._width
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Queries and keys (S, B, H, D), values (S, B, H, Dv), to (S, B, H * Dv) in their dtype."""
+        filled = (torch.nn.functional.pad(x, (0, self._width - x.shape[-1])) for x in (query, key, value))
+        out: torch.Tensor = super().forward(*filled, *args, **kwargs)
+        return out.unflatten(-1, (-1, self._width))[..., : self._value_width].flatten(-2)

@@ -20,6 +20,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     get_mtp_layer_spec,
@@ -30,6 +32,7 @@ from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import ContextParallelConfig, PretrainConfig
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
+from megatron_lightseq.megatron.latent import LatentDotProductAttention
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -49,7 +52,8 @@ def gpt_layer_spec(
     Args:
         config: what the layer is built with: Megatron's TransformerConfig, or this package's PretrainConfig.
         context: method, layout, kernel and overlap; default: those of a PretrainConfig, else the defaults.
-            Its ``cp_method="megatron"`` returns Megatron's specification as it is, for a baseline.
+            Its ``cp_method="megatron"`` returns Megatron's specification as it is, for a baseline; of latent attention
+            without Transformer Engine, for which Megatron has no core attention, with Megatron's filled up by zeros.
         keep_attention_on_recompute: whether attention results survive activation recomputation; default:
             what a PretrainConfig says, else True.
         stats: where all layers count forwards, bytes and waiting time; default: counters nobody sees.
@@ -68,7 +72,7 @@ def gpt_layer_spec(
     context = context or ContextParallelConfig()
     spec = _megatron_layer_spec(config)
     if context.cp_method == "megatron":
-        return spec
+        return _with_latent_baseline(spec)
     keep = True if keep_attention_on_recompute is None else keep_attention_on_recompute
     settings = CoreAttentionSettings(
         method=context.method_name,
@@ -94,6 +98,14 @@ def _with_core_attention(spec: ModuleSpec, settings: CoreAttentionSettings) -> M
     spec = copy.deepcopy(spec)  # Megatron may share a specification between callers
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(module=LightSeqCoreAttention, params={"settings": settings})
+    return spec
+
+
+def _with_latent_baseline(spec: ModuleSpec) -> ModuleSpec:
+    attention = spec.submodules.self_attention
+    if attention.module is MLASelfAttention and attention.submodules.core_attention is DotProductAttention:
+        spec = copy.deepcopy(spec)
+        spec.submodules.self_attention.submodules.core_attention = LatentDotProductAttention
     return spec
 
 

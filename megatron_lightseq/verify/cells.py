@@ -37,7 +37,8 @@ class Tolerance:
     """Of each parameter's gradient: norm of the difference over norm of the reference."""
 
 
-BF16 = Tolerance(loss=5e-3, grad_norm=2e-2, gradient=0.1)
+BF16 = Tolerance(loss=1e-3, grad_norm=5e-3, gradient=1e-3)
+"""Beyond what bf16 costs Megatron itself: see :func:`megatron_lightseq.verify.parity.budget`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,7 @@ _EXPERTS = {
     "moe_aux_loss_coeff": 0.05,
     "moe_router_load_balancing_type": "aux_loss",
 }
+_ALL_EXPERTS = {**_EXPERTS, "moe_router_topk": 4}
 _ONE_OF_FOUR = {**_EXPERTS, "moe_router_load_balancing_type": "seq_aux_loss", "moe_router_topk": 1}
 _SHARED_EXPERT = {**_EXPERTS, "moe_shared_expert_intermediate_size": 32}
 _EP2 = {"expert_model_parallel_size": 2}
@@ -197,9 +199,23 @@ CELLS: tuple[Cell, ...] = (
         "multi-token, average of averages, dp2 cp2 lightseq", _cp(2, "lightseq"), _MULTI_TOKEN_AVERAGE, data=2
     ),
     _cell("multi-token latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, _EVERYTHING),
-    _cell("bf16 latent cp2 zigzag", _cp(2, "zigzag"), {"bf16": True, **_LATENT}, tolerance=BF16),
     _cell("bf16 cp2 lightseq", _cp(2, "lightseq"), {"bf16": True}, tolerance=BF16),
     _cell("bf16 cp2 ulysses", _cp(2, "ulysses"), {"bf16": True}, tolerance=BF16),
+    _cell("bf16 latent cp2 zigzag", _cp(2, "zigzag"), {"bf16": True, **_LATENT}, tolerance=BF16),
+    # A rounding error may send a token whose experts are nearly tied to another expert, and gradients jump. Where all
+    # tokens take all experts, there is no such tie; where they choose, Megatron's own gradients jump as far.
+    _cell(
+        "bf16 all experts ep2 cp2 lightseq",
+        {**_EP2, **_cp(2, "lightseq")},
+        {"bf16": True, **_ALL_EXPERTS},
+        tolerance=BF16,
+    ),
+    _cell(
+        "bf16 experts ep2 cp2 zigzag",
+        {**_EP2, **_cp(2, "zigzag")},
+        {"bf16": True, **_EXPERTS},
+        tolerance=BF16,
+    ),
 )
 """The matrix that `lightseq verify` runs."""
 

@@ -20,13 +20,25 @@ import torch.distributed as dist
 
 from megatron_lightseq.megatron import cpu_platform
 from megatron_lightseq.training.launch import Launch
-from megatron_lightseq.verify.cells import Cell, Values
-from megatron_lightseq.verify.parity import Outcome, Verdict, compare, configure, reference_values, run_step
+from megatron_lightseq.verify.cells import Cell, Tolerance, Values
+from megatron_lightseq.verify.parity import (
+    Outcome,
+    Verdict,
+    budget,
+    compare,
+    configure,
+    exact_values,
+    reference_values,
+    run_step,
+)
 
 CELL_TIMEOUT = timedelta(seconds=120)
 """How long a rank waits for another within a cell."""
 PATIENCE = timedelta(hours=2)
 """How long a rank that a cell does not need waits for the next one."""
+
+_BEGIN, _PASS_BY = "begin", "pass by"
+"""What rank 0 announces of a cell; the latter if it could not make the reference: nobody waits for it then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +72,8 @@ class Walk:
         """Take part in every cell that needs this rank (not rank 0)."""
         for index, cell in enumerate(self.cells):
             self.store.wait([f"cell {index}"], PATIENCE)
-            if self.rank < cell.world_size:
+            called = self.store.get(f"cell {index}").decode() == _BEGIN
+            if called and self.rank < cell.world_size:
                 try:
                     self._train(f"cell {index}", cell.world_size, {**cell.model, **cell.values})
                 except Exception as error:  # noqa: BLE001 - told to rank 0, and the next cell begins
@@ -72,22 +85,31 @@ class Walk:
             began = time.perf_counter()
             verdict, error = None, None
             try:
-                reference = self._reference(cell)
-                self.store.set(f"cell {index}", "")
+                reference, tolerance = self._reference(cell)
+                self.store.set(f"cell {index}", _BEGIN)
                 outcome = self._train(f"cell {index}", cell.world_size, {**cell.model, **cell.values})
                 assert outcome is not None, "rank 0 collects"
-                verdict = compare(outcome, reference, cell.tolerance)
+                verdict = compare(outcome, reference, tolerance)
             except Exception as failure:  # noqa: BLE001 - reported as a cell that failed
-                self.store.set(f"cell {index}", "")
+                self.store.set(f"cell {index}", _PASS_BY)
                 error = "; ".join(self._errors(index, cell) or [f"rank 0: {_first_line(failure)}"])
             yield Report(cell=cell, seconds=time.perf_counter() - began, verdict=verdict, error=error)
             if any(not process.is_alive() for process in self.processes):
                 break
 
-    def _reference(self, cell: Cell) -> Outcome:
-        key = repr(sorted(cell.model.items()))
+    def _reference(self, cell: Cell) -> tuple[Outcome, Tolerance]:
+        """What a cell is compared with, and how far from it the cell may be."""
+        reference = self._alone(reference_values(cell))
+        if not cell.model.get("bf16"):
+            return reference, cell.tolerance
+        exact = self._alone(exact_values(cell))
+        return exact, budget(reference, exact, cell.tolerance)
+
+    def _alone(self, values: Values) -> Outcome:
+        """One process, trained once."""
+        key = repr(sorted(values.items()))
         if key not in self._references:
-            outcome = self._train(f"reference {key}", 1, reference_values(cell))
+            outcome = self._train(f"reference {key}", 1, values)
             assert outcome is not None, "rank 0 collects"
             self._references[key] = outcome
         return self._references[key]

@@ -37,11 +37,6 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "position_embedding_type to rope",
     ),
-    "latent_baseline_needs_transformer_engine": (
-        {"multi_latent_attention": True, "cp_method": "megatron"},
-        Machine(has_transformer_engine=False),
-        "Set cp_method to another method",
-    ),
     "latent_vectors_divide_by_tensor_parallel": (
         {"multi_latent_attention": True, "kv_lora_rank": 33, "tensor_model_parallel_size": 2},
         Machine(),

@@ -12,6 +12,12 @@ CELLS = [
     Cell(name="other weights", world_size=2, values={**CP2, "seed": 7}),
     Cell(name="other average", world_size=2, values={**CP2, "calculate_per_token_loss": False}),
     Cell(name="impossible", world_size=2, values={**CP2, "cp_layout": "zigzag"}),
+    Cell(
+        name="no reference",
+        world_size=2,
+        values={**CP2, "num_query_groups": 2},
+        model={"num_query_groups": 3},
+    ),
     Cell(name="right", world_size=2, values=CP2),
 ]
 
