@@ -51,7 +51,8 @@ COMMANDS = {
         "megatron_lightseq.cli.megatron_lm", "run an unmodified Megatron-LM script with our attention"
     ),
     "bench": Command(
-        "megatron_lightseq.cli.bench", "time our CPU attention beside torch's, and transfers beside kernels"
+        "megatron_lightseq.cli.bench",
+        "time our CPU attention beside torch's, by threads, and transfers beside kernels",
     ),
     "doctor": Command("megatron_lightseq.cli.doctor", "say what this machine offers and what is missing"),
 }

@@ -1,4 +1,5 @@
-"""`lightseq bench`: our CPU attention kernel beside torch's, and how much communication computing hides."""
+"""`lightseq bench`: our CPU attention kernel beside torch's and on more threads, and how much communication computing
+hides."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from megatron_lightseq.cli.network_flags import add_network_flags
 from megatron_lightseq.errors import ConfigError, LightSeqError, explain
 
 if TYPE_CHECKING:
+    from megatron_lightseq.bench.cases import KernelCase
     from megatron_lightseq.bench.measure import Row
 
 _OVERLAPPED = "lightseq,zigzag,ring,all_gather,mesh,ulysses"
@@ -43,15 +45,7 @@ def _compare_kernels(options: argparse.Namespace) -> int:
     from megatron_lightseq.kernels.extension import load_extension
 
     load_extension()
-    cases = [case for case in standard_cases() if options.only in str(case)]
-    if not cases:
-        raise ConfigError(
-            explain(
-                got=f"--only {options.only!r}",
-                rule="no case has it in its name",
-                remedy=f"A name is like {str(standard_cases()[0])!r}",
-            )
-        )
+    cases = _selected(standard_cases(), options.only)
 
     def say(row: Row) -> None:
         sys.stderr.write(f"{row.case}: {row.ratio('total_s'):.2f}x\n")
@@ -59,6 +53,39 @@ def _compare_kernels(options: argparse.Namespace) -> int:
     rows = run_cases(cases, options.repetitions, say)
     written = [] if options.out is None else write_reports(rows, options.out, options.repetitions)
     _show(HEADER, [cells(row) for row in rows], caption(options.repetitions), written)
+    return 0
+
+
+def _selected(cases: Sequence[KernelCase], only: str) -> list[KernelCase]:
+    chosen = [case for case in cases if only in str(case)]
+    if not chosen:
+        raise ConfigError(
+            explain(
+                got=f"--only {only!r}",
+                rule="no case has it in its name",
+                remedy=f"A name is like {str(cases[0])!r}",
+            )
+        )
+    return chosen
+
+
+def _bench_scaling(options: argparse.Namespace) -> int:
+    from megatron_lightseq.bench import scaling
+    from megatron_lightseq.kernels.extension import load_extension
+
+    _check_counts(threads=options.threads, repetitions=options.repetitions)
+    load_extension()
+    rows = [
+        scaling.measure_scaling(case, options.threads, options.repetitions)
+        for case in _selected(scaling.scaling_cases(), options.only)
+    ]
+    written = [] if options.out is None else scaling.write_reports(rows, options.out, options.repetitions)
+    _show(
+        scaling.HEADER,
+        [row.cells() for row in rows],
+        scaling.caption(options.threads, options.repetitions),
+        written,
+    )
     return 0
 
 
@@ -134,6 +161,14 @@ def _parser() -> argparse.ArgumentParser:
             "both with fp64.",
         )
     )
+    _scaling_parser(
+        what.add_parser(
+            "scaling",
+            allow_abbrev=False,
+            help="what more threads are worth to our CPU attention",
+            description="Time our fused CPU attention on one thread and on several, taking turns, by the wall clock.",
+        )
+    )
     _overlap_parser(
         what.add_parser(
             "overlap",
@@ -151,14 +186,25 @@ def _kernel_parser(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--threads", type=int, default=1, metavar="N", help="default: 1, timed by thread CPU time"
     )
+    _add_case_flags(made)
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="also write cpu-kernel.json, .md and .png there"
+    )
+
+
+def _scaling_parser(made: argparse.ArgumentParser) -> None:
+    made.set_defaults(measure=_bench_scaling)
+    made.add_argument("--threads", type=int, default=2, metavar="N", help="beside one (default: 2)")
+    _add_case_flags(made)
+    made.add_argument("--out", type=Path, metavar="DIR", help="also write cpu-scaling.json and .md there")
+
+
+def _add_case_flags(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--repetitions", type=int, default=5, metavar="N", help="median of so many (default: 5)"
     )
     made.add_argument(
         "--only", default="", metavar="TEXT", help="only cases with TEXT in their name, e.g. 'causal bf16'"
-    )
-    made.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write cpu-kernel.json, .md and .png there"
     )
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_lightseq.bench import scaling
 from megatron_lightseq.bench.cases import KernelCase, MaskKind, short_document_lengths, standard_cases
 from megatron_lightseq.bench.contenders import Inputs, contenders, exact_results
 from megatron_lightseq.bench.measure import Row, Timing, measure, measure_errors, peak_gflops
 from megatron_lightseq.bench.report import cells, write_reports
+from megatron_lightseq.bench.scaling import Scaling, measure_scaling
 from megatron_lightseq.cli import run
 from megatron_lightseq.kernels.reference import visible
 
@@ -114,11 +117,42 @@ def test_standard_cases_have_names_of_their_own() -> None:
     assert len(set(names)) == len(names) == 28
 
 
+def test_scaling_runs_the_kernel_on_one_thread_and_on_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    on: list[int] = []
+
+    def timed(call: Callable[[], None]) -> float:
+        call()
+        on.append(torch.get_num_threads())
+        return float(len(on))
+
+    monkeypatch.setattr(scaling, "_timed", timed)
+    row = measure_scaling(small("causal"), 3, repetitions=2)
+    assert on == [1, 1, 3, 3] * 3, "the first round is not counted"
+    assert (row.forward_s, row.backward_s) == ((7.0, 9.0), (8.0, 10.0)), "medians of (5, 9), (7, 11), ..."
+    assert torch.get_num_threads() == before
+
+
+def test_scaling_reports(tmp_path: Path) -> None:
+    row = Scaling(case=small("full"), threads=2, forward_s=(0.2, 0.1), backward_s=(0.5, 0.3))
+    assert row.cells()[1:] == ["200 -> 100 ms (2.00x)", "500 -> 300 ms (1.67x)", "700 -> 400 ms (1.75x)"]
+    record, table = (path.read_text() for path in scaling.write_reports([row], tmp_path, 5))
+    assert json.loads(record)["rows"][0]["forward_s"] == [0.2, 0.1]
+    assert "| full fp32 S=640 D=16 H=4 | 200 -> 100 ms (2.00x) |" in table
+    assert "on 1 -> 2 threads" in table
+
+
+def test_a_single_head_is_among_the_scaling_cases() -> None:
+    assert any(case.num_heads == case.num_kv_heads == 1 for case in scaling.scaling_cases())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["kernel", "--threads", "0"], "--threads 0, --repetitions 5: each is 1 or more"),
         (["kernel", "--only", "no such case"], "--only 'no such case': no case has it in its name"),
+        (["scaling", "--threads", "0"], "--threads 0, --repetitions 5: each is 1 or more"),
+        (["scaling", "--only", "no such case"], "--only 'no such case': no case has it in its name"),
     ],
 )
 def test_command_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
