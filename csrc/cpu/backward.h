@@ -150,7 +150,7 @@ Workload backward_workload(const BackwardParams& p) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads;
   ScratchCursor counting(nullptr);
   const BackwardChunk<Engine> chunk(p, KeyHead{}, counting, nullptr);
-  return {heads * ceil_div(p.shape.num_keys, Engine::chunk_keys(p.shape)), counting.used(),
+  return {heads * ceil_div(p.shape.num_keys, Engine::chunk_keys(p.shape)), counting.used(), 0,
           heads * row_tiles(p.shape)};
 }
 

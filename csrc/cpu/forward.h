@@ -6,12 +6,15 @@
 //   struct Engine {
 //     static int64_t width(int64_t dim);             // dim padded as the engine's products want it
 //     static constexpr int kPanelKeys;               // keys loaded at a time
-//     Engine(params, at, scratch cursor);
+//     Engine(params, at, block tiles, scratch cursor);
 //     void load_rows(int t, const RowTile&);         // Q of row tile t
 //     void load_panel(int64_t first, int64_t last);  // K and V of these keys
 //     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
 //                 float* out);                       // keys [begin, end) of those loaded from `first` on
 //   };
+//
+// Panels begin at multiples of kPanelKeys whatever keys a block sees, so that the steps of a row tile's softmax
+// are the same in any block.
 #pragma once
 #include "pack.h"
 #include "row_tile.h"
@@ -23,14 +26,14 @@ namespace mls::cpu::MLS_VARIANT {
 template <class Engine>
 class ForwardBlock {
  public:
-  ForwardBlock(const ForwardParams& params, KeyHead at, ScratchCursor& scratch)
+  ForwardBlock(const ForwardParams& params, KeyHead at, int64_t max_tiles, ScratchCursor& scratch)
       : p_(params),
         shape_(params.shape),
         at_(at),
         group_(params.shape.heads_per_group()),
         width_(Engine::width(params.shape.value_dim)),
-        engine_(params, at, scratch),
-        max_tiles_(block_tiles(params.shape)),
+        engine_(params, at, max_tiles, scratch),
+        max_tiles_(max_tiles),
         tiles_(scratch.objects<RowTile>(max_tiles_)),
         states_(scratch.objects<SoftmaxState>(max_tiles_)),
         out_(scratch.objects<float>(max_tiles_ * width_ * kTileRows)),
@@ -45,7 +48,8 @@ class ForwardBlock {
       key_begin = std::min(key_begin, tiles_[t].key_begin);
       key_end = std::max(key_end, tiles_[t].key_end);
     }
-    for (int64_t key = key_begin; key < key_end; key += Engine::kPanelKeys) {
+    for (int64_t key = key_begin / Engine::kPanelKeys * Engine::kPanelKeys; key < key_end;
+         key += Engine::kPanelKeys) {
       process_panel(num_tiles, key, std::min<int64_t>(key + Engine::kPanelKeys, key_end));
     }
     for (int t = 0; t < num_tiles; ++t) finish_tile(t);
@@ -117,25 +121,23 @@ class ForwardBlock {
   float* const rows_;
 };
 
-inline int64_t row_blocks(const AttentionShape& shape) {
-  return ceil_div(row_tiles(shape), block_tiles(shape));
-}
-
 template <class Engine>
-Workload forward_workload(const ForwardParams& p) {
+Workload forward_workload(const ForwardParams& p, int64_t workers) {
+  const int64_t tiles = block_tiles(p.shape, workers);
   ScratchCursor counting(nullptr);
-  const ForwardBlock<Engine> block(p, KeyHead{}, counting);
-  return {p.shape.batch * p.shape.num_kv_heads * row_blocks(p.shape), counting.used(), 0};
+  const ForwardBlock<Engine> block(p, KeyHead{}, tiles, counting);
+  return {p.shape.batch * p.shape.num_kv_heads * ceil_div(row_tiles(p.shape), tiles), counting.used(), tiles,
+          0};
 }
 
 // Last rows first: under a causal mask they see most keys, and the big tasks should not come last.
 template <class Engine>
-void forward_task(const ForwardParams& p, int64_t task, void* scratch) {
+void forward_task(const ForwardParams& p, int64_t block_tiles, int64_t task, void* scratch) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads;
   const KeyHead at{task % heads / p.shape.num_kv_heads, task % heads % p.shape.num_kv_heads};
   ScratchCursor cursor(scratch);
-  ForwardBlock<Engine>(p, at, cursor)
-      .run((row_blocks(p.shape) - 1 - task / heads) * kTileRows * block_tiles(p.shape));
+  const int64_t blocks = ceil_div(row_tiles(p.shape), block_tiles);
+  ForwardBlock<Engine>(p, at, block_tiles, cursor).run((blocks - 1 - task / heads) * kTileRows * block_tiles);
 }
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -19,14 +19,14 @@ class AmxForward {
   static constexpr int kPanelKeys = kAmxForwardPanelKeys;
   static int64_t width(int64_t dim) { return amx_width(dim); }
 
-  AmxForward(const ForwardParams& params, KeyHead at, ScratchCursor& scratch)
+  AmxForward(const ForwardParams& params, KeyHead at, int64_t block_tiles, ScratchCursor& scratch)
       : p_(params),
         at_(at),
         width_(amx_width(params.shape.head_dim)),
         value_width_(amx_width(params.shape.value_dim)),
         log2_scale_(params.softmax_scale * kLog2E),
-        strips_(scratch.objects<Strip>(block_tiles(params.shape) * kStripsPerTile)),
-        q_(scratch.objects<uint32_t>(block_tiles(params.shape) * kTileRows * width_ / 2)),
+        strips_(scratch.objects<Strip>(block_tiles * kStripsPerTile)),
+        q_(scratch.objects<uint32_t>(block_tiles * kTileRows * width_ / 2)),
         k_(scratch.objects<uint16_t>(kPanelKeys * width_)),
         v_columns_(scratch.objects<uint16_t>(kPanelKeys * value_width_)),
         scores_(scratch.objects<float>(kMaxStepKeys * kStripRows)),

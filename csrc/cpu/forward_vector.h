@@ -17,11 +17,11 @@ class ForwardProducts {
   static constexpr int kPanelKeys = kVectorPanelKeys * kPanelsPerChunk;
   static int64_t width(int64_t dim) { return padded(dim); }
 
-  ForwardProducts(const ForwardParams& params, ScratchCursor& scratch)
+  ForwardProducts(const ForwardParams& params, int64_t block_tiles, ScratchCursor& scratch)
       : dim_(params.shape.head_dim),
         value_dim_(params.shape.value_dim),
         log2_scale_(params.softmax_scale * kLog2E),
-        q_(scratch.objects<float>(block_tiles(params.shape) * padded(dim_) * kTileRows)),
+        q_(scratch.objects<float>(block_tiles * padded(dim_) * kTileRows)),
         k_(scratch.objects<float>(kPanelKeys * padded(dim_))),
         v_(scratch.objects<float>(kPanelKeys * padded(value_dim_))),
         scores_(scratch.objects<float>(kVectorPanelKeys * kTileRows)) {}
@@ -119,8 +119,8 @@ class ForwardProducts {
 template <class Element>
 class VectorForward : public ForwardProducts {
  public:
-  VectorForward(const ForwardParams& params, KeyHead at, ScratchCursor& scratch)
-      : ForwardProducts(params, scratch),
+  VectorForward(const ForwardParams& params, KeyHead at, int64_t block_tiles, ScratchCursor& scratch)
+      : ForwardProducts(params, block_tiles, scratch),
         p_(params),
         at_(at),
         rows_(scratch.objects<float>(kTileRows * padded(dim_))) {}

@@ -8,11 +8,12 @@
 
 namespace mls::cpu {
 
-// Work is cut into numbered tasks; a worker takes the lowest task not yet taken. The cut depends on the shape
-// alone, never on the number of threads, so results are bit for bit the same on any number of cores.
+// Work is cut into numbered tasks; a worker takes the lowest task not yet taken. Results are bit for bit the
+// same on any number of cores: the order of every sum depends on the shape alone.
 struct Workload {
   int64_t num_tasks;
   size_t scratch_bytes;  // per worker
+  int64_t block_tiles;   // forward: row tiles of a task
   int64_t num_turns;     // backward: of all row tiles, shared by all workers
 };
 
@@ -24,8 +25,8 @@ struct ChunkTurns {
 
 // The kernel of one element type in one variant.
 struct Kernel {
-  Workload (*forward_workload)(const ForwardParams&);
-  void (*forward_task)(const ForwardParams&, int64_t task, void* scratch);
+  Workload (*forward_workload)(const ForwardParams&, int64_t workers);
+  void (*forward_task)(const ForwardParams&, int64_t block_tiles, int64_t task, void* scratch);
   Workload (*backward_workload)(const BackwardParams&);
   void (*init_turns)(const BackwardParams&, ChunkTurns* turns);
   void (*backward_task)(const BackwardParams&, int64_t task, void* scratch, ChunkTurns* turns);

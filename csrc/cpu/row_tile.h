@@ -42,11 +42,15 @@ inline int64_t row_tiles(const AttentionShape& shape) {
   return ceil_div(rows_per_kv_head(shape), kTileRows);
 }
 
-// Row tiles of a forward task. The shape alone decides, so that results do not depend on the number of
-// threads.
-inline int64_t block_tiles(const AttentionShape& shape) {
+// Row tiles of a forward task. What a row tile computes does not depend on the tiles beside it, so the number
+// of workers may decide.
+inline int64_t block_tiles(const AttentionShape& shape, int64_t workers) {
+  const int64_t tile_bytes =
+      kTileRows * (padded(shape.head_dim) + padded(shape.value_dim)) * static_cast<int64_t>(sizeof(float));
+  const int64_t most = std::max<int64_t>(kMinBlockTiles, kBlockBytes / tile_bytes);
+  const int64_t wanted_tasks = workers == 1 ? 1 : workers * kTasksPerWorker;
   const int64_t all_tiles = shape.batch * shape.num_kv_heads * row_tiles(shape);
-  return std::clamp<int64_t>(all_tiles / kWantedForwardTasks, kMinBlockTiles, kMaxBlockTiles);
+  return std::clamp<int64_t>(all_tiles / wanted_tasks, kMinBlockTiles, most);
 }
 
 template <typename T>

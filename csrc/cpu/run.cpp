@@ -44,8 +44,10 @@ const char* isa_name() {
 
 void run_forward(const ForwardParams& params) {
   const Kernel& kernel = selected_table().of(params.element_type);
-  run_tasks(kernel.forward_workload(params),
-            [&](int64_t task, void* scratch) { kernel.forward_task(params, task, scratch); });
+  const Workload work = kernel.forward_workload(params, torch::stable::get_num_threads());
+  run_tasks(work, [&](int64_t task, void* scratch) {
+    kernel.forward_task(params, work.block_tiles, task, scratch);
+  });
 }
 
 void run_backward(const BackwardParams& params) {

@@ -1,7 +1,7 @@
 // Every size of the blocking, in one place.
 //
 //   row tile    kTileRows query rows in the SIMD lanes: the columns of the transposed scores S^T[key][row]
-//   row block   kMinBlockTiles to kMaxBlockTiles row tiles that share each load of keys (one forward task)
+//   row block   row tiles that share each load of keys (one forward task): few tasks a worker, many tiles
 //   key panel   at most kVectorPanelKeys keys: S^T of one (row tile, key panel) stays in the L1 cache
 //   key chunk   whole panels: their K and V, and in the backward dK and dV (one task), stay in the L2 cache
 //   micro tile  kMicroRows x kMicroVecs accumulators in registers
@@ -14,11 +14,11 @@ constexpr int kMicroVecs = 4;
 // 24 accumulators, 4 operands and a broadcast fit the 32 registers of AVX-512; 12 fit the 16 of AVX2 and SSE.
 constexpr int kMicroRows = MLS_VEC_BYTES == 64 ? 6 : 3;
 constexpr int kTileRows = kMicroVecs * kLanes;
-// A block shares the fetching and packing of K and V, so it should be large; but there must be tasks for many
-// cores.
+// A block shares the fetching and packing of K and V, so it should be large; but every worker should have
+// some tasks, because they are not equally long, and Q and O of a block must leave half of the L2 cache.
 constexpr int kMinBlockTiles = 256 / kTileRows;
-constexpr int kMaxBlockTiles = 1024 / kTileRows;
-constexpr int kWantedForwardTasks = 32;
+constexpr int64_t kBlockBytes = 1024 * 1024;
+constexpr int kTasksPerWorker = 4;  // with more than one worker
 constexpr int kVectorPanelKeys = 96;       // a multiple of kMicroRows
 constexpr int kAmxPanelKeys = 128;         // a multiple of kAmxBlock
 constexpr int kAmxForwardPanelKeys = 512;  // packed K and V stay in the L2 cache

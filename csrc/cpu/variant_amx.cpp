@@ -19,9 +19,9 @@
 namespace mls::cpu {
 namespace amx {
 
-void forward_task_with_tiles(const ForwardParams& p, int64_t task, void* scratch) {
+void forward_task_with_tiles(const ForwardParams& p, int64_t block_tiles, int64_t task, void* scratch) {
   const AmxSession session;
-  forward_task<AmxForward>(p, task, scratch);
+  forward_task<AmxForward>(p, block_tiles, task, scratch);
 }
 
 void backward_task_with_tiles(const BackwardParams& p, int64_t task, void* scratch, ChunkTurns* turns) {

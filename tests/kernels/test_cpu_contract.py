@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,12 +120,21 @@ def test_strided_tensors(dtype: torch.dtype) -> None:
         assert torch.equal(got, expected), name
 
 
+# Three kinds of ragged key ranges; with one thread a forward task is many row tiles, with eight it is few.
+REPEATED = {
+    "causal": Case(queries=1500, keys=2000, band_hi=500),
+    "window": Case(queries=1500, keys=1500, band_lo=-300, band_hi=0),
+    "documents": Case(queries=1500, keys=1700, ranges="documents"),
+}
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [1, 4])
-def test_repeatable_on_any_number_of_threads(dtype: torch.dtype, heads: int) -> None:
+@pytest.mark.parametrize("kind", REPEATED)
+def test_repeatable_on_any_number_of_threads(kind: str, dtype: torch.dtype, heads: int) -> None:
     """One head is the hard case: its key chunks run side by side and add to the same dQ."""
-    case = Case(queries=1500, keys=2000, heads=heads, groups=1, head_dim=32, value_dim=32, band_hi=500)
+    case = replace(REPEATED[kind], heads=heads, groups=1, head_dim=32, value_dim=32)
     tensors = inputs(case, dtype)
     torch.set_num_threads(1)
     want = run_kernel(case, tensors)
