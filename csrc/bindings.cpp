@@ -68,15 +68,27 @@ void check_dtype(const char* name, const Tensor& tensor, ScalarType want, const 
 }
 
 // Of q, k, v and everything else in one call.
-enum class Device { kCpu, kCuda };
+struct Device {
+  bool is_cuda;
+  int32_t index;  // of the GPU
+};
+
+constexpr Device kCpu{false, 0};
+
+Device gpu_of(const Tensor& tensor) {
+  return {true, tensor.get_device_index()};
+}
 
 void check_device(const char* name, const Tensor& tensor, Device device) {
-  MLS_CHECK(device == Device::kCpu ? tensor.is_cpu() : tensor.is_cuda(), name, " is not on the ",
-            device == Device::kCpu ? "CPU" : "GPU", ": all tensors of a call must be on one device.");
+  MLS_CHECK(device.is_cuda ? tensor.is_cuda() : tensor.is_cpu(), name, " is not on the ",
+            device.is_cuda ? "GPU" : "CPU", ": all tensors of a call must be on one device.");
+  MLS_CHECK(!device.is_cuda || tensor.get_device_index() == device.index, name, " is on GPU ",
+            tensor.get_device_index(), " and q on GPU ", device.index,
+            ": all tensors of a call must be on one device.");
 }
 
 void check_element_type(ScalarType dtype, Device device) {
-  if (device == Device::kCpu) {
+  if (!device.is_cuda) {
     MLS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "q is ", dtype_text(dtype),
               ": the fused kernel takes float32 or bfloat16.");
   } else {
@@ -233,15 +245,15 @@ BackwardParams backward_params(Device device, const BackwardTensors& t, const Ma
 void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t band_lo,
                  int64_t band_hi, std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate,
                  int64_t /*stream*/) {
-  cpu::run_forward(forward_params(Device::kCpu, q, k, v, out, lse,
-                                  {band_lo, band_hi, key_ranges, softmax_scale}, accumulate));
+  cpu::run_forward(
+      forward_params(kCpu, q, k, v, out, lse, {band_lo, band_hi, key_ranges, softmax_scale}, accumulate));
 }
 
 void cpu_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                   const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
                   std::optional<Tensor> key_ranges, double softmax_scale, int64_t /*stream*/,
                   bool /*deterministic*/) {
-  cpu::run_backward(backward_params(Device::kCpu, {dout, q, k, v, lse, delta, dq, dk, dv},
+  cpu::run_backward(backward_params(kCpu, {dout, q, k, v, lse, delta, dq, dk, dv},
                                     {band_lo, band_hi, key_ranges, softmax_scale}));
 }
 
@@ -258,8 +270,8 @@ void* stream_handle(int64_t stream) {
 void cuda_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t band_lo,
                   int64_t band_hi, std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate,
                   int64_t stream) {
-  const ForwardParams params = forward_params(Device::kCuda, q, k, v, out, lse,
-                                              {band_lo, band_hi, key_ranges, softmax_scale}, accumulate);
+  const ForwardParams params =
+      forward_params(gpu_of(q), q, k, v, out, lse, {band_lo, band_hi, key_ranges, softmax_scale}, accumulate);
   check_launch(mls_cuda_forward(&params, stream_handle(stream)));
 }
 
@@ -267,7 +279,7 @@ void cuda_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const T
                    const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
                    std::optional<Tensor> key_ranges, double softmax_scale, int64_t stream,
                    bool deterministic) {
-  const BackwardParams params = backward_params(Device::kCuda, {dout, q, k, v, lse, delta, dq, dk, dv},
+  const BackwardParams params = backward_params(gpu_of(q), {dout, q, k, v, lse, delta, dq, dk, dv},
                                                 {band_lo, band_hi, key_ranges, softmax_scale});
   check_launch(mls_cuda_backward(&params, deterministic, stream_handle(stream)));
 }

@@ -217,6 +217,8 @@ calibrate_sm90_gradients(const MLS_GRID_CONSTANT GradientCalibrationLaunch launc
 }
 
 constexpr const char* kNoTensorMap = "CUDA made no tensor map";
+constexpr const char* kNoCode =
+    "CUDA reports no sm_90a code of this kernel: attention would run the sm_80 ones";
 
 inline bool map_input(TensorMap* map, const CalibrationParams& params, ElementType type) {
   const TokenTensor<const void> tensor{params.input, kCalibrationColumns, 0, 0};
@@ -231,6 +233,7 @@ const char* calibrate_gradients(const CalibrationParams& params, ElementType typ
       map_input(&arguments.map, params, type) &&
       make_tensor_map(&arguments.reduced, {sums, 32, 0, 0}, {kReducedColumns, kReducedQueries, 1, 1}, 64);
   if (!described) return kNoTensorMap;
+  if (!has_sm90a_code(&calibrate_sm90_gradients<Element>)) return kNoCode;
   constexpr int kBytes = PanelTile<kCalibrationRows, kCalibrationColumns>::kBytes +
                          PanelTile<64, 64>::kBytes + FloatPanelTile<64, 32>::kBytes + 64;
   return launch(&calibrate_sm90_gradients<Element>, Dim3(1), kWarpgroupSize, kBytes, stream, arguments);
@@ -249,6 +252,7 @@ const char* calibrate(PrimitiveGroup group, const CalibrationParams& params, Ele
   if (group == PrimitiveGroup::kSm90Gradients) return calibrate_gradients<Element>(params, type, stream);
   HopperCalibrationLaunch arguments{params, {}};
   if (!map_input(&arguments.map, params, type)) return kNoTensorMap;
+  if (!has_sm90a_code(&calibrate_sm90<Element>)) return kNoCode;
   using Tile = PanelTile<kCalibrationRows, kCalibrationColumns>;
   constexpr int kBytes = Tile::kBytes + Tile::kPanelBytes + 64;
   return launch(&calibrate_sm90<Element>, Dim3(1), kWarpgroupSize, kBytes, stream, arguments);

@@ -11,8 +11,13 @@ from megatron_lightseq.kernels.registry import Kernel
 from tests.kernels.oracle import Case, inputs
 
 
-def run_tiles(kernel: Callable[[bool], Kernel], device: str) -> None:
-    """Every head dim and dtype, forward and backward, both ways of each; ``kernel`` takes ``deterministic``."""
+def run_tiles(
+    kernel: Callable[[bool], Kernel], device: str, done: Callable[[str], object] = lambda _: None
+) -> None:
+    """Every head dim and dtype, forward and backward, both ways of each; ``kernel`` takes ``deterministic``.
+
+    ``done`` hears what has been started.
+    """
     for head_dim, value_dim in HEAD_DIMS:
         case = Case(
             queries=70, keys=150, heads=2, groups=1, head_dim=head_dim, value_dim=value_dim, band_hi=80
@@ -24,14 +29,20 @@ def run_tiles(kernel: Callable[[bool], Kernel], device: str) -> None:
             options = {"mask": case.mask(), "softmax_scale": case.softmax_scale}
             for accumulate in (False, True):
                 kernel(False).forward(q, k, v, out, lse, accumulate=accumulate, **options)
+            done(f"forward, {dtype}, D = {head_dim}, Dv = {value_dim}")
             for deterministic in (False, True):
                 grads = [torch.zeros(x.shape, device=device) for x in (q, k, v)]
                 kernel(deterministic).backward(dout, q, k, v, lse, delta, *grads, **options)
+            done(f"backward, {dtype}, D = {head_dim}, Dv = {value_dim}")
+
+
+def ran(what: str) -> None:
+    torch.cuda.synchronize()
+    print(f"{what}: ran")
 
 
 def main() -> None:
-    run_tiles(CudaKernel, "cuda")
-    torch.cuda.synchronize()
+    run_tiles(CudaKernel, "cuda", ran)
     print("every kernel ran")
 
 

@@ -7,6 +7,7 @@ ISA; the test under the marker ``gpu`` is what proves that reading on hardware.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,44 @@ from numpy.typing import NDArray
 from tests.cuda.emulator import ELEMENT_TYPES, Emulator, cached_library
 
 VECTORS = Path(__file__).with_name("primitive_vectors.npz")
-GROUPS = {"sm80": 32 * 48, "sm90": 128 * 272, "sm90_gradients": 128 * 48 + 64 * 32}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one group of primitives writes with one of them: ``words`` of each of ``threads`` threads."""
+
+    primitive: str
+    threads: int
+    words: int
+
+
+PARTS = {
+    "sm80": (
+        Part("cp.async, ldmatrix", 32, 4),
+        Part("cp.async, ldmatrix.trans", 32, 4),
+        Part("ldmatrix.trans as B", 32, 4),
+        Part("mma.m16n8k16", 32, 8),
+        Part("cvt to 16 bits", 32, 1),
+        Part("shfl", 32, 1),
+        Part("32-bit stores, read by ldmatrix", 32, 4),
+        Part("nothing", 32, 22),
+    ),
+    "sm90": (
+        Part("tensor copy; wgmma of K-major A and B in shared memory", 128, 64),
+        Part("wgmma of A in registers and MN-major B", 128, 64),
+        Part("wgmma of MN-major A and B", 128, 64),
+        Part("wgmma with N = 96 over one and a half panels of MN-major B", 128, 48),
+        Part("tensor copy beyond the tensor's end", 128, 32),
+    ),
+    "sm90_gradients": (
+        Part("stmatrix, proxy fence; wgmma with N = 32 from the middle of a panel", 128, 16),
+        Part("stmatrix", 128, 32),
+        Part("tensor reduction", 64, 32),
+    ),
+}
+"""What csrc/cuda/calibration.h logs, in its order. The parts of a thread follow each other, those of as many threads
+side by side."""
+GROUPS = {group: sum(part.threads * part.words for part in parts) for group, parts in PARTS.items()}
 """Words of output of each PrimitiveGroup of csrc/cuda/calibration.h, in its order."""
 VARIANTS = [(dtype, group) for dtype in (torch.bfloat16, torch.float16) for group in GROUPS]
 ONE = 0x3F800000
@@ -28,6 +66,28 @@ def numbers(dtype: torch.dtype) -> torch.Tensor:
     """128 x 128 small integers: any order of summation gives the same bits."""
     generator = torch.Generator().manual_seed(3)
     return torch.randint(-8, 9, (128, 128), generator=generator).to(dtype)
+
+
+def differences(group: str, got: NDArray[np.uint32], want: NDArray[np.uint32]) -> list[str]:
+    """A line for each primitive whose words differ: how many, and the first of them."""
+    lines, rest = [], (got, want)
+    for threads in dict.fromkeys(part.threads for part in PARTS[group]):
+        parts = [part for part in PARTS[group] if part.threads == threads]
+        size = threads * sum(part.words for part in parts)
+        logs = [words[:size].reshape(threads, -1) for words in rest]
+        rest = (rest[0][size:], rest[1][size:])
+        first = 0
+        for part in parts:
+            ours, theirs = (log[:, first : first + part.words] for log in logs)
+            first += part.words
+            wrong = np.argwhere(ours != theirs)
+            if len(wrong):
+                thread, word = wrong[0]
+                lines.append(
+                    f"{part.primitive}: {len(wrong)} of {ours.size} words differ, the first in thread {thread}, "
+                    f"word {word}: {ours[thread, word]:#010x}, wanted {theirs[thread, word]:#010x}"
+                )
+    return lines
 
 
 def key(dtype: torch.dtype, group: str) -> str:
@@ -114,6 +174,31 @@ def test_vectors_of_gradients_agree_with_plain_tensors(dtype: torch.dtype) -> No
     assert torch.equal(torch.from_numpy(reduced.copy().view(np.float32)).view(64, 32), want)
 
 
+@pytest.mark.parametrize(
+    ("group", "thread", "word", "named"),
+    [
+        ("sm80", 3, 2, "cp.async, ldmatrix: 1 of 128 words differ, the first in thread 3, word 2: "),
+        ("sm80", 31, 20, "cvt to 16 bits: 1 of 32 words differ, the first in thread 31, word 0: "),
+        ("sm90", 127, 192, "wgmma with N = 96 over one and a half panels of MN-major B: 1 of 6144 words "),
+        ("sm90_gradients", 5, 16, "stmatrix: 1 of 4096 words differ, the first in thread 5, word 0: "),
+    ],
+)
+def test_a_difference_names_its_primitive(group: str, thread: int, word: int, named: str) -> None:
+    threads = PARTS[group][0].threads
+    with np.load(VECTORS) as vectors:
+        want = vectors[key(torch.bfloat16, group)]
+    got = want.copy()
+    got[: threads * sum(part.words for part in PARTS[group] if part.threads == threads)].reshape(threads, -1)[
+        thread, word
+    ] ^= 1
+    (line,) = differences(group, got, want)
+    assert line.startswith(named)
+    got = want.copy()
+    got[-1] ^= 1
+    assert len(differences(group, got, want)) == 1
+    assert differences(group, want, want) == []
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize(("dtype", "group"), VARIANTS, ids=lambda value: str(value))
@@ -132,7 +217,8 @@ def test_gpu_gives_the_vectors(dtype: torch.dtype, group: str) -> None:
     assert failure is None, failure
     torch.cuda.synchronize()
     with np.load(VECTORS) as vectors:
-        np.testing.assert_array_equal(output.cpu().numpy().view(np.uint32), vectors[key(dtype, group)])
+        wrong = differences(group, output.cpu().numpy().view(np.uint32), vectors[key(dtype, group)])
+    assert not wrong, "\n".join(wrong)
 
 
 def main() -> None:

@@ -1,16 +1,23 @@
-"""The CUDA kernel on a real GPU: numbers against fp64, accumulation, streams and graphs."""
+"""The CUDA kernel on a real GPU: numbers against fp64, which kernels ran, layouts of memory, streams and graphs.
+
+scripts/gpu_check.sh runs the tests apart, by function and last parameter (tests/cuda/apart.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_lightseq.kernels.cuda import HEAD_DIMS, CudaKernel, missing_cuda
+from tests.cuda.judge import expect_gradients, expect_output, run_forward
 from tests.cuda.staged import StagedKernel
-from tests.kernels.oracle import Case, Results, expect_within_budget, inputs, run_kernel
+from tests.kernels.oracle import Case, Results, delta, expect_within_budget, inputs, run_kernel
 
+DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
@@ -28,44 +35,163 @@ AWKWARD = (
     Case(queries=100, keys=40, band_hi=-50),
     Case(queries=1000, keys=1500, heads=2, groups=1, band_hi=500),
 )
+HOPPER_BACKWARD = ((64, 64), (128, 128))
+"""(D, Dv) that have backward kernels of their own on Hopper."""
+
+every_head_dim = pytest.mark.parametrize("dims", HEAD_DIMS, ids=lambda dims: "d{}x{}".format(*dims))
+every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+every_case = pytest.mark.parametrize(
+    "case", AWKWARD, ids=lambda case: f"{case.queries}x{case.keys}_{case.ranges}"
+)
+both_ways = pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
 
 
-def on_gpu(case: Case, dtype: torch.dtype, *, deterministic: bool = False) -> Results:
+def staged(deterministic: bool = False) -> StagedKernel:
+    return StagedKernel(CudaKernel(deterministic), DEVICE)
+
+
+@every_head_dim
+@every_dtype
+@every_case
+def test_forward_matches_fp64(case: Case, dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    case = replace(case, head_dim=dims[0], value_dim=dims[1])
     tensors = inputs(case, dtype)
-    results = run_kernel(case, tensors, StagedKernel(CudaKernel(deterministic)))
-    expect_within_budget(case, dtype, tensors, results)
+    expect_output(case, dtype, tensors, *run_forward(case, tensors, staged()))
+
+
+@every_head_dim
+@both_ways
+@every_dtype
+@every_case
+def test_backward_matches_fp64(
+    case: Case, dtype: torch.dtype, deterministic: bool, dims: tuple[int, int]
+) -> None:
+    case = replace(case, head_dim=dims[0], value_dim=dims[1])
+    expect_gradients(case, dtype, inputs(case, dtype), staged(deterministic))
+
+
+def both_directions(case: Case) -> Results:
+    tensors = inputs(case, torch.bfloat16)
+    results = run_kernel(case, tensors, staged(deterministic=True))
+    expect_within_budget(case, torch.bfloat16, tensors, results)
     return results
-
-
-@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
-@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", AWKWARD, ids=lambda case: f"{case.queries}x{case.keys}-{case.ranges}")
-def test_matches_fp64(case: Case, dtype: torch.dtype, dims: tuple[int, int], deterministic: bool) -> None:
-    on_gpu(replace(case, head_dim=dims[0], value_dim=dims[1]), dtype, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_deterministic_gradients_repeat(head_dim: int) -> None:
     case = replace(AWKWARD[-1], head_dim=head_dim, value_dim=head_dim)
-    first = on_gpu(case, torch.bfloat16, deterministic=True)
+    first = both_directions(case)
     for _ in range(5):
-        for want, got in zip(first, on_gpu(case, torch.bfloat16, deterministic=True), strict=True):
+        for want, got in zip(first, both_directions(case), strict=True):
             assert torch.equal(want, got)
 
 
-def test_runs_on_the_current_stream_and_in_a_graph() -> None:
-    case = replace(AWKWARD[2], head_dim=128, value_dim=128)
-    q, k, v, _ = (x.cuda() for x in inputs(case, torch.bfloat16))
-    out = torch.full((case.queries, 1, case.heads, 128), float("nan"), device="cuda")
-    lse = torch.full((1, case.heads, case.queries), float("nan"), device="cuda")
-    options = {"mask": case.mask(), "softmax_scale": case.softmax_scale, "accumulate": False}
-    CudaKernel().forward(q, k, v, out, lse, **options)
-    want = out.clone()
+class OnGpu:
+    """One case, its tensors and its results on the GPU; ``run`` is a step of training, without host and allocations."""
+
+    def __init__(self, case: Case, deterministic: bool) -> None:
+        self.kernel = CudaKernel(deterministic)
+        self.options = {"mask": case.mask(), "softmax_scale": case.softmax_scale}
+        self.q, self.k, self.v, self.dout = (x.to(DEVICE) for x in inputs(case, torch.bfloat16))
+        self.out = torch.zeros(self.dout.shape, device=DEVICE)
+        self.lse = torch.zeros(case.batch, case.heads, case.queries, device=DEVICE)
+        self.grads = [torch.zeros(x.shape, device=DEVICE) for x in (self.q, self.k, self.v)]
+
+    def run(self) -> None:
+        self.kernel.forward(self.q, self.k, self.v, self.out, self.lse, accumulate=False, **self.options)
+        for grad in self.grads:
+            grad.zero_()
+        rows = self.lse, delta(self.out, self.dout)
+        self.kernel.backward(self.dout, self.q, self.k, self.v, *rows, *self.grads, **self.options)
+
+    def results(self) -> list[Tensor]:
+        return [x.clone() for x in (self.out, self.lse, *self.grads)]
+
+
+@every_head_dim
+@both_ways
+def test_this_gpu_s_own_kernels_run(deterministic: bool, dims: tuple[int, int]) -> None:
+    """And not those of 8.0, which take over without a word where CUDA refuses what Hopper's need."""
+    step = OnGpu(replace(AWKWARD[2], head_dim=dims[0], value_dim=dims[1]), deterministic)
+    step.run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step.run()
+        torch.cuda.synchronize()
+    names = " ".join(event.key for event in profile.key_averages())
+    if "attention_" not in names:
+        pytest.skip(f"the profiler sees no kernels of ours: {names or 'none at all'}")
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    backward = "sm90" if hopper and dims in HOPPER_BACKWARD else "sm80"
+    for wanted in (
+        f"attention_forward_{'sm90' if hopper else 'sm80'}<",
+        f"attention_backward_{backward}<",
+        *([f"attention_backward_dq_{backward}<"] if deterministic else []),
+    ):
+        assert wanted in names
+
+
+def packed(x: Tensor) -> Tensor:
+    """The same numbers with strange vectors between them, as in a projection to q, k and v at once."""
+    return torch.stack([torch.full_like(x, 7.0), x, torch.full_like(x, -7.0)], 3)[..., 1, :]
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+
+
+def expanded(x: Tensor) -> Tensor:
+    """All heads the first one's."""
+    return x[:, :, :1].expand(x.shape)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("arrange", [packed, heads_first, expanded])
+def test_arrangement_in_memory_does_not_matter(arrange: Callable[[Tensor], Tensor], head_dim: int) -> None:
+    case = Case(queries=150, keys=300, batch=2, heads=4, groups=2, head_dim=head_dim, value_dim=head_dim)
+    step = OnGpu(case, deterministic=True)
+    step.q, step.k, step.v, step.dout = (arrange(x) for x in (step.q, step.k, step.v, step.dout))
+    step.run()
+    got = step.results()
+    step.q, step.k, step.v, step.dout = (x.contiguous() for x in (step.q, step.k, step.v, step.dout))
+    step.run()
+    for first, second in zip(got, step.results(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("head_dim", [80, 128])
+@both_ways
+def test_training_step_in_a_graph(deterministic: bool, head_dim: int) -> None:
+    """Captured on a side stream, replayed on other numbers: equal to what runs without a graph."""
+    step = OnGpu(replace(AWKWARD[2], head_dim=head_dim, value_dim=head_dim), deterministic)
+    step.run()  # loads the kernels
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        CudaKernel().forward(q, k, v, out, lse, **options)
-    out.fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(out, want)
+        step.run()
+    for factor in (0.5, -0.75):
+        step.q *= factor
+        step.dout *= factor
+        for result in (step.out, step.lse, *step.grads):
+            result.fill_(float("nan"))
+        graph.replay()
+        got = step.results()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step.run()
+        torch.cuda.current_stream().wait_stream(side)
+        for name, first, second in zip(("out", "lse", "dq", "dk", "dv"), got, step.results(), strict=True):
+            if name == "dq" and not deterministic:
+                torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+            else:
+                assert torch.equal(first, second), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU here")
+def test_tensors_of_two_gpus_are_refused() -> None:
+    step = OnGpu(replace(AWKWARD[0], head_dim=64, value_dim=64), deterministic=False)
+    step.out = step.out.to("cuda:1")
+    with pytest.raises(
+        RuntimeError, match="out is on GPU 1 and q on GPU 0: all tensors of a call must be on"
+    ):
+        step.run()

@@ -17,11 +17,14 @@ from tests.cuda.sanitized import run_tiles
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 LIMITS = dict(re.findall(r"([a-z-]+):(\d+)", re.search(r"^STAGES=\((.*)\)", SCRIPT.read_text(), re.M)[1]))  # type: ignore[index]
+TOTAL = int(re.search(r"^TOTAL=(\d+)", SCRIPT.read_text(), re.M)[1])  # type: ignore[index]
 PYTHON = """#!/usr/bin/env bash
 # A machine with a GPU, as far as the script asks. Stages log what they were and do as FAIL and SKIP say.
 case "$*" in
     *is_available*) [ -z "${NO_GPU:-}" ] && echo "Some GPU"; exit ;;
     *missing_cuda*) echo "${MISSING:-}" && exit ;;
+    *"import numpy, pytest"*) [ -z "${NO_PYTEST:-}" ]; exit ;;
+    "-c import"*) exit ;;
 esac
 echo "$*" >>"$LOG"
 [[ -z ${FAIL:-} || "$*" != *"$FAIL"* ]] || { echo "it broke" && exit 3; }
@@ -45,7 +48,9 @@ def machine(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def check(machine: Path, *arguments: str, **variables: str) -> tuple[int, str, list[str]]:
+def check(
+    machine: Path, *arguments: str, script: Path = SCRIPT, **variables: str
+) -> tuple[int, str, list[str]]:
     """Exit status, output, and what the stages started."""
     log = machine / "log"
     log.write_text("")
@@ -58,7 +63,7 @@ def check(machine: Path, *arguments: str, **variables: str) -> tuple[int, str, l
         **variables,
     }
     done = subprocess.run(
-        ["bash", str(SCRIPT), *arguments, str(machine / "out")],
+        ["bash", str(script), *arguments, str(machine / "out")],
         env=environment,
         capture_output=True,
         text=True,
@@ -70,7 +75,8 @@ def check(machine: Path, *arguments: str, **variables: str) -> tuple[int, str, l
 def test_all_stages_run_in_order_and_within_nine_minutes(machine: Path) -> None:
     status, output, started = check(machine, GPU_CHECK_COMMIT="abcdef")
     assert status == 0, output
-    assert sum(map(int, LIMITS.values())) < 540
+    assert TOTAL <= 540
+    assert all(5 < int(limit) < TOTAL for limit in LIMITS.values())
     words = (
         "build_ext",
         "test_calibration",
@@ -82,7 +88,9 @@ def test_all_stages_run_in_order_and_within_nine_minutes(machine: Path) -> None:
     )
     for line, word in zip(started, (*words, "100x77"), strict=True):
         assert word in line
+    assert all("tests.cuda.apart --seconds" in line for line in started[1:3])
     bench = started[5]
+    assert f"--seconds {int(LIMITS['bench']) - 40} " in bench
     assert "--commit abcdef --checks build=ok primitives=ok correctness=ok ranks=ok memcheck=ok" in bench
     assert re.findall(r"^\s+([a-z-]+)=ok$", output, re.M) == list(LIMITS)
     assert sorted(path.name for path in (machine / "out").iterdir()) == ["gpu.md", "log.txt"]
@@ -109,11 +117,19 @@ def test_a_stage_that_fails_is_told_and_the_others_run(
     assert "not everything passed" in output
 
 
-def test_a_stage_that_hangs_is_stopped(machine: Path) -> None:
-    text = SCRIPT.read_text().replace("primitives:30", "primitives:1")
+def changed_script(machine: Path, *changes: tuple[str, str]) -> Path:
+    text = SCRIPT.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
     copy = machine / "scripts" / "gpu_check.sh"
     copy.parent.mkdir()
     copy.write_text(text)
+    return copy
+
+
+def test_a_stage_that_hangs_is_stopped(machine: Path) -> None:
+    copy = changed_script(machine, ("primitives:60", "primitives:1"), ("LEAST=5", "LEAST=1"))
     log = machine / "log"
     environment = {
         "PATH": f"{machine}:{os.environ['PATH']}",
@@ -131,6 +147,29 @@ def test_a_stage_that_hangs_is_stopped(machine: Path) -> None:
     assert done.returncode == 1
     assert "primitives=FAILED: not done after 1 s" in done.stdout
     assert "ranks=ok" in done.stdout
+
+
+def test_a_stage_without_time_is_not_started(machine: Path) -> None:
+    script = changed_script(machine, (f"TOTAL={TOTAL}", "TOTAL=4"))
+    status, output, started = check(machine, script=script)
+    assert (status, started) == (1, [])
+    assert output.count("=FAILED: not started, the time was up") == len(LIMITS)
+
+
+def test_what_is_missing_or_too_new_is_told_first(machine: Path) -> None:
+    status, output, started = check(machine, NO_PYTEST="1")
+    assert (status, started) == (1, [])
+    assert "lacks what is named above: install it beside torch" in output
+    for tool, words in (
+        ("nvcc", "Cuda compilation tools, release 13.0"),
+        ("nvidia-smi", "CUDA Version: 12.4 |"),
+    ):
+        (machine / tool).write_text(f"#!/bin/sh\necho '{words}'\n")
+        (machine / tool).chmod(0o755)
+    status, output, started = check(machine, CUDA_HOME=str(machine / "nowhere"))
+    assert (status, len(started)) == (0, len(LIMITS))
+    assert "warning: nvcc is of CUDA 13, the driver of CUDA 12" in output
+    assert "CUDA Version: 12.4" in (machine / "out" / "log.txt").read_text()
 
 
 def test_only_runs_what_it_names(machine: Path) -> None:
@@ -169,19 +208,35 @@ def test_what_the_sanitizer_sees_is_every_kernel(library: Path) -> None:
 
 
 GPU_STAGES = ("tests/cuda/test_gpu.py", "tests/cuda/test_calibration.py", "tests/cuda/test_two_ranks.py")
-ABSENT = ("megatron", "jsonargparse", "tokenizers", "rich", "tensorboard", "yaml", "matplotlib", "psutil")
+ABSENT = [
+    "megatron",
+    "jsonargparse",
+    "tokenizers",
+    "rich",
+    "tensorboard",
+    "yaml",
+    "matplotlib",
+    "psutil",
+    "hypothesis",
+]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine would run them")
 def test_a_bare_machine_with_torch_and_pytest_is_enough() -> None:
-    """Imports of the stages: torch, numpy, pytest and its plugins, none of the package's other dependencies."""
+    """Imports of the stages: torch, numpy and pytest, none of its plugins or the package's other dependencies."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
-        "import pytest, tests.cuda.sanitized, megatron_lightseq.bench.gpu\n"
+        "import pytest, tests.cuda.apart, tests.cuda.sanitized, megatron_lightseq.bench.gpu\n"
         f"sys.exit(pytest.main(['-q', '-m', 'gpu', '-p', 'no:cacheprovider', *{GPU_STAGES!r}]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=250
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\d+ skipped, \d+ deselected", done.stdout, re.M), done.stdout

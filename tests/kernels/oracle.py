@@ -146,16 +146,33 @@ def expect_within_budget(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, 
 def expect_close(what: str, result: Tensor, want: Tensor, low: Tensor, cancelled: float = 1.0) -> None:
     """error(result) <= 2 * error(low) + eps, all against ``want`` (fp64), where infinities must agree exactly."""
     infinite = want.isinf()
-    assert torch.equal(result.double()[infinite], want[infinite]), f"{what}: infinities differ"
-    finite = ~infinite
-    if not finite.any():
+    unequal = infinite & (result.double() != want)
+    assert not unequal.any(), f"{what}: infinities differ, {where(unequal, result, want)}"
+    if infinite.all():
         return
-    error, budget = (result.double() - want)[finite], (low.double() - want)[finite]
-    eps = 8 * torch.finfo(torch.float32).eps * max(cancelled, float(want[finite].abs().max()))
+    error, budget = ((x.double() - want).masked_fill(infinite, 0.0) for x in (result, low))
+    eps = 8 * torch.finfo(torch.float32).eps * max(cancelled, float(want[~infinite].abs().max()))
     largest, allowed = float(error.abs().max()), 2 * float(budget.abs().max()) + eps
-    assert largest <= allowed, f"{what}: largest error {largest:.3e}, allowed {allowed:.3e}"
-    rms, allowed = float(error.square().mean().sqrt()), 2 * float(budget.square().mean().sqrt()) + eps
+    beyond = ~(error.abs() <= allowed)
+    assert largest <= allowed, (
+        f"{what}: largest error {largest:.3e}, allowed {allowed:.3e}, {where(beyond, result, want)}"
+    )
+    finite = int((~infinite).sum())
+    rms, budget_rms = (float((x.square().sum() / finite).sqrt()) for x in (error, budget))
+    allowed = 2 * budget_rms + eps
     assert rms <= allowed, f"{what}: RMS error {rms:.3e}, allowed {allowed:.3e}"
+
+
+def where(wrong: Tensor, result: Tensor, want: Tensor) -> str:
+    """Which elements are wrong: how many, the first, and the indices that they span in each dimension."""
+    indices = wrong.nonzero()
+    first = tuple(indices[0].tolist())
+    ends = zip(indices.amin(0).tolist(), indices.amax(0).tolist(), strict=True)
+    span = ", ".join(f"{low}..{high}" for low, high in ends)
+    return (
+        f"{len(indices)} of {wrong.numel()} elements, the first at {first}: {float(result[first]):.6g}, "
+        f"wanted {float(want[first]):.6g}; all of them within ({span})"
+    )
 
 
 def with_keys(case: Case, first: int, last: int) -> Case:

@@ -105,18 +105,26 @@ MLS_DEVICE void proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The driver's function that makes tensor maps, without linking to the driver; null where there is none.
+inline void* find_tensor_map_encoder() {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050  // 13.0 has only this one
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t status =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+  return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? entry : nullptr;
+}
+
 // A map of one (tokens, batch, heads, dim) tensor for boxes of 128 bytes x `rows` tokens; false where CUDA
 // cannot make one.
 inline bool encode_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor,
                               const int64_t (&sizes)[4], CUtensorMapDataType type, int element_bytes,
                               int rows) {
-  static void* const encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? entry : nullptr;
-  }();
+  static void* const encode = find_tensor_map_encoder();
   if (encode == nullptr) return false;
   const int64_t strides[3] = {tensor.token_stride, tensor.head_stride, tensor.batch_stride};
   cuuint64_t dims[4], stride_bytes[3];
