@@ -24,6 +24,62 @@ def step_flops(config: PretrainConfig, vocab_size: int) -> float:
     return 6.0 * tokens * (model.num_layers * layer + output + further_tokens * depth)
 
 
+def hardware_flops(config: PretrainConfig, vocab_size: int) -> float:
+    """Floating-point operations that one step executes over all ranks: :func:`step_flops`, and forwards run again.
+
+    Those are of recomputed layers and modules, and of what is computed in tiles.
+
+    Args:
+        config: of the run.
+        vocab_size: rows of the output layer.
+    """
+    tokens = config.training.seq_length * config.training.global_batch_size
+    again = _recomputed_weights(config) + _tiled_weights(config, vocab_size)
+    return step_flops(config, vocab_size) + 2.0 * tokens * again
+
+
+def _recomputed_weights(config: PretrainConfig) -> float:
+    """Multiplications for a token that recomputed layers and modules repeat, attention's products among them."""
+    model, recompute = config.model, config.recompute
+    products = 0.0 if _keeps_attention(config) else _attention_products(config)
+    layers, depths = model.num_layers, model.mtp_num_layers or 0
+    if recompute.recompute_granularity == "selective":
+        mlp = _mlp_weights(config) * ("mlp" in recompute.recompute_modules)
+        return (layers + depths) * (products * ("core_attn" in recompute.recompute_modules) + mlp)
+    if recompute.recompute_granularity is None:
+        return 0.0
+    if recompute.recompute_method == "block":
+        of_chunk = config.parallel.num_layers_per_virtual_pipeline_stage
+        of_chunk = of_chunk or layers // config.parallel.pipeline_model_parallel_size
+        layers = layers // of_chunk * min(recompute.recompute_num_layers or 0, of_chunk)
+    # Tiles recompute an MLP in any case; a layer alone in its checkpoint leaves it to them.
+    leaves_mlp = config.recomputes_single_layers and _in_tiles(config, recompute.mlp_tile_tokens)
+    layer = _attention_weights(config) + products + (0 if leaves_mlp else _mlp_weights(config))
+    return (layers + depths) * layer + depths * 2 * model.hidden_size**2
+
+
+def _tiled_weights(config: PretrainConfig, vocab_size: int) -> float:
+    """Multiplications for a token that the backward of tiles repeats."""
+    model, recompute = config.model, config.recompute
+    depths = model.mtp_num_layers or 0
+    mlps = (model.num_layers + depths) * _mlp_weights(config)
+    outputs = (1 + depths) * model.hidden_size * vocab_size
+    return mlps * _in_tiles(config, recompute.mlp_tile_tokens) + outputs * _in_tiles(
+        config, recompute.loss_tile_tokens
+    )
+
+
+def _keeps_attention(config: PretrainConfig) -> bool:
+    return config.recompute.keep_attention_on_recompute and config.context.cp_method != "megatron"
+
+
+def _in_tiles(config: PretrainConfig, tile_tokens: int | None) -> bool:
+    """Whether a rank's micro-batch is longer than a tile."""
+    training = config.training
+    held = training.seq_length // config.parallel.context_parallel_size * training.micro_batch_size
+    return tile_tokens is not None and held > tile_tokens
+
+
 def _attention_products(config: PretrainConfig) -> float:
     """Multiplications of queries by keys and of probabilities by values, for a token of mean position."""
     model = config.model

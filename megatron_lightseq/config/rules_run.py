@@ -67,6 +67,28 @@ def selective_recompute_names_modules(c: PretrainConfig, _: Machine) -> bool:
     return c.recompute.recompute_granularity != "selective" or 0 < len(modules) == len(set(modules))
 
 
+@RECOMPUTE.rule(
+    "mlp_tile_tokens",
+    "num_experts",
+    text="tiles are of dense MLPs: experts receive their tokens from the whole sequence and other ranks",
+    remedy="Set mlp_tile_tokens to null; loss_tile_tokens works with experts",
+)
+def mlp_tiles_are_dense(c: PretrainConfig, _: Machine) -> bool:
+    return c.recompute.mlp_tile_tokens is None or c.experts.num_experts is None
+
+
+@RECOMPUTE.rule(
+    "mlp_tile_tokens",
+    "recompute_granularity",
+    "recompute_modules",
+    text="an MLP in tiles is recomputed by its tiles, and recomputing it as a module too would run it once more",
+    remedy="Remove mlp from recompute_modules",
+)
+def mlp_is_recomputed_once(c: PretrainConfig, _: Machine) -> bool:
+    as_module = c.recompute.recompute_granularity == "selective" and "mlp" in c.recompute.recompute_modules
+    return c.recompute.mlp_tile_tokens is None or not as_module
+
+
 # --- optimizer --------------------------------------------------------------------------------------------------
 
 

@@ -263,6 +263,10 @@ class RecomputeConfig:
     """With selective: which modules."""
     keep_attention_on_recompute: bool = True
     """Keep attention's output and log-sum-exp: recomputation repeats neither attention nor its traffic."""
+    mlp_tile_tokens: int | None = None
+    """Compute MLPs in tiles of so many tokens, again in backward: a tile's insides are held at a time; null: whole."""
+    loss_tile_tokens: int | None = None
+    """Compute logits and losses in tiles of so many tokens, again in backward; null: all logits at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -399,3 +403,13 @@ class PretrainConfig:
         """Width inside each expert, after defaults."""
         width = self.experts.moe_ffn_hidden_size
         return self.model.ffn_size if width is None else width
+
+    @property
+    def recomputes_single_layers(self) -> bool:
+        """Whether each recomputed checkpoint holds one layer, whose output goes nowhere else in it.
+
+        In groups a layer feeds the next, and in multi-token prediction a norm.
+        """
+        recompute = self.recompute
+        alone = recompute.recompute_method == "block" or recompute.recompute_num_layers == 1
+        return recompute.recompute_granularity == "full" and alone and self.model.mtp_num_layers is None

@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from megatron_lightseq.megatron.batch import adopt_layout, shard_batch
     from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
     from megatron_lightseq.megatron.spec import gpt_layer_spec
+    from megatron_lightseq.megatron.tiles import tile_loss, tile_mlps
 
-__all__ = ["CoreAttentionSettings", "LightSeqCoreAttention", "adopt_layout", "gpt_layer_spec", "shard_batch"]
+__all__ = [
+    "CoreAttentionSettings",
+    "LightSeqCoreAttention",
+    "adopt_layout",
+    "gpt_layer_spec",
+    "shard_batch",
+    "tile_loss",
+    "tile_mlps",
+]
 
 _HOME = {
     "CoreAttentionSettings": "core_attention",
@@ -30,6 +39,8 @@ _HOME = {
     "adopt_layout": "batch",
     "gpt_layer_spec": "spec",
     "shard_batch": "batch",
+    "tile_loss": "tiles",
+    "tile_mlps": "tiles",
 }
 
 

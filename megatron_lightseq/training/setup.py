@@ -36,6 +36,7 @@ from megatron_lightseq.megatron.latent import sum_shared_keys
 from megatron_lightseq.megatron.norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
 from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec, use_transformer_engine
+from megatron_lightseq.megatron.tiles import tile_loss, tile_mlps
 from megatron_lightseq.training.translate import optimizer_config, transformer_config, virtual_stages
 
 
@@ -287,7 +288,16 @@ def _build_model(
     )
     if model.multi_latent_attention and model_config.tensor_model_parallel_size > 1:
         sum_shared_keys(built)
+    _compute_in_tiles(config, built)
     return built.to(model_device())
+
+
+def _compute_in_tiles(config: PretrainConfig, model: GPTModel) -> None:
+    mlp_tokens, loss_tokens = config.recompute.mlp_tile_tokens, config.recompute.loss_tile_tokens
+    if mlp_tokens is not None:
+        tile_mlps(model, mlp_tokens, replays_value=not config.recomputes_single_layers)
+    if loss_tokens is not None and model.post_process:
+        tile_loss(model, loss_tokens)
 
 
 def _adopt_layout(config: PretrainConfig, models: list[GPTModel]) -> SequenceLayout:

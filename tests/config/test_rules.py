@@ -313,6 +313,16 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "each named once",
     ),
+    "mlp_tiles_are_dense": (
+        {"mlp_tile_tokens": 512, "num_experts": 4},
+        Machine(),
+        "mlp_tile_tokens 512, num_experts 4: tiles are of dense MLPs",
+    ),
+    "mlp_is_recomputed_once": (
+        {"mlp_tile_tokens": 512, "recompute_granularity": "selective", "recompute_modules": ("mlp",)},
+        Machine(),
+        "Remove mlp from recompute_modules",
+    ),
     "min_lr_is_below_lr": ({"min_lr": 1.0}, Machine(), "min_lr must not exceed lr"),
     "warmup_ends_before_decay": ({"lr_warmup_iters": 100}, Machine(), "Lower lr_warmup_iters"),
     "batch_divides_by_micro_batch": (
