@@ -19,6 +19,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron_lightseq.errors import ConfigError, LayoutError, explain
 from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
 from megatron_lightseq.megatron.core_attention import LightSeqCoreAttention
+from megatron_lightseq.megatron.mends import mend_gradients
 from megatron_lightseq.megatron.multi_token import adopt_rolls
 from megatron_lightseq.megatron.rope import adopt_rotary
 
@@ -82,7 +83,10 @@ def adopt_layout(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Sequence
 
     Call it after building and before the first forward pass; wrapped in Float16Module or DDP or not. Rotary
     embeddings are cut by the layout from then on, multi-token prediction finds the next token by it, and every forward
-    pass refuses data of another layout. Without context parallelism nothing changes.
+    pass refuses data of another layout. Without context parallelism none of that changes.
+
+    On the way it mends two gradients that Megatron gets wrong on several ranks:
+    :func:`megatron_lightseq.megatron.mends.mend_gradients`.
 
     Returns:
         The layout, for :func:`shard_batch`.
@@ -114,6 +118,8 @@ def adopt_layout(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Sequence
                 language_model.register_forward_pre_hook(_LayoutCheck(layout, rank), with_kwargs=True)
     for attention in attentions:
         attention.layout_adopted = True
+    for chunk in chunks:
+        mend_gradients(chunk)
     return layout
 
 

@@ -1,12 +1,13 @@
 """Mixtures of experts that train alike on any number of ranks.
 
-Two places of Megatron's depend on how ranks are cut: the order in which expert weights are drawn, and the weight of
-the load balancing loss. Both are replaced in a layer's specification; tokens, router and experts stay Megatron's.
+Two places of Megatron's depend on how ranks are cut: the order in which expert weights are drawn, which a layer's
+specification replaces, and the weight of the load balancing loss, which is mended on finished models.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,50 +35,53 @@ class NamedExperts(SequentialMLP):
             super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection)
 
 
-class WholeBatchRouter(TopKRouter):
-    """A router whose load balancing loss weighs the same however tokens are cut over ranks.
+def weigh_whole_batches(model: torch.nn.Module) -> int:
+    """Have every router below ``model`` weigh its load balancing loss alike, however tokens are cut over ranks.
 
     With ``calculate_per_token_loss`` gradients are divided by all tokens in the end. Each tensor- or context-parallel
-    rank adds its share of the loss, which Megatron multiplies by the rank's own tokens (transformer/moe/router.py):
-    over P ranks the loss would weigh 1/P of what it does on one.
+    rank adds its share of the loss, which Megatron-Core until 0.18 multiplies by the rank's own tokens
+    (transformer/moe/router.py): over P ranks the loss would weigh 1/P of what it does on one. From 0.19 on it
+    multiplies by P, as is done here, and its routers are left alone. A second call does nothing.
+
+    Returns:
+        How many routers were changed.
     """
+    method = TopKRouter.attach_and_log_load_balancing_loss
+    if "tp_cp_group" in method.__code__.co_names:
+        return 0
+    routers = [
+        module
+        for module in model.modules()
+        if isinstance(module, TopKRouter) and method.__name__ not in vars(module)
+    ]
+    for router in routers:
+        setattr(router, method.__name__, MethodType(_attach_for_whole_batch, router))
+    return len(routers)
 
-    def set_layer_number(self, layer_number: int) -> None:
-        """Not taken, so nothing is entered in Megatron's books: one for a process, as long as its first model."""
 
-    def attach_and_log_load_balancing_loss(
-        self,
-        activation: torch.Tensor,
-        aux_loss_coeff: float,
-        aux_loss: torch.Tensor,
-        aux_loss_name: str,
-        reduce_group: Any,
-        *args: Any,
-        valid_token_count: Any = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Megatron's, with the tokens of all ranks of ``reduce_group``; shapes as there."""
-        tokens = activation.shape[0] if valid_token_count is None else valid_token_count
-        attached: torch.Tensor = super().attach_and_log_load_balancing_loss(
-            activation,
-            aux_loss_coeff,
-            aux_loss,
-            aux_loss_name,
-            reduce_group,
-            *args,
-            valid_token_count=tokens * reduce_group.size(),
-            **kwargs,
-        )
-        return attached
+def _attach_for_whole_batch(
+    router: TopKRouter,
+    activation: torch.Tensor,
+    aux_loss_coeff: float,
+    aux_loss: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Megatron's method; it logs the loss divided by its coefficient, so both grow."""
+    ranks = router.tp_cp_group.size() if router.calculate_per_token_loss else 1
+    attached: torch.Tensor = type(router).attach_and_log_load_balancing_loss(
+        router, activation, ranks * aux_loss_coeff, ranks * aux_loss, *args, **kwargs
+    )
+    return attached
 
 
 def with_invariant_experts(layer: ModuleSpec, names: WeightNames) -> ModuleSpec:
-    """A layer specification whose experts, if it has any, are drawn by name and balanced over the whole batch."""
+    """A layer specification whose experts, if it has any, are drawn by name."""
     moe = layer.submodules.mlp
     if moe.module is not MoELayer:
         return layer
     experts = moe.submodules.experts
     if experts.module is SequentialMLP:  # the grouped kernels draw their weights on the device
         experts = replace(experts, module=NamedExperts, params={**experts.params, "weight_names": names})
-    parts = replace(moe.submodules, experts=experts, router=WholeBatchRouter)
+    parts = replace(moe.submodules, experts=experts)
     return replace(layer, submodules=replace(layer.submodules, mlp=replace(moe, submodules=parts)))

@@ -44,7 +44,8 @@ class SharedKeyGather:
 
     def __init__(self, attention: MLASelfAttention) -> None:
         self._widths = [attention.config.kv_lora_rank, attention.config.qk_pos_emb_head_dim]
-        self._group = attention.pg_collection.tp
+        groups = getattr(attention, "pg_collection", None) or attention.model_comm_pgs  # the latter in 0.14
+        self._group = groups.tp
         self._latent: torch.Tensor | None = None
         attention.linear_kv_down_proj.register_forward_hook(self._remember)
 
@@ -65,14 +66,22 @@ class SharedKeyGather:
 def sum_shared_keys(model: torch.nn.Module) -> int:
     """Have every latent attention below ``model`` add up the gradient of its shared keys over tensor-parallel ranks.
 
+    Where there is one such rank, and where Megatron does not gather, nothing changes; nor by a second call.
+
     Returns:
-        How many attentions there were.
+        How many methods call the gather now.
     """
     found = 0
     for module in model.modules():
-        if isinstance(module, MLASelfAttention):
-            found += rebind(module, "gather_from_tensor_model_parallel_region", SharedKeyGather(module))
+        if not isinstance(module, MLASelfAttention) or module.config.tensor_model_parallel_size == 1:
+            continue
+        if not hasattr(module, _MENDED):
+            found += rebind(module, _GATHER, SharedKeyGather(module))
+            setattr(module, _MENDED, True)
     return found
+
+
+_GATHER, _MENDED = "gather_from_tensor_model_parallel_region", "sums_shared_keys"
 
 
 class LatentDotProductAttention(DotProductAttention):

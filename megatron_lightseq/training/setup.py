@@ -32,7 +32,7 @@ from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron import cpu_platform
 from megatron_lightseq.megatron.batch import adopt_layout
 from megatron_lightseq.megatron.experts import with_invariant_experts
-from megatron_lightseq.megatron.latent import sum_shared_keys
+from megatron_lightseq.megatron.mends import mend_gradients
 from megatron_lightseq.megatron.norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
 from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec, use_transformer_engine
@@ -286,8 +286,7 @@ def _build_model(
         else None,
         vp_stage=vp_stage,
     )
-    if model.multi_latent_attention and model_config.tensor_model_parallel_size > 1:
-        sum_shared_keys(built)
+    mend_gradients(built)
     _compute_in_tiles(config, built)
     return built.to(model_device())
 

@@ -15,12 +15,11 @@ APART = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
 
 def megatrons_router() -> Callable[[], None]:
     """Each rank multiplies its share of the load balancing loss by its own tokens."""
-    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron_lightseq.megatron import mends
 
-    from megatron_lightseq.megatron import experts
-
-    ours, experts.WholeBatchRouter = experts.WholeBatchRouter, TopKRouter  # type: ignore[misc]
-    return lambda: setattr(experts, "WholeBatchRouter", ours)
+    ours = mends.weigh_whole_batches
+    mends.weigh_whole_batches = lambda model: 0
+    return lambda: setattr(mends, "weigh_whole_batches", ours)
 
 
 def local_numbers() -> Callable[[], None]:
@@ -52,6 +51,49 @@ def test_the_load_balancing_loss_counts() -> None:
     weighed, free = (on_ranks(1, train, {**EXPERTS, "moe_aux_loss_coeff": w})[0] for w in (0.5, 0.0))
     assert weighed.grad_norms[0] != pytest.approx(free.grad_norms[0], rel=1e-3)
     assert weighed.losses[0] == pytest.approx(free.losses[0], rel=1e-6), "it is no part of what is reported"
+
+
+class Ranks:
+    """A process group as far as its size goes."""
+
+    def size(self) -> int:
+        return 3
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("per_token", "weight"), [(True, 3 * 5), (False, 1)])
+def test_routers_of_any_model_are_mended_once(per_token: bool, weight: int) -> None:
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec
+    from megatron_lightseq.megatron.experts import weigh_whole_batches
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_moe_experts=2,
+        moe_aux_loss_coeff=0.5,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        calculate_per_token_loss=per_token,
+    )
+    model = GPTModel(config, gpt_layer_spec(config), 64, 16)
+    adopt_layout(model)
+    assert weigh_whole_batches(model) == 0, "adopt_layout has done it"
+    router = model.decoder.layers[0].mlp.router
+    router.tp_cp_group = Ranks()
+    loss = torch.tensor(0.7, requires_grad=True)
+    activation = torch.zeros(5, 2, requires_grad=True)
+    books = get_moe_layer_wise_logging_tracker()
+    books.clear()
+    attached = router.attach_and_log_load_balancing_loss(activation, 0.5, loss, "load", router.tp_cp_group)
+    attached.sum().backward()
+    assert loss.grad == weight
+    assert books.pop("load")["values"].tolist() == [pytest.approx(1.4)], "logged without its coefficient"
 
 
 def _uneven() -> tuple[list[float], list[float]]:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.megatron.runs import on_ranks
+
 
 def latent_config(**overrides: Any) -> Any:
     from megatron.core.transformer import MLATransformerConfig
@@ -49,3 +51,48 @@ def test_megatrons_attention_takes_values_of_any_width(value_dim: int) -> None:
     weights = scores.masked_fill(future, -torch.inf).softmax(-1)
     expected = torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(-2)
     torch.testing.assert_close(attention(query, key, value, None), expected, rtol=1e-5, atol=1e-6)
+
+
+def down_projection_gradient(adopted: bool) -> torch.Tensor:
+    """This rank's rows of it, in a program of one's own: a GPTModel over the ranks as tensor-parallel ones."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_lightseq.megatron import adopt_layout, cpu_platform, gpt_layer_spec
+
+    cpu_platform.activate()
+    parallel_state.initialize_model_parallel(dist.get_world_size(), create_gloo_process_groups=False)
+    try:
+        torch.manual_seed(1)
+        model_parallel_cuda_manual_seed(1)
+        config = latent_config(
+            tensor_model_parallel_size=dist.get_world_size(),
+            use_cpu_initialization=True,
+            hidden_dropout=0.0,
+            init_method_std=0.3,
+        )
+        model = GPTModel(config, gpt_layer_spec(config), 64, 16, position_embedding_type="rope")
+        if adopted:
+            for _ in range(2):  # the second time must not add up a second time
+                adopt_layout(model)
+        tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(2))
+        positions = torch.arange(16).expand(2, 16)
+        model(tokens, positions, None, labels=tokens.roll(-1, 1)).mean().backward()
+        weight = model.decoder.layers[0].self_attention.linear_kv_down_proj.weight
+        assert weight.grad is not None
+        return weight.grad
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_shared_keys_sum_their_gradient_in_a_program_of_ones_own() -> None:
+    whole = on_ranks(1, down_projection_gradient, True)[0]
+    mended = torch.cat(on_ranks(2, down_projection_gradient, True))
+    torch.testing.assert_close(mended, whole, rtol=1e-4, atol=1e-6)
+    megatrons = torch.cat(on_ranks(2, down_projection_gradient, False))
+    shared = slice(12, None)  # behind the latent vector
+    assert (megatrons[shared] - whole[shared]).norm() > 0.05 * whole[shared].norm(), (
+        "Megatron mends it itself"
+    )

@@ -51,6 +51,11 @@ REFUSALS = (
     Refusal("experimental_attention_variant", _ELSEWHERE, _OFF),
     Refusal("use_kitchen_attention", _ELSEWHERE, _OFF),
     Refusal(
+        "mla_down_proj_fusion",
+        "the gradient of its shared keys would have to be summed over tensor-parallel ranks, which is not done there",
+        "Switch it off",
+    ),
+    Refusal(
         "transformer_impl",
         _ELSEWHERE,
         "Use local or transformer_engine",
