@@ -199,6 +199,7 @@ class Loop:
             consumed_samples=self._position.consumed_samples,
             skipped=result.skipped,
             mtp_loss=result.mtp_loss,
+            load_balancing_loss=result.load_balancing_loss,
         )
 
     def _evaluate_if_due(self, step: int, datasets: Datasets, progress: Progress, log: MetricsLog) -> None:

@@ -41,6 +41,8 @@ class TrainMetrics:
     """Whether the optimizer refused the step because gradients were not finite."""
     mtp_loss: float | None = None
     """With multi-token prediction: mean loss of the further tokens, nats per token, unweighted."""
+    load_balancing_loss: float | None = None
+    """Of experts that have one: before its coefficient, mean over layers, as Megatron-LM logs it; 1 is balance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -123,12 +123,13 @@ class Progress:
         self._display.update(metrics.step, self.line(metrics), due=due)
 
     def line(self, metrics: TrainMetrics) -> str:
-        """The one line: step, loss, grad norm, learning rate, tokens/s, memory, time left."""
+        """The one line: step, loss, what is lost besides, grad norm, learning rate, tokens/s, memory, time left."""
         width = len(str(self._num_steps))
         left = statistics.median(self._recent or [metrics.step_seconds]) * (self._num_steps - metrics.step)
         parts = [
             f"step {metrics.step:>{width}}/{self._num_steps}",
             f"loss {metrics.loss:.4f}",
+            *_besides(metrics),
             f"grad norm {metrics.grad_norm:.3f}",
             f"lr {metrics.learning_rate:.2e}",
             f"{metrics.tokens_per_second:,.0f} tokens/s",
@@ -150,6 +151,11 @@ class Progress:
     def close(self) -> None:
         """Leave the terminal in order."""
         self._display.close()
+
+
+def _besides(metrics: TrainMetrics) -> list[str]:
+    losses = (("further tokens", metrics.mtp_loss), ("load balancing", metrics.load_balancing_loss))
+    return [f"{name} {loss:.4f}" for name, loss in losses if loss is not None]
 
 
 class Stopwatch:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_lightseq.groups import rank_in, size_of
 from megatron_lightseq.megatron.batch import shard_batch
+from megatron_lightseq.training.books import clear_books, from_last_stage, load_balancing_loss, mtp_loss
 from megatron_lightseq.training.setup import Training, gpt_model
 
 Batch = Mapping[str, torch.Tensor]
@@ -52,6 +52,8 @@ class StepResult:
     """Whether the optimizer refused the step (gradients were not finite)."""
     mtp_loss: float | None = None
     """With multi-token prediction: mean loss of the further tokens, unweighted; each micro-batch counts alike."""
+    load_balancing_loss: float | None = None
+    """Where experts have one: before its coefficient, mean over layers and micro-batches; 1 where they are balanced."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +77,7 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
         chunk.train()
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
+    clear_books()
     reports = _run_schedule(training, data_iterators, training.num_microbatches, forward_only=False)
     learning_rate = training.optimizer.param_groups[0]["lr"]
     updated, grad_norm, _ = training.optimizer.step()
@@ -87,7 +90,8 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
         num_tokens=num_tokens,
         learning_rate=float(learning_rate),
         skipped=not updated,
-        mtp_loss=_mtp_loss(training),
+        mtp_loss=mtp_loss(training),
+        load_balancing_loss=load_balancing_loss(training),
     )
 
 
@@ -193,18 +197,6 @@ def _loss(
     return loss_sum * cp_size, all_tokens.int(), report
 
 
-def _mtp_loss(training: Training) -> float | None:
-    """What multi-token prediction has lost since the last call, from Megatron's own books; on every rank."""
-    if training.config.model.mtp_num_layers is None:
-        return None
-    total = torch.zeros((), dtype=torch.float64, device=training.device)
-    if training.is_last_stage:
-        sums = MTPLossLoggingHelper.tracker.pop("values")
-        total += sums.mean() / training.num_microbatches / training.collection.dp_cp.size()
-        dist.all_reduce(total, group=training.collection.dp_cp)
-    return float(_from_last_stage(training, total).item())
-
-
 def _reduce(training: Training, reports: list[torch.Tensor]) -> tuple[float, int]:
     """Mean loss and token count of all ranks' reports, on every rank."""
     total = torch.zeros(3, dtype=torch.float64, device=training.device)
@@ -212,12 +204,5 @@ def _reduce(training: Training, reports: list[torch.Tensor]) -> tuple[float, int
         total += torch.stack(reports).sum(0)
     if training.is_last_stage:
         dist.all_reduce(total, group=training.collection.dp_cp)
-    numerator, denominator, tokens = _from_last_stage(training, total).tolist()
+    numerator, denominator, tokens = from_last_stage(training, total).tolist()
     return numerator / max(denominator, 1e-12), int(tokens)
-
-
-def _from_last_stage(training: Training, value: torch.Tensor) -> torch.Tensor:
-    pipeline = training.collection.pp
-    if pipeline.size() > 1:
-        dist.broadcast(value, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
-    return value

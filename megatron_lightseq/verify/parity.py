@@ -30,6 +30,8 @@ class Outcome:
     gradients: Gradients
     mtp_loss: float | None = None
     """Of multi-token prediction, where there is any."""
+    load_balancing_loss: float | None = None
+    """Of experts, where they have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class Verdict:
     """How far a cell is from one process, relative."""
 
     loss: float
-    """Of the next token, or of multi-token prediction where that is further."""
+    """Of the next token, of multi-token prediction or of load balancing, whichever is furthest."""
     grad_norm: float
     gradient: float
     """Of the parameter that is furthest."""
@@ -88,6 +90,7 @@ def run_step(config: PretrainConfig) -> Outcome | None:
     return Outcome(
         loss=result.loss,
         mtp_loss=result.mtp_loss,
+        load_balancing_loss=result.load_balancing_loss,
         grad_norm=result.grad_norm,
         gradients=assemble([piece for rank_pieces in gathered for piece in rank_pieces]),
     )
@@ -132,8 +135,9 @@ def compare(outcome: Outcome, reference: Outcome, tolerance: Tolerance) -> Verdi
                 distance = math.inf
             if distance > worst:
                 worst, parameter = distance, name
+    losses = ("loss", "mtp_loss", "load_balancing_loss")
     return Verdict(
-        loss=max(_distance(outcome.loss, reference.loss), _distance(outcome.mtp_loss, reference.mtp_loss)),
+        loss=max(_distance(getattr(outcome, name), getattr(reference, name)) for name in losses),
         grad_norm=_distance(outcome.grad_norm, reference.grad_norm),
         gradient=worst,
         parameter=parameter,

@@ -41,6 +41,7 @@ class Run:
     bytes_sent: int
     layer_calls: int
     """Attention layers times micro-batches of this rank, over all training steps."""
+    load_balancing_losses: list[float | None]
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -89,6 +90,7 @@ def _train(flat: dict[str, Any]) -> Run:
         forwards=forwards,
         bytes_sent=bytes_sent,
         layer_calls=layers * training.num_microbatches * config.training.train_iters,
+        load_balancing_losses=[result.load_balancing_loss for result in results],
     )
 
 

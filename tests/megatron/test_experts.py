@@ -42,6 +42,7 @@ def test_experts_train_like_one_rank_and_megatrons_habits_would_not() -> None:
     for run in on_ranks(2, train, {**EXPERTS, **APART}):
         assert run.losses == pytest.approx(single.losses, rel=1e-5)
         assert run.grad_norms == pytest.approx(single.grad_norms, rel=1e-4)
+        assert run.load_balancing_losses == pytest.approx(single.load_balancing_losses, rel=1e-5)
     for habit in (megatrons_router, local_numbers):
         run = on_ranks(2, train, {**EXPERTS, **APART}, habit)[0]
         assert run.grad_norms != pytest.approx(single.grad_norms, rel=1e-4), habit.__name__
@@ -51,6 +52,15 @@ def test_the_load_balancing_loss_counts() -> None:
     weighed, free = (on_ranks(1, train, {**EXPERTS, "moe_aux_loss_coeff": w})[0] for w in (0.5, 0.0))
     assert weighed.grad_norms[0] != pytest.approx(free.grad_norms[0], rel=1e-3)
     assert weighed.losses[0] == pytest.approx(free.losses[0], rel=1e-6), "it is no part of what is reported"
+    assert free.load_balancing_losses == [None] * 3
+
+
+@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
+def test_the_load_balancing_loss_that_is_reported_is_1_where_experts_are_balanced(kind: str) -> None:
+    """All tokens take all experts; one layer is multi-token prediction's."""
+    all_experts = {"moe_router_topk": 4, "moe_router_load_balancing_type": kind, "mtp_num_layers": 1}
+    for run in on_ranks(2, train, {**EXPERTS, **all_experts, "pipeline_model_parallel_size": 2}):
+        assert run.load_balancing_losses == pytest.approx([1.0] * 3, rel=1e-5)
 
 
 class Ranks:

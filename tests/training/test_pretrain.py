@@ -18,6 +18,7 @@ GOLDEN_TRAIN = {
     "step",
     "loss",
     "mtp_loss",
+    "load_balancing_loss",
     "grad_norm",
     "learning_rate",
     "tokens_per_second",

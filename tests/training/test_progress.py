@@ -32,6 +32,7 @@ GOLDEN_TAGS = [
     "train/exposed_communication",
     "train/grad_norm",
     "train/learning_rate",
+    "train/load_balancing_loss",
     "train/loss",
     "train/memory_bytes",
     "train/mtp_loss",
@@ -65,6 +66,8 @@ def test_the_line() -> None:
     assert progress.line(metrics(40)) == (
         "step  40/100 | loss 2.3457 | grad norm 0.500 | lr 3.00e-03 | 12,346 tokens/s | 1.50 GiB | ETA 2m00s"
     )
+    besides = progress.line(metrics(40, mtp_loss=3.5, load_balancing_loss=1.01))
+    assert "| loss 2.3457 | further tokens 3.5000 | load balancing 1.0100 | grad norm" in besides
     assert progress.line(metrics(40, skipped=True)).endswith("| step skipped: gradients not finite")
 
 
@@ -180,7 +183,7 @@ def test_tensorboard_files_hold_every_tag(tmp_path: Path) -> None:
 
     log = MetricsLog(folder=None, tensorboard=tmp_path)
     log.write(metrics(1))
-    log.write(metrics(2, loss=1.5, mtp_loss=2.5))  # a step without further tokens has no such point
+    log.write(metrics(2, loss=1.5, mtp_loss=2.5, load_balancing_loss=1.0))  # other steps have no such points
     log.write(ValidationMetrics(step=2, loss=1.6, num_tokens=10))
     log.close()
     events = EventAccumulator(str(tmp_path)).Reload()
