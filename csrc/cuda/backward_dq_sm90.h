@@ -3,6 +3,7 @@
 // two consumer warpgroups of 64 queries each keep dQ in registers.
 #pragma once
 #include "cuda/gradients.h"
+#include "cuda/hopper_launch.h"
 #include "cuda/panels.h"
 
 namespace mls::cuda {
@@ -52,6 +53,8 @@ struct HopperDqShared {
 struct HopperDqLaunch {
   BackwardParams params;
   TensorMap q, k, v, dout;
+  template <class T>
+  bool describe();  // makes the maps; false where CUDA cannot
 };
 
 // What a block works on.
@@ -205,21 +208,27 @@ attention_backward_dq_sm90(const MLS_GRID_CONSTANT HopperDqLaunch launch) {
   if constexpr (kCompilesSm90a) dq_block_sm90<T>(launch, memory);
 }
 
-// Null, or what is wrong.
 template <class T>
-const char* launch_dq_sm90(const BackwardParams& params, void* stream) {
+bool HopperDqLaunch::describe() {
   const auto& shape = params.shape;
   const ElementType type = params.element_type;
   const int64_t queries[] = {shape.head_dim, shape.num_queries, shape.num_heads, shape.batch};
   const int64_t keys[] = {shape.head_dim, shape.num_keys, shape.num_kv_heads, shape.batch};
+  return make_tensor_map(&q, params.q, queries, type, T::kQueries) &&
+         make_tensor_map(&dout, params.dout, queries, type, T::kQueries) &&
+         make_tensor_map(&k, params.k, keys, type, T::kKeys) &&
+         make_tensor_map(&v, params.v, keys, type, T::kKeys);
+}
+
+// Null, or what is wrong.
+template <class T>
+const char* launch_dq_sm90(const BackwardParams& params, void* stream) {
+  const auto& shape = params.shape;
   HopperDqLaunch arguments{params, {}, {}, {}, {}};
-  const bool described = make_tensor_map(&arguments.q, params.q, queries, type, T::kQueries) &&
-                         make_tensor_map(&arguments.dout, params.dout, queries, type, T::kQueries) &&
-                         make_tensor_map(&arguments.k, params.k, keys, type, T::kKeys) &&
-                         make_tensor_map(&arguments.v, params.v, keys, type, T::kKeys);
-  if (!described) return "CUDA described q, k, v and dout for dk and dv, and not for dq";
   const Dim3 blocks((shape.num_queries + T::kQueries - 1) / T::kQueries, shape.num_heads, shape.batch);
-  return launch(&attention_backward_dq_sm90<T>, blocks, T::kThreads, T::kSharedBytes, stream, arguments);
+  const char* failure = "CUDA described q, k, v and dout for dk and dv, and not for dq";
+  launch_hopper<T>(&attention_backward_dq_sm90<T>, blocks, T::kSharedBytes, stream, arguments, &failure);
+  return failure;
 }
 
 }  // namespace mls::cuda

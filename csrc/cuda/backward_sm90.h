@@ -9,6 +9,7 @@
 // dV, the store of dQ beside dK, and each consumer beside the other.
 #pragma once
 #include "cuda/backward_sm90_tiles.h"
+#include "cuda/hopper_launch.h"
 
 namespace mls::cuda {
 
@@ -246,35 +247,32 @@ inline BackwardParams queries_from(const BackwardParams& params, int64_t first_q
   return part;
 }
 
-// False where CUDA cannot describe the tensors: other kernels then take them.
 template <class T>
-bool describe(HopperBackwardLaunch& arguments) {
-  const BackwardParams& params = arguments.params;
+bool HopperBackwardLaunch::describe() {
   const auto& shape = params.shape;
   const int64_t queries[] = {shape.head_dim, shape.num_queries, shape.num_heads, shape.batch};
   const int64_t keys[] = {shape.head_dim, shape.num_keys, shape.num_kv_heads, shape.batch};
   const ElementType type = params.element_type;
-  return make_tensor_map(&arguments.q, params.q, queries, type, T::kQueries) &&
-         make_tensor_map(&arguments.dout, params.dout, queries, type, T::kQueries) &&
-         make_tensor_map(&arguments.k, params.k, keys, type, T::kKeys) &&
-         make_tensor_map(&arguments.v, params.v, keys, type, T::kKeys) &&
-         (!T::kWithDq || make_tensor_map(&arguments.dq, params.dq, queries, T::kQueries));
+  return make_tensor_map(&q, params.q, queries, type, T::kQueries) &&
+         make_tensor_map(&dout, params.dout, queries, type, T::kQueries) &&
+         make_tensor_map(&k, params.k, keys, type, T::kKeys) &&
+         make_tensor_map(&v, params.v, keys, type, T::kKeys) &&
+         (!T::kWithDq || make_tensor_map(&dq, params.dq, queries, T::kQueries));
 }
 
-// False, and nothing has been launched, where CUDA cannot describe the tensors or has no code of this kernel.
+// As launch_hopper, in as many launches as a block's shared memory makes necessary.
 template <class T>
 bool launch_backward_sm90(const BackwardParams& params, void* stream, const char** failure) {
-  static const bool has_code = has_sm90a_code(&attention_backward_sm90<T>);
-  if (!has_code) return false;
   constexpr int64_t kMost = static_cast<int64_t>(T::kMaxTiles) * T::kQueries;
   const auto& shape = params.shape;
   const Dim3 blocks((shape.num_keys + T::kKeys - 1) / T::kKeys, shape.num_kv_heads, shape.batch);
   *failure = nullptr;
   for (int64_t first = 0; first < shape.num_queries && *failure == nullptr; first += kMost) {
     HopperBackwardLaunch arguments{queries_from(params, first, kMost), {}, {}, {}, {}, {}};
-    if (!describe<T>(arguments)) return false;  // alignment decides: if at all, then already the first time
-    *failure = launch(&attention_backward_sm90<T>, blocks, T::kThreads, HopperBackwardShared<T>::kBytes,
-                      stream, arguments);
+    // Alignment decides: if at all, then it is false already the first time.
+    if (!launch_hopper<T>(&attention_backward_sm90<T>, blocks, HopperBackwardShared<T>::kBytes, stream,
+                          arguments, failure))
+      return false;
   }
   return true;
 }

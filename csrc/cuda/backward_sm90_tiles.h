@@ -102,6 +102,8 @@ struct HopperBackwardShared {
 struct HopperBackwardLaunch {
   BackwardParams params;
   TensorMap q, k, v, dout, dq;
+  template <class T>
+  bool describe();  // makes the maps; false where CUDA cannot
 };
 
 // What a block works on: keys of one key/value head, and the query tiles that a band lets see them.

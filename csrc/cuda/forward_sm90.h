@@ -4,6 +4,7 @@
 // warpgroups, 64 queries each, multiply by wgmma. A consumer issues the scores of tile j, then the output of
 // tile j - 1, and computes the softmax of tile j while the latter runs.
 #pragma once
+#include "cuda/hopper_launch.h"
 #include "cuda/panels.h"
 #include "cuda/softmax.h"
 
@@ -39,6 +40,8 @@ struct HopperForwardTraits {
 struct HopperForwardLaunch {
   ForwardParams params;
   TensorMap q, k, v;
+  template <class T>
+  bool describe();  // makes the maps; false where CUDA cannot
 };
 
 // A tile is `full` once its copy has landed, and `empty` once every consumer warp is done with it.
@@ -267,26 +270,25 @@ attention_forward_sm90(const MLS_GRID_CONSTANT HopperForwardLaunch launch) {
   if constexpr (kCompilesSm90a) forward_block_sm90<T>(launch, memory);
 }
 
-// False where CUDA cannot describe the tensors or has no code of this kernel: other kernels then take them.
+template <class T>
+bool HopperForwardLaunch::describe() {
+  const auto& shape = params.shape;
+  const ElementType type = params.element_type;
+  return make_tensor_map(&q, params.q, {shape.head_dim, shape.num_queries, shape.num_heads, shape.batch},
+                         type, T::kQueries) &&
+         make_tensor_map(&k, params.k, {shape.head_dim, shape.num_keys, shape.num_kv_heads, shape.batch},
+                         type, T::kKeys) &&
+         make_tensor_map(&v, params.v, {shape.value_dim, shape.num_keys, shape.num_kv_heads, shape.batch},
+                         type, T::kKeys);
+}
+
+// As launch_hopper.
 template <class T>
 bool launch_forward_sm90(const ForwardParams& params, void* stream, const char** failure) {
-  static const bool has_code = has_sm90a_code(&attention_forward_sm90<T>);
-  if (!has_code) return false;
   const auto& shape = params.shape;
   HopperForwardLaunch arguments{params, {}, {}, {}};
-  const bool described = make_tensor_map(&arguments.q, params.q,
-                                         {shape.head_dim, shape.num_queries, shape.num_heads, shape.batch},
-                                         params.element_type, T::kQueries) &&
-                         make_tensor_map(&arguments.k, params.k,
-                                         {shape.head_dim, shape.num_keys, shape.num_kv_heads, shape.batch},
-                                         params.element_type, T::kKeys) &&
-                         make_tensor_map(&arguments.v, params.v,
-                                         {shape.value_dim, shape.num_keys, shape.num_kv_heads, shape.batch},
-                                         params.element_type, T::kKeys);
-  if (!described) return false;
   const Dim3 blocks((shape.num_queries + T::kQueries - 1) / T::kQueries, shape.num_heads, shape.batch);
-  *failure = launch(&attention_forward_sm90<T>, blocks, T::kThreads, T::kSharedBytes, stream, arguments);
-  return true;
+  return launch_hopper<T>(&attention_forward_sm90<T>, blocks, T::kSharedBytes, stream, arguments, failure);
 }
 
 }  // namespace mls::cuda

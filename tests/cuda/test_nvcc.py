@@ -20,6 +20,7 @@ import pytest
 
 from megatron_lightseq.kernels.cuda import HEAD_DIMS
 from tests.cuda.emulator import CSRC
+from tests.cuda.roles import roles
 
 ARCHITECTURES = ("80", "90a")
 LATER = "120"
@@ -216,3 +217,40 @@ def test_hopper_gradients_use_its_tensor_cores(compiled: dict[tuple[str, str], C
             assert unwanted not in function, f"{name} has {unwanted}"
     # Each in two element types.
     assert seen == {(head_dim, kernel): 2 for head_dim in (64, 128) for kernel in ("all", "keys", "dq")}
+
+
+@pytest.mark.parametrize("source", ["forward_sm90_bf16.cu", "forward_sm90_fp16.cu", "backward_sm90.cu"])
+def test_roles_keep_within_the_registers_they_ask_for(
+    compiled: dict[tuple[str, str], Compiled], source: str
+) -> None:
+    functions = sass(compiled[source, "90a"].object_file).split("Function : ")[1:]
+    assert functions
+    for function in functions:
+        found = roles(function)
+        assert sorted(role.gives for role in found) == [False, True], function.split()[0]
+        for role in found:
+            assert 0 < role.used <= role.allowed, function.split()[0]
+
+
+SNIPPET = """
+    /*0000*/   @P0 BRA 0x50 ;
+    /*0010*/   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8 ;
+    /*0020*/   HGMMA.64x128x16.F32.BF16 R24, R152, gdesc[UR8], R24 ;
+    /*0030*/   @!P1 BRA 0x90 ;
+    /*0040*/   EXIT ;
+    /*0050*/   USETMAXREG.DEALLOC.CTAPOOL 0x28 ;
+    /*0060*/   LDG.E.128 R8, desc[UR4][R30.64] ;
+    /*0070*/   BRA P2, 0x60 ;
+    /*0080*/   EXIT ;
+    /*0090*/   IMAD.WIDE R200, R3, 0x4, R6 ;
+    /*00a0*/   BRA 0x20 ;
+"""
+
+
+def test_registers_are_counted_by_what_a_role_can_reach() -> None:
+    taking, giving = roles(SNIPPET)
+    assert (taking.gives, taking.allowed, taking.used) == (False, 232, 202)  # by way of the end of the code
+    assert (giving.gives, giving.allowed, giving.used) == (True, 40, 32)
+    longer = SNIPPET.replace("@!P1 BRA 0x90", "EXIT")
+    assert roles(longer)[0].used == 156  # the four registers from R152 on
+    assert roles(longer.replace("R8,", "R40,"))[1].used == 44
