@@ -9,12 +9,14 @@ something; of eight processes on two cores only work, bytes and memory do, and t
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from megatron_lightseq.compare.job import Job
+from megatron_lightseq.compare.launch import measure
 from megatron_lightseq.compare.longest import longest_sequence
 from megatron_lightseq.compare.predict.model import A100_CLUSTER, PAPER_LIGHTSEQ, iteration_seconds, play
 from megatron_lightseq.compare.predict.published import (
@@ -27,16 +29,22 @@ from megatron_lightseq.compare.predict.published import (
     TABLE_5_KEPT,
     Cell,
 )
-from megatron_lightseq.compare.run import common_config, run_comparison
-from megatron_lightseq.compare.systems import SYSTEMS
+from megatron_lightseq.compare.run import VOCAB_SIZE, common_config, run_comparison
+from megatron_lightseq.compare.systems import SYSTEMS, TILES
 from megatron_lightseq.compare.tables import Comparison, Figures
 from megatron_lightseq.config import parse_config, with_values
+from megatron_lightseq.config.accounting import hardware_flops
+from megatron_lightseq.hosts import Cluster
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.schedule import METHODS, Direction, Method, build, simulate
 
 _K, _MIB = 1024, 2**20
 MEMORY_BUDGET = 128 * _MIB
 """Per rank, beyond Python and its libraries, for row 2."""
+_LONGEST = 64 * _K
+"""Where row 2 stops looking: a step of twice that takes eight processes on two cores many minutes."""
+_GROWTH_LENGTHS = (8 * _K, 16 * _K)
+"""Tokens between which row 2 measures how memory grows: past what a tile takes."""
 _CURVE = (2, 3, 4, 5, 8, 16, 32)
 _RECOMPUTE_LENGTHS = (1024, 2048, 4096, 8192, 16384)
 """Tokens per rank of row 5. The paper goes on to 32K, which would take minutes a step here."""
@@ -151,31 +159,83 @@ def longest(shop: Workshop) -> list[Row]:
     rows = []
     for name, paper in (("llama-2h", "8x (TP+DP), 4x (TP+PP)"), ("llama-4h", "4x (TP+DP), 2x (TP+PP)")):
         job = replace(shop.job(name, 8), memory_budget_bytes=MEMORY_BUDGET)
-        base = _fits(shop, replace(job, system="megatron-tp-pp"), 2 * _K)
-        ours = _fits(shop, job, 2 * _K)
-        here = (
-            f"{ours / base:.2g}x: {ours // _K}K against {base // _K}K"
-            if base
-            else f"{ours // _K}K against none"
+        base, ours, whole = (
+            _fits(shop, job, system) for system in ("megatron-tp-pp", "lightseq-tiles", "lightseq")
         )
-        if name == "llama-2h":
-            padded = SYSTEMS["megatron-tp-sp"].configure(job.common, 8).model.num_attention_heads
-            fits = _fits(shop, replace(job, system="megatron-tp-sp"), 2 * _K)
-            here += f"; Megatron TP+SP with 2 heads padded to {padded}: {fits // _K}K, at {padded / 2:.0f}x the work"
+        here = f"{_ratio(ours, base)}: {_length(ours)} against {_length(base)}"
+        here += f"; without tiles {_length(whole)}"
         rows.append(
             Row(
                 row="2",
-                what=f"longest sequence, {name}, {MEMORY_BUDGET // _MIB} MiB a rank, against Megatron TP+PP",
+                what=f"longest sequence, {name}, {MEMORY_BUDGET // _MIB} MiB a rank, MLP and loss in tiles, against "
+                "Megatron TP+PP",
                 paper=paper,
-                here=here,
-                note="8 processes; the limit is RLIMIT_DATA, lengths are 2K, 3K, 4K, 6K, 8K and so on",
+                here=here + (_on_equal_terms(shop, job) if name == "llama-2h" else ""),
+                note="8 processes; the limit is RLIMIT_DATA, lengths are 2K, 3K, 4K, 6K and so on to "
+                f"{_length(_LONGEST)}. All with full recompute; Megatron with sequence parallelism and torch's fused "
+                f"attention; LightSeq with tiles of {TILES['mlp_tile_tokens']} tokens, which Megatron lacks and "
+                f"which add {_added_operations(job):.1%} to its operations",
             )
         )
     return rows
 
 
-def _fits(shop: Workshop, job: Job, start: int) -> int:
-    return longest_sequence(job, start=start, limit=128 * _K, halvings=1, report=shop.report).fits
+def _on_equal_terms(shop: Workshop, job: Job) -> str:
+    """What tensors take where tiles are given to neither or to both, and what padding Megatron's heads buys."""
+    growth = {
+        system: _bytes_per_token(shop, job, system) / _K
+        for system in ("lightseq", "megatron-tp-pp", "lightseq-tiles", "megatron-tp-pp-tiles")
+    }
+    lent, wide = (_fits(shop, job, system) for system in ("megatron-tp-pp-tiles", "megatron-tp-sp"))
+    padded = SYSTEMS["megatron-tp-sp"].configure(job.common, 8).model.num_attention_heads
+    return (
+        f"; tensors of the fullest rank grow by {growth['lightseq']:.2f} KiB a token against "
+        f"{growth['megatron-tp-pp']:.2f} without tiles, {growth['lightseq-tiles']:.2f} against "
+        f"{growth['megatron-tp-pp-tiles']:.2f} were ours lent to Megatron ({_length(lent)}); Megatron TP+SP with 2 "
+        f"heads padded to {padded}: {_length(wide)}, at {padded / 2:.0f}x the work"
+    )
+
+
+def _bytes_per_token(shop: Workshop, job: Job, system: str) -> float:
+    """By how much the peak of the fullest rank's tensors grows with each token of the sequence."""
+    peaks = []
+    for tokens in _GROWTH_LENGTHS:
+        common = with_values(job.common, seq_length=tokens)
+        outcome = measure(
+            replace(
+                job, system=system, common=common, memory_budget_bytes=None, steps=1, profile_memory=True
+            ),
+            Cluster(),
+        )
+        peaks.append(max((rank.peak_tensor_bytes or 0 for rank in outcome.ranks), default=math.nan))
+        shop.report(f"{system}: tensors of {peaks[-1] / _MIB:.1f} MiB at {tokens} tokens")
+    return (peaks[1] - peaks[0]) / (_GROWTH_LENGTHS[1] - _GROWTH_LENGTHS[0])
+
+
+def _fits(shop: Workshop, job: Job, system: str) -> int:
+    wanted = replace(job, system=system)
+    return longest_sequence(wanted, start=2 * _K, limit=_LONGEST, halvings=1, report=shop.report).fits
+
+
+def _length(tokens: int) -> str:
+    if tokens == 0:
+        return "none"
+    return f"{tokens // _K}K" if tokens < _LONGEST else f"at least {tokens // _K}K"
+
+
+def _ratio(ours: int, theirs: int) -> str:
+    if theirs == 0:
+        return "no ratio"
+    return f"{'at least ' if ours >= _LONGEST else ''}{ours / theirs:.2g}x"
+
+
+def _added_operations(job: Job) -> float:
+    """What tiles add to the operations of a LightSeq rank, of all that it executes."""
+    tiled, whole = (
+        hardware_flops(SYSTEMS[system].configure(job.common, job.world_size), VOCAB_SIZE)
+        for system in ("lightseq-tiles", "lightseq")
+    )
+    return tiled / whole - 1
 
 
 def against_rsa(shop: Workshop) -> list[Row]:

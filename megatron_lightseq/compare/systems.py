@@ -27,6 +27,11 @@ NO_RECOMPUTE: Mapping[str, Any] = {
     "recompute_num_layers": None,
 }
 
+TILES: Mapping[str, Any] = {"mlp_tile_tokens": 512, "loss_tile_tokens": 512}
+"""Small enough that a tile's logits and MLP do not count beside the rest of a rank's memory."""
+NO_TILES: Mapping[str, Any] = dict.fromkeys(TILES)
+"""Megatron as its users run it: tiles are ours."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class System:
@@ -115,6 +120,7 @@ def _megatron(tensor: Literal["all", "some", "none"]) -> Callable[[PretrainConfi
             "context_parallel_size": 1,
             "tensor_model_parallel_size": size,
             "pipeline_model_parallel_size": world_size // size,
+            **NO_TILES,
         }
 
     return changes
@@ -140,7 +146,12 @@ def _sequence_parallel(
 
 
 def _context_parallel(_: PretrainConfig, world_size: int) -> Mapping[str, Any]:
-    return {"cp_method": "megatron", "cp_layout": "zigzag", "context_parallel_size": world_size}
+    return {
+        "cp_method": "megatron",
+        "cp_layout": "zigzag",
+        "context_parallel_size": world_size,
+        **NO_TILES,
+    }
 
 
 def _with(
@@ -193,6 +204,13 @@ SYSTEMS: Mapping[str, System] = {
             min_ranks=4,
         ),
         System(
+            name="megatron-tp-pp-tiles",
+            title="Megatron TP+PP with our tiles",
+            attention="sdpa",
+            changes=_with(_sequence_parallel("some"), TILES),
+            min_ranks=4,
+        ),
+        System(
             name="megatron-cp",
             title="Megatron CP (Transformer Engine)",
             attention="transformer_engine",
@@ -206,6 +224,11 @@ SYSTEMS: Mapping[str, System] = {
             name="lightseq-plain-recompute",
             title="LightSeq, attention recomputed",
             changes=_ours("lightseq", keep_attention_on_recompute=False),
+        ),
+        System(
+            name="lightseq-tiles",
+            title="LightSeq, MLP and loss in tiles",
+            changes=_ours("lightseq", **TILES),
         ),
         System(
             name="lightseq-no-overlap",
@@ -227,7 +250,9 @@ def choose(names: str, world_size: int) -> list[System]:
         return [
             system
             for system in SYSTEMS.values()
-            if system.min_ranks <= world_size and not (system.name.startswith("lightseq-"))
+            if system.min_ranks <= world_size
+            and not system.name.startswith("lightseq-")
+            and not system.name.endswith("-tiles")
         ]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in SYSTEMS]

@@ -6,6 +6,7 @@ Megatron's rotary modules give each context-parallel rank its zigzag chunks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,12 +67,7 @@ class LayoutRotaryEmbedding(torch.nn.Module):
                 )
         key = (max_seq_len, offset)
         if key not in self._shards:
-            # Megatron leaves the angles of packed sequences whole: the way, in every version, to get them uncut.
-            embedding = self.rotary(max_seq_len, offset, packed_seq=True)
-            if isinstance(embedding, tuple):  # YaRN: (angles, scale)
-                self._shards[key] = (self._cut(embedding[0]), *embedding[1:])
-            else:
-                self._shards[key] = self._cut(embedding)
+            self._shards[key] = self._angles(max_seq_len, offset)
         return self._shards[key]
 
     def get_cached_cos_sin(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,9 +81,28 @@ class LayoutRotaryEmbedding(torch.nn.Module):
             )
         )
 
-    def _cut(self, angles: torch.Tensor) -> torch.Tensor:
-        shard: torch.Tensor = self.layout.shard(angles, self.rank, 0)
-        return shard.contiguous()
+    def _angles(self, max_seq_len: int, offset: int) -> Any:
+        """Asks for those of this rank's chunks, one by one: the whole sequence's would be cp_size times as many."""
+        self.layout.check_length(max_seq_len)
+        chunks = [
+            self.layout.chunk_positions(chunk, max_seq_len) for chunk in self.layout.chunks_of(self.rank)
+        ]
+        if any(chunk.step != 1 for chunk in chunks):  # stripes: Megatron counts by one only
+            return self._join(
+                [self._uncut(max_seq_len, offset)], lambda x: self.layout.shard(x, self.rank, 0)
+            )
+        return self._join([self._uncut(len(chunk), offset + chunk.start) for chunk in chunks])
+
+    def _uncut(self, length: int, offset: int) -> Any:
+        # Megatron leaves the angles of packed sequences whole: the way, in every version, to get them uncut.
+        return self.rotary(length, offset, packed_seq=True)
+
+    @staticmethod
+    def _join(parts: list[Any], select: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Any:
+        """Parts one after another, each the angles or, from YaRN, (angles, scale)."""
+        if isinstance(parts[0], tuple):
+            return (select(torch.cat([angles for angles, *_ in parts])).contiguous(), *parts[0][1:])
+        return select(torch.cat(parts)).contiguous()
 
 
 def adopt_rotary(model: torch.nn.Module, layout: SequenceLayout, rank: int) -> int:

@@ -73,6 +73,20 @@ def test_unknown_systems_are_named() -> None:
     assert "megatron-tp-pp" in [system.name for system in choose("all", 4)]
 
 
+def test_megatron_has_tiles_only_where_they_are_lent_to_it() -> None:
+    asked = with_values(COMMON, mlp_tile_tokens=64, loss_tile_tokens=64, num_layers=4)
+
+    def tiles(name: str) -> tuple[int | None, int | None]:
+        recompute = SYSTEMS[name].configure(asked, 4).recompute
+        return recompute.mlp_tile_tokens, recompute.loss_tile_tokens
+
+    assert tiles("lightseq") == (64, 64)
+    assert tiles("lightseq-tiles") == tiles("megatron-tp-pp-tiles") == (512, 512)
+    for name in ("megatron-tp-sp", "megatron-tp-sp-stored", "megatron-tp", "megatron-pp", "megatron-tp-pp"):
+        assert tiles(name) == (None, None)
+    assert not [system.name for system in choose("all", 4) if system.name.endswith("-tiles")]
+
+
 @pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--steps", "0"], ["--baseline", "warp"]])
 def test_wrong_flags_are_refused(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match="counts are 1 or more"):

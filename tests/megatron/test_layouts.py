@@ -99,6 +99,26 @@ def test_angles_follow_the_layout(kind: str, name: str) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("name", "chunks"), [("contiguous", 1), ("zigzag", 2)])
+def test_no_rank_computes_the_angles_of_others(name: str, chunks: int) -> None:
+    """At a million tokens those of the whole sequence would take 512 MiB a rank, with heads of 128."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    from megatron_lightseq.megatron.rope import LayoutRotaryEmbedding
+
+    asked: list[int] = []
+
+    class Counting(RotaryEmbedding):
+        def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Any:
+            asked.append(max_seq_len)
+            return super().forward(max_seq_len, *args, **kwargs)
+
+    rotary = Counting(8, rotary_percent=1.0, use_cpu_initialization=True)
+    LayoutRotaryEmbedding(rotary, SequenceLayout(name, 4), 1)(LENGTH)
+    assert asked == [LENGTH // 4 // chunks] * chunks
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_rotary_embeddings_that_cut_themselves_are_refused() -> None:
     from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 

@@ -141,13 +141,14 @@ def megatron_rope() -> Callable[[], None]:
     from megatron_lightseq.layout import SequenceLayout
     from megatron_lightseq.megatron import rope
 
-    cut = rope.LayoutRotaryEmbedding._cut
+    angles = rope.LayoutRotaryEmbedding._angles
 
-    def zigzag(self: Any, angles: Any) -> Any:
-        return SequenceLayout.zigzag(self.layout.cp_size).shard(angles, self.rank, 0).contiguous()
+    def zigzag(self: Any, *args: Any) -> Any:
+        self.layout = SequenceLayout.zigzag(self.layout.cp_size)
+        return angles(self, *args)
 
-    rope.LayoutRotaryEmbedding._cut = zigzag
-    return lambda: setattr(rope.LayoutRotaryEmbedding, "_cut", cut)
+    rope.LayoutRotaryEmbedding._angles = zigzag
+    return lambda: setattr(rope.LayoutRotaryEmbedding, "_angles", angles)
 
 
 def local_average_loss() -> Callable[[], None]:
