@@ -81,11 +81,14 @@ def _in_tiles(config: PretrainConfig, tile_tokens: int | None) -> bool:
 
 
 def _attention_products(config: PretrainConfig) -> float:
-    """Multiplications of queries by keys and of probabilities by values, for a token of mean position."""
-    model = config.model
-    return (
-        config.training.seq_length / 2 * model.num_attention_heads * (model.head_dim + model.value_head_dim)
-    )
+    """Multiplications of queries by keys and of probabilities by values, for a token of mean position and layer."""
+    model, length = config.model, config.training.seq_length
+    seen = length / 2
+    if model.window_size:
+        window = min(model.window_size[0] + 1, length)
+        in_windows = window - window**2 / (2 * length)
+        seen += (in_windows - seen) * model.num_window_layers / model.num_layers
+    return seen * model.num_attention_heads * (model.head_dim + model.value_head_dim)
 
 
 def _attention_weights(config: PretrainConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_lightseq.config.flat import with_values
 from megatron_lightseq.config.sections import PretrainConfig
+from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import Choice, Direction, TensorShape, rank_methods
 from megatron_lightseq.schedule.choose import CHOSEN_LAYOUTS
 
@@ -21,6 +22,12 @@ def attention_shape(config: PretrainConfig) -> TensorShape:
     )
 
 
+def attention_mask(config: PretrainConfig) -> Mask:
+    """What queries see: of windows, in the layers that have one."""
+    size = config.model.window_size
+    return Mask.causal() & Mask.window(*size) if size else Mask.causal()
+
+
 def ranked(config: PretrainConfig) -> list[Choice]:
     """All choices for this configuration, best first; on its layout where it names one."""
     context = config.context
@@ -29,6 +36,7 @@ def ranked(config: PretrainConfig) -> list[Choice]:
         config.parallel.context_parallel_size,
         attention_shape(config),
         config.training.seq_length,
+        mask=attention_mask(config),
         network=context.network,
         layouts=layouts,
     )

@@ -100,8 +100,6 @@ MEGATRON_SPELLINGS: dict[str, Spelling] = {
     "moe_shared_expert_overlap": _refused("Remove it: the shared expert runs before the others"),
     "moe_permute_fusion": _refused(_FUSION),
     "rope_type": _refused("Remove it: latent attention is given plain RoPE"),
-    "window_size": _refused("Use it in a program of your own, whose windows attention honours"),
-    "softmax_type": _refused("Use it in a program of your own: this recipe trains with the plain softmax"),
     "use_torch_fsdp2": _refused("Use use_distributed_optimizer"),
     "use_megatron_fsdp": _refused("Use use_distributed_optimizer"),
     "data_parallel_size": _refused(_RANKS),

@@ -1,11 +1,11 @@
-"""Rules on what a model may have beside the plain decoder: latent attention, multi-token prediction, experts."""
+"""Rules on what a model may have beside the plain decoder: windows, latent attention, further tokens, experts."""
 
 from __future__ import annotations
 
 from megatron_lightseq.config.rules import Machine, RuleBook
 from megatron_lightseq.config.sections import ExpertsConfig, ModelConfig, PretrainConfig
 
-LATENT, MULTI_TOKEN, EXPERTS = RuleBook(), RuleBook(), RuleBook()
+WINDOWS, LATENT, MULTI_TOKEN, EXPERTS = RuleBook(), RuleBook(), RuleBook(), RuleBook()
 
 _LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _EXPERT_KEYS = (
@@ -17,6 +17,42 @@ _EXPERT_KEYS = (
     "moe_shared_expert_intermediate_size",
     "moe_grouped_gemm",
 )
+
+
+# --- windows ----------------------------------------------------------------------------------------------------
+
+
+@WINDOWS.rule(
+    "window_size",
+    text="a window counts tokens back and tokens ahead, and a causal model's counts none ahead",
+    remedy="Write for example window_size: [1023, 0], or remove it",
+)
+def window_is_causal(c: PretrainConfig, _: Machine) -> bool:
+    size = c.model.window_size
+    return not size or (len(size) == 2 and size[0] >= 0 and size[1] == 0)
+
+
+@WINDOWS.rule(
+    "window_attn_skip_freq",
+    "window_size",
+    "num_layers",
+    text="window_attn_skip_freq says which layers do without the window of window_size, which some must have",
+    remedy="Set window_size and a window_attn_skip_freq of 2 or more, or remove window_attn_skip_freq",
+)
+def skipped_windows_are_there(c: PretrainConfig, _: Machine) -> bool:
+    return c.model.window_attn_skip_freq is None or c.model.num_window_layers > 0
+
+
+@WINDOWS.rule(
+    "cp_kernel",
+    "window_size",
+    "context_parallel_size",
+    text="windows cut tiles into bands, of which sdpa knows none, and flash_attn those on one rank",
+    remedy="Set cp_kernel to auto",
+)
+def kernel_knows_windows(c: PretrainConfig, _: Machine) -> bool:
+    unknown = ("sdpa",) if c.parallel.context_parallel_size == 1 else ("sdpa", "flash_attn")
+    return not c.model.window_size or c.context.cp_kernel not in unknown
 
 
 # --- multi-latent attention -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Literal
 from megatron_lightseq.schedule.network import Network
 
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
+SoftmaxType = Literal["vanilla", "off-by-one", "learnable"]
 Normalization = Literal["RMSNorm", "LayerNorm"]
 Backend = Literal["auto", "nccl", "gloo"]
 CPMethod = Literal[
@@ -82,6 +83,12 @@ class ModelConfig:
     """Biases in all linear layers (Megatron's --disable-bias-linear is --no-add-bias-linear)."""
     qk_layernorm: bool = False
     """Normalise queries and keys per head before attention."""
+    window_size: tuple[int, ...] = ()
+    """Sliding window: tokens back and ahead that a query sees, e.g. [1023, 0]; empty: all before it."""
+    window_attn_skip_freq: int | None = None
+    """With window_size: every so many layers, one sees all tokens before; null: none does."""
+    softmax_type: SoftmaxType = "vanilla"
+    """off-by-one: every row has one more logit, 0, of a key without value; learnable: a trained one a head (sinks)."""
     attention_dropout: float = 0.0
     """Dropout on attention probabilities; must be 0 with context parallelism."""
     hidden_dropout: float = 0.0
@@ -106,6 +113,14 @@ class ModelConfig:
     """Layers that predict one further token each, beside the next (MTP); null: none."""
     mtp_loss_scaling_factor: float = 0.1
     """With MTP: weight of the further tokens' mean loss beside the next token's."""
+
+    @property
+    def num_window_layers(self) -> int:
+        """Number of layers that see a window only."""
+        if not self.window_size:
+            return 0
+        skipped = self.num_layers // self.window_attn_skip_freq if self.window_attn_skip_freq else 0
+        return self.num_layers - skipped
 
     @property
     def head_dim(self) -> int:

@@ -60,6 +60,8 @@ def describe(key: str) -> str:
     annotation = key_types()[key]
     if is_list(key):
         (item, _) = get_args(annotation)
+        if item is int:
+            return "a list of integers"
         return f"a list of {' | '.join(get_args(item)) if get_origin(item) is Literal else _WORDS[item]}"
     parts = [part for part in _alternatives(annotation) if part is not NoneType]
     words = [
@@ -140,7 +142,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 def _understood(key: str, value: Any) -> Any:
     """What a raw value says for a key of this type; raises ValueError or YAMLError where it says nothing."""
     if is_list(key):
-        return _as_list(value)
+        return _as_integers(value) if get_args(key_types()[key])[0] is int else _as_list(value)
     if value is None and "null" in choices(key):  # a choice of that name
         return "null"
     if isinstance(value, str) and not choices(key) and str not in _alternatives(key_types()[key]):
@@ -158,6 +160,13 @@ def _as_list(value: Any) -> Any:
     return [dump_scalar(item) if type(item) in (int, float) else item for item in items]
 
 
+def _as_integers(value: Any) -> list[int]:
+    """A list of integers; flags may also be Megatron-LM's `1023,0` and `(1023, 0)`."""
+    items = value if isinstance(value, list | tuple) else [value]
+    texts = [part for item in items for part in str(item).strip("()[] ").split(",")]
+    return [int(text) for text in texts if text.strip() or len(texts) > 1]
+
+
 def _wrong_type(key: str, entry: Entry) -> str:
     near = nearest(str(entry.value), choices(key))
     remedy = f"Perhaps {near} was meant" if near else f"Write for example {key}: {_example(key)}"
@@ -171,6 +180,8 @@ def _example(key: str) -> str:
     if default is None:
         part = _alternatives(key_types()[key])[0]
         return {int: "1", float: "1.0", str: "name"}.get(part) or choices(key)[0]
+    if is_list(key) and get_args(key_types()[key])[0] is int:
+        return "[1, 0]"
     return dump_scalar(list(default) if isinstance(default, tuple) else default)
 
 

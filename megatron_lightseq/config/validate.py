@@ -5,10 +5,10 @@ from __future__ import annotations
 from megatron_lightseq.config.rules import Machine, Rule, broken, report
 from megatron_lightseq.config.rules_model import BOUNDS, CONTEXT, MODEL, PARALLEL
 from megatron_lightseq.config.rules_run import BATCH, CHECKPOINT, DATA, RECOMPUTE
-from megatron_lightseq.config.rules_variants import EXPERTS, LATENT, MULTI_TOKEN
+from megatron_lightseq.config.rules_variants import EXPERTS, LATENT, MULTI_TOKEN, WINDOWS
 from megatron_lightseq.config.sections import PretrainConfig
 
-_OF_TRAINING = (MODEL, LATENT, MULTI_TOKEN, EXPERTS, PARALLEL, CONTEXT, RECOMPUTE, BATCH)
+_OF_TRAINING = (MODEL, WINDOWS, LATENT, MULTI_TOKEN, EXPERTS, PARALLEL, CONTEXT, RECOMPUTE, BATCH)
 RELATIONS = (*_OF_TRAINING, DATA, CHECKPOINT)
 
 

@@ -290,18 +290,21 @@ def _softmax_offset(
         UnsupportedError: a softmax_type that is not known.
     """
     kind = getattr(config, "softmax_type", "vanilla")
-    heads = config.num_attention_heads // (1 if tensor_group is None else tensor_group.size())
+    rank, size = (0, 1) if tensor_group is None else (tensor_group.rank(), tensor_group.size())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "vanilla":
         return None
     if kind == "off-by-one":
-        return torch.zeros(heads, dtype=config.params_dtype, device=device)
+        return torch.zeros(config.num_attention_heads // size, dtype=config.params_dtype, device=device)
     if kind != "learnable":
         raise _refusal(f"softmax_type = {kind!r}", Option(verdict="refused", reason="it is not known"))
-    offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
-    set_tensor_model_parallel_attributes(offset, is_parallel=True, dim=0, stride=1)
+    # As Megatron's matrices: all are drawn, where it draws, and cut, so that every number of ranks has the same.
+    drawn_on = "cpu" if config.use_cpu_initialization else device
+    whole = torch.empty(config.num_attention_heads, dtype=config.params_dtype, device=drawn_on)
     if config.perform_initialization:
-        config.init_method(offset)
+        config.init_method(whole)
+    offset = torch.nn.Parameter(whole.chunk(size)[rank].to(device, copy=True))
+    set_tensor_model_parallel_attributes(offset, is_parallel=True, dim=0, stride=1)
     return offset
 
 

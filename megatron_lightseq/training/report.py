@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.config import PretrainConfig
-from megatron_lightseq.config.chosen import methods
+from megatron_lightseq.config.chosen import attention_mask, methods
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.schedule import Direction, build
 from megatron_lightseq.training.data.datasets import Corpora
@@ -61,6 +61,7 @@ def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, st
     if sizes.context > 1:
         overlap = "on" if config.context.cp_overlap else "off"
         attention += f", {training.layout.name} layout over {sizes.context} ranks, overlap {overlap}"
+    attention += _scores(config)
     tokens = sum(int(index.lengths.sum()) for index in corpora.indexes)
     entropy = "unknown" if corpora.entropy is None else f"{corpora.entropy:.3f} nats"
     batch = settings.seq_length * settings.global_batch_size
@@ -101,6 +102,13 @@ def _variants(config: PretrainConfig) -> str:
     if config.model.mtp_num_layers is not None:
         found += f", {config.model.mtp_num_layers} further token(s) predicted"
     return found
+
+
+def _scores(config: PretrainConfig) -> str:
+    model, found = config.model, ""
+    if model.window_size:
+        found += f", a window of {model.window_size[0]} tokens back in {model.num_window_layers} layers"
+    return found if model.softmax_type == "vanilla" else f"{found}, {model.softmax_type} softmax"
 
 
 def _expert_ranks(config: PretrainConfig) -> str:
@@ -180,7 +188,7 @@ def _write(
     if config.context.cp_method != "megatron":
         layout = SequenceLayout(config.context.layout_name, config.parallel.context_parallel_size)
         method = methods(config)[Direction.FORWARD]
-        schedule = build(method, layout, seq_length=config.training.seq_length)
+        schedule = build(method, layout, mask=attention_mask(config), seq_length=config.training.seq_length)
         draw_schedule(schedule, folder / SCHEDULE_PICTURE)
         written.append(("schedule", folder / SCHEDULE_PICTURE))
     return written

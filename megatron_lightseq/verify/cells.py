@@ -85,6 +85,10 @@ _MQA = {"num_query_groups": 1}
 _ONE_HEAD = {"num_attention_heads": 1, "num_query_groups": 1}
 _ODD_HEADS = {"num_attention_heads": 3, "num_query_groups": 3, "hidden_size": 48}
 _QK_NORM = {"qk_layernorm": True, "rotary_percent": 0.5}
+_WINDOW = {"window_size": (20, 0)}  # of 96 tokens: across two ranks in places, on four across three
+_SOME_WINDOWS = {"window_size": (40, 0), "window_attn_skip_freq": 2, "num_query_groups": 4}
+_OFF_BY_ONE = {"softmax_type": "off-by-one"}
+_SINKS = {"softmax_type": "learnable"}
 _GPT2 = {
     "position_embedding_type": "learned_absolute",
     "normalization": "LayerNorm",
@@ -160,6 +164,18 @@ CELLS: tuple[Cell, ...] = (
     _cell("qk norm cp2 zigzag", _cp(2, "zigzag"), _QK_NORM),
     _cell("gpt-2 tp2 cp2 lightseq", {**_TP2, **_cp(2, "lightseq")}, _GPT2),
     _cell("gpt-2 pp2 cp2 usp", {**_PP2, **_cp(2, "usp")}, _GPT2),
+    *(_cell(f"window cp2 {method}", _cp(2, method), _WINDOW) for method in _METHODS),
+    _cell("window cp4 zigzag, full recompute", {**_FULL, **_cp(4, "zigzag")}, _WINDOW),
+    _cell("window cp4 ring on stripes", _cp(4, "ring", cp_layout="striped"), _WINDOW),
+    _cell(
+        "windows but in every second layer, pp2 cp3 lightseq", {**_PP2, **_cp(3, "lightseq")}, _SOME_WINDOWS
+    ),
+    _cell("off-by-one cp2 mesh", _cp(2, "mesh"), _OFF_BY_ONE),
+    _cell("sinks cp2 lightseq, full recompute", {**_FULL, **_cp(2, "lightseq")}, _SINKS),
+    _cell("sinks tp2 sp cp2 ulysses", {**_TP2_SP, **_cp(2, "ulysses")}, _SINKS),
+    _cell("sinks cp4 usp", _cp(4, "usp"), _SINKS),
+    _cell("sinks cp2 rsa", _cp(2, "rsa"), _SINKS),
+    _cell("sinks and windows pp2 cp2 zigzag", {**_PP2, **_cp(2, "zigzag")}, {**_SINKS, **_SOME_WINDOWS}),
     _cell("average of averages dp2 cp2 mesh", _cp(2, "mesh"), _AVERAGE_OF_AVERAGES, data=2),
     _cell("experts cp2 lightseq", _cp(2, "lightseq"), _EXPERTS),
     _cell("experts ep2", _EP2, _EXPERTS, data=2),

@@ -1,7 +1,14 @@
 from __future__ import annotations
 
 from megatron_lightseq.config import PretrainConfig, with_values
-from megatron_lightseq.config.chosen import attention_shape, methods, ranked, with_chosen_layout
+from megatron_lightseq.config.accounting import step_flops
+from megatron_lightseq.config.chosen import (
+    attention_mask,
+    attention_shape,
+    methods,
+    ranked,
+    with_chosen_layout,
+)
 from megatron_lightseq.schedule import Direction
 
 AUTO = with_values(PretrainConfig(), cp_method="auto", context_parallel_size=4, num_query_groups=2, bf16=True)
@@ -37,3 +44,26 @@ def test_the_network_decides() -> None:
     slow = with_values(AUTO, cp_network="link=1Gbit/s")
     assert ranked(slow)[0].seconds > 2 * ranked(with_values(AUTO, cp_network="nvlink"))[0].seconds
     assert ranked(AUTO) == ranked(with_values(AUTO, cp_network="nvlink+100gbps")), "the default"
+
+
+def test_windows_are_weighed_and_counted() -> None:
+    """A window makes most tiles empty: less is predicted, and less arithmetic is counted."""
+    windows = with_values(AUTO, window_size=(AUTO.training.seq_length // 64, 0))
+    assert str(attention_mask(windows)) == f"window({AUTO.training.seq_length // 64},0)"
+    assert str(attention_mask(AUTO)) == "causal"
+    assert ranked(windows)[0].seconds < 0.5 * ranked(AUTO)[0].seconds
+
+
+def test_arithmetic_is_counted_layer_by_layer() -> None:
+    values = {"num_layers": 4, "seq_length": 1024, "context_parallel_size": 1}
+    plain, wide, narrow, some = (
+        step_flops(with_values(PretrainConfig(), **values, **more), 64)
+        for more in (
+            {},
+            {"window_size": (1023, 0)},
+            {"window_size": (7, 0)},
+            {"window_size": (7, 0), "window_attn_skip_freq": 2},
+        )
+    )
+    assert plain == wide > narrow
+    assert some == (plain + narrow) / 2

@@ -204,6 +204,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--kv-channels null": {},
     "--tokenizer-type null": {"tokenizer_type": "null"},
     "--disable-bias-linear": {},
+    "--window-size 127 0": {"window_size": (127, 0)},
+    "--window-size 127,0": {"window_size": (127, 0)},
+    "--window-size (127,0) --softmax-type off-by-one": {
+        "window_size": (127, 0),
+        "softmax_type": "off-by-one",
+    },
     "--recompute-activations": {"recompute_granularity": "selective"},
     "--no-overlap-p2p-communication": {"overlap_p2p_comm": False},
     "--group-query-attention --num-query-groups 2": {"num_query_groups": 2},
@@ -218,6 +224,9 @@ REFUSED_FLAGS: dict[str, str] = {
     "--num-layers --bf16": "num_layers '(no value)'",
     "--num-layers two": "num_layers must be an integer",
     "--num-layers true": "num_layers must be an integer",
+    "--window-size wide": "window_size must be a list of integers. Write for example window_size: [1, 0]",
+    "--window-size 1.5 0": "window_size",
+    "--softmax-type sinks": "softmax_type 'sinks'",
     "--bf16 1": "bf16 '1' (command line, --bf16): bf16 must be true or false",
     "--no-bf16=true": "--no-bf16=true on the command line: a negated switch takes no value. Write --no-bf16",
     "-n 2": "'-n' on the command line: flags have two dashes and a name",
@@ -316,6 +325,8 @@ def _values(key: str) -> st.SearchStrategy[Any]:
     if is_list(key):
         known = {"recompute_modules": ["core_attn", "layernorm", "mlp"], "cp_comm_type": ["p2p", "a2a+p2p"]}
         item = st.sampled_from(known[key]) if key in known else _TEXT
+        if key == "window_size":
+            item = st.integers()
         return st.lists(item, max_size=4).map(tuple)
     if choices(key):
         options: list[Any] = [*choices(key), *([None] if takes_null(key) else [])]

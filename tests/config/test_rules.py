@@ -22,6 +22,17 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
     "heads_divide_by_query_groups": ({"num_query_groups": 3}, Machine(), "num_query_groups that divides 8"),
     "rotary_dimension_is_even": ({"kv_channels": 31}, Machine(), "Use an even head dimension"),
     "positions_reach_seq_length": ({"max_position_embeddings": 4095}, Machine(), "at least 4096"),
+    "window_is_causal": ({"window_size": (8, 1)}, Machine(), "Write for example window_size: [1023, 0]"),
+    "skipped_windows_are_there": (
+        {"window_size": (8, 0), "window_attn_skip_freq": 1},
+        Machine(),
+        "a window_attn_skip_freq of 2 or more",
+    ),
+    "kernel_knows_windows": (
+        {"window_size": (8, 0), "cp_kernel": "flash_attn", "context_parallel_size": 2, "bf16": True},
+        Machine(),
+        "windows cut tiles into bands",
+    ),
     "latent_keys_need_latent_attention": (
         {"kv_lora_rank": 16},
         Machine(),
