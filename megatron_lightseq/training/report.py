@@ -107,7 +107,8 @@ def _variants(config: PretrainConfig) -> str:
 def _scores(config: PretrainConfig) -> str:
     model, found = config.model, ""
     if model.window_size:
-        found += f", a window of {model.window_size[0]} tokens back in {model.num_window_layers} layers"
+        layers = f"{model.num_window_layers} of {model.num_layers} layers"
+        found += f", a window of {model.window_size[0]} tokens back in {layers}"
     return found if model.softmax_type == "vanilla" else f"{found}, {model.softmax_type} softmax"
 
 
