@@ -179,3 +179,27 @@ def test_a_checkpoint_of_megatrons_attention_goes_on_with_ours(tmp_path: Path) -
     assert saved.losses == one_process().losses[:2]
     assert resumed.losses == pytest.approx(one_process().losses[2:], rel=2e-6, abs=0)
     assert resumed.validation == pytest.approx(one_process().validation, rel=2e-6, abs=0)
+
+
+EXPERTS = shlex.split(
+    "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.5 "
+    "--moe-token-dispatcher-type alltoall --disable-bias-linear --calculate-per-token-loss"
+)
+
+
+def test_the_load_balancing_of_experts_weighs_the_same() -> None:
+    """It would weigh half as much on two ranks, by Megatron-Core until 0.18: the gradients are mended."""
+    check_same(train(2, *cp(2), *EXPERTS), expected=train(1, *EXPERTS, "--cp-method", "megatron"))
+
+
+LATENT = shlex.split(
+    "--multi-latent-attention --q-lora-rank 32 --kv-lora-rank 24 --qk-head-dim 12 --qk-pos-emb-head-dim 8 "
+    "--v-head-dim 12 --rope-type rope --rotary-scaling-factor 1.0 --attention-softmax-in-fp32"
+)
+
+
+def test_latent_attention_with_tensor_parallelism() -> None:
+    """Megatron's layers would lose part of the gradient of the shared keys: the gradients are mended."""
+    tensor = ("--tensor-model-parallel-size", "2")
+    expected = train(1, *LATENT)
+    check_same(train(4, *cp(2), *tensor, *LATENT, padding=64), expected=expected)
