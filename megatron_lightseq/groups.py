@@ -18,9 +18,11 @@ from megatron_lightseq.layout import SequenceLayout
 class Group(Protocol):
     """What is asked of a group: torch's ProcessGroup and transport.LoopbackGroup both answer."""
 
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This rank's number in the group, from 0."""
 
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How many ranks there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ class TileRun:
     runtime: Runtime
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Follow the program from queries, keys and values to ``out`` and ``lse``."""
         acc = accumulator_dtype(q.dtype)
         out = torch.empty((*q.shape[:3], v.shape[3]), dtype=acc, device=q.device)
         lse = torch.empty((q.shape[1], q.shape[2], q.shape[0]), dtype=acc, device=q.device)
@@ -52,6 +53,7 @@ class TileRun:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> Gradients:
+        """Follow the program to dq, dk, dv in the accumulator dtype."""
         acc = accumulator_dtype(q.dtype)
         dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
         inputs = {Payload.QDO: (q, dout, lse, delta), Payload.KV: (k, v)}
@@ -72,6 +74,7 @@ class HeadRun:
     inner: Run
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Trade, attend with this rank's heads, trade back."""
         cut = self.exchange.cut
         q_merged, *kv = self.exchange.to_heads(([q], cut.heads), ([k, v], cut.groups))
         k_merged, v_merged = self._expanded(kv)
@@ -88,6 +91,7 @@ class HeadRun:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> Gradients:
+        """The same way for gradients; those of shared keys and values are added up over the ranks that used them."""
         cut = self.exchange.cut
         dout_m, q_m, lse_m, delta_m, *kv = self.exchange.to_heads(
             ([dout, q, lse, delta], cut.heads), ([k, v], cut.groups)
@@ -125,11 +129,13 @@ class Plan:
     stats: AttentionStats
 
     def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """``out`` (S, B, H, Dv) in q's dtype and ``lse`` (B, H, S) in the accumulator dtype; collective."""
         return self.forward.forward(q, k, v, scale)
 
     def run_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Gradients:
+        """dq, dk, dv in the inputs' shapes and dtypes, from the forward's ``out`` and ``lse``; collective."""
         acc = accumulator_dtype(q.dtype)
         delta = (out.to(acc) * dout.to(acc)).sum(-1).permute(1, 2, 0).contiguous()  # (B, H, S)
         dq, dk, dv = self.backward.backward(dout, q, k, v, lse, delta, scale)

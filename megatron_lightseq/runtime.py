@@ -77,23 +77,27 @@ class ForwardPass:
     def over(
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kernel: Kernel, scale: float
     ) -> ForwardPass:
+        """A pass that reads q, k, v and writes out (S, B, H, Dv) and lse (B, H, S), of the accumulator dtype."""
         own = {Payload.Q: (q,), Payload.KV: (k, v), Payload.OUT: (out, lse)}
         return ForwardPass(own=own, kernel=kernel, softmax_scale=scale)
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
+        """Merge the rectangle into its (out, lse), or write it where nothing came before."""
         (q,), (k, v), (out, lse) = q_side, k_side, results[0]
         self.kernel.forward(
             q, k, v, out, lse, mask=mask, softmax_scale=self.softmax_scale, accumulate=not call.fresh
         )
 
     def clear(self, payload: Payload, bundle: Bundle) -> None:
+        """A row that has seen no key: out 0, lse -inf."""
         out, lse = bundle
         out.zero_()
         lse.fill_(float("-inf"))
 
     def absorb(self, payload: Payload, mine: Bundle, arrived: Bundle) -> None:
+        """Merge by log-sum-exp."""
         merge_into(*mine, *arrived)
 
 
@@ -109,11 +113,13 @@ class BackwardPass:
     def over(
         inputs: dict[Payload, Bundle], grads: dict[Payload, Bundle], kernel: Kernel, scale: float
     ) -> BackwardPass:
+        """A pass that reads ``inputs`` and adds to ``grads``, bundles by payload."""
         return BackwardPass(own={**inputs, **grads}, kernel=kernel, softmax_scale=scale)
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
+        """Add the rectangle's gradients."""
         (q, dout, lse, delta), (k, v) = q_side, k_side
         (dq,), (dk, dv) = results
         self.kernel.backward(
@@ -121,10 +127,12 @@ class BackwardPass:
         )
 
     def clear(self, payload: Payload, bundle: Bundle) -> None:
+        """Zeros."""
         for tensor in bundle:
             tensor.zero_()
 
     def absorb(self, payload: Payload, mine: Bundle, arrived: Bundle) -> None:
+        """Add up, in schedule order."""
         for total, part in zip(mine, arrived, strict=True):
             total += part
 
@@ -138,6 +146,7 @@ class BoundProgram:
 
     @staticmethod
     def bind(program: Program, device: torch.device) -> BoundProgram:
+        """Make the masks of all calls once, as tensors on ``device`` where they need any."""
         masks = tuple(
             tuple(
                 TileMask.of(program.mask, call.q_positions, call.k_positions, device) for call in step.calls

@@ -63,6 +63,7 @@ class TileKernel:
         self._mask, self._scale = case.tile_mask(), case.head_dim**-0.5
 
     def forward(self) -> None:
+        """One tile of all tokens, and the cast to the inputs' dtype."""
         x, sums = self._inputs, accumulator_dtype(self._inputs.q.dtype)
         self._out = torch.empty(x.q.shape, dtype=sums)
         self._lse = torch.empty(1, x.q.shape[2], x.q.shape[0], dtype=sums)
@@ -72,6 +73,7 @@ class TileKernel:
         self._result = self._out.to(x.q.dtype)
 
     def backward(self) -> None:
+        """delta, zeroed sums, one tile, casts."""
         x = self._inputs
         delta = (self._out * x.dout).sum(-1).permute(1, 2, 0).contiguous()
         gradients = [torch.zeros(tensor.shape, dtype=self._out.dtype) for tensor in (x.q, x.k, x.v)]
@@ -81,6 +83,7 @@ class TileKernel:
         self._gradients = [gradient.to(x.q.dtype) for gradient in gradients]
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As in :class:`Contender`."""
         dq, dk, dv = self._gradients
         return self._result, dq, dk, dv
 
@@ -114,6 +117,7 @@ class TorchSdpa:
                 leaf.requires_grad_()
 
     def forward(self) -> None:
+        """All pieces."""
         self._outs = [self._attend(q, k, v) for q, k, v, _ in self._pieces]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,12 +127,14 @@ class TorchSdpa:
         return out
 
     def backward(self) -> None:
+        """All pieces, by autograd."""
         self._gradients = [
             torch.autograd.grad(out, piece[:3], piece[3])
             for out, piece in zip(self._outs, self._pieces, strict=True)
         ]
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As in :class:`Contender`."""
         pieces = [(out.detach(), *grads) for out, grads in zip(self._outs, self._gradients, strict=True)]
         out, dq, dk, dv = (torch.cat(parts, 2).permute(2, 0, 1, 3) for parts in zip(*pieces, strict=True))
         return out, dq, dk, dv

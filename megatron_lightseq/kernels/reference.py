@@ -19,6 +19,7 @@ class ReferenceKernel:
     name = "reference"
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Nothing: any floating dtype, any device, any head dims."""
         return None
 
     def forward(
@@ -33,6 +34,7 @@ class ReferenceKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
+        """Write one tile into ``(out, lse)``, or merge it there. Shapes as in :class:`~.registry.Kernel`."""
         scores_BGRQK = _scores(q, k, mask, softmax_scale)
         lse_BGRQ = scores_BGRQK.logsumexp(-1)
         weights = _probabilities(scores_BGRQK, lse_BGRQ)
@@ -59,6 +61,7 @@ class ReferenceKernel:
         mask: TileMask,
         softmax_scale: float,
     ) -> None:
+        """Add the tile's gradients to ``dq, dk, dv``. Shapes as in :class:`~.registry.Kernel`."""
         groups, acc = k.shape[2], accumulator_dtype(q.dtype)
         q_grouped, dout_grouped = _grouped(q, groups), _grouped(dout, groups)
         weights = _probabilities(_scores(q, k, mask, softmax_scale), lse.unflatten(1, (groups, -1)))

@@ -188,6 +188,7 @@ class CpuCuda(ModuleType):
         return getattr(torch.cuda, name)
 
     def current_device(self) -> torch.device:
+        """The CPU."""
         return torch.device("cpu")
 
     def synchronize(self, *_: Any) -> None:
@@ -197,6 +198,7 @@ class CpuCuda(ModuleType):
         """There is no cache."""
 
     def current_stream(self, *_: Any) -> _CpuStream:
+        """A stream on which nothing is ever pending."""
         return _CpuStream()
 
     def stream(self, _: Any) -> AbstractContextManager[None]:
@@ -205,15 +207,19 @@ class CpuCuda(ModuleType):
 
     @property
     def Stream(self) -> type[_CpuStream]:
+        """The class of such streams."""
         return _CpuStream
 
     def get_rng_state(self, *_: Any) -> torch.Tensor:
+        """The CPU's random state: uint8, as CUDA's is."""
         return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor, *_: Any) -> None:
+        """Of the CPU, from :meth:`get_rng_state`."""
         torch.set_rng_state(state)
 
     def manual_seed(self, seed: int) -> None:
+        """Seed the CPU's generator."""
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
 
 

@@ -57,6 +57,7 @@ class Choice:
 
     @property
     def layout(self) -> str:
+        """The layout that both directions run on."""
         return self.forward.layout
 
     @property

@@ -105,6 +105,7 @@ class Profile:
 
     @staticmethod
     def of(schedule: Schedule) -> Profile:
+        """Count a schedule's work and its transfers, step by step."""
         layout, work = schedule.layout, schedule.work
         lengths = [len(layout.chunk_positions(c, schedule.seq_length)) for c in range(layout.num_chunks)]
         steps = []

@@ -61,9 +61,11 @@ class LoopbackGroup:
     index: int
 
     def rank(self) -> int:
+        """This thread's number in the group."""
         return self.index
 
     def size(self) -> int:
+        """How many threads there are."""
         return self.network.size
 
 
@@ -94,11 +96,13 @@ class LoopbackTransport:
         self.size = group.size()
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Mail:
+        """Copy what is sent; receiving waits. As in :class:`Transport`."""
         for message in sends:
             self._network.put(self.rank, message.peer, message.tag, message.tensor.detach().clone())
         return _Mail(self._network, self.rank, tuple(receives))
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
+        """As in :class:`Transport`."""
         for peer in range(self.size):
             self._network.put(self.rank, peer, "digest", digest)
         return [self._network.take(peer, self.rank, "digest", "a fingerprint") for peer in range(self.size)]

@@ -47,6 +47,7 @@ class P2PTransport:
         return group
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Works:
+        """Start all at once: one by one over gloo, as one group call over NCCL. As in :class:`Transport`."""
         if self._is_nccl:
             return self._start_batch(sends, receives)
         works = []
@@ -72,6 +73,7 @@ class P2PTransport:
         return _Works(self.rank, [(request, f"exchanging {what}") for request in requests])
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
+        """As in :class:`Transport`, by an all-gather."""
         device = torch.device("cuda", torch.cuda.current_device()) if self._is_nccl else torch.device("cpu")
         mine = torch.tensor(list(digest), dtype=torch.uint8, device=device)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]

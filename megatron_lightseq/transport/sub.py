@@ -19,6 +19,7 @@ class SubTransport:
         self.size = len(self._ranks)
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        """As in :class:`Transport`, with peers numbered among these ranks."""
         return self._transport.start(
             [self._renumbered(message) for message in sends],
             [self._renumbered(message) for message in receives],

@@ -52,6 +52,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """Whether it ran and was within its tolerance."""
         return self.verdict is not None and self.verdict.passed
 
 
