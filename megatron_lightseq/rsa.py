@@ -43,7 +43,7 @@ class RowRun:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows again from a ring of keys and ``lse``, then a ring of values and a ring of keys for the gradients."""
+        """The rows again from a ring of keys and ``lse``; then a ring of values, and one of keys, for gradients."""
         acc, groups = accumulator_dtype(q.dtype), k.shape[2]
         weights = _probabilities(self._scores(q, k, scale), lse.unflatten(1, (groups, -1)))
         dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
