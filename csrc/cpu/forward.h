@@ -13,8 +13,8 @@
 //                 float* out);                       // keys [begin, end) of those loaded from `first` on
 //   };
 //
-// Panels begin at multiples of kPanelKeys whatever keys a block sees, so that the steps of a row tile's softmax
-// are the same in any block.
+// Panels begin at multiples of kPanelKeys whatever keys a block sees, so that the steps of a row tile's
+// softmax are the same in any block.
 #pragma once
 #include "pack.h"
 #include "row_tile.h"

@@ -28,6 +28,21 @@ inline void load_key_panel(const TokenTensor<const void>& tensor, KeyHead at, in
   }
 }
 
+// A panel in the order in which the micro-kernel reads a column-major operand, without gaps:
+// columns[d / kMicroRows][key][d % kMicroRows] = panel[key][d], room for `stride` keys. Read in place, a
+// column of the panel falls on few sets of the L1 cache, and most of each line is fetched in vain.
+inline void panel_to_columns(const float* panel, int64_t count, int64_t dim, int64_t stride, float* columns) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float* const row = panel + r * padded(dim);
+    float* to = columns + r * kMicroRows;
+    int64_t d = 0;
+    for (; d + kMicroRows <= dim; d += kMicroRows, to += stride * kMicroRows) {
+      std::memcpy(to, row + d, kMicroRows * sizeof(float));
+    }
+    std::copy_n(row + d, dim - d, to);
+  }
+}
+
 // Rows of a tile, zeros for lanes past its end; stride padded(dim).
 template <class Element>
 inline void load_tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
