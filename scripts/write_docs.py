@@ -40,7 +40,7 @@ from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import dump_scalar
 from megatron_lightseq.config.typed import describe, field_docstrings, section_types
 from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
-from megatron_lightseq.megatron.lm.refusals import REFUSALS
+from megatron_lightseq.megatron.lm.refusals import LOSS_TILE_REFUSALS, MLP_TILE_REFUSALS, REFUSALS
 from megatron_lightseq.megatron.lm.seams import DEFAULT_LAYERS, SEAMS
 from megatron_lightseq.megatron.options import CONFIG, CONSTRUCTOR, FORWARD
 from megatron_lightseq.schedule import METHODS, TensorShape, simulate
@@ -125,7 +125,16 @@ def seams() -> str:
 
 def refusals() -> str:
     """Arguments of Megatron-LM that our attention would have to ignore."""
-    rows = [[f"`--{r.argument.replace('_', '-')}`", r.rule, r.remedy] for r in REFUSALS]
+    kinds = {
+        "": REFUSALS,
+        " with `--mlp-tile-tokens`": MLP_TILE_REFUSALS,
+        " with `--loss-tile-tokens`": LOSS_TILE_REFUSALS,
+    }
+    rows = [
+        [f"`--{refusal.argument.replace('_', '-')}`{asked}", refusal.rule, refusal.remedy]
+        for asked, refusals in kinds.items()
+        for refusal in refusals
+    ]
     return table(["argument", "because", "instead"], rows)
 
 

@@ -150,6 +150,13 @@ def test_recomputation_does_not_repeat_attention() -> None:
     check_same(train(2, *cp(2), *RECOMPUTE))
 
 
+@pytest.mark.parametrize("recompute", [(), RECOMPUTE], ids=["stored", "recomputed"])
+def test_tiles_change_nothing(recompute: tuple[str, ...]) -> None:
+    tiles = ("--mlp-tile-tokens", "7", "--loss-tile-tokens", "5")
+    tensor = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+    check_same(train(4, *cp(2), *tensor, *tiles, *recompute, padding=64))
+
+
 def test_recomputation_repeats_attention_when_it_is_not_kept() -> None:
     check_same(train(2, *cp(2), *RECOMPUTE, "--no-keep-attention-on-recompute"), forwards=FORWARDS + REPLAYED)
 

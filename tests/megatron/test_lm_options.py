@@ -18,7 +18,12 @@ from megatron_lightseq.megatron.lm.options import (
     options_from_environment,
     options_from_flags,
 )
-from megatron_lightseq.megatron.lm.refusals import REFUSALS, check_arguments
+from megatron_lightseq.megatron.lm.refusals import (
+    LOSS_TILE_REFUSALS,
+    MLP_TILE_REFUSALS,
+    REFUSALS,
+    check_arguments,
+)
 
 
 def parsed(*flags: str) -> LmOptions:
@@ -40,6 +45,8 @@ def test_the_keys_are_frozen() -> None:
         "cp_overlap",
         "cp_kernel",
         "keep_attention_on_recompute",
+        "mlp_tile_tokens",
+        "loss_tile_tokens",
     )
 
 
@@ -52,6 +59,8 @@ def test_flags_say_what_configuration_keys_say() -> None:
     assert options.context.method_name == "usp:2"
     assert (options.context.cp_kernel, options.context.cp_overlap) == ("reference", False)
     assert not options.keep_attention_on_recompute
+    tiled = parsed("--mlp-tile-tokens", "512", "--loss-tile-tokens", "256")
+    assert (tiled.mlp_tile_tokens, tiled.loss_tile_tokens) == (512, 256)
     assert not parsed("--cp-method", "megatron").active
 
 
@@ -171,3 +180,14 @@ def test_every_argument_that_would_be_ignored_is_refused_by_name(refusal: Any) -
     flag = refusal.argument.replace("_", "-")
     with pytest.raises(UnsupportedError, match=rf"--{flag}.*{refusal.remedy}"):
         check_arguments(SimpleNamespace(**{**HARMLESS, refusal.argument: value}))
+
+
+@pytest.mark.parametrize(
+    "refusal", [*LOSS_TILE_REFUSALS, *MLP_TILE_REFUSALS], ids=lambda refusal: refusal.argument
+)
+def test_what_tiles_cannot_honour_is_refused_with_them_only(refusal: Any) -> None:
+    given = SimpleNamespace(**{refusal.argument: ["mlp"] if refusal.argument == "recompute_modules" else 1})
+    check_arguments(given)
+    flag = refusal.argument.replace("_", "-")
+    with pytest.raises(UnsupportedError, match=rf"--{flag}.*{refusal.remedy}"):
+        check_arguments(given, [refusal])

@@ -301,6 +301,34 @@ def test_models_of_megatrons_own_specification_get_our_attention_until_it_is_rem
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_models_compute_in_the_tiles_that_are_asked_for(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_lightseq.megatron import tiles
+
+    rows: list[int] = []
+    in_tiles = tiles.in_tiles
+
+    def counted(*args: Any) -> torch.Tensor:
+        rows.append(args[-1])
+        return in_tiles(*args)
+
+    monkeypatch.setattr(tiles, "in_tiles", counted)
+    tokens = torch.arange(32).view(1, 32)
+    configured(plug, "--mlp-tile-tokens", "7", "--loss-tile-tokens", "5").wire_model()
+    model = gpt().eval()  # without dropout
+    losses = model(tokens, tokens, None, labels=tokens)
+    assert rows == [7] * len(model.decoder.layers) + [5]
+    monkeypatch.setattr(tiles, "in_tiles", lambda compute, x, *_: compute(x, slice(len(x))))
+    torch.testing.assert_close(model(tokens, tokens, None, labels=tokens), losses)
+
+
+def test_tiles_are_refused_to_the_baseline(plug: Any) -> None:
+    with pytest.raises(ConfigError, match=r"\(None, 5\) with --cp-method megatron: .*Leave them out"):
+        configured(plug, "--cp-method", "megatron", "--loss-tile-tokens", "5")
+    with pytest.raises(ConfigError, match="loss_tile_tokens must be a finite number >= 1"):
+        configured(plug, "--loss-tile-tokens", "0")
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_experts_latent_attention_and_transformer_engine_take_it_from_the_same_place(plug: Any) -> None:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -169,6 +169,12 @@ def test_losses_and_every_gradient_are_what_they_were(world_size: int, overrides
         assert {name: worst for name, worst in gradients.items() if not worst <= 1e-5} == {}
 
 
+def test_bf16_differs_by_its_rounding() -> None:
+    ((losses, gradients),) = on_ranks(1, _worst, {"bf16": True, **FULL})
+    assert losses <= 2**-8
+    assert max(gradients.values()) <= 2**-6
+
+
 def _value_left_out_in_pairs() -> float:
     from unittest.mock import PropertyMock, patch
 

@@ -20,9 +20,10 @@ from megatron_lightseq.config.strict_yaml import Entry, read_yaml
 from megatron_lightseq.config.typed import choices, describe, field_docstrings, is_switch
 from megatron_lightseq.errors import ConfigError, explain
 
+RECOMPUTE_KEYS = ("keep_attention_on_recompute", "mlp_tile_tokens", "loss_tile_tokens")
 KEYS = (
     *(entry.name for entry in fields(ContextParallelConfig) if entry.name != "cp_comm_type"),
-    "keep_attention_on_recompute",
+    *RECOMPUTE_KEYS,
 )
 """The keys that are ours; all others, ``cp_comm_type`` among them, are Megatron-LM's own arguments."""
 PREFIX = "MLS_"
@@ -37,6 +38,10 @@ class LmOptions:
     """Method, layout, kernel, overlap."""
     keep_attention_on_recompute: bool = True
     """Keep attention's results across activation recomputation."""
+    mlp_tile_tokens: int | None = None
+    """Tokens of a tile in which dense MLPs are computed; None: whole."""
+    loss_tile_tokens: int | None = None
+    """Tokens of a tile in which logits and losses are computed; None: all at once."""
 
     @property
     def active(self) -> bool:
@@ -117,8 +122,6 @@ def options_from_environment(environment: Mapping[str, str] | None = None) -> Lm
 
 
 def _options(values: Mapping[str, Any]) -> LmOptions:
-    of_context = {key: value for key, value in values.items() if key != "keep_attention_on_recompute"}
-    return LmOptions(
-        context=replace(ContextParallelConfig(), **of_context),
-        keep_attention_on_recompute=values["keep_attention_on_recompute"],
-    )
+    of_context = {key: value for key, value in values.items() if key not in RECOMPUTE_KEYS}
+    of_recompute = {key: values[key] for key in RECOMPUTE_KEYS}
+    return LmOptions(context=replace(ContextParallelConfig(), **of_context), **of_recompute)

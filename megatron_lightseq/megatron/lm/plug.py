@@ -22,9 +22,16 @@ from megatron_lightseq.megatron.batch import adopt_layout, shard_batch
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
 from megatron_lightseq.megatron.lm import cpu, seams
 from megatron_lightseq.megatron.lm.options import LmOptions, add_flags, options_from_flags
-from megatron_lightseq.megatron.lm.refusals import check_arguments
+from megatron_lightseq.megatron.lm.refusals import (
+    LOSS_TILE_REFUSALS,
+    MLP_TILE_REFUSALS,
+    REFUSALS,
+    Refusal,
+    check_arguments,
+)
 from megatron_lightseq.megatron.lm.seams import Replacements, Seam
 from megatron_lightseq.megatron.lm.settings import core_attention_settings
+from megatron_lightseq.megatron.tiles import tile_loss, tile_mlps
 
 Batch = dict[str, Any]
 
@@ -67,11 +74,23 @@ class Plug:
                 process before.
         """
         if options.active:
-            check_arguments(arguments)
+            check_arguments(arguments, _refusals(options))
+        elif _tiles(options) != (None, None):
+            raise ConfigError(
+                explain(
+                    got=f"--mlp-tile-tokens and --loss-tile-tokens {_tiles(options)} with --cp-method megatron",
+                    rule="that leaves Megatron-LM as it is",
+                    remedy="Leave them out",
+                )
+            )
         settings = core_attention_settings(options, arguments, self.stats) if options.active else None
         if self.options is None:
             self.options, self._settings = options, settings
-        elif (options.active, settings) != (self.active, self._settings):
+        elif (options.active, settings, _tiles(options)) != (
+            self.active,
+            self._settings,
+            _tiles(self.options),
+        ):
             raise ConfigError(
                 explain(
                     got=f"LightSeq options {options} after {self.options}",
@@ -172,6 +191,7 @@ class Plug:
             original(model, *args, **kwargs)
             if self.active:
                 self.adopt(model)
+                self.tile(model)
 
         return __init__
 
@@ -197,6 +217,31 @@ class Plug:
         self._models += 1
         if attentions:  # a pipeline stage may hold the embedding or the output layer alone
             adopt_layout(model)
+
+    def tile(self, model: Any) -> None:
+        """Have a finished GPTModel compute in tiles what the options say.
+
+        Raises:
+            UnsupportedError: a layer has no dense MLP.
+        """
+        assert self.options is not None, "configure() comes first"
+        mlp_tokens, loss_tokens = _tiles(self.options)
+        if mlp_tokens is not None:
+            tile_mlps(model, mlp_tokens)
+        if loss_tokens is not None and model.post_process:
+            tile_loss(model, loss_tokens)
+
+
+def _tiles(options: LmOptions) -> tuple[int | None, int | None]:
+    return options.mlp_tile_tokens, options.loss_tile_tokens
+
+
+def _refusals(options: LmOptions) -> tuple[Refusal, ...]:
+    return (
+        *REFUSALS,
+        *(MLP_TILE_REFUSALS if options.mlp_tile_tokens is not None else ()),
+        *(LOSS_TILE_REFUSALS if options.loss_tile_tokens is not None else ()),
+    )
 
 
 _PACKING_ENTRIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")

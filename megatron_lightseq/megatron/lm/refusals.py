@@ -6,7 +6,7 @@ What depends on the model's configuration alone is refused where the attention i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,17 +71,45 @@ REFUSALS = (
     ),
 )
 
+_OTHER_LOGITS = "losses in tiles need the output layer's own logits, and no others"
+_WITHOUT_TILES = "Switch it off, or leave --loss-tile-tokens out"
 
-def check_arguments(arguments: Any) -> None:
+LOSS_TILE_REFUSALS = (
+    Refusal("use_mup", _OTHER_LOGITS, _WITHOUT_TILES),
+    Refusal("defer_embedding_wgrad_compute", _OTHER_LOGITS, _WITHOUT_TILES),
+    Refusal("mtp_num_layers", _OTHER_LOGITS, _WITHOUT_TILES),
+)
+MLP_TILE_REFUSALS = (
+    Refusal(
+        "recompute_modules",
+        "an MLP in tiles is recomputed by its tiles, and would be once more as a module",
+        "Take mlp out of it, or leave --mlp-tile-tokens out",
+        lambda modules: "mlp" in (modules or ()),
+    ),
+    Refusal(
+        "tp_comm_overlap",
+        "its buffers hold a whole micro-batch, and tiles are shorter",
+        "Switch it off, or leave --mlp-tile-tokens out",
+    ),
+    Refusal(
+        "num_experts",
+        "tiles are of dense MLPs",
+        "Leave --mlp-tile-tokens out; --loss-tile-tokens works with experts",
+    ),
+)
+
+
+def check_arguments(arguments: Any, refusals: Iterable[Refusal] = REFUSALS) -> None:
     """Refuse what would be ignored.
 
     Args:
         arguments: Megatron-LM's namespace of arguments.
+        refusals: what is refused.
 
     Raises:
         UnsupportedError: names the first argument that is refused, its value and the remedy.
     """
-    for refusal in REFUSALS:
+    for refusal in refusals:
         value = getattr(arguments, refusal.argument, None)
         if refusal.refused(value):
             shown = "" if value is True else f" {getattr(value, 'name', value)}"

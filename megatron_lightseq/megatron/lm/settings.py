@@ -14,7 +14,7 @@ from megatron_lightseq.config.chosen import with_chosen_layout
 from megatron_lightseq.config.rules import broken, report
 from megatron_lightseq.config.rules_model import BOUNDS, CONTEXT
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings
-from megatron_lightseq.megatron.lm.options import KEYS, LmOptions
+from megatron_lightseq.megatron.lm.options import KEYS, RECOMPUTE_KEYS, LmOptions
 
 SHARED = (
     "num_layers",
@@ -72,5 +72,5 @@ def as_config(options: LmOptions, arguments: Any) -> PretrainConfig:
     if getattr(arguments, "group_query_attention", False):
         values["num_query_groups"] = arguments.num_query_groups
     known = {name: value for name, value in values.items() if value is not None}
-    ours = {key: getattr(options.context, key) for key in KEYS if hasattr(options.context, key)}
+    ours = {key: getattr(options if key in RECOMPUTE_KEYS else options.context, key) for key in KEYS}
     return with_values(PretrainConfig(), **known, **ours)
