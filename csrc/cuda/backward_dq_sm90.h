@@ -102,8 +102,7 @@ MLS_DEVICE void issue_dq(float (&dq)[T::kHeadDim / 8][4], uint32_t (&ds)[T::kKey
   wgmma_fence();
   MLS_UNROLL
   for (int step = 0; step < T::kKeys / 16; ++step)
-    Wgmma<typename T::Element, T::kHeadDim>::template from_registers<true>(dq, ds[step],
-                                                                           keys.along_rows(0, step * 16), 1);
+    multiply_by_rows<typename T::Element>(dq, ds[step], keys, step * 16);
   wgmma_commit();
 }
 

@@ -47,8 +47,7 @@ MLS_DEVICE void issue_key_gradient(float (&grad)[T::kHeadDim / 8][4], uint32_t (
   wgmma_fence();
   MLS_UNROLL
   for (int step = 0; step < T::kQueries / 16; ++step)
-    Wgmma<typename T::Element, T::kHeadDim>::template from_registers<true>(grad, scores[step],
-                                                                           tile.along_rows(0, step * 16), 1);
+    multiply_by_rows<typename T::Element>(grad, scores[step], tile, step * 16);
   wgmma_commit();
 }
 

@@ -82,14 +82,15 @@ struct HopperCalibrationLaunch {
 };
 
 // A product whose columns end within a panel.
-template <class Element, class Tile>
-MLS_DEVICE void calibrate_narrow_product(const Tile& tile, uint32_t (&a)[1][4], RegisterLog& log) {
+template <class Element>
+MLS_DEVICE void calibrate_narrow_product(unsigned char* base, uint32_t (&a)[1][4], RegisterLog& log) {
+  const PanelTile<kCalibrationRows, kNarrowColumns> tile{base};
   float sums[kNarrowColumns / 8][4];
   set_zero(sums);
   hold(sums);
   hold(a);
   wgmma_fence();
-  Wgmma<Element, kNarrowColumns>::template from_registers<true>(sums, a[0], tile.along_rows(0, 16), 1);
+  multiply_by_rows<Element>(sums, a[0], tile, 16);
   wgmma_commit();
   wgmma_wait<0>();
   hold(sums);
@@ -120,27 +121,29 @@ MLS_DEVICE void calibrate_warpgroup(const HopperCalibrationLaunch& launch, unsig
   uint32_t a[1][4];
   for (int i = 0; i < 4; ++i)
     a[0][i] = reinterpret_cast<const uint32_t*>(launch.params.input)[thread_index().x * 4 + i];
-  for (int variant = 0; variant < 3; ++variant) {
+  using Product = Wgmma<Element, 128>;
+  const auto log_product = [&](const auto& issue) {
     set_zero(sums);
     hold(sums);
     hold(a);
     wgmma_fence();
-    using Product = Wgmma<Element, 128>;
-    if (variant == 0)
-      Product::template from_shared<false, false>(sums, tile.along_columns(64, 80), tile.along_columns(0, 48),
-                                                  1);
-    else if (variant == 1)
-      Product::template from_registers<true>(sums, a[0], tile.along_rows(0, 32), 1);
-    else
-      Product::template from_shared<true, true>(sums, tile.along_rows(64, 48), tile.along_rows(0, 96), 0);
+    issue();
     wgmma_commit();
     wgmma_wait<0>();
     hold(sums);
     hold(a);
     log.add(sums);
-  }
-  sync_threads();  // keeps its registers apart from those above
-  calibrate_narrow_product<Element>(tile, a, log);
+    sync_threads();  // keeps its registers apart from the next one's
+  };
+  log_product([&] {
+    Product::template from_shared<false, false>(sums, tile.along_columns(64, 80), tile.along_columns(0, 48),
+                                                1);
+  });
+  log_product([&] { Product::template from_registers<true>(sums, a[0], tile.along_rows(0, 32), 1); });
+  log_product([&] {
+    Product::template from_shared<true, true>(sums, tile.along_rows(64, 48), tile.along_rows(0, 96), 0);
+  });
+  calibrate_narrow_product<Element>(memory, a, log);
   const auto* row = reinterpret_cast<const uint32_t*>(edge + thread_index().x * kSwizzleRowBytes);
   for (int i = 0; i < kSwizzleRowBytes / 4; ++i) log.add(row[i]);
 }

@@ -128,8 +128,7 @@ MLS_DEVICE void issue_output(HopperForwardState<T>& state, const typename T::Val
   wgmma_fence();
   MLS_UNROLL
   for (int step = 0; step < T::kKeys / 16; ++step)
-    Wgmma<typename T::Element, T::kValueDim>::template from_registers<true>(
-        state.out, state.probabilities[step], values.along_rows(0, step * 16), 1);
+    multiply_by_rows<typename T::Element>(state.out, state.probabilities[step], values, step * 16);
   wgmma_commit();
 }
 

@@ -25,13 +25,28 @@ struct PanelTile {
   MLS_DEVICE unsigned char* chunk(int row, int chunk) const {
     return base + chunk / 8 * kPanelBytes + row * kSwizzleRowBytes + (chunk % 8 ^ row % 8) * 16;
   }
-  // An operand whose k runs along the rows: rows k..k+15, columns from first_column, a panel's first, on.
+  // An operand whose k runs along the rows: rows k..k+15, columns from first_column on: whole panels, or
+  // columns of one panel.
   MLS_DEVICE uint64_t along_rows(int first_column, int k) const {
     return matrix_descriptor(
         base + first_column / kSwizzleColumns * kPanelBytes + first_column % kSwizzleColumns * 2,
         k * kSwizzleRowBytes, kPanelBytes);
   }
 };
+
+// Starts sums += 16 columns of A, in registers, times rows k..k+15 of a tile, all of its columns. Whole
+// panels make one product, and what is left of the last panel another: CUTLASS makes operands of whole panels
+// alone, and nothing says how the hardware would take one and a half.
+template <class Element, class Tile>
+MLS_DEVICE void multiply_by_rows(float (&sums)[Tile::kColumns / 8][4], const uint32_t (&a)[4],
+                                 const Tile& tile, int k) {
+  constexpr int kRest = Tile::kColumns % kSwizzleColumns, kWhole = Tile::kColumns - kRest;
+  Wgmma<Element, kWhole>::template from_registers<true>(reinterpret_cast<float (&)[kWhole / 8][4]>(sums[0]),
+                                                        a, tile.along_rows(0, k), 1);
+  if constexpr (kRest > 0)
+    Wgmma<Element, kRest>::template from_registers<true>(
+        reinterpret_cast<float (&)[kRest / 8][4]>(sums[kWhole / 8]), a, tile.along_rows(kWhole, k), 1);
+}
 
 // fp32 sums on their way to global memory: panels of 32 columns under the same swizzle.
 template <int kRows_, int kColumns_>

@@ -76,7 +76,9 @@ def judge(group: str, tests: Sequence[str], output: str, status: int | None, sec
         if found and found[1] in seen:
             seen[found[1]] = found[2] or "running"
     counts = Counter(outcome.lower() for outcome in seen.values() if outcome in OUTCOMES)
-    current = next((test for test, outcome in seen.items() if outcome == "running"), "its start")
+    over = [test for test, outcome in seen.items() if outcome in OUTCOMES]
+    elsewhere = f"what follows {over[-1]}" if over else "its start"
+    current = next((test for test, outcome in seen.items() if outcome == "running"), elsewhere)
     # With CI set, pytest's summary is not cut to the width of a terminal.
     failures = re.findall(
         r"^(?:FAILED|ERROR) (.*(?:\n(?!FAILED |ERROR |=|SKIPPED ).*)*)", output, re.MULTILINE
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     groups = collect(options.file)
     with ThreadPoolExecutor(options.jobs) as pool:
-        return report(pool.map(lambda item: run_group(*item, end, threads), groups.items()))
+        return report(pool.map(lambda item: run_group(item[0], item[1], end, threads), groups.items()))
 
 
 if __name__ == "__main__":

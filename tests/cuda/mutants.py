@@ -212,7 +212,24 @@ HOPPER_MUTANTS = (
         "Turn<T>::pass(false)",
     ),
     _hopper("a turn is passed to oneself", "give(warpgroup() + 1);", "give(warpgroup());"),
-    _hopper("values not transposed", "from_registers<true>", "from_registers<false>"),
+    _hopper(
+        "values not transposed",
+        "from_registers<true>(reinterpret_cast<float (&)[kWhole",
+        "from_registers<false>(reinterpret_cast<float (&)[kWhole",
+        file="panels.h",
+    ),
+    _hopper(
+        "one product of one and a half panels",
+        "kRest = Tile::kColumns % kSwizzleColumns",
+        "kRest = 0",
+        file="panels.h",
+    ),
+    _hopper(
+        "last columns read the first panel",
+        "tile.along_rows(kWhole, k)",
+        "tile.along_rows(0, k)",
+        file="panels.h",
+    ),
     _hopper(
         "one arrival frees a stage",
         "barrier_init(keys_empty(stage), T::kConsumerWarps)",
@@ -366,9 +383,7 @@ HOPPER_BACKWARD_MUTANTS = (
         "",
         HOPPER_DQ,
     ),
-    _backward(
-        "deterministic dq: keys not transposed", "from_registers<true>", "from_registers<false>", HOPPER_DQ
-    ),
+    _backward("deterministic dq: every step reads the first keys", "keys, step * 16)", "keys, 0)", HOPPER_DQ),
     _backward(
         "deterministic dq: edge tiles not masked",
         "    if (masked) {",

@@ -52,6 +52,8 @@ def test_a_stopped_group_names_the_test_that_ran() -> None:
     output = f"{TESTS[0]} PASSED  [ 33%]\n{TESTS[1]} "
     verdict = judge("a", TESTS, output, None, 9.0)
     assert str(verdict) == f"a: 1 passed: STOPPED after 9 s in {TESTS[1]}"
+    ended = judge("a", TESTS[:1], f"{TESTS[0]} SKIPPED [100%]\n", None, 9.0)
+    assert str(ended) == f"a: 1 skipped: STOPPED after 9 s in what follows {TESTS[0]}"
     assert "STOPPED after 9 s in its start" in str(judge("a", TESTS, "importing", None, 9.0))
 
 

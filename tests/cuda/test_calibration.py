@@ -44,7 +44,7 @@ PARTS = {
         Part("tensor copy; wgmma of K-major A and B in shared memory", 128, 64),
         Part("wgmma of A in registers and MN-major B", 128, 64),
         Part("wgmma of MN-major A and B", 128, 64),
-        Part("wgmma with N = 96 over one and a half panels of MN-major B", 128, 48),
+        Part("wgmma of a panel of MN-major B and of half of the next", 128, 48),
         Part("tensor copy beyond the tensor's end", 128, 32),
     ),
     "sm90_gradients": (
@@ -179,7 +179,7 @@ def test_vectors_of_gradients_agree_with_plain_tensors(dtype: torch.dtype) -> No
     [
         ("sm80", 3, 2, "cp.async, ldmatrix: 1 of 128 words differ, the first in thread 3, word 2: "),
         ("sm80", 31, 20, "cvt to 16 bits: 1 of 32 words differ, the first in thread 31, word 0: "),
-        ("sm90", 127, 192, "wgmma with N = 96 over one and a half panels of MN-major B: 1 of 6144 words "),
+        ("sm90", 127, 192, "wgmma of a panel of MN-major B and of half of the next: 1 of 6144 words "),
         ("sm90_gradients", 5, 16, "stmatrix: 1 of 4096 words differ, the first in thread 5, word 0: "),
     ],
 )

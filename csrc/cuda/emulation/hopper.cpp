@@ -230,8 +230,18 @@ void Hopper::wgmma(float* accumulator, const WgmmaCall& call) {
   warpgroup_release();
 }
 
+// Of a transposed operand under the 128-byte swizzle: whole panels of 64 elements, or a part of one. What the
+// hardware makes of others nobody says.
+void Hopper::check_panels(uint64_t descriptor, int elements) {
+  const int first = static_cast<int>((descriptor & 0x7) << 4) / 2;  // within its panel
+  if ((first || elements % 64) && first + elements > 64)
+    block.fail("wgmma: a transposed operand of neither whole panels nor a part of one");
+}
+
 void Hopper::issue(Warpgroup& group, const WgmmaCall& call) {
   ++block.statistics.wgmma;
+  if (call.transpose_a && call.a_registers == nullptr) check_panels(call.descriptor_a, 64);
+  if (call.transpose_b) check_panels(call.descriptor_b, call.columns);
   const int per_thread = call.columns / 2;
   float* name = group.accumulators[0];
   InFlight& flight = group.in_flight[name];

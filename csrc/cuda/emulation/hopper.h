@@ -109,6 +109,7 @@ struct Hopper {
   void land(const PendingCopy& copy);
   void reduce(PendingReduction& reduction);
   void dawdle(unsigned turns);
+  void check_panels(uint64_t descriptor, int elements);
   void issue(Warpgroup& group, const WgmmaCall& call);
   void read_operands(WgmmaTask& task);
   float element(Format format, uint64_t descriptor, int major, int k, bool transposed);

@@ -1,4 +1,4 @@
-// wgmma by PTX: 64 x N accumulators (N = 32, 64, 80, 96, 128, 256), 16-bit operands from shared memory or,
+// wgmma by PTX: 64 x N accumulators (N = 16, 32, 64, 80, 128, 256), 16-bit operands from shared memory or,
 // for A, registers.
 #pragma once
 #include "cuda/primitives/sm80_ptx.h"
@@ -45,10 +45,10 @@ MLS_DEVICE void hold(uint32_t (&registers)[kSteps][4]) {
 }
 
 // Accumulator registers in PTX's numbering and as operands.
-#define MLS_REGISTERS_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define MLS_REGISTERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define MLS_REGISTERS_16 MLS_REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define MLS_REGISTERS_32 MLS_REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define MLS_REGISTERS_40 MLS_REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
-#define MLS_REGISTERS_48 MLS_REGISTERS_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define MLS_REGISTERS_64                                                                               \
   MLS_REGISTERS_32                                                                                     \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%" \
@@ -59,11 +59,10 @@ MLS_DEVICE void hold(uint32_t (&registers)[kSteps][4]) {
   "88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%" \
   "110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define MLS_OPERANDS_4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define MLS_OPERANDS_16(i) \
-  MLS_OPERANDS_4(i), MLS_OPERANDS_4(i + 1), MLS_OPERANDS_4(i + 2), MLS_OPERANDS_4(i + 3)
+#define MLS_OPERANDS_8(i) MLS_OPERANDS_4(i), MLS_OPERANDS_4(i + 1)
+#define MLS_OPERANDS_16(i) MLS_OPERANDS_8(i), MLS_OPERANDS_8(i + 2)
 #define MLS_OPERANDS_32(i) MLS_OPERANDS_16(i), MLS_OPERANDS_16(i + 4)
-#define MLS_OPERANDS_40(i) MLS_OPERANDS_32(i), MLS_OPERANDS_4(i + 8), MLS_OPERANDS_4(i + 9)
-#define MLS_OPERANDS_48(i) MLS_OPERANDS_32(i), MLS_OPERANDS_16(i + 8)
+#define MLS_OPERANDS_40(i) MLS_OPERANDS_32(i), MLS_OPERANDS_8(i + 8)
 #define MLS_OPERANDS_64(i) MLS_OPERANDS_32(i), MLS_OPERANDS_32(i + 8)
 #define MLS_OPERANDS_128(i) MLS_OPERANDS_64(i), MLS_OPERANDS_64(i + 16)
 
@@ -96,14 +95,14 @@ struct Wgmma;
     }                                                                                                        \
   };
 
+MLS_DEFINE_WGMMA(BFloat16, "bf16", 16, 8, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
+MLS_DEFINE_WGMMA(Float16, "f16", 16, 8, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
 MLS_DEFINE_WGMMA(BFloat16, "bf16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 MLS_DEFINE_WGMMA(Float16, "f16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 MLS_DEFINE_WGMMA(BFloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 MLS_DEFINE_WGMMA(Float16, "f16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 MLS_DEFINE_WGMMA(BFloat16, "bf16", 80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 MLS_DEFINE_WGMMA(Float16, "f16", 80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
-MLS_DEFINE_WGMMA(BFloat16, "bf16", 96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
-MLS_DEFINE_WGMMA(Float16, "f16", 96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 MLS_DEFINE_WGMMA(BFloat16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 MLS_DEFINE_WGMMA(Float16, "f16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 MLS_DEFINE_WGMMA(BFloat16, "bf16", 256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
