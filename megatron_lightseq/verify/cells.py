@@ -203,6 +203,7 @@ CELLS: tuple[Cell, ...] = (
     _cell("latent tp2 cp2 ring", {**_TP2, **_cp(2, "ring")}, _LATENT),
     _cell("latent tp2 sp cp2 lightseq, full recompute", {**_TP2_SP, **_FULL, **_cp(2, "lightseq")}, _LATENT),
     _cell("latent, direct queries, pp2 cp2 zigzag", {**_PP2, **_cp(2, "zigzag")}, _DIRECT_QUERIES),
+    _cell("latent, sinks and windows, cp2 zigzag", _cp(2, "zigzag"), {**_LATENT, **_SINKS, **_WINDOW}),
     _cell("latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, {**_LATENT, **_EXPERTS}),
     *(
         _cell(f"multi-token cp2 {layout}", _cp(2, "ring", cp_layout=layout), _MULTI_TOKEN)

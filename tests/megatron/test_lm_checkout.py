@@ -210,3 +210,8 @@ def test_latent_attention_with_tensor_parallelism() -> None:
     tensor = ("--tensor-model-parallel-size", "2")
     expected = train(1, *LATENT)
     check_same(train(4, *cp(2), *tensor, *LATENT, padding=64), expected=expected)
+
+
+def test_windows_and_sinks() -> None:
+    flags = ("--window-size", "20,0", "--window-attn-skip-freq", "2", "--softmax-type", "learnable")
+    check_same(train(2, *cp(2), *flags), expected=train(1, *flags, "--cp-method", "megatron"))

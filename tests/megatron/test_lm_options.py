@@ -64,6 +64,14 @@ def test_flags_say_what_configuration_keys_say() -> None:
     assert not parsed("--cp-method", "megatron").active
 
 
+@pytest.mark.parametrize(("given", "weighed"), [(None, ()), ((20, 0), (20, 0)), ((-1, 0), ())])
+def test_auto_weighs_megatrons_windows(given: Any, weighed: tuple[int, ...]) -> None:
+    from megatron_lightseq.megatron.lm.settings import as_config
+
+    found = as_config(parsed("--cp-method", "auto"), SimpleNamespace(window_size=given))
+    assert found.model.window_size == weighed
+
+
 def test_a_wrong_word_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("--cp-method", "rings")

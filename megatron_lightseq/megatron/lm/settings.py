@@ -71,6 +71,9 @@ def as_config(options: LmOptions, arguments: Any) -> PretrainConfig:
         values["cp_comm_type"] = comm_types
     if getattr(arguments, "group_query_attention", False):
         values["num_query_groups"] = arguments.num_query_groups
+    window = getattr(arguments, "window_size", None)
+    if window and min(window) >= 0:  # what `auto` weighs; attention itself reads Megatron's configuration
+        values["window_size"] = tuple(window)
     known = {name: value for name, value in values.items() if value is not None}
     ours = {key: getattr(options if key in RECOMPUTE_KEYS else options.context, key) for key in KEYS}
     return with_values(PretrainConfig(), **known, **ours)
