@@ -19,22 +19,21 @@ MLS_INLINE void store_words(uint32_t* p, Vec x) {
   store(reinterpret_cast<float*>(p), x);
 }
 
-// bf16 rounding by integers, ties away from zero: half the cycles of
-// vcvtne2ps2bf16 and a permutation.
-constexpr int32_t kHalfOfBf16Ulp = 0x8000;
-
-// lane = (bf16(low), bf16(high))
-MLS_INLINE Vec pair_words(Vec low, Vec high) {
-  const IntVec rounded_high = reinterpret_cast<IntVec>(high) + kHalfOfBf16Ulp;
-  const IntVec rounded_low = reinterpret_cast<IntVec>(low) + kHalfOfBf16Ulp;
-  const WordVec low_half = reinterpret_cast<WordVec>(rounded_low) >> 16;
-  return reinterpret_cast<Vec>((reinterpret_cast<WordVec>(rounded_high) & 0xffff0000u) | low_half);
+// Rounding to bf16 is an integer addition, ties away from zero: the upper half
+// of the sum is the bf16. vcvtne2ps2bf16 takes two cycles and leaves its values
+// side by side, where products want them in pairs.
+MLS_INLINE Vec round_to_bf16(Vec x) {
+  constexpr int32_t kHalfOfBf16Ulp = 0x8000;
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) + kHalfOfBf16Ulp);
 }
 
-// 32 neighbouring values, first the lanes of `low`
-MLS_INLINE Vec neighbour_words(Vec low, Vec high) {
-  return reinterpret_cast<Vec>(
-      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+// lane = (low, high), both rounded: bytes 2 and 3 of `low` move below those of
+// `high`.
+MLS_INLINE Vec pair_words(Vec low, Vec high) {
+  constexpr __mmask64 kLowerHalves = 0x3333333333333333;
+  const __m512i bytes = _mm512_set4_epi32(0x00000f0e, 0x00000b0a, 0x00000706, 0x00000302);
+  return reinterpret_cast<Vec>(_mm512_mask_shuffle_epi8(reinterpret_cast<__m512i>(high), kLowerHalves,
+                                                        reinterpret_cast<__m512i>(low), bytes));
 }
 
 // words[i] = (low[i], high[i]) for 16 values
@@ -42,16 +41,6 @@ MLS_INLINE Vec interleave(const uint16_t* low, const uint16_t* high) {
   const WordVec lower = __builtin_convertvector(load_half_words(low), WordVec);
   const WordVec upper = __builtin_convertvector(load_half_words(high), WordVec);
   return reinterpret_cast<Vec>(lower | (upper << 16));
-}
-
-// words[n][d] = (rows[2 n][d], rows[2 n + 1][d]); `width` a multiple of 32
-inline void interleave_rows(const uint16_t* rows, int64_t num_rows, int64_t width, uint32_t* words) {
-  for (int64_t n = 0; n < num_rows / 2; ++n) {
-    const uint16_t* even = rows + 2 * n * width;
-    for (int64_t d = 0; d < width; d += kLanes) {
-      store_words(words + n * width + d, interleave(even + d, even + width + d));
-    }
-  }
 }
 
 // dst[c][r] = src[r][c] for words; both extents multiples of 16
@@ -78,6 +67,25 @@ MLS_INLINE void copy_row(const uint16_t* src, int64_t dim, uint16_t* dst) {
     const auto tail = static_cast<__mmask32>((1u << (dim - d)) - 1);
     _mm512_storeu_si512(dst + d, _mm512_maskz_loadu_epi16(tail, src + d));
   }
+}
+
+// To the L2 cache. Rows of one head lie far apart: no processor fetches them by
+// itself.
+MLS_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  constexpr int64_t kCacheLine = 64;
+  for (int64_t i = 0; i < bytes; i += kCacheLine) {
+    _mm_prefetch(static_cast<const char*>(row) + i, _MM_HINT_T1);
+  }
+}
+
+// The next block of keys to be copied, if there are more.
+inline void prefetch_key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first,
+                              int64_t num_keys, int64_t dim) {
+  const auto* base = static_cast<const uint16_t*>(tensor.data) + at.batch * tensor.batch_stride +
+                     at.kv_head * tensor.head_stride;
+  const int64_t last = std::min(first + kAmxBlock, num_keys);
+  for (int64_t key = first; key < last; ++key)
+    prefetch_row(base + key * tensor.token_stride, dim * int64_t{sizeof(uint16_t)});
 }
 
 // Keys [first, first + count) as rows of amx_width(dim), and zero rows up to
@@ -116,31 +124,34 @@ inline void rows_to_tiles(const uint16_t* rows, int64_t width, uint16_t* tiles) 
   }
 }
 
-// words[d / 2][row] = (row's values d, d + 1): a B operand whose columns are
-// query rows
-inline void rows_to_word_lanes(const uint16_t* rows, int64_t width, uint32_t* words) {
-  transpose_words(reinterpret_cast<const uint32_t*>(rows), width / 2, kTileRows, width / 2, words, kTileRows);
-}
-
-// The same for kAmxBlock rows, tile by tile: a tile is 32 values of 16 rows.
-inline void rows_to_word_tiles(const uint16_t* rows, int64_t width, uint32_t* tiles) {
+// words[d / 2][row] = (row's values d, d + 1), tile by tile: a B operand whose
+// columns are query rows. A tile is 32 values of 16 rows.
+inline void rows_to_word_tiles(const uint16_t* rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
   const auto* words = reinterpret_cast<const uint32_t*>(rows);
   for (int64_t d = 0; d < width / 2; d += kAmxTile) {
-    for (int64_t r = 0; r < kAmxBlock; r += kAmxTile, tiles += kAmxTileWords) {
+    for (int64_t r = 0; r < num_rows; r += kAmxTile, tiles += kAmxTileWords) {
       transpose_words(words + r * width / 2 + d, width / 2, kAmxTile, kAmxTile, tiles, kAmxRow);
     }
   }
 }
 
-// columns[d][key] = rows[key][d]: an A operand whose depth is keys. `words` is
-// staging of num_keys / 2 x width.
-inline void keys_to_columns(const uint16_t* rows, int64_t num_keys, int64_t width, uint32_t* words,
-                            uint16_t* columns, int64_t stride) {
-  interleave_rows(rows, num_keys, width, words);
-  transpose_words(words, width, num_keys / 2, width, reinterpret_cast<uint32_t*>(columns), stride / 2);
+// words[r][d] = values d of rows r and r + 16 of each 32 rows, tile by tile: a B
+// operand whose depth is query rows, in the order in which pair_words leaves
+// neighbouring vectors of them.
+inline void rows_to_pair_tiles(const uint16_t* rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
+  for (int64_t block = 0; block < num_rows; block += kAmxBlock) {
+    for (int64_t d = 0; d < width; d += kAmxTile) {
+      const uint16_t* const first = rows + block * width + d;
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kAmxTile; ++r, tiles += kAmxRow) {
+        store_words(tiles, interleave(first + r * width, first + (r + kAmxTile) * width));
+      }
+    }
+  }
 }
 
-// The same for kAmxBlock keys, tile by tile: a tile is 32 keys of 16 values.
+// columns[d][key] = rows[key][d] for kAmxBlock keys, tile by tile: an A operand
+// whose depth is keys. A tile is 32 keys of 16 values.
 inline void keys_to_column_tiles(const uint16_t* rows, int64_t width, uint16_t* tiles) {
   for (int64_t d = 0; d < width; d += kAmxTile, tiles += kAmxTile * kAmxBlock) {
     Vec block[kLanes];

@@ -13,10 +13,11 @@ constexpr int kAmxBlock = 32;      // 2 x 2 tile registers of C: each tile of A 
 constexpr int kAmxTileBytes = 64;  // of a tile row
 
 // All eight tiles full size: tails are padded with zeros, so the configuration
-// never changes within a task.
+// never changes within a task. Vectors flush denormals like the tile unit does:
+// 2^x that underflows costs an assist of 200 cycles otherwise.
 class AmxSession {
  public:
-  AmxSession() {
+  AmxSession() : control_(_mm_getcsr()) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -24,10 +25,18 @@ class AmxSession {
     } config;
     for (int i = 0; i < 8; ++i) config.row_bytes[i] = kAmxTileBytes, config.rows[i] = kAmxTile;
     asm volatile("ldtilecfg %0" : : "m"(config));
+    _mm_setcsr(control_ | kFlushResults | kFlushOperands);
   }
-  ~AmxSession() { asm volatile("tilerelease" : :); }
+  ~AmxSession() {
+    asm volatile("tilerelease" : :);
+    _mm_setcsr(control_);
+  }
   AmxSession(const AmxSession&) = delete;
   AmxSession& operator=(const AmxSession&) = delete;
+
+ private:
+  static constexpr unsigned kFlushResults = 1u << 15, kFlushOperands = 1u << 6;  // MXCSR: FTZ, DAZ
+  const unsigned control_;
 };
 
 // Own wrappers: g++ 12's intrinsics do not tell the compiler that they read and
@@ -80,38 +89,122 @@ struct AmxShape {
   int64_t rows, columns, depth;  // of C and of the sum; multiples of kAmxBlock
 };
 
-// C = A B, or C += A B, in blocks of 2 x 2 tiles.
-template <bool kAdd>
-[[gnu::noinline]] inline void amx_multiply(AmxShape shape, AmxTiles<const uint16_t> a,
-                                           AmxTiles<const uint32_t> b, AmxTiles<float> c) {
-  for (int64_t i = 0; i < shape.rows / kAmxTile; i += 2) {
-    for (int64_t j = 0; j < shape.columns / kAmxTile; j += 2) {
-      if constexpr (kAdd) {
-        tile_load<0>(c.at(i, j), c.row_bytes), tile_load<1>(c.at(i, j + 1), c.row_bytes);
-        tile_load<2>(c.at(i + 1, j), c.row_bytes), tile_load<3>(c.at(i + 1, j + 1), c.row_bytes);
-      } else {
-        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-      }
-#pragma GCC unroll 2
-      for (int64_t k = 0; k < shape.depth / kAmxDepth; ++k) {
-        tile_load<4>(a.at(i, k), a.row_bytes);
-        tile_load<6>(b.at(k, j), b.row_bytes);
-        tile_load<7>(b.at(k, j + 1), b.row_bytes);
-        tile_load<5>(a.at(i + 1, k), a.row_bytes);
-        tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
-      }
-      tile_store<0>(c.at(i, j), c.row_bytes), tile_store<1>(c.at(i, j + 1), c.row_bytes);
-      tile_store<2>(c.at(i + 1, j), c.row_bytes), tile_store<3>(c.at(i + 1, j + 1), c.row_bytes);
+// Lines of memory that will be needed, fetched to the L2 cache a few at a time:
+// all at once they would keep the products from theirs.
+class AmxPrefetch {
+ public:
+  AmxPrefetch() = default;
+  explicit AmxPrefetch(const char** lines) : lines_(lines) {}
+
+  void clear() { next_ = end_ = 0; }
+  void add(const void* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += kCacheLine) lines_[end_++] = static_cast<const char*>(row) + i;
+  }
+  MLS_INLINE void fetch_some() {
+    for (const int64_t last = std::min(next_ + kLinesAtOnce, end_); next_ < last; ++next_)
+      _mm_prefetch(lines_[next_], _MM_HINT_T1);
+  }
+  static constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kCacheLine); }
+
+ private:
+  static constexpr int64_t kCacheLine = 64, kLinesAtOnce = 4;
+  const char** lines_ = nullptr;
+  int64_t next_ = 0, end_ = 0;
+};
+
+// C = start + A B in blocks of 2 x 2 tiles, product after product.
+//
+// A store waits for the last product of its tile, and products behind a store
+// wait for it. So the tiles of a block stay in their registers until the next
+// block, of the same or of the next product, needs these, and are stored one by
+// one between its products. finish() stores the last ones.
+class AmxProducts {
+ public:
+  void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b, AmxTiles<float> c) {
+    multiply<true>(shape, a, b, {}, c);
+  }
+  void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b,
+                AmxTiles<const float> start, AmxTiles<float> c) {
+    multiply<false>(shape, a, b, start, c);
+  }
+  void multiply_add(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b,
+                    AmxTiles<float> c) {
+    multiply<false>(shape, a, b, {c.data, c.row_bytes, c.down, c.right}, c);
+  }
+
+  void finish() {
+    if (row_bytes_ == 0) return;
+    tile_store<0>(pending_[0], row_bytes_), tile_store<1>(pending_[1], row_bytes_);
+    tile_store<2>(pending_[2], row_bytes_), tile_store<3>(pending_[3], row_bytes_);
+    row_bytes_ = 0;
+  }
+
+  AmxPrefetch prefetch;  // beside each block
+
+ private:
+  template <bool kFromZero>
+  void multiply(const AmxShape& shape, const AmxTiles<const uint16_t>& a, const AmxTiles<const uint32_t>& b,
+                const AmxTiles<const float>& start, const AmxTiles<float>& c) {
+    switch (shape.depth / kAmxDepth) {  // the usual ones without a loop
+      case 1:
+        return blocks<kFromZero, 1>(shape, a, b, start, c);
+      case 2:
+        return blocks<kFromZero, 2>(shape, a, b, start, c);
+      case 4:
+        return blocks<kFromZero, 4>(shape, a, b, start, c);
+      default:
+        return blocks<kFromZero, 0>(shape, a, b, start, c);
     }
   }
-}
 
-// The same for rows of any stride. Strides count elements: of bf16, of words,
-// of fp32.
-template <bool kAdd>
-inline void amx_multiply(AmxShape shape, const uint16_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
-                         float* c, int64_t ldc) {
-  amx_multiply<kAdd>(shape, strided_tiles(a, lda), strided_tiles(b, ldb), strided_tiles(c, ldc));
-}
+  // kDepth: tiles of the depth; 0: as `shape` says.
+  template <bool kFromZero, int kDepth>
+  [[gnu::noinline]] void blocks(const AmxShape& shape, const AmxTiles<const uint16_t>& a,
+                                const AmxTiles<const uint32_t>& b, const AmxTiles<const float>& start,
+                                const AmxTiles<float>& c) {
+    const int64_t rows = shape.rows / kAmxTile, columns = shape.columns / kAmxTile;
+    const int64_t depth = kDepth > 0 ? kDepth : shape.depth / kAmxDepth;
+    for (int64_t i = 0; i < rows; i += 2) {
+      for (int64_t j = 0; j < columns; j += 2) {
+        const uint16_t *a0 = a.at(i, 0), *a1 = a.at(i + 1, 0);
+        const uint32_t *b0 = b.at(0, j), *b1 = b.at(0, j + 1);
+        tile_load<4>(a0, a.row_bytes), tile_load<6>(b0, b.row_bytes);
+        begin_tile<kFromZero, 0>(start.at(i, j), start.row_bytes, c.at(i, j));
+        tile_dot<0, 4, 6>();
+        tile_load<7>(b1, b.row_bytes);
+        begin_tile<kFromZero, 1>(start.at(i, j + 1), start.row_bytes, c.at(i, j + 1));
+        tile_dot<1, 4, 7>();
+        tile_load<5>(a1, a.row_bytes);
+        begin_tile<kFromZero, 2>(start.at(i + 1, j), start.row_bytes, c.at(i + 1, j));
+        tile_dot<2, 5, 6>();
+        begin_tile<kFromZero, 3>(start.at(i + 1, j + 1), start.row_bytes, c.at(i + 1, j + 1));
+        tile_dot<3, 5, 7>();
+        row_bytes_ = c.row_bytes;
+        prefetch.fetch_some();
+#pragma GCC unroll 4
+        for (int64_t k = 1; k < depth; ++k) {
+          a0 += a.right, a1 += a.right, b0 += b.down, b1 += b.down;
+          tile_load<4>(a0, a.row_bytes), tile_load<6>(b0, b.row_bytes);
+          tile_load<7>(b1, b.row_bytes), tile_load<5>(a1, a.row_bytes);
+          tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+        }
+      }
+    }
+  }
+
+  template <bool kFromZero, int kTile>
+  MLS_INLINE void begin_tile(const float* start, int64_t start_bytes, float* c) {
+    if (row_bytes_ != 0) tile_store<kTile>(pending_[kTile], row_bytes_);
+    if constexpr (kFromZero) {
+      tile_zero<kTile>();
+    } else {
+      tile_load<kTile>(start, start_bytes);
+    }
+    pending_[kTile] = c;
+  }
+
+  float* pending_[4] = {};  // where the tiles of C go that registers 0 to 3 hold
+  int64_t row_bytes_ = 0;   // 0: they hold none
+};
 
 }  // namespace mls::cpu::MLS_VARIANT

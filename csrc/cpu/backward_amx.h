@@ -1,140 +1,203 @@
 // Backward engine for AMX: bf16 operands (P and dS are rounded to bf16), fp32
 // sums.
+//
+// A block of keys and the row tile leave S^T and dP^T of 32 keys at a time in
+// the L1 cache, as P^T and dS^T of the whole block, in tiles of the three
+// products that use them.
 #pragma once
+#include "amx_exp2.h"
 #include "amx_pack.h"
 #include "amx_tile.h"
 #include "backward.h"
 #include "row_tile.h"
-#include "softmax.h"
 #include "tiles.h"
 
 namespace mls::cpu::MLS_VARIANT {
 
 class AmxBackward {
  public:
-  static constexpr int kPanelKeys = kAmxPanelKeys;
-  static constexpr int kChunkKeys = kPanelKeys * kPanelsPerChunk;
+  static constexpr int kPanelKeys = kAmxMaxChunkKeys;  // always a whole chunk
   static int64_t width(int64_t dim) { return amx_width(dim); }
-  static int64_t chunk_keys(const AttentionShape&) { return kChunkKeys; }
+  static int64_t chunk_keys(const AttentionShape& shape) {
+    const int64_t key_bytes = amx_width(shape.head_dim) * (2 * sizeof(uint16_t) + sizeof(float)) +
+                              amx_width(shape.value_dim) * (sizeof(uint16_t) + sizeof(float));
+    const int64_t task_keys = shape.batch * shape.num_kv_heads * shape.num_keys / kWantedBackwardTasks;
+    const int64_t keys = std::clamp<int64_t>(task_keys, kAmxMinChunkKeys, kAmxMaxChunkKeys);
+    return std::max<int64_t>(kAmxBlock, std::min(keys, kAmxChunkBytes / key_bytes) / kAmxBlock * kAmxBlock);
+  }
 
   AmxBackward(const BackwardParams& params, KeyHead at, ScratchCursor& scratch)
       : p_(params),
         at_(at),
         width_(amx_width(params.shape.head_dim)),
         value_width_(amx_width(params.shape.value_dim)),
-        k_(scratch.objects<uint16_t>(kChunkKeys * width_)),
-        v_(scratch.objects<uint16_t>(kChunkKeys * value_width_)),
-        k_columns_(scratch.objects<uint16_t>(width_ * kColumnStride)),
-        q_lanes_(scratch.objects<uint32_t>(width_ / 2 * kTileRows)),
-        q_pairs_(scratch.objects<uint32_t>(kTileRows / 2 * width_)),
-        do_lanes_(scratch.objects<uint32_t>(value_width_ / 2 * kTileRows)),
-        do_pairs_(scratch.objects<uint32_t>(kTileRows / 2 * value_width_)),
-        scores_(scratch.objects<float>(kPanelKeys * kTileRows)),
-        dweights_(scratch.objects<float>(kPanelKeys * kTileRows)),
-        weight_rows_(scratch.objects<uint16_t>(kPanelKeys * kTileRows)),
-        dscore_rows_(scratch.objects<uint16_t>(kPanelKeys * kTileRows)),
-        dscore_pairs_(scratch.objects<uint32_t>(kPanelKeys / 2 * kTileRows)),
-        rows_(scratch.objects<uint16_t>(kTileRows * std::max(width_, value_width_))),
-        words_(scratch.objects<uint32_t>(kChunkKeys / 2 * width_)) {}
+        log2_scale_(params.softmax_scale * kLog2E),
+        k_(scratch.objects<uint16_t>(chunk_keys(params.shape) * width_)),
+        k_columns_(scratch.objects<uint16_t>(chunk_keys(params.shape) * width_)),
+        v_(scratch.objects<uint16_t>(chunk_keys(params.shape) * value_width_)),
+        q_lanes_(scratch.objects<uint32_t>(kTileRows * width_ / 2)),
+        q_pairs_(scratch.objects<uint32_t>(kTileRows * width_ / 2)),
+        do_lanes_(scratch.objects<uint32_t>(kTileRows * value_width_ / 2)),
+        do_pairs_(scratch.objects<uint32_t>(kTileRows * value_width_ / 2)),
+        scores_(scratch.objects<float>(kStepKeys * kTileRows)),
+        dweights_(scratch.objects<float>(kStepKeys * kTileRows)),
+        weights_(scratch.objects<uint32_t>(kBlockKeys * kTileRows / 2)),
+        dscores_(scratch.objects<uint32_t>(kBlockKeys * kTileRows / 2)),
+        dscore_pairs_(scratch.objects<uint32_t>(kBlockKeys * kTileRows / 2)),
+        rows_(scratch.objects<uint16_t>(kTileRows * std::max(width_, value_width_))) {
+    const int64_t row_lines = AmxPrefetch::lines(p_.shape.head_dim * sizeof(float)) +
+                              AmxPrefetch::lines(p_.shape.head_dim * sizeof(uint16_t)) +
+                              AmxPrefetch::lines(p_.shape.value_dim * sizeof(uint16_t));
+    products_.prefetch = AmxPrefetch(scratch.objects<const char*>(kTileRows * row_lines));
+  }
 
   void load_chunk(int64_t first, int64_t last) {
-    copy_key_rows(p_.k, at_, first, last - first, p_.shape.head_dim, k_);
-    copy_key_rows(p_.v, at_, first, last - first, p_.shape.value_dim, v_);
-    keys_to_columns(k_, round_up(last - first, kAmxBlock), width_, words_, k_columns_, kColumnStride);
+    for (int64_t key = first; key < last; key += kAmxBlock) {
+      const int64_t count = std::min<int64_t>(kAmxBlock, last - key);
+      prefetch_key_rows(p_.k, at_, key + kAmxBlock, last, p_.shape.head_dim);
+      prefetch_key_rows(p_.v, at_, key + kAmxBlock, last, p_.shape.value_dim);
+      copy_key_rows(p_.k, at_, key, count, p_.shape.head_dim, rows_);
+      rows_to_tiles(rows_, width_, k_ + (key - first) * width_);
+      keys_to_column_tiles(rows_, width_, k_columns_ + (key - first) * width_);
+      copy_key_rows(p_.v, at_, key, count, p_.shape.value_dim, rows_);
+      rows_to_tiles(rows_, value_width_, v_ + (key - first) * value_width_);
+    }
   }
 
   void load_rows(const RowTile& tile) {
     const int64_t group = p_.shape.heads_per_group();
     copy_tile_rows(p_.q, group, at_, tile, p_.shape.head_dim, rows_);
-    rows_to_word_lanes(rows_, width_, q_lanes_);
-    interleave_rows(rows_, kTileRows, width_, q_pairs_);
+    rows_to_word_tiles(rows_, kTileRows, width_, q_lanes_);
+    rows_to_pair_tiles(rows_, kTileRows, width_, q_pairs_);
     copy_tile_rows(p_.dout, group, at_, tile, p_.shape.value_dim, rows_);
-    rows_to_word_lanes(rows_, value_width_, do_lanes_);
-    interleave_rows(rows_, kTileRows, value_width_, do_pairs_);
+    rows_to_word_tiles(rows_, kTileRows, value_width_, do_lanes_);
+    rows_to_pair_tiles(rows_, kTileRows, value_width_, do_pairs_);
+    prefetch_rows(tile);
   }
 
-  // Whole blocks of keys are computed; those before `begin` or from `end` on
-  // are masked like any other.
+  // Whole blocks of kAmxBlock keys are computed; those before `begin` or from
+  // `end` on are masked like any other.
   void differentiate(const BackwardTile& tile, int64_t begin, int64_t end, const Gradients& sums) {
-    const int64_t first = (begin - sums.first_key) / kAmxBlock * kAmxBlock;
-    const int64_t count = round_up(end - sums.first_key, kAmxBlock) - first;
-    const uint16_t* k = k_ + first * width_;
-    const uint16_t* v = v_ + first * value_width_;
-    amx_multiply<false>({count, kTileRows, width_}, k, width_, q_lanes_, kTileRows, scores_, kTileRows);
-    amx_multiply<false>({count, kTileRows, value_width_}, v, value_width_, do_lanes_, kTileRows, dweights_,
-                        kTileRows);
-    if (tile.rows.needs_mask(sums.first_key + first, sums.first_key + first + count)) {
-      mask(tile.rows, sums.first_key + first, count);
+    const int64_t last = round_up(end - sums.first_key, kAmxBlock);
+    int64_t key = (begin - sums.first_key) / kAmxBlock * kAmxBlock;
+    for (; key < last; key += kBlockKeys) {
+      const int64_t count = std::min<int64_t>(kBlockKeys, last - key);
+      for (int64_t step = 0; step < count; step += kStepKeys) weigh(tile, sums.first_key, key, step);
+      add_products(key, count, sums);
     }
-    differentiate_softmax(tile, count);
-    amx_multiply<true>({count, value_width_, kTileRows}, weight_rows_, kTileRows, do_pairs_, value_width_,
-                       sums.dv + first * value_width_, value_width_);
-    amx_multiply<true>({count, width_, kTileRows}, dscore_rows_, kTileRows, q_pairs_, width_,
-                       sums.dk + first * width_, width_);
-    amx_multiply<true>({width_, kTileRows, count}, k_columns_ + first, kColumnStride, dscore_pairs_,
-                       kTileRows, sums.dq_lanes, kTileRows);
   }
 
  private:
-  // One cache line more than the keys, or the rows of a tile would share few
-  // cache sets.
-  static constexpr int64_t kColumnStride = kChunkKeys + 32;
+  static constexpr int kStepKeys = kAmxBlock;  // of S^T and dP^T at a time
+  static constexpr int kBlockKeys = 64;        // of P^T and dS^T at a time
+  static constexpr int kStrips = kTileRows / kAmxBlock;
 
-  void mask(const RowTile& tile, int64_t first, int64_t num_keys) {
-    for (int64_t r = 0; r < num_keys; ++r) {
-      for (int x = 0; x < kMicroVecs; ++x) {
-        float* at = scores_ + r * kTileRows + x * kLanes;
-        store(at, mask_scores(tile, first + r, x, load(at)));
-      }
+  // What the end of this row tile, and the start of the next, will need from
+  // memory: rows of one head lie far apart, and no processor fetches them by
+  // itself.
+  void prefetch_rows(const RowTile& tile) {
+    products_.prefetch.clear();
+    for (int64_t row = tile.first_row; row < tile.first_row + tile.num_rows; ++row) {
+      products_.prefetch.add(row_pointer(p_.dq, p_.shape.heads_per_group(), at_, row),
+                             p_.shape.head_dim * sizeof(float));
+      if (row < kTileRows) continue;
+      products_.prefetch.add(row_bytes(p_.q, row - kTileRows), p_.shape.head_dim * sizeof(uint16_t));
+      products_.prefetch.add(row_bytes(p_.dout, row - kTileRows), p_.shape.value_dim * sizeof(uint16_t));
     }
   }
+  MLS_INLINE const void* row_bytes(const TokenTensor<const void>& tensor, int64_t row) {
+    const TokenTensor<const uint16_t> typed{static_cast<const uint16_t*>(tensor.data), tensor.token_stride,
+                                            tensor.batch_stride, tensor.head_stride};
+    return row_pointer(typed, p_.shape.heads_per_group(), at_, row);
+  }
 
-  // P^T = 2^(S^T * scale * log2(e) - lse), dS^T = P^T (dP^T - delta), in the
-  // layouts of the three products.
-  void differentiate_softmax(const BackwardTile& tile, int64_t num_keys) {
-    const Vec scale = splat(p_.softmax_scale * kLog2E);
-    for (int64_t r = 0; r < num_keys; r += 2) {
+  // P^T and dS^T of keys [key + step, key + step + kStepKeys) of the chunk.
+  void weigh(const BackwardTile& tile, int64_t first_key, int64_t key, int64_t step) {
+    const int64_t at = key + step;
+    products_.multiply({kStepKeys, kTileRows, width_},
+                       packed_tiles<const uint16_t>(k_ + at * width_, width_ / kAmxDepth),
+                       packed_tiles<const uint32_t>(q_lanes_, kMicroVecs), packed_tiles(scores_, kMicroVecs));
+    alignas(MLS_VEC_BYTES) float minus_delta[kTileRows];
+    for (int x = 0; x < kTileRows; x += kLanes) store(minus_delta + x, -load(tile.delta + x));
+    products_.multiply({kStepKeys, kTileRows, value_width_},
+                       packed_tiles<const uint16_t>(v_ + at * value_width_, value_width_ / kAmxDepth),
+                       packed_tiles<const uint32_t>(do_lanes_, kMicroVecs), {minus_delta, 0, 0, kAmxTile},
+                       packed_tiles(dweights_, kMicroVecs));
+    products_.finish();
+    const bool masked = tile.rows.needs_mask(first_key + at, first_key + at + kStepKeys);
+    masked ? differentiate_softmax<true>(tile, first_key + at, step)
+           : differentiate_softmax<false>(tile, first_key + at, step);
+  }
+
+  // P^T = 2^(S^T * scale * log2(e) - lse), dS^T = P^T (dP^T - delta).
+  template <bool kMasked>
+  [[gnu::noinline]] void differentiate_softmax(const BackwardTile& tile, int64_t first_key, int64_t step) {
+    const Vec scale = splat(log2_scale_);
+    Vec lse[kMicroVecs];
+#pragma GCC unroll 8
+    for (int x = 0; x < kMicroVecs; ++x) lse[x] = load(tile.lse_log2 + x * kLanes);
+    for (int64_t r = 0; r < kStepKeys; r += 2) {
+      const int64_t row = r / kAmxTile * kMicroVecs * kAmxTileWords + r % kAmxTile * kAmxRow;
+      const int64_t strip_row = (step + r) / kAmxTile * kStrips * kAmxTileWords + r % kAmxTile * kAmxRow;
       Vec p[2][kMicroVecs], ds[2][kMicroVecs];
 #pragma GCC unroll 8
       for (int x = 0; x < kMicroVecs; ++x) {
-        const Vec lse = load(tile.lse_log2 + x * kLanes), delta = load(tile.delta + x * kLanes);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
-          const int64_t at = (r + i) * kTileRows + x * kLanes;
-          p[i][x] = exp2(load(scores_ + at) * scale - lse);
-          ds[i][x] = p[i][x] * (load(dweights_ + at) - delta);
+          const int64_t at = row + x * kAmxTileWords + i * kAmxRow;
+          Vec score = load(scores_ + at);
+          if constexpr (kMasked) score = mask_scores(tile.rows, first_key + r + i, x, score);
+          const Vec weight = flushing_exp2(score * scale - lse[x], kWeightExp2);
+          p[i][x] = round_to_bf16(weight);
+          ds[i][x] = round_to_bf16(weight * load(dweights_ + at));
         }
-        store_words(dscore_pairs_ + r / 2 * kTileRows + x * kLanes, pair_words(ds[0][x], ds[1][x]));
+        store_words(dscore_pairs_ + step / 2 * kTileRows + x * kAmxTileWords + r / 2 * kAmxRow,
+                    pair_words(ds[0][x], ds[1][x]));
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 8
         for (int x = 0; x < kMicroVecs; x += 2) {
-          const int64_t at = (r + i) * kTileRows + x * kLanes;
-          store_words(reinterpret_cast<uint32_t*>(weight_rows_ + at), neighbour_words(p[i][x], p[i][x + 1]));
-          store_words(reinterpret_cast<uint32_t*>(dscore_rows_ + at),
-                      neighbour_words(ds[i][x], ds[i][x + 1]));
+          const int64_t at = strip_row + x / 2 * kAmxTileWords + i * kAmxRow;
+          store_words(weights_ + at, pair_words(p[i][x], p[i][x + 1]));
+          store_words(dscores_ + at, pair_words(ds[i][x], ds[i][x + 1]));
         }
       }
     }
   }
 
+  // What a block of keys adds to dV, dK and dQ.
+  void add_products(int64_t key, int64_t count, const Gradients& sums) {
+    products_.multiply_add({count, value_width_, kTileRows},
+                           packed_tiles(reinterpret_cast<const uint16_t*>(weights_), kStrips),
+                           packed_tiles<const uint32_t>(do_pairs_, value_width_ / kAmxTile),
+                           strided_tiles(sums.dv + key * value_width_, value_width_));
+    products_.multiply_add({count, width_, kTileRows},
+                           packed_tiles(reinterpret_cast<const uint16_t*>(dscores_), kStrips),
+                           packed_tiles<const uint32_t>(q_pairs_, width_ / kAmxTile),
+                           strided_tiles(sums.dk + key * width_, width_));
+    constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
+    products_.multiply_add(
+        {width_, kTileRows, count},
+        {k_columns_ + key * width_, kAmxTileBytes, kColumnTile, width_ / kAmxTile * kColumnTile},
+        packed_tiles<const uint32_t>(dscore_pairs_, kMicroVecs), strided_tiles(sums.dq_lanes, kTileRows));
+    products_.finish();
+  }
+
   const BackwardParams& p_;
   const KeyHead at_;
   const int64_t width_, value_width_;
-  uint16_t *const k_,
-      *const v_;               // [kChunkKeys][width], [kChunkKeys][value_width]
-  uint16_t* const k_columns_;  // K^T: [width][kColumnStride]
-  uint32_t *const q_lanes_,
-      *const q_pairs_;  // [width / 2][kTileRows], [kTileRows / 2][width]
-  uint32_t *const do_lanes_,
-      *const do_pairs_;                    // the same of dO, with value_width
-  float *const scores_, *const dweights_;  // S^T, dP^T: [kPanelKeys][kTileRows]
-  uint16_t *const weight_rows_,
-      *const dscore_rows_;        // P^T, dS^T: [kPanelKeys][kTileRows]
-  uint32_t* const dscore_pairs_;  // dS^T: [kPanelKeys / 2][kTileRows]
-  uint16_t* const rows_;          // staging
-  uint32_t* const words_;         // staging
+  const float log2_scale_;
+  AmxProducts products_;
+  // All in tiles:
+  uint16_t *const k_, *const k_columns_;        // [chunk keys][width], and for each 32 keys [width][32]
+  uint16_t* const v_;                           // [chunk keys][value_width]
+  uint32_t *const q_lanes_, *const q_pairs_;    // [width / 2][kTileRows], [kTileRows / 2][width]
+  uint32_t *const do_lanes_, *const do_pairs_;  // the same of dO, with value_width
+  float *const scores_, *const dweights_;       // S^T, dP^T - delta: [kStepKeys][kTileRows]
+  uint32_t *const weights_, *const dscores_;    // P^T, dS^T: [kBlockKeys][kTileRows / 2], pairs of rows
+  uint32_t* const dscore_pairs_;                // dS^T: [kBlockKeys / 2][kTileRows], pairs of keys
+  uint16_t* const rows_;                        // staging
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -6,6 +6,7 @@
 // cache: tiles are stored as fast there as they are computed, but many times
 // slower to the L2.
 #pragma once
+#include "amx_exp2.h"
 #include "amx_pack.h"
 #include "amx_tile.h"
 #include "row_tile.h"
@@ -37,13 +38,15 @@ class AmxForward {
     copy_tile_rows(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
     for (int i = 0; i < kStripsPerTile; ++i) {
       strip(t, i) = Strip(tile, i * kStripVecs);
-      rows_to_word_tiles(rows_ + i * kStripRows * width_, width_, strip_queries(t, i));
+      rows_to_word_tiles(rows_ + i * kStripRows * width_, kStripRows, width_, strip_queries(t, i));
     }
   }
 
   void load_panel(int64_t first, int64_t last) {
     for (int64_t key = first; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key);
+      prefetch_key_rows(p_.k, at_, key + kAmxBlock, p_.shape.num_keys, p_.shape.head_dim);
+      prefetch_key_rows(p_.v, at_, key + kAmxBlock, p_.shape.num_keys, p_.shape.value_dim);
       copy_key_rows(p_.k, at_, key, count, p_.shape.head_dim, rows_);
       rows_to_tiles(rows_, width_, k_ + (key - first) * width_);
       copy_key_rows(p_.v, at_, key, count, p_.shape.value_dim, rows_);
@@ -81,9 +84,10 @@ class AmxForward {
   // Half of it for short rows, where all fits into the L1 cache; long ones are
   // faster with few loads and stores of O.
   static constexpr int kMaxStepKeys = 128;
-  // How far, in log2, a score may exceed the reference of the exponentials.
-  // Weights of 2^8 lose nothing: fp32 and bf16 have their digits at any size.
-  static constexpr float kHeadroomLog2 = 8.0f;
+  // What the weights of a step may sum to before the reference of the
+  // exponentials is raised. Weights above 1 lose nothing: fp32 and bf16 have
+  // their digits at any size.
+  static constexpr float kMaxStepSum = 4096.0f;
 
   // Rows of a tile that meet keys together, and the keys they see.
   struct Strip : VectorKeys {
@@ -119,19 +123,21 @@ class AmxForward {
 
   template <bool kMasked>
   void attend(const Step& step) {
-    amx_multiply<false>({step.num_keys, kStripRows, width_},
-                        packed_tiles<const uint16_t>(k_ + step.key * width_, width_ / kAmxDepth),
-                        packed_tiles(step.q, kStripVecs), packed_tiles(scores_, kStripVecs));
-    if (lacks_reference(step) || !weigh<kMasked>(step, kHeadroomLog2)) {
+    products_.multiply({step.num_keys, kStripRows, width_},
+                       packed_tiles<const uint16_t>(k_ + step.key * width_, width_ / kAmxDepth),
+                       packed_tiles(step.q, kStripVecs), packed_tiles(scores_, kStripVecs));
+    products_.finish();
+    if (lacks_reference(step) || !weigh<kMasked>(step, kMaxStepSum)) {
       raise_reference<kMasked>(step);
       weigh<kMasked>(step, kInfinity);
     }
     const int64_t column_tiles = value_width_ / kAmxTile;
     const AmxTiles<const uint16_t> v{v_columns_ + step.key * value_width_, kAmxTileBytes,
                                      kAmxTile * kAmxDepth, column_tiles * kAmxTile * kAmxDepth};
-    amx_multiply<true>({value_width_, kStripRows, step.num_keys}, v,
-                       packed_tiles<const uint32_t>(weights_, kStripVecs),
-                       strided_tiles(step.out, kTileRows));
+    products_.multiply_add({value_width_, kStripRows, step.num_keys}, v,
+                           packed_tiles<const uint32_t>(weights_, kStripVecs),
+                           strided_tiles(step.out, kTileRows));
+    products_.finish();
   }
 
   // The row of S^T that is key `key + r`, and the row of P^T for it and the next
@@ -149,43 +155,33 @@ class AmxForward {
 
   // P^T in pairs of keys. Any reference of the exponentials is right that the
   // sum shares, if nothing overflows: the largest score of earlier keys does,
-  // and the new scores need not be looked through first. False, and nothing
-  // done, if one exceeds it by more than `headroom`.
+  // and the new scores need not be looked through first. False, and no sum
+  // changed, if the weights of a row sum to more than `limit`.
   template <bool kMasked>
-  [[gnu::noinline]] bool weigh(const Step& step, float headroom) {
+  [[gnu::noinline]] bool weigh(const Step& step, float limit) {
     const Vec scale = splat(log2_scale_);
-    Vec reference[kStripVecs], limit[kStripVecs], sum[kStripVecs];
-    __mmask16 within[kStripVecs];
+    Vec reference[kStripVecs], sum[kStripVecs];
 #pragma GCC unroll 8
-    for (int x = 0; x < kStripVecs; ++x) {
-      const Vec top = load(step.maxima(x));
-      reference[x] = finite_max(top);
-      limit[x] = (top + headroom) / scale;
-      sum[x] = load(step.sums(x));
-      within[x] = 0xffff;
-    }
+    for (int x = 0; x < kStripVecs; ++x) reference[x] = finite_max(load(step.maxima(x))), sum[x] = Vec{};
     for (int64_t key = 0; key < step.num_keys; key += kAmxTile) {
 #pragma GCC unroll 2
       for (int r = 0; r < kAmxTile; r += 2) {
 #pragma GCC unroll 8
         for (int x = 0; x < kStripVecs; ++x) {
           const Vec even = score<kMasked>(step, key, r, x), odd = score<kMasked>(step, key, r + 1, x);
-          within[x] = not_above(within[x], even, limit[x]);
-          within[x] = not_above(within[x], odd, limit[x]);
-          // Not flushed below 2^-126: the tile unit does.
-          const Vec p = exp2_unflushed(even * scale - reference[x]);
-          const Vec next = exp2_unflushed(odd * scale - reference[x]);
+          const Vec p = flushing_exp2(even * scale - reference[x], kSummedExp2);
+          const Vec next = flushing_exp2(odd * scale - reference[x], kSummedExp2);
           sum[x] = sum[x] + p + next;
-          store_words(weight_pair(key, r, x), pair_words(p, next));
+          store_words(weight_pair(key, r, x), pair_words(round_to_bf16(p), round_to_bf16(next)));
         }
       }
     }
 #pragma GCC unroll 8
     for (int x = 0; x < kStripVecs; ++x) {
-      if (within[x] != 0xffff) return false;
+      if (not_above(0xffff, sum[x], splat(limit)) != 0xffff) return false;
     }
 #pragma GCC unroll 8
-    for (int x = 0; x < kStripVecs; ++x) store(step.sums(x), sum[x]);
+    for (int x = 0; x < kStripVecs; ++x) store(step.sums(x), load(step.sums(x)) + sum[x]);
     return true;
   }
 
@@ -227,6 +223,7 @@ class AmxForward {
   const KeyHead at_;
   const int64_t width_, value_width_;
   const float log2_scale_;
+  AmxProducts products_;
   Strip* const strips_;        // of each row tile
   uint32_t* const q_;          // of each strip: [width / 2][kStripRows], in tiles
   uint16_t* const k_;          // [kPanelKeys][width], in tiles

@@ -20,13 +20,15 @@ constexpr int kMinBlockTiles = 256 / kTileRows;
 constexpr int64_t kBlockBytes = 1024 * 1024;
 constexpr int kTasksPerWorker = 4;         // with more than one worker
 constexpr int kVectorPanelKeys = 96;       // a multiple of kMicroRows
-constexpr int kAmxPanelKeys = 128;         // a multiple of kAmxBlock
 constexpr int kAmxForwardPanelKeys = 512;  // packed K and V stay in the L2 cache
 constexpr int kPanelsPerChunk = 4;         // at least
 // A backward chunk should be large too: what it does once per row tile (fetch and transpose Q and dO, add dQ)
 // is then a smaller part.
 constexpr int kMaxPanelsPerChunk = 8;
 constexpr int kWantedBackwardTasks = 16;
+constexpr int kAmxMinChunkKeys = 512, kAmxMaxChunkKeys = 1024;
+// Of K, K^T, V, dK and dV: half of the L2 cache of processors with AMX.
+constexpr int64_t kAmxChunkBytes = 1024 * 1024;
 constexpr int64_t kChunkBytes = 768 * 1024;  // of K, V, dK and dV; half of a small L2 cache must be left
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {

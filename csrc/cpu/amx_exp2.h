@@ -1,0 +1,31 @@
+// Base-2 exponentials of the AMX engines, by polynomials no longer than their
+// use needs: for some 200 cycles after a tile instruction one multiply-add a
+// cycle is left, not two.
+#pragma once
+#include "simd.h"
+
+namespace mls::cpu::MLS_VARIANT {
+
+// Minimax polynomials of 2^r on [0, 1], exact at both ends, so that the weight
+// of a row's only key is 1 and 2^x is continuous; the highest power first.
+//
+// A weight that is rounded to bf16 and not summed: relative error 1.0e-4, where
+// the rounding has 2e-3.
+constexpr float kWeightExp2[] = {7.8267969e-2f, 2.2630771e-1f, 6.9542432e-1f, 1.0f};
+// A weight whose sum goes into lse: relative error 3.3e-6.
+constexpr float kSummedExp2[] = {1.3557086e-2f, 5.2030448e-2f, 2.4138010e-1f, 6.9303238e-1f, 1.0f};
+
+// 2^x; needs the flushing of denormals that AmxSession switches on.
+template <int kTerms>
+MLS_INLINE Vec flushing_exp2(Vec x, const float (&polynomial)[kTerms]) {
+  constexpr int kFloor = 0x09;  // no fraction bits, round towards -inf, no exception flags
+  const auto wide = reinterpret_cast<__m512>(x);
+  const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(wide, kFloor));
+  Vec p = splat(polynomial[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < kTerms; ++i) p = p * r + polynomial[i];
+  // The form without a mask warns in g++ 12.
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), wide));
+}
+
+}  // namespace mls::cpu::MLS_VARIANT
