@@ -43,6 +43,8 @@ MEMORY_BUDGET = 128 * _MIB
 """Per rank, beyond Python and its libraries, for row 2."""
 _LONGEST = 64 * _K
 """Where row 2 stops looking: a step of twice that takes eight processes on two cores many minutes."""
+_PATIENCE_S = 3600.0
+"""For a step of row 2: one that is ended for its time would count as too long for memory."""
 _GROWTH_LENGTHS = (8 * _K, 16 * _K)
 """Tokens between which row 2 measures how memory grows: past what a tile takes."""
 _CURVE = (2, 3, 4, 5, 8, 16, 32)
@@ -205,7 +207,7 @@ def _bytes_per_token(shop: Workshop, job: Job, system: str) -> float:
             replace(
                 job, system=system, common=common, memory_budget_bytes=None, steps=1, profile_memory=True
             ),
-            Cluster(),
+            Cluster(timeout_s=_PATIENCE_S),
         )
         peaks.append(max((rank.peak_tensor_bytes or 0 for rank in outcome.ranks), default=math.nan))
         shop.report(f"{system}: tensors of {peaks[-1] / _MIB:.1f} MiB at {tokens} tokens")
@@ -214,7 +216,10 @@ def _bytes_per_token(shop: Workshop, job: Job, system: str) -> float:
 
 def _fits(shop: Workshop, job: Job, system: str) -> int:
     wanted = replace(job, system=system)
-    return longest_sequence(wanted, start=2 * _K, limit=_LONGEST, halvings=1, report=shop.report).fits
+    patient = Cluster(timeout_s=_PATIENCE_S)
+    return longest_sequence(
+        wanted, start=2 * _K, limit=_LONGEST, halvings=1, cluster=patient, report=shop.report
+    ).fits
 
 
 def _length(tokens: int) -> str:
