@@ -55,6 +55,20 @@ def kernel_knows_windows(c: PretrainConfig, _: Machine) -> bool:
     return not c.model.window_size or c.context.cp_kernel not in unknown
 
 
+@WINDOWS.rule(
+    "softmax_type",
+    "cp_method",
+    "tensor_model_parallel_size",
+    needs="has_transformer_engine",
+    text="Megatron's local attention does not know that its learnable softmax is cut over tensor-parallel ranks: all "
+    "would start alike, and the gradient norm would count those of one",
+    remedy="Set tensor_model_parallel_size to 1, or cp_method to another method",
+)
+def megatrons_sinks_are_whole(c: PretrainConfig, m: Machine) -> bool:
+    cut = c.model.softmax_type == "learnable" and c.parallel.tensor_model_parallel_size > 1
+    return not cut or c.context.cp_method != "megatron" or m.has_transformer_engine is not False
+
+
 # --- multi-latent attention -------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,11 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "windows cut tiles into bands",
     ),
+    "megatrons_sinks_are_whole": (
+        {"softmax_type": "learnable", "cp_method": "megatron", "tensor_model_parallel_size": 2},
+        Machine(has_transformer_engine=False),
+        "cp_method to another method",
+    ),
     "latent_keys_need_latent_attention": (
         {"kv_lora_rank": 16},
         Machine(),

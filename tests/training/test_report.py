@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "experts": EXPERTS,
     "latent": LATENT,
     "latent, direct queries": {**LATENT, "q_lora_rank": None},
+    "learnable softmax": {"softmax_type": "learnable"},
     "multi-token": {"mtp_num_layers": 2},
     "all": {**EXPERTS, **LATENT, "mtp_num_layers": 1},
 }
