@@ -31,7 +31,7 @@ class BackwardProducts {
         log2_scale_(params.softmax_scale * kLog2E),
         chunk_keys_(chunk_keys(params.shape)),
         k_(scratch.objects<float>(chunk_keys_ * padded(dim_))),
-        k_columns_(scratch.objects<float>(chunk_keys_ * round_up(dim_, kMicroRows))),
+        k_copy_(scratch.objects<float>(chunk_keys_ * round_up(dim_, kMicroRows))),
         v_(scratch.objects<float>(chunk_keys_ * padded(value_dim_))),
         q_rows_(scratch.objects<float>(kTileRows * padded(dim_))),
         q_lanes_(scratch.objects<float>(kTileRows * padded(dim_))),
@@ -53,7 +53,8 @@ class BackwardProducts {
   const float log2_scale_;
   const int64_t chunk_keys_;
   float* const k_;                          // [chunk keys][padded(D)]
-  float* const k_columns_;                  // the same after panel_to_columns
+  float* const k_copy_;                     // the same in the order of copy_columns
+  PanelColumns k_columns_{};                // one of the two
   float* const v_;                          // [chunk keys][padded(Dv)]
   float *const q_rows_, *const q_lanes_;    // [kTileRows][padded(D)], [padded(D)][kTileRows]
   float *const do_rows_, *const do_lanes_;  // the same of dO, with Dv
@@ -71,7 +72,7 @@ class BackwardProducts {
     add_product(weights_, do_rows_ + row * value_width, value_width, num_rows, count,
                 sums.dv + first * value_width);
     add_product(dscores_, q_rows_ + row * width, width, num_rows, count, sums.dk + first * width);
-    add_query_gradients<V>(k_columns_ + first * kMicroRows, count, sums.dq_lanes + row);
+    add_query_gradients<V>(k_columns_.from_key(first), count, sums.dq_lanes + row);
   }
 
   // P^T = 2^(S^T * scale * log2(e) - lse * log2(e)), zero where masked
@@ -128,14 +129,13 @@ class BackwardProducts {
     });
   }
 
-  // dQ^T += K^T dS^T, K after panel_to_columns
+  // dQ^T += K^T dS^T
   template <int V>
-  void add_query_gradients(const float* k, int64_t num_keys, float* dq_lanes) {
+  void add_query_gradients(const PanelColumns& k, int64_t num_keys, float* dq_lanes) {
     const float* const dscores = dscores_;
-    const int64_t stride = chunk_keys_;
     for_row_groups(dim_, [&]<int R>(int64_t d) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
-      multiply<Order::kColumnMajor>(k + d * stride, kMicroRows, dscores, kTileRows, num_keys, acc);
+      multiply<Order::kColumnMajor>(k.at_dim(d), k.key_stride, dscores, kTileRows, num_keys, acc);
       acc.for_each([&](int i, int x, Vec& value) __attribute__((always_inline)) {
         float* const at = dq_lanes + (d + i) * kTileRows + x * kLanes;
         store(at, load(at) + value);
@@ -152,7 +152,8 @@ class VectorBackward : public BackwardProducts {
 
   void load_chunk(int64_t first, int64_t last) {
     load_key_panel<Element>(p_.k, at_, first, last - first, dim_, k_);
-    panel_to_columns(k_, last - first, dim_, chunk_keys_, k_columns_);
+    k_columns_ = is_narrow(p_.shape, p_.mask) ? columns_in_place(k_, dim_)
+                                              : copy_columns(k_, last - first, dim_, chunk_keys_, k_copy_);
     load_key_panel<Element>(p_.v, at_, first, last - first, value_dim_, v_);
   }
 

@@ -123,7 +123,7 @@ class ForwardBlock {
 
 template <class Engine>
 Workload forward_workload(const ForwardParams& p, int64_t workers) {
-  const int64_t tiles = block_tiles(p.shape, workers);
+  const int64_t tiles = block_tiles(p.shape, p.mask, workers);
   ScratchCursor counting(nullptr);
   const ForwardBlock<Engine> block(p, KeyHead{}, tiles, counting);
   return {p.shape.batch * p.shape.num_kv_heads * ceil_div(row_tiles(p.shape), tiles), counting.used(), tiles,

@@ -24,7 +24,7 @@ class ForwardProducts {
         q_(scratch.objects<float>(block_tiles * padded(dim_) * kTileRows)),
         k_(scratch.objects<float>(kPanelKeys * padded(dim_))),
         v_(scratch.objects<float>(kPanelKeys * padded(value_dim_))),
-        v_columns_(scratch.objects<float>(kPanelKeys * round_up(value_dim_, kMicroRows))),
+        v_copy_(scratch.objects<float>(kPanelKeys * round_up(value_dim_, kMicroRows))),
         scores_(scratch.objects<float>(kVectorPanelKeys * kTileRows)) {}
 
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
@@ -33,7 +33,7 @@ class ForwardProducts {
     for (const KeySegment& segment : KeySegments(tile, begin, end)) {
       for_panels(segment, [&](const KeySegment& keys) {
         const float* const k = k_ + (keys.begin - first) * padded(dim_);
-        const float* const v = v_columns_ + (keys.begin - first) * kMicroRows;
+        const PanelColumns v = v_columns_.from_key(keys.begin - first);
         with_count<kMicroVecs>(keys.num_vecs, [&]<int V>() {
           Vec top[V];
           score_keys<V>(tile, keys, k, q + keys.first_row(), top);
@@ -49,11 +49,12 @@ class ForwardProducts {
  protected:
   const int64_t dim_, value_dim_;
   const float log2_scale_;
-  float* const q_;          // per row tile: Q^T, [padded(D)][kTileRows]
-  float* const k_;          // [kPanelKeys][padded(D)]
-  float* const v_;          // [kPanelKeys][padded(Dv)]: staging
-  float* const v_columns_;  // the same after panel_to_columns
-  float* const scores_;     // S^T, then P^T: [kVectorPanelKeys][kTileRows]
+  float* const q_;            // per row tile: Q^T, [padded(D)][kTileRows]
+  float* const k_;            // [kPanelKeys][padded(D)]
+  float* const v_;            // [kPanelKeys][padded(Dv)]
+  float* const v_copy_;       // the same in the order of copy_columns
+  PanelColumns v_columns_{};  // one of the two
+  float* const scores_;       // S^T, then P^T: [kVectorPanelKeys][kTileRows]
 
  private:
   // scores = S^T, -inf where masked; top = their maximum.
@@ -102,7 +103,7 @@ class ForwardProducts {
 
   // O^T = rescale * O^T + V^T P^T
   template <int V>
-  void add_values(const SoftmaxStep<V>& step, const float* v, int64_t num_keys, float* out) {
+  void add_values(const SoftmaxStep<V>& step, const PanelColumns& v, int64_t num_keys, float* out) {
     const float* const weights = scores_;
     for_row_groups(value_dim_, [&]<int R>(int64_t d) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
@@ -110,7 +111,7 @@ class ForwardProducts {
       acc.for_each([&](int i, int x, Vec& value) __attribute__((always_inline)) {
         value = load(tile + i * kTileRows + x * kLanes) * step.rescale[x];
       });
-      multiply_add<Order::kColumnMajor>(v + d * kPanelKeys, kMicroRows, weights, kTileRows, num_keys, acc);
+      multiply_add<Order::kColumnMajor>(v.at_dim(d), v.key_stride, weights, kTileRows, num_keys, acc);
       acc.for_each([&](int i, int x, Vec& value)
                        __attribute__((always_inline)) { store(tile + i * kTileRows + x * kLanes, value); });
     });
@@ -134,7 +135,9 @@ class VectorForward : public ForwardProducts {
   void load_panel(int64_t first, int64_t last) {
     load_key_panel<Element>(p_.k, at_, first, last - first, dim_, k_);
     load_key_panel<Element>(p_.v, at_, first, last - first, value_dim_, v_);
-    panel_to_columns(v_, last - first, value_dim_, kPanelKeys, v_columns_);
+    v_columns_ = is_narrow(p_.shape, p_.mask)
+                     ? columns_in_place(v_, value_dim_)
+                     : copy_columns(v_, last - first, value_dim_, kPanelKeys, v_copy_);
   }
 
  private:

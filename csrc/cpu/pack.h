@@ -28,19 +28,36 @@ inline void load_key_panel(const TokenTensor<const void>& tensor, KeyHead at, in
   }
 }
 
-// A panel in the order in which the micro-kernel reads a column-major operand, without gaps:
-// columns[d / kMicroRows][key][d % kMicroRows] = panel[key][d], room for `stride` keys. Read in place, a
-// column of the panel falls on few sets of the L1 cache, and most of each line is fetched in vain.
-inline void panel_to_columns(const float* panel, int64_t count, int64_t dim, int64_t stride, float* columns) {
+// A panel as the column-major operand of a product: value (key, d) is data[key * key_stride + d * dim_stride]
+// for d a multiple of kMicroRows, and the values after it follow.
+struct PanelColumns {
+  const float* data;
+  int64_t key_stride, dim_stride;
+
+  PanelColumns from_key(int64_t key) const { return {data + key * key_stride, key_stride, dim_stride}; }
+  const float* at_dim(int64_t d) const { return data + d * dim_stride; }
+};
+
+// The panel as it is.
+inline PanelColumns columns_in_place(const float* panel, int64_t dim) {
+  return {panel, padded(dim), 1};
+}
+
+// The panel in the order in which the micro-kernel reads it, without gaps; `copy` has room for `capacity`
+// keys. Read in place, a column falls on few sets of the L1 cache, and most of each line is fetched in vain.
+// It pays if several row tiles share the panel.
+inline PanelColumns copy_columns(const float* panel, int64_t count, int64_t dim, int64_t capacity,
+                                 float* copy) {
   for (int64_t r = 0; r < count; ++r) {
     const float* const row = panel + r * padded(dim);
-    float* to = columns + r * kMicroRows;
+    float* to = copy + r * kMicroRows;
     int64_t d = 0;
-    for (; d + kMicroRows <= dim; d += kMicroRows, to += stride * kMicroRows) {
+    for (; d + kMicroRows <= dim; d += kMicroRows, to += capacity * kMicroRows) {
       std::memcpy(to, row + d, kMicroRows * sizeof(float));
     }
     std::copy_n(row + d, dim - d, to);
   }
+  return {copy, kMicroRows, capacity};
 }
 
 // Rows of a tile, zeros for lanes past its end; stride padded(dim).

@@ -42,12 +42,19 @@ inline int64_t row_tiles(const AttentionShape& shape) {
   return ceil_div(rows_per_kv_head(shape), kTileRows);
 }
 
+// Do documents or a window leave each panel of keys to few row tiles, so that little is gained by sharing it?
+inline bool is_narrow(const AttentionShape& shape, const KeyMask& mask) {
+  const int64_t band = mask.band_hi - mask.band_lo + 1;
+  return mask.range_begin != nullptr || band < std::min(shape.num_keys, kNarrowKeys);
+}
+
 // Row tiles of a forward task. What a row tile computes does not depend on the tiles beside it, so the number
 // of workers may decide.
-inline int64_t block_tiles(const AttentionShape& shape, int64_t workers) {
+inline int64_t block_tiles(const AttentionShape& shape, const KeyMask& mask, int64_t workers) {
   const int64_t tile_bytes =
       kTileRows * (padded(shape.head_dim) + padded(shape.value_dim)) * static_cast<int64_t>(sizeof(float));
-  const int64_t most = std::max<int64_t>(kMinBlockTiles, kBlockBytes / tile_bytes);
+  const int64_t block_bytes = is_narrow(shape, mask) ? kBlockBytes / 2 : kBlockBytes;
+  const int64_t most = std::max<int64_t>(kMinBlockTiles, block_bytes / tile_bytes);
   const int64_t wanted_tasks = workers == 1 ? 1 : workers * kTasksPerWorker;
   const int64_t all_tiles = shape.batch * shape.num_kv_heads * row_tiles(shape);
   return std::clamp<int64_t>(all_tiles / wanted_tasks, kMinBlockTiles, most);
