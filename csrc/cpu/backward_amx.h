@@ -85,11 +85,12 @@ class AmxBackward {
       for (int64_t step = 0; step < count; step += kStepKeys) weigh(tile, sums.first_key, key, step);
       add_products(key, count, sums);
     }
+    products_.finish();
   }
 
  private:
   static constexpr int kStepKeys = kAmxBlock;  // of S^T and dP^T at a time
-  static constexpr int kBlockKeys = 64;        // of P^T and dS^T at a time
+  static constexpr int kBlockKeys = 128;  // of P^T and dS^T at a time; each block loads and stores dQ once
   static constexpr int kStrips = kTileRows / kAmxBlock;
 
   // What the end of this row tile, and the start of the next, will need from
@@ -181,7 +182,6 @@ class AmxBackward {
         {width_, kTileRows, count},
         {k_columns_ + key * width_, kAmxTileBytes, kColumnTile, width_ / kAmxTile * kColumnTile},
         packed_tiles<const uint32_t>(dscore_pairs_, kMicroVecs), strided_tiles(sums.dq_lanes, kTileRows));
-    products_.finish();
   }
 
   const BackwardParams& p_;

@@ -75,6 +75,7 @@ class AmxForward {
         rows.needs_mask(first + key, first + key + step.num_keys) ? attend<true>(step) : attend<false>(step);
       }
     }
+    products_.finish();
   }
 
  private:
@@ -137,7 +138,6 @@ class AmxForward {
     products_.multiply_add({value_width_, kStripRows, step.num_keys}, v,
                            packed_tiles<const uint32_t>(weights_, kStripVecs),
                            strided_tiles(step.out, kTileRows));
-    products_.finish();
   }
 
   // The row of S^T that is key `key + r`, and the row of P^T for it and the next
