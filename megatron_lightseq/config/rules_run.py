@@ -68,6 +68,18 @@ def selective_recompute_names_modules(c: PretrainConfig, _: Machine) -> bool:
 
 
 @RECOMPUTE.rule(
+    "recompute_granularity",
+    "recompute_modules",
+    needs="has_transformer_engine",
+    text="Megatron-Core 0.16 asks Transformer Engine about FP8 when it recomputes a layernorm, and fails without it",
+    remedy="Remove layernorm from recompute_modules, or install Transformer Engine",
+)
+def layernorm_recompute_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
+    named = c.recompute.recompute_granularity == "selective" and "layernorm" in c.recompute.recompute_modules
+    return not named or m.has_transformer_engine is not False
+
+
+@RECOMPUTE.rule(
     "mlp_tile_tokens",
     "num_experts",
     text="tiles are of dense MLPs: experts receive their tokens from the whole sequence and other ranks",

@@ -329,6 +329,11 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "each named once",
     ),
+    "layernorm_recompute_needs_transformer_engine": (
+        {"recompute_granularity": "selective", "recompute_modules": ("layernorm",)},
+        Machine(has_transformer_engine=False),
+        "fails without it",
+    ),
     "mlp_tiles_are_dense": (
         {"mlp_tile_tokens": 512, "num_experts": 4},
         Machine(),
