@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_HEADER = ("what", "Megatron TP+SP", "LightSeq", "ratio")
+_HEADER = ("what", "Megatron", "LightSeq", "ratio")
 _BASELINE, _OURS = "megatron-tp-sp", "lightseq"
 
 
