@@ -41,8 +41,8 @@ long=(--num-attention-heads=2 --hidden-size=128 --seq-length=16384 --steps=2)
 beside=(--systems "megatron-tp-sp,megatron-tp,lightseq")
 
 part all-systems python -m megatron_lightseq compare --output "$results" --name all-systems "$@"
-part long-fp32 python -m megatron_lightseq compare --output "$results" --name long-fp32 "${long[@]}" "${beside[@]}" "$@"
-part long-bf16 python -m megatron_lightseq compare --output "$results" --name long-bf16 --bf16 "${long[@]}" "${beside[@]}" "$@"
+part long-fp32 python -m megatron_lightseq compare --output "$results" --name long-fp32 --rounds 3 "${long[@]}" "${beside[@]}" "$@"
+part long-bf16 python -m megatron_lightseq compare --output "$results" --name long-bf16 --bf16 --rounds 3 "${long[@]}" "${beside[@]}" "$@"
 part overlap python -m megatron_lightseq bench overlap --out "$results" --name overlap-loopback
 part two-hosts bash scripts/compare_two_hosts.sh "$results" "${long[@]}" "$@"
 part predictions python -m megatron_lightseq compare --paper --output "$results"
