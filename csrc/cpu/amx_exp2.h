@@ -2,7 +2,7 @@
 // use needs: for some 200 cycles after a tile instruction one multiply-add a
 // cycle is left, not two.
 #pragma once
-#include "simd.h"
+#include "softmax.h"
 
 namespace mls::cpu::MLS_VARIANT {
 
@@ -18,14 +18,7 @@ constexpr float kSummedExp2[] = {1.3557086e-2f, 5.2030448e-2f, 2.4138010e-1f, 6.
 // 2^x; needs the flushing of denormals that AmxSession switches on.
 template <int kTerms>
 MLS_INLINE Vec flushing_exp2(Vec x, const float (&polynomial)[kTerms]) {
-  constexpr int kFloor = 0x09;  // no fraction bits, round towards -inf, no exception flags
-  const auto wide = reinterpret_cast<__m512>(x);
-  const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(wide, kFloor));
-  Vec p = splat(polynomial[0]);
-#pragma GCC unroll 8
-  for (int i = 1; i < kTerms; ++i) p = p * r + polynomial[i];
-  // The form without a mask warns in g++ 12.
-  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), wide));
+  return exp2_by(polynomial, x, 0xffff);
 }
 
 }  // namespace mls::cpu::MLS_VARIANT

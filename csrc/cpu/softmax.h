@@ -14,24 +14,25 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 #if MLS_VEC_BYTES == 64
 // AVX-512 has both halves as instructions: r = x - floor(x) and p * 2^floor(x). 5 cycles a vector, not 6.5.
 //
-// The same without the flush, in the lanes of `keep`; the others are 0.
-MLS_INLINE Vec exp2_unflushed(Vec x, __mmask16 keep = 0xffff) {
+// `polynomial` of 2^r on [0, 1], the highest power first; 0 in the lanes outside `keep`.
+template <int kTerms>
+MLS_INLINE Vec exp2_by(const float (&polynomial)[kTerms], Vec x, __mmask16 keep) {
   constexpr int kFloor = 0x09;  // no fraction bits, round towards -inf, no exception flags
   const auto wide = reinterpret_cast<__m512>(x);
   const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(wide, kFloor));
-  Vec p = splat(1.8671302134215275e-3f);
-  p = p * r + 9.017030018570639e-3f;
-  p = p * r + 5.5799913320829474e-2f;
-  p = p * r + 2.4016445009565887e-1f;
-  p = p * r + 6.93151311809468e-1f;
-  p = p * r + 1.0f;
+  Vec p = splat(polynomial[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < kTerms; ++i) p = p * r + polynomial[i];
   // The form without a mask warns in g++ 12.
   return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(keep, reinterpret_cast<__m512>(p), wide));
 }
 
+constexpr float kExp2[] = {1.8671302134215275e-3f, 9.017030018570639e-3f, 5.5799913320829474e-2f,
+                           2.4016445009565887e-1f, 6.93151311809468e-1f,  1.0f};
+
 MLS_INLINE Vec exp2(Vec x) {
-  return exp2_unflushed(
-      x, _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ));
+  const auto wide = reinterpret_cast<__m512>(x);
+  return exp2_by(kExp2, x, _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ));
 }
 #else
 // x is split into integer n and r in [-1/2, 1/2] by adding 1.5 * 2^23, which rounds to nearest and leaves n
