@@ -228,6 +228,9 @@ def test_one_command_measures_and_reports(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(
+        torch.backends.cudnn, "version", lambda: None
+    )  # with a driver's torch it looks at all GPUs
     for name, value in {
         "Benchmark": SmallBenchmark,
         "CudaKernel": CpuKernel,
