@@ -29,7 +29,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from megatron_lightseq.config.flat import to_flat
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import dump_scalar
 from megatron_lightseq.config.typed import describe, field_docstrings, section_types
+from megatron_lightseq.markdown import markdown_table
 from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
 from megatron_lightseq.megatron.lm.refusals import LOSS_TILE_REFUSALS, MLP_TILE_REFUSALS, REFUSALS
 from megatron_lightseq.megatron.lm.seams import DEFAULT_LAYERS, SEAMS
@@ -55,12 +56,6 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def flags(*sections: str) -> str:
     """Keys, defaults and meanings."""
     defaults = to_flat(PretrainConfig())
@@ -68,14 +63,14 @@ def flags(*sections: str) -> str:
     for section in sections:
         for key, text in field_docstrings(section_types()[section]).items():
             default = dump_scalar(list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key])
-            meaning = f"{text} *({describe(key)})*".replace("|", "\\|")
+            meaning = f"{text} *({describe(key)})*"
             rows.append([f"`--{key.replace('_', '-')}`", f"`{default}`", meaning])
-    return table(["flag", "default", "meaning"], rows)
+    return markdown_table(["flag", "default", "meaning"], rows)
 
 
 def commands() -> str:
     """The subcommands of `lightseq`."""
-    return table(
+    return markdown_table(
         ["command", "what it does"], [[f"`lightseq {name}`", c.summary] for name, c in COMMANDS.items()]
     )
 
@@ -98,7 +93,7 @@ def balance() -> str:
         [str(size), *(f"{simulate(mls.schedule.build(m, layout_for(m, size))).busy:.0%}" for m in methods)]
         for size in SIZES
     ]
-    return table(["ranks", *methods], rows)
+    return markdown_table(["ranks", *methods], rows)
 
 
 def traffic() -> str:
@@ -114,13 +109,15 @@ def traffic() -> str:
                 chunk = built.seq_length // size * 8 * 128 * 2
                 cells.append(f"{sum(sent) / size / chunk:.2f} / {max(sent) / chunk:.2f}")
         rows.append(cells)
-    return table(["ranks", "zigzag, MHA", "lightseq, MHA", "zigzag, GQA 4:1", "lightseq, GQA 4:1"], rows)
+    return markdown_table(
+        ["ranks", "zigzag, MHA", "lightseq, MHA", "zigzag, GQA 4:1", "lightseq, GQA 4:1"], rows
+    )
 
 
 def seams() -> str:
     """What is replaced in Megatron-LM."""
     rows = [[f"`{seam.path}`", seam.purpose, seam.versions] for seam in (*SEAMS, DEFAULT_LAYERS)]
-    return table(["replaced, or with `--spec` called", "it is where", "core"], rows)
+    return markdown_table(["replaced, or with `--spec` called", "it is where", "core"], rows)
 
 
 def refusals() -> str:
@@ -135,7 +132,7 @@ def refusals() -> str:
         for asked, refusals in kinds.items()
         for refusal in refusals
     ]
-    return table(["argument", "because", "instead"], rows)
+    return markdown_table(["argument", "because", "instead"], rows)
 
 
 def variables() -> str:
@@ -190,7 +187,7 @@ def _times(recorded: dict[str, Any]) -> str:
     source = (
         f"`python scripts/try_fresh_clone.py --record` at commit {recorded['commit']}: {where}, warm caches."
     )
-    return f"{table(['phase', 'time'], rows)}\n\n{source}"
+    return f"{markdown_table(['phase', 'time'], rows)}\n\n{source}"
 
 
 def include(path: str) -> str:
@@ -214,7 +211,7 @@ def megatron_options(verdict: str) -> str:
         [", ".join(names), reason, *([remedy] if what_to_do else [])]
         for (reason, remedy), names in by_reason.items()
     ]
-    return table(["option", "why", *(["what to do"] if what_to_do else [])], rows)
+    return markdown_table(["option", "why", *(["what to do"] if what_to_do else [])], rows)
 
 
 def image(path: str, *words: str) -> str:

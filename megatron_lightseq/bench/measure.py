@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_lightseq.bench.cases import KernelCase
+from megatron_lightseq.bench.clock import timed
 from megatron_lightseq.bench.contenders import Contender, Inputs, contenders, exact_results
 from megatron_lightseq.kernels.extension import load_extension
 
@@ -66,18 +67,12 @@ def measure(case: KernelCase, repetitions: int) -> Row:
     for repetition in range(repetitions + 1):
         for entrant in entrants:
             for direction, call in (("forward", entrant.forward), ("backward", entrant.backward)):
-                taken = _timed(call, clock)
+                taken = timed(call, clock)
                 if repetition > 0:
                     seconds[entrant.name, direction].append(taken)
     errors = measure_errors(case)
     timings = tuple(_timing(case, entrant, seconds, errors[entrant.name]) for entrant in entrants)
     return Row(case=case, timings=timings, peak_gflops=peak_gflops(case.dtype) * torch.get_num_threads())
-
-
-def _timed(call: Callable[[], None], clock: Callable[[], float]) -> float:
-    start = clock()
-    call()
-    return clock() - start
 
 
 def _timing(

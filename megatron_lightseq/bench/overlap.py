@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.attention import DistAttention
+from megatron_lightseq.bench.clock import timed
 from megatron_lightseq.config.sections import LAYOUT_OF_METHOD
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.hosts import Seat
@@ -144,9 +144,7 @@ def _measure(job: OverlapJob, method: str, overlap: bool, inputs: Sequence[torch
 def _timed(call: Callable[[], None]) -> float:
     """Seconds from when all ranks are ready."""
     dist.barrier()
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+    return timed(call)
 
 
 def _measure_speeds(inputs: Sequence[torch.Tensor]) -> Speeds:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lightseq.bench.overlap import Expected, OverlapJob, Run, Speeds, expect
+from megatron_lightseq.markdown import markdown_table
 from megatron_lightseq.provenance import provenance
 
 HEADER = (
@@ -137,7 +138,6 @@ def write(
         "rows": [dataclasses.asdict(row) for row in made],
     }
     paths[0].write_text(json.dumps(record, indent=1) + "\n")
-    lines = [list(HEADER), ["---"] * len(HEADER), *(row.cells() for row in made)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = markdown_table(HEADER, [row.cells() for row in made])
     paths[1].write_text(f"{caption(job, answers, link)}.\n\n{table}\n\n{provenance()}.\n")
     return paths

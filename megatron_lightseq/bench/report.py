@@ -11,6 +11,7 @@ import torch
 
 from megatron_lightseq.bench.measure import Row
 from megatron_lightseq.kernels.cpu import CpuKernel
+from megatron_lightseq.markdown import markdown_table
 from megatron_lightseq.provenance import processor, versions
 
 HEADER = ("case", "forward", "backward", "of peak", "forward + backward", "error", "torch's error")
@@ -68,9 +69,7 @@ def write_reports(rows: Sequence[Row], folder: Path, repetitions: int) -> list[P
     paths[0].write_text(
         json.dumps({"machine": machine(), "repetitions": repetitions, "rows": records}, indent=1) + "\n"
     )
-    lines = [HEADER, ["---"] * len(HEADER), *map(cells, rows)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    paths[1].write_text(f"{table}\n\n{caption(repetitions)}\n")
+    paths[1].write_text(f"{markdown_table(HEADER, map(cells, rows))}\n\n{caption(repetitions)}\n")
     plot(rows, paths[2])
     return paths
 

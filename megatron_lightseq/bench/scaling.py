@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megatron_lightseq.bench.cases import KernelCase
+from megatron_lightseq.bench.clock import timed, torch_threads
 from megatron_lightseq.bench.contenders import Inputs, TileKernel
 from megatron_lightseq.kernels.cpu import CpuKernel
+from megatron_lightseq.markdown import markdown_table
 from megatron_lightseq.provenance import provenance
 
 HEADER = ("case", "forward", "backward", "forward + backward")
@@ -68,9 +68,9 @@ def measure_scaling(case: KernelCase, threads: int, repetitions: int) -> Scaling
     seconds: dict[tuple[int, str], list[float]] = {}
     for repetition in range(repetitions + 1):
         for count in (1, threads):
-            with _threads(count):
+            with torch_threads(count):
                 for direction, call in (("forward", kernel.forward), ("backward", kernel.backward)):
-                    taken = _timed(call)
+                    taken = timed(call)
                     if repetition > 0:
                         seconds.setdefault((count, direction), []).append(taken)
 
@@ -79,22 +79,6 @@ def measure_scaling(case: KernelCase, threads: int, repetitions: int) -> Scaling
         return one, many
 
     return Scaling(case=case, threads=threads, forward_s=medians("forward"), backward_s=medians("backward"))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _timed(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def caption(threads: int, repetitions: int) -> str:
@@ -111,7 +95,6 @@ def write_reports(rows: Sequence[Scaling], folder: Path, repetitions: int) -> li
     paths = [folder / f"{NAME}.{suffix}" for suffix in ("json", "md")]
     records = [asdict(row) | {"case": str(row.case)} for row in rows]
     paths[0].write_text(json.dumps({"machine": provenance(), "rows": records}, indent=1) + "\n")
-    lines = [list(HEADER), ["---"] * len(HEADER), *(row.cells() for row in rows)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = markdown_table(HEADER, [row.cells() for row in rows])
     paths[1].write_text(f"{table}\n\n{caption(rows[0].threads, repetitions)}\n")
     return paths

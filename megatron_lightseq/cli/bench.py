@@ -28,14 +28,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _bench_kernel(options: argparse.Namespace) -> int:
     _check_counts(threads=options.threads, repetitions=options.repetitions)
-    import torch
+    from megatron_lightseq.bench.clock import torch_threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         return _compare_kernels(options)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _compare_kernels(options: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lightseq.markdown import markdown_table
+
 _HEADER = ("what", "Megatron", "LightSeq", "ratio")
 _BASELINE, _OURS = "megatron-tp-sp", "lightseq"
 
@@ -20,8 +22,7 @@ _BASELINE, _OURS = "megatron-tp-sp", "lightseq"
 def headline(folder: Path) -> str:
     """The table, as Markdown."""
     rows = [*_speeds(folder), *_two_hosts(folder), *_lengths(folder), *_predictions(folder)]
-    lines = [_HEADER, ("---",) * len(_HEADER), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown_table(_HEADER, rows) + "\n"
 
 
 def _record(folder: Path, name: str) -> Any:

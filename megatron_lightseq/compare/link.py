@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.markdown import markdown_table
 from megatron_lightseq.schedule import METHODS, TensorShape, build, simulate
 from megatron_lightseq.schedule.ir import Direction
 
@@ -113,13 +114,12 @@ def bytes_agree(comparison: dict[str, Any]) -> bool:
 
 def markdown(comparisons: dict[str, dict[str, Any]]) -> str:
     """All rates in one table."""
-    lines = [list(_HEADER), ["---"] * len(_HEADER)]
-    lines += [row for rate, comparison in comparisons.items() for row in rows(rate, comparison)]
+    lines = [row for rate, comparison in comparisons.items() for row in rows(rate, comparison)]
     agree = all(map(bytes_agree, comparisons.values()))
     verdict = (
         f"Predicted and counted bytes {'agree' if agree else 'DISAGREE'} (within {BYTES_TOLERANCE:.0%})."
     )
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", verdict, ""])
+    return f"{markdown_table(_HEADER, lines)}\n\n{verdict}\n"
 
 
 def draw(comparisons: dict[str, dict[str, Any]], path: Path) -> None:

@@ -36,6 +36,7 @@ from megatron_lightseq.config import parse_config, with_values
 from megatron_lightseq.config.accounting import hardware_flops
 from megatron_lightseq.hosts import Cluster
 from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.markdown import markdown_table
 from megatron_lightseq.schedule import METHODS, Direction, Method, build, simulate
 
 _K, _MIB = 1024, 2**20
@@ -419,8 +420,7 @@ EXPERIMENTS: Mapping[str, Callable[[Workshop], list[Row]]] = {
 def markdown(rows: Sequence[Row]) -> str:
     """The table."""
     header = ["row", "what", "paper", "here", "predicted for the paper's cluster", "note"]
-    lines = [header, ["---"] * len(header), *(list(asdict(row).values()) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown_table(header, [list(asdict(row).values()) for row in rows]) + "\n"
 
 
 def _progress(line: str) -> None:

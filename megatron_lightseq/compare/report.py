@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megatron_lightseq.compare.tables import Comparison, Figures
+from megatron_lightseq.markdown import markdown_table
 
 COLUMNS = (
     "system",
@@ -89,12 +90,9 @@ def terminal_table(comparison: Comparison) -> Table:
 
 def markdown(comparison: Comparison) -> str:
     """The table, its caption, the verdict and the machine."""
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(comparison, row) for row in comparison.figures)]
-    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    table = markdown_table(COLUMNS, [cells(comparison, row) for row in comparison.figures])
     said = verdict(comparison).replace("\n", "  \n")
-    return "\n".join(
-        [f"{caption(comparison)}.", "", *table, "", f"{said}.", "", f"{comparison.machine}.", ""]
-    )
+    return "\n".join([f"{caption(comparison)}.", "", table, "", f"{said}.", "", f"{comparison.machine}.", ""])
 
 
 def write(comparison: Comparison, folder: Path, name: str = "compare") -> list[Path]:

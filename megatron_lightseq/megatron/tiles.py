@@ -271,6 +271,20 @@ def tile_loss(model: Any, tile_tokens: int) -> None:
     model.compute_language_model_loss = tiled.losses
 
 
+def compute_in_tiles(
+    model: Any, mlp_tokens: int | None, loss_tokens: int | None, *, replays_value: bool = True
+) -> None:
+    """:func:`tile_mlps` and :func:`tile_loss` of a finished GPTModel, where a number of tokens is given.
+
+    Raises:
+        UnsupportedError: a layer has no dense MLP.
+    """
+    if mlp_tokens is not None:
+        tile_mlps(model, mlp_tokens, replays_value=replays_value)
+    if loss_tokens is not None and model.post_process:
+        tile_loss(model, loss_tokens)
+
+
 def _trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 

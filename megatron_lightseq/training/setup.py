@@ -36,7 +36,7 @@ from megatron_lightseq.megatron.mends import mend_gradients
 from megatron_lightseq.megatron.norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
 from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec, use_transformer_engine
-from megatron_lightseq.megatron.tiles import tile_loss, tile_mlps
+from megatron_lightseq.megatron.tiles import compute_in_tiles
 from megatron_lightseq.training.translate import optimizer_config, transformer_config, virtual_stages
 
 
@@ -286,23 +286,21 @@ def _build_model(
         else None,
         vp_stage=vp_stage,
     )
-    mend_gradients(built)
-    _compute_in_tiles(config, built)
+    compute_in_tiles(
+        built,
+        config.recompute.mlp_tile_tokens,
+        config.recompute.loss_tile_tokens,
+        replays_value=not config.recomputes_single_layers,
+    )
     return built.to(model_device())
-
-
-def _compute_in_tiles(config: PretrainConfig, model: GPTModel) -> None:
-    mlp_tokens, loss_tokens = config.recompute.mlp_tile_tokens, config.recompute.loss_tile_tokens
-    if mlp_tokens is not None:
-        tile_mlps(model, mlp_tokens, replays_value=not config.recomputes_single_layers)
-    if loss_tokens is not None and model.post_process:
-        tile_loss(model, loss_tokens)
 
 
 def _adopt_layout(config: PretrainConfig, models: list[GPTModel]) -> SequenceLayout:
     cp_size = config.parallel.context_parallel_size
     if config.context.cp_method != "megatron":
         return adopt_layout(models)
+    for model in models:
+        mend_gradients(model)
     return SequenceLayout.zigzag(cp_size) if cp_size > 1 else SequenceLayout.contiguous(1)
 
 

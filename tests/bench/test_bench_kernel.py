@@ -126,7 +126,7 @@ def test_scaling_runs_the_kernel_on_one_thread_and_on_many(monkeypatch: pytest.M
         on.append(torch.get_num_threads())
         return float(len(on))
 
-    monkeypatch.setattr(scaling, "_timed", timed)
+    monkeypatch.setattr(scaling, "timed", timed)
     row = measure_scaling(small("causal"), 3, repetitions=2)
     assert on == [1, 1, 3, 3] * 3, "the first round is not counted"
     assert (row.forward_s, row.backward_s) == ((7.0, 9.0), (8.0, 10.0)), "medians of (5, 9), (7, 11), ..."

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from megatron_lightseq.compare.predict.model import A100_CLUSTER, Constants, iteration_seconds
 from megatron_lightseq.compare.predict.published import FITTED, TABLE_1, TABLE_4, TABLE_5, Cell
+from megatron_lightseq.markdown import markdown_table
 
 MEDIAN_BOUND, WORST_BOUND, ULYSSES_BOUND = 0.04, 0.15, 0.10
 _HEADER = ("table", "system", "model", "GPUs", "tokens", "published s", "predicted s", "error", "used")
@@ -105,8 +106,7 @@ def _row(one: Prediction) -> list[str]:
 
 def markdown(found: list[Prediction]) -> str:
     """The table and the accuracy."""
-    rows = [list(_HEADER), ["---"] * len(_HEADER), *map(_row, found)]
-    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", f"{accuracy(found)}.", ""])
+    return f"{markdown_table(_HEADER, map(_row, found))}\n\n{accuracy(found)}.\n"
 
 
 def show_paper(console: Console, folder: Path | None) -> int:

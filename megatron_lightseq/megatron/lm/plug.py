@@ -31,7 +31,7 @@ from megatron_lightseq.megatron.lm.refusals import (
 )
 from megatron_lightseq.megatron.lm.seams import Replacements, Seam
 from megatron_lightseq.megatron.lm.settings import core_attention_settings
-from megatron_lightseq.megatron.tiles import tile_loss, tile_mlps
+from megatron_lightseq.megatron.tiles import compute_in_tiles
 
 Batch = dict[str, Any]
 
@@ -225,11 +225,7 @@ class Plug:
             UnsupportedError: a layer has no dense MLP.
         """
         assert self.options is not None, "configure() comes first"
-        mlp_tokens, loss_tokens = _tiles(self.options)
-        if mlp_tokens is not None:
-            tile_mlps(model, mlp_tokens)
-        if loss_tokens is not None and model.post_process:
-            tile_loss(model, loss_tokens)
+        compute_in_tiles(model, *_tiles(self.options))
 
 
 def _tiles(options: LmOptions) -> tuple[int | None, int | None]:
