@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.megatron.runs import on_ranks
+from tests.megatron.runs import on_ranks, train
 
 
 def latent_config(**overrides: Any) -> Any:
@@ -96,3 +96,19 @@ def test_shared_keys_sum_their_gradient_in_a_program_of_ones_own() -> None:
     assert (megatrons[shared] - whole[shared]).norm() > 0.05 * whole[shared].norm(), (
         "Megatron mends it itself"
     )
+
+
+def test_recipes_with_megatrons_own_attention_sum_it_too() -> None:
+    recipe = {
+        "cp_method": "megatron",
+        "multi_latent_attention": True,
+        "num_query_groups": None,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 10,
+        "train_iters": 2,
+    }
+    whole, cut = (on_ranks(size, train, {**recipe, "tensor_model_parallel_size": size})[0] for size in (1, 2))
+    torch.testing.assert_close(cut.grad_norms, whole.grad_norms, rtol=1e-4, atol=0.0)
