@@ -21,4 +21,17 @@ MLS_INLINE Vec flushing_exp2(Vec x, const float (&polynomial)[kTerms]) {
   return exp2_by(polynomial, x, 0xffff);
 }
 
+// A weight that is summed and multiplied in kParts bf16 parts.
+template <int kParts>
+MLS_INLINE Vec summed_exp2(Vec x) {
+  if constexpr (kParts == 1) return flushing_exp2(x, kSummedExp2);
+  return flushing_exp2(x, kExp2);
+}
+// A weight that is only multiplied.
+template <int kParts>
+MLS_INLINE Vec weight_exp2(Vec x) {
+  if constexpr (kParts == 1) return flushing_exp2(x, kWeightExp2);
+  return flushing_exp2(x, kExp2);
+}
+
 }  // namespace mls::cpu::MLS_VARIANT

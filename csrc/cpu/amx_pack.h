@@ -1,5 +1,5 @@
-// bf16 operands of AMX products. A word is a pair of bf16 values, the first in
-// its lower half.
+// bf16 operands of AMX products: one bf16 part for each value of bf16, three for
+// fp32. A word is a pair of bf16 values, the first in its lower half.
 #pragma once
 #include "amx_tile.h"
 #include "pack.h"
@@ -19,6 +19,33 @@ MLS_INLINE void store_words(uint32_t* p, Vec x) {
   store(reinterpret_cast<float*>(p), x);
 }
 
+template <class Element>
+constexpr int kAmxParts = 0;
+template <>
+constexpr int kAmxParts<BFloat16> = 1;
+template <>
+constexpr int kAmxParts<Float32> = 3;
+
+// An operand in memory: its parts one behind the other.
+template <typename T>
+struct AmxParts {
+  T* data;
+  int64_t size;  // of a part
+
+  MLS_INLINE T* operator[](int part) const { return data + part * size; }
+  MLS_INLINE AmxParts<T> from(int64_t offset) const { return {data + offset, size}; }
+};
+
+template <int kParts, typename T>
+AmxParts<T> allocate_parts(ScratchCursor& scratch, int64_t size) {
+  return {scratch.objects<T>(kParts * size), size};
+}
+
+template <typename T>
+MLS_INLINE AmxTiles<const T> packed_operand(AmxParts<T> operand, int64_t columns) {
+  return packed_tiles<const T>(operand.data, columns, operand.size);
+}
+
 // Rounding to bf16 is an integer addition, ties away from zero: the upper half
 // of the sum is the bf16. vcvtne2ps2bf16 takes two cycles and leaves its values
 // side by side, where products want them in pairs.
@@ -27,13 +54,45 @@ MLS_INLINE Vec round_to_bf16(Vec x) {
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) + kHalfOfBf16Ulp);
 }
 
-// lane = (low, high), both rounded: bytes 2 and 3 of `low` move below those of
+// The bf16 parts of values: the upper half of `of[i]` is part i.
+template <int kParts>
+struct Bf16Parts {
+  Vec of[kParts];
+};
+
+template <int kParts>
+MLS_INLINE Bf16Parts<kParts> split(Vec x);
+
+template <>
+MLS_INLINE Bf16Parts<1> split(Vec x) {
+  return {{round_to_bf16(x)}};
+}
+// Upper halves as they are, not rounded: what is left is exact then, and the third part holds all of it. It
+// also leaves the largest finite values finite.
+template <>
+MLS_INLINE Bf16Parts<3> split(Vec x) {
+  constexpr int32_t kUpperHalf = static_cast<int32_t>(0xffff0000);
+  const auto below = [](Vec value) __attribute__((always_inline)) {
+    return value - reinterpret_cast<Vec>(reinterpret_cast<IntVec>(value) & kUpperHalf);
+  };
+  const Vec rest = below(x);
+  return {{x, rest, below(rest)}};
+}
+
+// lane = the upper halves of (low, high): bytes 2 and 3 of `low` move below those of
 // `high`.
 MLS_INLINE Vec pair_words(Vec low, Vec high) {
   constexpr __mmask64 kLowerHalves = 0x3333333333333333;
   const __m512i bytes = _mm512_set4_epi32(0x00000f0e, 0x00000b0a, 0x00000706, 0x00000302);
   return reinterpret_cast<Vec>(_mm512_mask_shuffle_epi8(reinterpret_cast<__m512i>(high), kLowerHalves,
                                                         reinterpret_cast<__m512i>(low), bytes));
+}
+
+template <int kParts>
+MLS_INLINE void store_pairs(AmxParts<uint32_t> words, const Bf16Parts<kParts>& low,
+                            const Bf16Parts<kParts>& high) {
+#pragma GCC unroll 3
+  for (int i = 0; i < kParts; ++i) store_words(words[i], pair_words(low.of[i], high.of[i]));
 }
 
 // words[i] = (low[i], high[i]) for 16 values
@@ -60,12 +119,25 @@ inline void transpose_words(const uint32_t* src, int64_t src_stride, int64_t row
 
 // dst = src and zeros up to amx_width(dim). Not memcpy: inline loads of several
 // rows wait for memory together.
-MLS_INLINE void copy_row(const uint16_t* src, int64_t dim, uint16_t* dst) {
+MLS_INLINE void split_row(const uint16_t* src, int64_t dim, AmxParts<uint16_t> dst) {
   int64_t d = 0;
-  for (; d + kAmxBlock <= dim; d += kAmxBlock) _mm512_storeu_si512(dst + d, _mm512_loadu_si512(src + d));
+  for (; d + kAmxBlock <= dim; d += kAmxBlock) _mm512_storeu_si512(dst.data + d, _mm512_loadu_si512(src + d));
   if (d < dim) {
     const auto tail = static_cast<__mmask32>((1u << (dim - d)) - 1);
-    _mm512_storeu_si512(dst + d, _mm512_maskz_loadu_epi16(tail, src + d));
+    _mm512_storeu_si512(dst.data + d, _mm512_maskz_loadu_epi16(tail, src + d));
+  }
+}
+// The same in parts.
+MLS_INLINE void split_row(const float* src, int64_t dim, AmxParts<uint16_t> dst) {
+  for (int64_t d = 0; d < amx_width(dim); d += kLanes) {
+    const int64_t left = std::clamp<int64_t>(dim - d, 0, kLanes);
+    const auto tail = static_cast<__mmask16>((1u << left) - 1);
+    const auto parts = split<kAmxParts<Float32>>(reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(tail, src + d)));
+#pragma GCC unroll 3
+    for (int i = 0; i < kAmxParts<Float32>; ++i) {
+      const WordVec upper = reinterpret_cast<WordVec>(parts.of[i]) >> 16;
+      *reinterpret_cast<UnalignedHalfWordVec*>(dst[i] + d) = __builtin_convertvector(upper, HalfWordVec);
+    }
   }
 }
 
@@ -78,38 +150,47 @@ MLS_INLINE void prefetch_row(const void* row, int64_t bytes) {
   }
 }
 
+// A tensor whose elements are known.
+template <class Element>
+MLS_INLINE TokenTensor<const typename Element::Storage> typed(const TokenTensor<const void>& tensor) {
+  return {static_cast<const typename Element::Storage*>(tensor.data), tensor.token_stride,
+          tensor.batch_stride, tensor.head_stride};
+}
+
+template <class Element>
+inline void clear_rows(AmxParts<uint16_t> rows, int64_t first, int64_t last, int64_t width) {
+  for (int i = 0; i < kAmxParts<Element>; ++i)
+    std::memset(rows[i] + first * width, 0, (last - first) * width * sizeof(uint16_t));
+}
+
 // The next block of keys to be copied, if there are more.
+template <class Element>
 inline void prefetch_key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first,
                               int64_t num_keys, int64_t dim) {
-  const auto* base = static_cast<const uint16_t*>(tensor.data) + at.batch * tensor.batch_stride +
-                     at.kv_head * tensor.head_stride;
   const int64_t last = std::min(first + kAmxBlock, num_keys);
   for (int64_t key = first; key < last; ++key)
-    prefetch_row(base + key * tensor.token_stride, dim * int64_t{sizeof(uint16_t)});
+    prefetch_row(row_pointer(typed<Element>(tensor), 1, at, key), dim * sizeof(typename Element::Storage));
 }
 
 // Keys [first, first + count) as rows of amx_width(dim), and zero rows up to
 // the next whole block: what is read there meets weights of zero, and zero
 // times stale memory could be NaN.
-inline void copy_key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
-                          int64_t dim, uint16_t* rows) {
-  const auto* base = static_cast<const uint16_t*>(tensor.data) + at.batch * tensor.batch_stride +
-                     at.kv_head * tensor.head_stride;
+template <class Element>
+inline void split_key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
+                           int64_t dim, AmxParts<uint16_t> rows) {
   const int64_t width = amx_width(dim);
   for (int64_t r = 0; r < count; ++r)
-    copy_row(base + (first + r) * tensor.token_stride, dim, rows + r * width);
-  std::memset(rows + count * width, 0, (round_up(count, kAmxBlock) - count) * width * sizeof(uint16_t));
+    split_row(row_pointer(typed<Element>(tensor), 1, at, first + r), dim, rows.from(r * width));
+  clear_rows<Element>(rows, count, round_up(count, kAmxBlock), width);
 }
 
-inline void copy_tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
-                           const RowTile& tile, int64_t dim, uint16_t* rows) {
-  const TokenTensor<const uint16_t> typed{static_cast<const uint16_t*>(tensor.data), tensor.token_stride,
-                                          tensor.batch_stride, tensor.head_stride};
+template <class Element>
+inline void split_tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
+                            const RowTile& tile, int64_t dim, AmxParts<uint16_t> rows) {
   const int64_t width = amx_width(dim);
-  for (int r = 0; r < tile.num_rows; ++r) {
-    copy_row(row_pointer(typed, group, at, tile.first_row + r), dim, rows + r * width);
-  }
-  std::memset(rows + tile.num_rows * width, 0, (kTileRows - tile.num_rows) * width * sizeof(uint16_t));
+  for (int r = 0; r < tile.num_rows; ++r)
+    split_row(row_pointer(typed<Element>(tensor), group, at, tile.first_row + r), dim, rows.from(r * width));
+  clear_rows<Element>(rows, tile.num_rows, kTileRows, width);
 }
 
 // kAmxBlock rows, tile by tile: a tile is 16 rows of 32 values

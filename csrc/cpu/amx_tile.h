@@ -58,14 +58,33 @@ MLS_INLINE void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
 
+// A value of more digits than bf16 has is the sum of several bf16 values, its
+// parts. Three hold all 24 digits of an fp32: x = x0 + x1 + x2, where each is at
+// most 2^-8 of the one before. A product of two sums then takes the products of
+// parts that fp32 could tell from zero:
+//
+//     x y = x0 y0 + (x0 y1 + x1 y0) + (x0 y2 + x1 y1 + x2 y0)      error 2^-23
+//
+// six products at the rate of the tile unit are still faster than one by
+// vectors. (Henry, Tang, Heinecke: "Leveraging the bfloat16 artificial
+// intelligence datatype for higher-precision computations", ARITH 2019.)
+struct AmxPartPair {
+  int a, b;
+};
+template <int kParts>
+constexpr AmxPartPair kAmxPartPairs[1] = {{0, 0}};
+// In an order in which only one of the two changes from product to product.
+template <>
+constexpr AmxPartPair kAmxPartPairs<3>[6] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
+
 // How a matrix lies in memory as tiles: bytes between the rows of a tile, and
-// elements between neighbouring tiles. A matrix that vector code writes and the
-// tile unit reads is best kept tile by tile (kAmxRow): then it fills whole pages
-// and all sets of the cache.
+// elements between neighbouring tiles and between the parts of a value. A matrix
+// that vector code writes and the tile unit reads is best kept tile by tile
+// (kAmxRow): then it fills whole pages and all sets of the cache.
 template <typename T>
 struct AmxTiles {
   T* data;
-  int64_t row_bytes, down, right;
+  int64_t row_bytes, down, right, part = 0;
 
   MLS_INLINE T* at(int64_t i, int64_t j) const { return data + i * down + j * right; }
 };
@@ -75,9 +94,9 @@ constexpr int kAmxTileWords = kAmxTile * kAmxRow;
 
 // Tiles one behind the other, `columns` to a row of tiles.
 template <typename T>
-MLS_INLINE AmxTiles<T> packed_tiles(T* data, int64_t columns) {
+MLS_INLINE AmxTiles<T> packed_tiles(T* data, int64_t columns, int64_t part = 0) {
   constexpr int64_t kSize = kAmxTile * kAmxTileBytes / sizeof(T);
-  return {data, kAmxTileBytes, columns * kSize, kSize};
+  return {data, kAmxTileBytes, columns * kSize, kSize, part};
 }
 // Rows of `stride` elements.
 template <typename T>
@@ -112,12 +131,13 @@ class AmxPrefetch {
   int64_t next_ = 0, end_ = 0;
 };
 
-// C = start + A B in blocks of 2 x 2 tiles, product after product.
+// C = start + A B in blocks of 2 x 2 tiles, product after product. A and B are of kParts parts.
 //
 // A store waits for the last product of its tile, and products behind a store
 // wait for it. So the tiles of a block stay in their registers until the next
 // block, of the same or of the next product, needs these, and are stored one by
 // one between its products. finish() stores the last ones.
+template <int kParts>
 class AmxProducts {
  public:
   void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b, AmxTiles<float> c) {
@@ -142,6 +162,29 @@ class AmxProducts {
   AmxPrefetch prefetch;  // beside each block
 
  private:
+  static constexpr auto& kPairs = kAmxPartPairs<kParts>;
+  static constexpr int kNumPairs = std::size(kPairs);
+
+  // The tiles of A and B that the products of a block read next.
+  struct Operands {
+    const AmxTiles<const uint16_t>& a;
+    const AmxTiles<const uint32_t>& b;
+    const uint16_t *a0, *a1;
+    const uint32_t *b0, *b1;
+
+    MLS_INLINE void advance() { a0 += a.right, a1 += a.right, b0 += b.down, b1 += b.down; }
+    template <int kTile, int kPair>
+    MLS_INLINE void load_a(const uint16_t* tile) const {
+      if constexpr (kPair == 0 || kPairs[kPair].a != kPairs[std::max(kPair, 1) - 1].a)
+        tile_load<kTile>(tile + kPairs[kPair].a * a.part, a.row_bytes);
+    }
+    template <int kTile, int kPair>
+    MLS_INLINE void load_b(const uint32_t* tile) const {
+      if constexpr (kPair == 0 || kPairs[kPair].b != kPairs[std::max(kPair, 1) - 1].b)
+        tile_load<kTile>(tile + kPairs[kPair].b * b.part, b.row_bytes);
+    }
+  };
+
   template <bool kFromZero>
   void multiply(const AmxShape& shape, const AmxTiles<const uint16_t>& a, const AmxTiles<const uint32_t>& b,
                 const AmxTiles<const float>& start, const AmxTiles<float>& c) {
@@ -166,29 +209,38 @@ class AmxProducts {
     const int64_t depth = kDepth > 0 ? kDepth : shape.depth / kAmxDepth;
     for (int64_t i = 0; i < rows; i += 2) {
       for (int64_t j = 0; j < columns; j += 2) {
-        const uint16_t *a0 = a.at(i, 0), *a1 = a.at(i + 1, 0);
-        const uint32_t *b0 = b.at(0, j), *b1 = b.at(0, j + 1);
-        tile_load<4>(a0, a.row_bytes), tile_load<6>(b0, b.row_bytes);
+        Operands from{a, b, a.at(i, 0), a.at(i + 1, 0), b.at(0, j), b.at(0, j + 1)};
+        from.template load_a<4, 0>(from.a0), from.template load_b<6, 0>(from.b0);
         begin_tile<kFromZero, 0>(start.at(i, j), start.row_bytes, c.at(i, j));
         tile_dot<0, 4, 6>();
-        tile_load<7>(b1, b.row_bytes);
+        from.template load_b<7, 0>(from.b1);
         begin_tile<kFromZero, 1>(start.at(i, j + 1), start.row_bytes, c.at(i, j + 1));
         tile_dot<1, 4, 7>();
-        tile_load<5>(a1, a.row_bytes);
+        from.template load_a<5, 0>(from.a1);
         begin_tile<kFromZero, 2>(start.at(i + 1, j), start.row_bytes, c.at(i + 1, j));
         tile_dot<2, 5, 6>();
         begin_tile<kFromZero, 3>(start.at(i + 1, j + 1), start.row_bytes, c.at(i + 1, j + 1));
         tile_dot<3, 5, 7>();
         row_bytes_ = c.row_bytes;
         prefetch.fetch_some();
+        add_pairs<1>(from);
 #pragma GCC unroll 4
         for (int64_t k = 1; k < depth; ++k) {
-          a0 += a.right, a1 += a.right, b0 += b.down, b1 += b.down;
-          tile_load<4>(a0, a.row_bytes), tile_load<6>(b0, b.row_bytes);
-          tile_load<7>(b1, b.row_bytes), tile_load<5>(a1, a.row_bytes);
-          tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+          from.advance();
+          add_pairs<0>(from);
         }
       }
+    }
+  }
+
+  // The products of part pairs from kPair on.
+  template <int kPair>
+  static MLS_INLINE void add_pairs(const Operands& from) {
+    if constexpr (kPair < kNumPairs) {
+      from.template load_a<4, kPair>(from.a0), from.template load_b<6, kPair>(from.b0);
+      from.template load_b<7, kPair>(from.b1), from.template load_a<5, kPair>(from.a1);
+      tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+      add_pairs<kPair + 1>(from);
     }
   }
 

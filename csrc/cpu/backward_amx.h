@@ -1,5 +1,5 @@
-// Backward engine for AMX: bf16 operands (P and dS are rounded to bf16), fp32
-// sums.
+// Backward engine for AMX: operands of one bf16 part (bf16; P and dS are rounded)
+// or of three (fp32), fp32 sums.
 //
 // A block of keys and the row tile leave S^T and dP^T of 32 keys at a time in
 // the L1 cache, as P^T and dS^T of the whole block, in tiles of the three
@@ -14,13 +14,16 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
+template <class Element>
 class AmxBackward {
+  static constexpr int kParts = kAmxParts<Element>;
+
  public:
   static constexpr int kPanelKeys = kAmxMaxChunkKeys;  // always a whole chunk
   static int64_t width(int64_t dim) { return amx_width(dim); }
   static int64_t chunk_keys(const AttentionShape& shape) {
-    const int64_t key_bytes = amx_width(shape.head_dim) * (2 * sizeof(uint16_t) + sizeof(float)) +
-                              amx_width(shape.value_dim) * (sizeof(uint16_t) + sizeof(float));
+    const int64_t key_bytes = amx_width(shape.head_dim) * (2 * kParts * sizeof(uint16_t) + sizeof(float)) +
+                              amx_width(shape.value_dim) * (kParts * sizeof(uint16_t) + sizeof(float));
     const int64_t task_keys = shape.batch * shape.num_kv_heads * shape.num_keys / kWantedBackwardTasks;
     const int64_t keys = std::clamp<int64_t>(task_keys, kAmxMinChunkKeys, kAmxMaxChunkKeys);
     return std::max<int64_t>(kAmxBlock, std::min(keys, kAmxChunkBytes / key_bytes) / kAmxBlock * kAmxBlock);
@@ -32,46 +35,45 @@ class AmxBackward {
         width_(amx_width(params.shape.head_dim)),
         value_width_(amx_width(params.shape.value_dim)),
         log2_scale_(params.softmax_scale * kLog2E),
-        k_(scratch.objects<uint16_t>(chunk_keys(params.shape) * width_)),
-        k_columns_(scratch.objects<uint16_t>(chunk_keys(params.shape) * width_)),
-        v_(scratch.objects<uint16_t>(chunk_keys(params.shape) * value_width_)),
-        q_lanes_(scratch.objects<uint32_t>(kTileRows * width_ / 2)),
-        q_pairs_(scratch.objects<uint32_t>(kTileRows * width_ / 2)),
-        do_lanes_(scratch.objects<uint32_t>(kTileRows * value_width_ / 2)),
-        do_pairs_(scratch.objects<uint32_t>(kTileRows * value_width_ / 2)),
+        k_(allocate_parts<kParts, uint16_t>(scratch, chunk_keys(params.shape) * width_)),
+        k_columns_(allocate_parts<kParts, uint16_t>(scratch, chunk_keys(params.shape) * width_)),
+        v_(allocate_parts<kParts, uint16_t>(scratch, chunk_keys(params.shape) * value_width_)),
+        q_lanes_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * width_ / 2)),
+        q_pairs_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * width_ / 2)),
+        do_lanes_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * value_width_ / 2)),
+        do_pairs_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * value_width_ / 2)),
         scores_(scratch.objects<float>(kStepKeys * kTileRows)),
         dweights_(scratch.objects<float>(kStepKeys * kTileRows)),
-        weights_(scratch.objects<uint32_t>(kBlockKeys * kTileRows / 2)),
-        dscores_(scratch.objects<uint32_t>(kBlockKeys * kTileRows / 2)),
-        dscore_pairs_(scratch.objects<uint32_t>(kBlockKeys * kTileRows / 2)),
-        rows_(scratch.objects<uint16_t>(kTileRows * std::max(width_, value_width_))) {
+        weights_(allocate_parts<kParts, uint32_t>(scratch, kBlockKeys * kTileRows / 2)),
+        dscores_(allocate_parts<kParts, uint32_t>(scratch, kBlockKeys * kTileRows / 2)),
+        dscore_pairs_(allocate_parts<kParts, uint32_t>(scratch, kBlockKeys * kTileRows / 2)),
+        rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))) {
     const int64_t row_lines = AmxPrefetch::lines(p_.shape.head_dim * sizeof(float)) +
-                              AmxPrefetch::lines(p_.shape.head_dim * sizeof(uint16_t)) +
-                              AmxPrefetch::lines(p_.shape.value_dim * sizeof(uint16_t));
+                              AmxPrefetch::lines(p_.shape.head_dim * kElementBytes) +
+                              AmxPrefetch::lines(p_.shape.value_dim * kElementBytes);
     products_.prefetch = AmxPrefetch(scratch.objects<const char*>(kTileRows * row_lines));
   }
 
   void load_chunk(int64_t first, int64_t last) {
+    const AttentionShape& shape = p_.shape;
     for (int64_t key = first; key < last; key += kAmxBlock) {
-      const int64_t count = std::min<int64_t>(kAmxBlock, last - key);
-      prefetch_key_rows(p_.k, at_, key + kAmxBlock, last, p_.shape.head_dim);
-      prefetch_key_rows(p_.v, at_, key + kAmxBlock, last, p_.shape.value_dim);
-      copy_key_rows(p_.k, at_, key, count, p_.shape.head_dim, rows_);
-      rows_to_tiles(rows_, width_, k_ + (key - first) * width_);
-      keys_to_column_tiles(rows_, width_, k_columns_ + (key - first) * width_);
-      copy_key_rows(p_.v, at_, key, count, p_.shape.value_dim, rows_);
-      rows_to_tiles(rows_, value_width_, v_ + (key - first) * value_width_);
+      const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
+      prefetch_key_rows<Element>(p_.k, at_, key + kAmxBlock, last, shape.head_dim);
+      prefetch_key_rows<Element>(p_.v, at_, key + kAmxBlock, last, shape.value_dim);
+      split_key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
+      for (int part = 0; part < kParts; ++part) {
+        rows_to_tiles(rows_[part], width_, k_[part] + to * width_);
+        keys_to_column_tiles(rows_[part], width_, k_columns_[part] + to * width_);
+      }
+      split_key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
+      for (int part = 0; part < kParts; ++part)
+        rows_to_tiles(rows_[part], value_width_, v_[part] + to * value_width_);
     }
   }
 
   void load_rows(const RowTile& tile) {
-    const int64_t group = p_.shape.heads_per_group();
-    copy_tile_rows(p_.q, group, at_, tile, p_.shape.head_dim, rows_);
-    rows_to_word_tiles(rows_, kTileRows, width_, q_lanes_);
-    rows_to_pair_tiles(rows_, kTileRows, width_, q_pairs_);
-    copy_tile_rows(p_.dout, group, at_, tile, p_.shape.value_dim, rows_);
-    rows_to_word_tiles(rows_, kTileRows, value_width_, do_lanes_);
-    rows_to_pair_tiles(rows_, kTileRows, value_width_, do_pairs_);
+    load_rows(p_.q, tile, p_.shape.head_dim, q_lanes_, q_pairs_);
+    load_rows(p_.dout, tile, p_.shape.value_dim, do_lanes_, do_pairs_);
     prefetch_rows(tile);
   }
 
@@ -92,6 +94,16 @@ class AmxBackward {
   static constexpr int kStepKeys = kAmxBlock;  // of S^T and dP^T at a time
   static constexpr int kBlockKeys = 128;  // of P^T and dS^T at a time; each block loads and stores dQ once
   static constexpr int kStrips = kTileRows / kAmxBlock;
+  static constexpr int64_t kElementBytes = sizeof(typename Element::Storage);
+
+  void load_rows(const TokenTensor<const void>& tensor, const RowTile& tile, int64_t dim,
+                 AmxParts<uint32_t> lanes, AmxParts<uint32_t> pairs) {
+    split_tile_rows<Element>(tensor, p_.shape.heads_per_group(), at_, tile, dim, rows_);
+    for (int part = 0; part < kParts; ++part) {
+      rows_to_word_tiles(rows_[part], kTileRows, amx_width(dim), lanes[part]);
+      rows_to_pair_tiles(rows_[part], kTileRows, amx_width(dim), pairs[part]);
+    }
+  }
 
   // What the end of this row tile, and the start of the next, will need from
   // memory: rows of one head lie far apart, and no processor fetches them by
@@ -102,27 +114,25 @@ class AmxBackward {
       products_.prefetch.add(row_pointer(p_.dq, p_.shape.heads_per_group(), at_, row),
                              p_.shape.head_dim * sizeof(float));
       if (row < kTileRows) continue;
-      products_.prefetch.add(row_bytes(p_.q, row - kTileRows), p_.shape.head_dim * sizeof(uint16_t));
-      products_.prefetch.add(row_bytes(p_.dout, row - kTileRows), p_.shape.value_dim * sizeof(uint16_t));
+      products_.prefetch.add(element_row(p_.q, row - kTileRows), p_.shape.head_dim * kElementBytes);
+      products_.prefetch.add(element_row(p_.dout, row - kTileRows), p_.shape.value_dim * kElementBytes);
     }
   }
-  MLS_INLINE const void* row_bytes(const TokenTensor<const void>& tensor, int64_t row) {
-    const TokenTensor<const uint16_t> typed{static_cast<const uint16_t*>(tensor.data), tensor.token_stride,
-                                            tensor.batch_stride, tensor.head_stride};
-    return row_pointer(typed, p_.shape.heads_per_group(), at_, row);
+  MLS_INLINE const void* element_row(const TokenTensor<const void>& tensor, int64_t row) {
+    return row_pointer(typed<Element>(tensor), p_.shape.heads_per_group(), at_, row);
   }
 
   // P^T and dS^T of keys [key + step, key + step + kStepKeys) of the chunk.
   void weigh(const BackwardTile& tile, int64_t first_key, int64_t key, int64_t step) {
     const int64_t at = key + step;
     products_.multiply({kStepKeys, kTileRows, width_},
-                       packed_tiles<const uint16_t>(k_ + at * width_, width_ / kAmxDepth),
-                       packed_tiles<const uint32_t>(q_lanes_, kMicroVecs), packed_tiles(scores_, kMicroVecs));
+                       packed_operand(k_.from(at * width_), width_ / kAmxDepth),
+                       packed_operand(q_lanes_, kMicroVecs), packed_tiles(scores_, kMicroVecs));
     alignas(MLS_VEC_BYTES) float minus_delta[kTileRows];
     for (int x = 0; x < kTileRows; x += kLanes) store(minus_delta + x, -load(tile.delta + x));
     products_.multiply({kStepKeys, kTileRows, value_width_},
-                       packed_tiles<const uint16_t>(v_ + at * value_width_, value_width_ / kAmxDepth),
-                       packed_tiles<const uint32_t>(do_lanes_, kMicroVecs), {minus_delta, 0, 0, kAmxTile},
+                       packed_operand(v_.from(at * value_width_), value_width_ / kAmxDepth),
+                       packed_operand(do_lanes_, kMicroVecs), {minus_delta, 0, 0, kAmxTile},
                        packed_tiles(dweights_, kMicroVecs));
     products_.finish();
     const bool masked = tile.rows.needs_mask(first_key + at, first_key + at + kStepKeys);
@@ -140,7 +150,7 @@ class AmxBackward {
     for (int64_t r = 0; r < kStepKeys; r += 2) {
       const int64_t row = r / kAmxTile * kMicroVecs * kAmxTileWords + r % kAmxTile * kAmxRow;
       const int64_t strip_row = (step + r) / kAmxTile * kStrips * kAmxTileWords + r % kAmxTile * kAmxRow;
-      Vec p[2][kMicroVecs], ds[2][kMicroVecs];
+      Bf16Parts<kParts> p[2][kMicroVecs], ds[2][kMicroVecs];
 #pragma GCC unroll 8
       for (int x = 0; x < kMicroVecs; ++x) {
 #pragma GCC unroll 2
@@ -148,20 +158,20 @@ class AmxBackward {
           const int64_t at = row + x * kAmxTileWords + i * kAmxRow;
           Vec score = load(scores_ + at);
           if constexpr (kMasked) score = mask_scores(tile.rows, first_key + r + i, x, score);
-          const Vec weight = flushing_exp2(score * scale - lse[x], kWeightExp2);
-          p[i][x] = round_to_bf16(weight);
-          ds[i][x] = round_to_bf16(weight * load(dweights_ + at));
+          const Vec weight = weight_exp2<kParts>(score * scale - lse[x]);
+          p[i][x] = split<kParts>(weight);
+          ds[i][x] = split<kParts>(weight * load(dweights_ + at));
         }
-        store_words(dscore_pairs_ + step / 2 * kTileRows + x * kAmxTileWords + r / 2 * kAmxRow,
-                    pair_words(ds[0][x], ds[1][x]));
+        store_pairs(dscore_pairs_.from(step / 2 * kTileRows + x * kAmxTileWords + r / 2 * kAmxRow), ds[0][x],
+                    ds[1][x]);
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 8
         for (int x = 0; x < kMicroVecs; x += 2) {
           const int64_t at = strip_row + x / 2 * kAmxTileWords + i * kAmxRow;
-          store_words(weights_ + at, pair_words(p[i][x], p[i][x + 1]));
-          store_words(dscores_ + at, pair_words(ds[i][x], ds[i][x + 1]));
+          store_pairs(weights_.from(at), p[i][x], p[i][x + 1]);
+          store_pairs(dscores_.from(at), ds[i][x], ds[i][x + 1]);
         }
       }
     }
@@ -169,35 +179,37 @@ class AmxBackward {
 
   // What a block of keys adds to dV, dK and dQ.
   void add_products(int64_t key, int64_t count, const Gradients& sums) {
-    products_.multiply_add({count, value_width_, kTileRows},
-                           packed_tiles(reinterpret_cast<const uint16_t*>(weights_), kStrips),
-                           packed_tiles<const uint32_t>(do_pairs_, value_width_ / kAmxTile),
+    products_.multiply_add({count, value_width_, kTileRows}, packed_pairs(weights_),
+                           packed_operand(do_pairs_, value_width_ / kAmxTile),
                            strided_tiles(sums.dv + key * value_width_, value_width_));
-    products_.multiply_add({count, width_, kTileRows},
-                           packed_tiles(reinterpret_cast<const uint16_t*>(dscores_), kStrips),
-                           packed_tiles<const uint32_t>(q_pairs_, width_ / kAmxTile),
+    products_.multiply_add({count, width_, kTileRows}, packed_pairs(dscores_),
+                           packed_operand(q_pairs_, width_ / kAmxTile),
                            strided_tiles(sums.dk + key * width_, width_));
     constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
-    products_.multiply_add(
-        {width_, kTileRows, count},
-        {k_columns_ + key * width_, kAmxTileBytes, kColumnTile, width_ / kAmxTile * kColumnTile},
-        packed_tiles<const uint32_t>(dscore_pairs_, kMicroVecs), strided_tiles(sums.dq_lanes, kTileRows));
+    const AmxTiles<const uint16_t> k{k_columns_.data + key * width_, kAmxTileBytes, kColumnTile,
+                                     width_ / kAmxTile * kColumnTile, k_columns_.size};
+    products_.multiply_add({width_, kTileRows, count}, k, packed_operand(dscore_pairs_, kMicroVecs),
+                           strided_tiles(sums.dq_lanes, kTileRows));
+  }
+  // Pairs of rows, the depth of an A operand.
+  static MLS_INLINE AmxTiles<const uint16_t> packed_pairs(AmxParts<uint32_t> pairs) {
+    return packed_tiles(reinterpret_cast<const uint16_t*>(pairs.data), kStrips, 2 * pairs.size);
   }
 
   const BackwardParams& p_;
   const KeyHead at_;
   const int64_t width_, value_width_;
   const float log2_scale_;
-  AmxProducts products_;
+  AmxProducts<kParts> products_;
   // All in tiles:
-  uint16_t *const k_, *const k_columns_;        // [chunk keys][width], and for each 32 keys [width][32]
-  uint16_t* const v_;                           // [chunk keys][value_width]
-  uint32_t *const q_lanes_, *const q_pairs_;    // [width / 2][kTileRows], [kTileRows / 2][width]
-  uint32_t *const do_lanes_, *const do_pairs_;  // the same of dO, with value_width
-  float *const scores_, *const dweights_;       // S^T, dP^T - delta: [kStepKeys][kTileRows]
-  uint32_t *const weights_, *const dscores_;    // P^T, dS^T: [kBlockKeys][kTileRows / 2], pairs of rows
-  uint32_t* const dscore_pairs_;                // dS^T: [kBlockKeys / 2][kTileRows], pairs of keys
-  uint16_t* const rows_;                        // staging
+  const AmxParts<uint16_t> k_, k_columns_;        // [chunk keys][width], and for each 32 keys [width][32]
+  const AmxParts<uint16_t> v_;                    // [chunk keys][value_width]
+  const AmxParts<uint32_t> q_lanes_, q_pairs_;    // [width / 2][kTileRows], [kTileRows / 2][width]
+  const AmxParts<uint32_t> do_lanes_, do_pairs_;  // the same of dO, with value_width
+  float *const scores_, *const dweights_;         // S^T, dP^T - delta: [kStepKeys][kTileRows]
+  const AmxParts<uint32_t> weights_, dscores_;    // P^T, dS^T: [kBlockKeys][kTileRows / 2], pairs of rows
+  const AmxParts<uint32_t> dscore_pairs_;         // dS^T: [kBlockKeys / 2][kTileRows], pairs of keys
+  const AmxParts<uint16_t> rows_;                 // staging
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,5 +1,5 @@
-// Forward engine for AMX: bf16 operands, fp32 sums; P is rounded to bf16 for
-// the second product.
+// Forward engine for AMX: operands of one bf16 part (bf16; P is rounded for the
+// second product) or of three (fp32), fp32 sums.
 //
 // A panel of packed keys stays in the L2 cache. Rows meet it 32 at a time and a
 // step of keys at a time, so that Q, O, scores and weights stay in the L1
@@ -15,7 +15,10 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
+template <class Element>
 class AmxForward {
+  static constexpr int kParts = kAmxParts<Element>;
+
  public:
   static constexpr int kPanelKeys = kAmxForwardPanelKeys;
   static int64_t width(int64_t dim) { return amx_width(dim); }
@@ -27,30 +30,34 @@ class AmxForward {
         value_width_(amx_width(params.shape.value_dim)),
         log2_scale_(params.softmax_scale * kLog2E),
         strips_(scratch.objects<Strip>(block_tiles * kStripsPerTile)),
-        q_(scratch.objects<uint32_t>(block_tiles * kTileRows * width_ / 2)),
-        k_(scratch.objects<uint16_t>(kPanelKeys * width_)),
-        v_columns_(scratch.objects<uint16_t>(kPanelKeys * value_width_)),
+        q_(allocate_parts<kParts, uint32_t>(scratch, block_tiles * kTileRows * width_ / 2)),
+        k_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * width_)),
+        v_columns_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * value_width_)),
         scores_(scratch.objects<float>(kMaxStepKeys * kStripRows)),
-        weights_(scratch.objects<uint32_t>(kMaxStepKeys / 2 * kStripRows)),
-        rows_(scratch.objects<uint16_t>(kTileRows * std::max(width_, value_width_))) {}
+        weights_(allocate_parts<kParts, uint32_t>(scratch, kMaxStepKeys / 2 * kStripRows)),
+        rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))) {}
 
   void load_rows(int t, const RowTile& tile) {
-    copy_tile_rows(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
+    split_tile_rows<Element>(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
     for (int i = 0; i < kStripsPerTile; ++i) {
       strip(t, i) = Strip(tile, i * kStripVecs);
-      rows_to_word_tiles(rows_ + i * kStripRows * width_, kStripRows, width_, strip_queries(t, i));
+      for (int part = 0; part < kParts; ++part)
+        rows_to_word_tiles(rows_[part] + i * kStripRows * width_, kStripRows, width_,
+                           strip_queries(t, i)[part]);
     }
   }
 
   void load_panel(int64_t first, int64_t last) {
+    const AttentionShape& shape = p_.shape;
     for (int64_t key = first; key < last; key += kAmxBlock) {
-      const int64_t count = std::min<int64_t>(kAmxBlock, last - key);
-      prefetch_key_rows(p_.k, at_, key + kAmxBlock, p_.shape.num_keys, p_.shape.head_dim);
-      prefetch_key_rows(p_.v, at_, key + kAmxBlock, p_.shape.num_keys, p_.shape.value_dim);
-      copy_key_rows(p_.k, at_, key, count, p_.shape.head_dim, rows_);
-      rows_to_tiles(rows_, width_, k_ + (key - first) * width_);
-      copy_key_rows(p_.v, at_, key, count, p_.shape.value_dim, rows_);
-      keys_to_column_tiles(rows_, value_width_, v_columns_ + (key - first) * value_width_);
+      const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
+      prefetch_key_rows<Element>(p_.k, at_, key + kAmxBlock, shape.num_keys, shape.head_dim);
+      prefetch_key_rows<Element>(p_.v, at_, key + kAmxBlock, shape.num_keys, shape.value_dim);
+      split_key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
+      for (int part = 0; part < kParts; ++part) rows_to_tiles(rows_[part], width_, k_[part] + to * width_);
+      split_key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
+      for (int part = 0; part < kParts; ++part)
+        keys_to_column_tiles(rows_[part], value_width_, v_columns_[part] + to * value_width_);
     }
   }
 
@@ -110,7 +117,7 @@ class AmxForward {
     const Strip& rows;
     SoftmaxState& state;
     int64_t first, key, num_keys;
-    const uint32_t* q;
+    AmxParts<uint32_t> q;
     float* out;
 
     MLS_INLINE float* maxima(int x) const { return state.max_log2 + (rows.first_vector + x) * kLanes; }
@@ -118,25 +125,25 @@ class AmxForward {
   };
 
   Strip& strip(int t, int i) const { return strips_[t * kStripsPerTile + i]; }
-  uint32_t* strip_queries(int t, int i) const {
-    return q_ + (t * kStripsPerTile + i) * kStripRows * width_ / 2;
+  AmxParts<uint32_t> strip_queries(int t, int i) const {
+    return q_.from((t * kStripsPerTile + i) * kStripRows * width_ / 2);
   }
 
   template <bool kMasked>
   void attend(const Step& step) {
     products_.multiply({step.num_keys, kStripRows, width_},
-                       packed_tiles<const uint16_t>(k_ + step.key * width_, width_ / kAmxDepth),
-                       packed_tiles(step.q, kStripVecs), packed_tiles(scores_, kStripVecs));
+                       packed_operand(k_.from(step.key * width_), width_ / kAmxDepth),
+                       packed_operand(step.q, kStripVecs), packed_tiles(scores_, kStripVecs));
     products_.finish();
     if (lacks_reference(step) || !weigh<kMasked>(step, kMaxStepSum)) {
       raise_reference<kMasked>(step);
       weigh<kMasked>(step, kInfinity);
     }
     const int64_t column_tiles = value_width_ / kAmxTile;
-    const AmxTiles<const uint16_t> v{v_columns_ + step.key * value_width_, kAmxTileBytes,
-                                     kAmxTile * kAmxDepth, column_tiles * kAmxTile * kAmxDepth};
-    products_.multiply_add({value_width_, kStripRows, step.num_keys}, v,
-                           packed_tiles<const uint32_t>(weights_, kStripVecs),
+    const AmxTiles<const uint16_t> v{v_columns_.data + step.key * value_width_, kAmxTileBytes,
+                                     kAmxTile * kAmxDepth, column_tiles * kAmxTile * kAmxDepth,
+                                     v_columns_.size};
+    products_.multiply_add({value_width_, kStripRows, step.num_keys}, v, packed_operand(weights_, kStripVecs),
                            strided_tiles(step.out, kTileRows));
   }
 
@@ -148,9 +155,9 @@ class AmxForward {
     if constexpr (!kMasked) return scores;
     return mask_scores(step.tile, step.first + step.key + key + r, step.rows.first_vector + x, scores);
   }
-  MLS_INLINE uint32_t* weight_pair(int64_t key, int r, int x) const {
+  MLS_INLINE AmxParts<uint32_t> weight_pair(int64_t key, int r, int x) const {
     const int64_t block = key / kAmxBlock, half = key / kAmxTile % 2;
-    return weights_ + (block * kStripVecs + x) * kAmxTileWords + (half * kAmxTile + r) / 2 * kAmxRow;
+    return weights_.from((block * kStripVecs + x) * kAmxTileWords + (half * kAmxTile + r) / 2 * kAmxRow);
   }
 
   // P^T in pairs of keys. Any reference of the exponentials is right that the
@@ -169,10 +176,10 @@ class AmxForward {
 #pragma GCC unroll 8
         for (int x = 0; x < kStripVecs; ++x) {
           const Vec even = score<kMasked>(step, key, r, x), odd = score<kMasked>(step, key, r + 1, x);
-          const Vec p = flushing_exp2(even * scale - reference[x], kSummedExp2);
-          const Vec next = flushing_exp2(odd * scale - reference[x], kSummedExp2);
+          const Vec p = summed_exp2<kParts>(even * scale - reference[x]);
+          const Vec next = summed_exp2<kParts>(odd * scale - reference[x]);
           sum[x] = sum[x] + p + next;
-          store_words(weight_pair(key, r, x), pair_words(round_to_bf16(p), round_to_bf16(next)));
+          store_pairs(weight_pair(key, r, x), split<kParts>(p), split<kParts>(next));
         }
       }
     }
@@ -223,14 +230,14 @@ class AmxForward {
   const KeyHead at_;
   const int64_t width_, value_width_;
   const float log2_scale_;
-  AmxProducts products_;
-  Strip* const strips_;        // of each row tile
-  uint32_t* const q_;          // of each strip: [width / 2][kStripRows], in tiles
-  uint16_t* const k_;          // [kPanelKeys][width], in tiles
-  uint16_t* const v_columns_;  // V^T of each 32 keys: [value_width][32], in tiles
-  float* const scores_;        // S^T: [keys][kStripRows], in tiles
-  uint32_t* const weights_;    // P^T: [keys / 2][kStripRows], in tiles
-  uint16_t* const rows_;       // staging
+  AmxProducts<kParts> products_;
+  Strip* const strips_;                 // of each row tile
+  const AmxParts<uint32_t> q_;          // of each strip: [width / 2][kStripRows], in tiles
+  const AmxParts<uint16_t> k_;          // [kPanelKeys][width], in tiles
+  const AmxParts<uint16_t> v_columns_;  // V^T of each 32 keys: [value_width][32], in tiles
+  float* const scores_;                 // S^T: [keys][kStripRows], in tiles
+  const AmxParts<uint32_t> weights_;    // P^T: [keys / 2][kStripRows], in tiles
+  const AmxParts<uint16_t> rows_;       // staging
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,4 +1,4 @@
-// The kernel for x86-64 with AVX-512 and AMX: bf16 by tiles, fp32 by vectors.
+// The kernel for x86-64 with AVX-512 and AMX: bf16 by tiles, and fp32 as well, in three bf16 parts.
 #if defined(__x86_64__)
 #include "variant_headers.h"
 
@@ -19,14 +19,16 @@
 namespace mls::cpu {
 namespace amx {
 
+template <class Element>
 void forward_task_with_tiles(const ForwardParams& p, int64_t block_tiles, int64_t task, void* scratch) {
   const AmxSession session;
-  forward_task<AmxForward>(p, block_tiles, task, scratch);
+  forward_task<AmxForward<Element>>(p, block_tiles, task, scratch);
 }
 
+template <class Element>
 void backward_task_with_tiles(const BackwardParams& p, int64_t task, void* scratch, ChunkTurns* turns) {
   const AmxSession session;
-  backward_task<AmxBackward>(p, task, scratch, turns);
+  backward_task<AmxBackward<Element>>(p, task, scratch, turns);
 }
 
 // Of values as in attention: with zeros the tile unit draws less power and runs
@@ -48,15 +50,18 @@ double tile_peak_work(int64_t iterations) {
   return 4.0 * static_cast<double>(iterations) * kAmxTile * kAmxTile * kAmxDepth * 2;
 }
 
+template <class Element>
+constexpr Kernel tile_kernel() {
+  Kernel kernel = make_kernel<AmxForward<Element>, AmxBackward<Element>>();
+  kernel.forward_task = forward_task_with_tiles<Element>;
+  kernel.backward_task = backward_task_with_tiles<Element>;
+  kernel.peak_work = tile_peak_work;
+  return kernel;
+}
+
 }  // namespace amx
 
-const KernelTable kAmxTable = {
-    "amx",
-    amx::vector_kernel<amx::Float32>(),
-    {amx::forward_workload<amx::AmxForward>, amx::forward_task_with_tiles,
-     amx::backward_workload<amx::AmxBackward>, amx::init_turns<amx::AmxBackward>,
-     amx::backward_task_with_tiles, amx::tile_peak_work},
-};
+const KernelTable kAmxTable = {"amx", amx::tile_kernel<amx::Float32>(), amx::tile_kernel<amx::BFloat16>()};
 
 }  // namespace mls::cpu
 #if defined(__clang__)
