@@ -12,6 +12,11 @@ constexpr int64_t amx_width(int64_t dim) {
   return round_up(dim, kAmxBlock);
 }
 
+// Of lane_tiles(data, width).
+constexpr LaneLayout amx_lanes(int64_t width) {
+  return {kLanes, width * kLanes};
+}
+
 MLS_INLINE Vec load_words(const uint32_t* p) {
   return load(reinterpret_cast<const float*>(p));
 }

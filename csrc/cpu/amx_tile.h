@@ -104,8 +104,19 @@ MLS_INLINE AmxTiles<T> strided_tiles(T* data, int64_t stride) {
   return {data, stride * int64_t{sizeof(T)}, kAmxTile * stride, kAmxTileBytes / int64_t{sizeof(T)}};
 }
 
+// A row tile in the SIMD lanes, vector by vector: [vectors][width][kLanes].
+MLS_INLINE AmxTiles<float> lane_tiles(float* data, int64_t width) {
+  return {data, kAmxTileBytes, kAmxTileWords, width * kAmxRow};
+}
+
 struct AmxShape {
   int64_t rows, columns, depth;  // of C and of the sum; multiples of kAmxBlock
+};
+
+// The tile unit computes by itself: vector instructions between those of tiles cost hardly any time. So every
+// product takes work to be done beside it, and calls its some() after each four tile products.
+struct NothingBeside {
+  MLS_INLINE void some() {}
 };
 
 // Lines of memory that will be needed, fetched to the L2 cache a few at a time:
@@ -119,7 +130,7 @@ class AmxPrefetch {
   void add(const void* row, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += kCacheLine) lines_[end_++] = static_cast<const char*>(row) + i;
   }
-  MLS_INLINE void fetch_some() {
+  MLS_INLINE void some() {
     for (const int64_t last = std::min(next_ + kLinesAtOnce, end_); next_ < last; ++next_)
       _mm_prefetch(lines_[next_], _MM_HINT_T1);
   }
@@ -131,7 +142,8 @@ class AmxPrefetch {
   int64_t next_ = 0, end_ = 0;
 };
 
-// C = start + A B in blocks of 2 x 2 tiles, product after product. A and B are of kParts parts.
+// C = start + A B in blocks of 2 x 2 tiles, product after product; A and B are
+// of kParts parts.
 //
 // A store waits for the last product of its tile, and products behind a store
 // wait for it. So the tiles of a block stay in their registers until the next
@@ -140,16 +152,22 @@ class AmxPrefetch {
 template <int kParts>
 class AmxProducts {
  public:
-  void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b, AmxTiles<float> c) {
-    multiply<true>(shape, a, b, {}, c);
+  static constexpr int kNumPairs = std::size(kAmxPartPairs<kParts>);
+
+  template <class Beside>
+  void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b, AmxTiles<float> c,
+                Beside& beside) {
+    multiply<true>(shape, a, b, {}, c, beside);
   }
+  template <class Beside>
   void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b,
-                AmxTiles<const float> start, AmxTiles<float> c) {
-    multiply<false>(shape, a, b, start, c);
+                AmxTiles<const float> start, AmxTiles<float> c, Beside& beside) {
+    multiply<false>(shape, a, b, start, c, beside);
   }
-  void multiply_add(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b,
-                    AmxTiles<float> c) {
-    multiply<false>(shape, a, b, {c.data, c.row_bytes, c.down, c.right}, c);
+  template <class Beside>
+  void multiply_add(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b, AmxTiles<float> c,
+                    Beside& beside) {
+    multiply<false>(shape, a, b, {c.data, c.row_bytes, c.down, c.right}, c, beside);
   }
 
   void finish() {
@@ -159,11 +177,8 @@ class AmxProducts {
     row_bytes_ = 0;
   }
 
-  AmxPrefetch prefetch;  // beside each block
-
  private:
   static constexpr auto& kPairs = kAmxPartPairs<kParts>;
-  static constexpr int kNumPairs = std::size(kPairs);
 
   // The tiles of A and B that the products of a block read next.
   struct Operands {
@@ -185,31 +200,16 @@ class AmxProducts {
     }
   };
 
-  template <bool kFromZero>
-  void multiply(const AmxShape& shape, const AmxTiles<const uint16_t>& a, const AmxTiles<const uint32_t>& b,
-                const AmxTiles<const float>& start, const AmxTiles<float>& c) {
-    switch (shape.depth / kAmxDepth) {  // the usual ones without a loop
-      case 1:
-        return blocks<kFromZero, 1>(shape, a, b, start, c);
-      case 2:
-        return blocks<kFromZero, 2>(shape, a, b, start, c);
-      case 4:
-        return blocks<kFromZero, 4>(shape, a, b, start, c);
-      default:
-        return blocks<kFromZero, 0>(shape, a, b, start, c);
-    }
-  }
-
-  // kDepth: tiles of the depth; 0: as `shape` says.
-  template <bool kFromZero, int kDepth>
-  [[gnu::noinline]] void blocks(const AmxShape& shape, const AmxTiles<const uint16_t>& a,
-                                const AmxTiles<const uint32_t>& b, const AmxTiles<const float>& start,
-                                const AmxTiles<float>& c) {
+  template <bool kFromZero, class Beside>
+  [[gnu::noinline]] void multiply(const AmxShape& shape, const AmxTiles<const uint16_t>& a,
+                                  const AmxTiles<const uint32_t>& b, const AmxTiles<const float>& start,
+                                  const AmxTiles<float>& c, Beside& work) {
+    Beside beside = work;  // in registers; `work` itself would be read and written around every instruction
     const int64_t rows = shape.rows / kAmxTile, columns = shape.columns / kAmxTile;
-    const int64_t depth = kDepth > 0 ? kDepth : shape.depth / kAmxDepth;
     for (int64_t i = 0; i < rows; i += 2) {
       for (int64_t j = 0; j < columns; j += 2) {
         Operands from{a, b, a.at(i, 0), a.at(i + 1, 0), b.at(0, j), b.at(0, j + 1)};
+        // A store keeps the tile unit from its products, so between these.
         from.template load_a<4, 0>(from.a0), from.template load_b<6, 0>(from.b0);
         begin_tile<kFromZero, 0>(start.at(i, j), start.row_bytes, c.at(i, j));
         tile_dot<0, 4, 6>();
@@ -222,25 +222,26 @@ class AmxProducts {
         begin_tile<kFromZero, 3>(start.at(i + 1, j + 1), start.row_bytes, c.at(i + 1, j + 1));
         tile_dot<3, 5, 7>();
         row_bytes_ = c.row_bytes;
-        prefetch.fetch_some();
-        add_pairs<1>(from);
-#pragma GCC unroll 4
-        for (int64_t k = 1; k < depth; ++k) {
+        beside.some();
+        add_pairs<1>(from, beside);
+        for (int64_t k = kAmxDepth; k < shape.depth; k += kAmxDepth) {
           from.advance();
-          add_pairs<0>(from);
+          add_pairs<0>(from, beside);
         }
       }
     }
+    work = beside;
   }
 
   // The products of part pairs from kPair on.
-  template <int kPair>
-  static MLS_INLINE void add_pairs(const Operands& from) {
+  template <int kPair, class Beside>
+  static MLS_INLINE void add_pairs(const Operands& from, Beside& beside) {
     if constexpr (kPair < kNumPairs) {
       from.template load_a<4, kPair>(from.a0), from.template load_b<6, kPair>(from.b0);
       from.template load_b<7, kPair>(from.b1), from.template load_a<5, kPair>(from.a1);
+      beside.some();
       tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
-      add_pairs<kPair + 1>(from);
+      add_pairs<kPair + 1>(from, beside);
     }
   }
 

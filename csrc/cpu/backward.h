@@ -11,6 +11,7 @@
 //
 //   struct Engine {
 //     static int64_t width(int64_t dim);                 // dim padded as the engine's products want it
+//     static LaneLayout lanes(int64_t width);            // of dQ^T
 //     static int64_t chunk_keys(const AttentionShape&);  // keys of a chunk
 //     static constexpr int kPanelKeys;                   // keys differentiated in one call, at most
 //     Engine(params, at, scratch cursor);
@@ -37,7 +38,7 @@ struct Gradients {
   int64_t first_key;
   float* dk;        // [chunk keys][width(D)], without softmax_scale
   float* dv;        // [chunk keys][width(Dv)]
-  float* dq_lanes;  // [width(D)][kTileRows], without softmax_scale
+  float* dq_lanes;  // as lanes(width(D)) says, without softmax_scale
 };
 
 template <class Engine>
@@ -116,7 +117,7 @@ class BackwardChunk {
     const int64_t dim = shape_.head_dim;
     alignas(MLS_VEC_BYTES) float scale[kTileRows];
     std::fill_n(scale, kTileRows, p_.softmax_scale);
-    lanes_to_rows(sums_.dq_lanes, dim, scale, dq_rows_);
+    lanes_to_rows(sums_.dq_lanes, Engine::lanes(width_), dim, scale, dq_rows_);
     // Workers take chunks in ascending order, so the one waited for is running: no deadlock on any thread
     // count.
     while (turn.load(std::memory_order_acquire) != chunk) std::this_thread::yield();

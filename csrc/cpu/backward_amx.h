@@ -21,6 +21,7 @@ class AmxBackward {
  public:
   static constexpr int kPanelKeys = kAmxMaxChunkKeys;  // always a whole chunk
   static int64_t width(int64_t dim) { return amx_width(dim); }
+  static LaneLayout lanes(int64_t width) { return amx_lanes(width); }
   static int64_t chunk_keys(const AttentionShape& shape) {
     const int64_t key_bytes = amx_width(shape.head_dim) * (2 * kParts * sizeof(uint16_t) + sizeof(float)) +
                               amx_width(shape.value_dim) * (kParts * sizeof(uint16_t) + sizeof(float));
@@ -51,7 +52,7 @@ class AmxBackward {
     const int64_t row_lines = AmxPrefetch::lines(p_.shape.head_dim * sizeof(float)) +
                               AmxPrefetch::lines(p_.shape.head_dim * kElementBytes) +
                               AmxPrefetch::lines(p_.shape.value_dim * kElementBytes);
-    products_.prefetch = AmxPrefetch(scratch.objects<const char*>(kTileRows * row_lines));
+    prefetch_ = AmxPrefetch(scratch.objects<const char*>(kTileRows * row_lines));
   }
 
   void load_chunk(int64_t first, int64_t last) {
@@ -109,13 +110,13 @@ class AmxBackward {
   // memory: rows of one head lie far apart, and no processor fetches them by
   // itself.
   void prefetch_rows(const RowTile& tile) {
-    products_.prefetch.clear();
+    prefetch_.clear();
     for (int64_t row = tile.first_row; row < tile.first_row + tile.num_rows; ++row) {
-      products_.prefetch.add(row_pointer(p_.dq, p_.shape.heads_per_group(), at_, row),
-                             p_.shape.head_dim * sizeof(float));
+      prefetch_.add(row_pointer(p_.dq, p_.shape.heads_per_group(), at_, row),
+                    p_.shape.head_dim * sizeof(float));
       if (row < kTileRows) continue;
-      products_.prefetch.add(element_row(p_.q, row - kTileRows), p_.shape.head_dim * kElementBytes);
-      products_.prefetch.add(element_row(p_.dout, row - kTileRows), p_.shape.value_dim * kElementBytes);
+      prefetch_.add(element_row(p_.q, row - kTileRows), p_.shape.head_dim * kElementBytes);
+      prefetch_.add(element_row(p_.dout, row - kTileRows), p_.shape.value_dim * kElementBytes);
     }
   }
   MLS_INLINE const void* element_row(const TokenTensor<const void>& tensor, int64_t row) {
@@ -127,13 +128,13 @@ class AmxBackward {
     const int64_t at = key + step;
     products_.multiply({kStepKeys, kTileRows, width_},
                        packed_operand(k_.from(at * width_), width_ / kAmxDepth),
-                       packed_operand(q_lanes_, kMicroVecs), packed_tiles(scores_, kMicroVecs));
+                       packed_operand(q_lanes_, kMicroVecs), packed_tiles(scores_, kMicroVecs), prefetch_);
     alignas(MLS_VEC_BYTES) float minus_delta[kTileRows];
     for (int x = 0; x < kTileRows; x += kLanes) store(minus_delta + x, -load(tile.delta + x));
     products_.multiply({kStepKeys, kTileRows, value_width_},
                        packed_operand(v_.from(at * value_width_), value_width_ / kAmxDepth),
                        packed_operand(do_lanes_, kMicroVecs), {minus_delta, 0, 0, kAmxTile},
-                       packed_tiles(dweights_, kMicroVecs));
+                       packed_tiles(dweights_, kMicroVecs), prefetch_);
     products_.finish();
     const bool masked = tile.rows.needs_mask(first_key + at, first_key + at + kStepKeys);
     masked ? differentiate_softmax<true>(tile, first_key + at, step)
@@ -181,15 +182,15 @@ class AmxBackward {
   void add_products(int64_t key, int64_t count, const Gradients& sums) {
     products_.multiply_add({count, value_width_, kTileRows}, packed_pairs(weights_),
                            packed_operand(do_pairs_, value_width_ / kAmxTile),
-                           strided_tiles(sums.dv + key * value_width_, value_width_));
+                           strided_tiles(sums.dv + key * value_width_, value_width_), prefetch_);
     products_.multiply_add({count, width_, kTileRows}, packed_pairs(dscores_),
                            packed_operand(q_pairs_, width_ / kAmxTile),
-                           strided_tiles(sums.dk + key * width_, width_));
+                           strided_tiles(sums.dk + key * width_, width_), prefetch_);
     constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
     const AmxTiles<const uint16_t> k{k_columns_.data + key * width_, kAmxTileBytes, kColumnTile,
                                      width_ / kAmxTile * kColumnTile, k_columns_.size};
     products_.multiply_add({width_, kTileRows, count}, k, packed_operand(dscore_pairs_, kMicroVecs),
-                           strided_tiles(sums.dq_lanes, kTileRows));
+                           lane_tiles(sums.dq_lanes, width_), prefetch_);
   }
   // Pairs of rows, the depth of an A operand.
   static MLS_INLINE AmxTiles<const uint16_t> packed_pairs(AmxParts<uint32_t> pairs) {
@@ -201,6 +202,7 @@ class AmxBackward {
   const int64_t width_, value_width_;
   const float log2_scale_;
   AmxProducts<kParts> products_;
+  AmxPrefetch prefetch_;  // beside the products
   // All in tiles:
   const AmxParts<uint16_t> k_, k_columns_;        // [chunk keys][width], and for each 32 keys [width][32]
   const AmxParts<uint16_t> v_;                    // [chunk keys][value_width]

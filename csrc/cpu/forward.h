@@ -5,7 +5,9 @@
 //
 //   struct Engine {
 //     static int64_t width(int64_t dim);             // dim padded as the engine's products want it
+//     static LaneLayout lanes(int64_t width);        // of O^T
 //     static constexpr int kPanelKeys;               // keys loaded at a time
+//     static int64_t most_block_tiles(const AttentionShape&);
 //     Engine(params, at, block tiles, scratch cursor);
 //     void load_rows(int t, const RowTile&);         // Q of row tile t
 //     void load_panel(int64_t first, int64_t last);  // K and V of these keys
@@ -56,7 +58,7 @@ class ForwardBlock {
   }
 
  private:
-  // O^T of a row tile, [width][kTileRows], not yet divided by the sum.
+  // O^T of a row tile, not yet divided by the sum.
   float* out_lanes(int t) const { return out_ + t * width_ * kTileRows; }
 
   void begin_tile(int t, int64_t first_row) {
@@ -74,7 +76,7 @@ class ForwardBlock {
     const TokenTensor<const void> out{p_.out.data, p_.out.token_stride, p_.out.batch_stride,
                                       p_.out.head_stride};
     load_tile_rows<Float32>(out, group_, at_, tile, shape_.value_dim, rows_);
-    rows_to_lanes(rows_, shape_.value_dim, out_lanes(t));
+    rows_to_lanes(rows_, shape_.value_dim, out_lanes(t), Engine::lanes(width_));
     for (int i = 0; i < tile.num_rows; ++i) {
       const float lse = row_value(p_.lse, group_, at_, tile.first_row + i);
       states_[t].max_log2[i] = lse * kLog2E;
@@ -99,7 +101,7 @@ class ForwardBlock {
     if (p_.accumulate && tile.key_begin >= tile.key_end) return;  // nothing was merged
     alignas(MLS_VEC_BYTES) float inverse[kTileRows];
     for (int i = 0; i < kTileRows; ++i) inverse[i] = state.sum[i] == 0.0f ? 0.0f : 1.0f / state.sum[i];
-    lanes_to_rows(out_lanes(t), shape_.value_dim, inverse, rows_);
+    lanes_to_rows(out_lanes(t), Engine::lanes(width_), shape_.value_dim, inverse, rows_);
     for (int i = 0; i < tile.num_rows; ++i) {
       const int64_t row = tile.first_row + i;
       std::memcpy(row_pointer(p_.out, group_, at_, row), rows_ + i * padded(shape_.value_dim),
@@ -123,7 +125,7 @@ class ForwardBlock {
 
 template <class Engine>
 Workload forward_workload(const ForwardParams& p, int64_t workers) {
-  const int64_t tiles = block_tiles(p.shape, p.mask, workers);
+  const int64_t tiles = block_tiles(p.shape, p.mask, workers, Engine::most_block_tiles(p.shape));
   ScratchCursor counting(nullptr);
   const ForwardBlock<Engine> block(p, KeyHead{}, tiles, counting);
   return {p.shape.batch * p.shape.num_kv_heads * ceil_div(row_tiles(p.shape), tiles), counting.used(), tiles,

@@ -22,6 +22,13 @@ class AmxForward {
  public:
   static constexpr int kPanelKeys = kAmxForwardPanelKeys;
   static int64_t width(int64_t dim) { return amx_width(dim); }
+  static LaneLayout lanes(int64_t width) { return amx_lanes(width); }
+
+  static int64_t most_block_tiles(const AttentionShape& shape) {
+    const int64_t row_bytes =
+        amx_width(shape.head_dim) * kParts * sizeof(uint16_t) + amx_width(shape.value_dim) * sizeof(float);
+    return kAmxBlockBytes / (kTileRows * row_bytes);
+  }
 
   AmxForward(const ForwardParams& params, KeyHead at, int64_t block_tiles, ScratchCursor& scratch)
       : p_(params),
@@ -29,13 +36,16 @@ class AmxForward {
         width_(amx_width(params.shape.head_dim)),
         value_width_(amx_width(params.shape.value_dim)),
         log2_scale_(params.softmax_scale * kLog2E),
+        step_keys_(step_keys(width_ + value_width_)),
+        block_tiles_(block_tiles),
         strips_(scratch.objects<Strip>(block_tiles * kStripsPerTile)),
         q_(allocate_parts<kParts, uint32_t>(scratch, block_tiles * kTileRows * width_ / 2)),
         k_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * width_)),
         v_columns_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * value_width_)),
+        rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))),
         scores_(scratch.objects<float>(kMaxStepKeys * kStripRows)),
-        weights_(allocate_parts<kParts, uint32_t>(scratch, kMaxStepKeys / 2 * kStripRows)),
-        rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))) {}
+        next_scores_(kWeighBesideProducts ? scratch.objects<float>(kMaxStepKeys * kStripRows) : scores_),
+        weights_(allocate_parts<kParts, uint32_t>(scratch, kMaxStepKeys / 2 * kStripRows)) {}
 
   void load_rows(int t, const RowTile& tile) {
     split_tile_rows<Element>(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
@@ -59,29 +69,26 @@ class AmxForward {
       for (int part = 0; part < kParts; ++part)
         keys_to_column_tiles(rows_[part], value_width_, v_columns_[part] + to * value_width_);
     }
+    coming_keys_ = {this, last, last};
   }
 
   // Whole blocks of keys are computed; those before `begin` or from `end` on
   // are masked like any other.
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
               float* out) {
-    const int64_t step_keys = width_ + value_width_ > 2 * 64 ? kMaxStepKeys : kMaxStepKeys / 2;
+    if (t >= block_tiles_ - kLastTiles)
+      coming_keys_.end = std::min(first + 2 * kPanelKeys, p_.shape.num_keys);
     for (int i = 0; i < kStripsPerTile; ++i) {
       const Strip& rows = strip(t, i);
       const int64_t from = (std::max(begin, rows.begin) - first) / kAmxBlock * kAmxBlock;
       const int64_t to = round_up(std::min(end, rows.end) - first, kAmxBlock);
-      for (int64_t key = from; key < to; key += step_keys) {
-        const Step step{tile,
-                        rows,
-                        state,
-                        first,
-                        key,
-                        std::min(step_keys, to - key),
-                        strip_queries(t, i),
-                        out + i * kStripRows};
-        rows.needs_mask(first + key, first + key + step.num_keys) ? attend<true>(step) : attend<false>(step);
+      for (int64_t key = from; key < to; key += step_keys_) {
+        const int64_t num_keys = std::min(step_keys_, to - key);
+        advance({&tile, &rows, &state, first, key, num_keys, strip_queries(t, i),
+                 out + i * kStripRows * value_width_});
       }
     }
+    advance({});
     products_.finish();
   }
 
@@ -89,9 +96,9 @@ class AmxForward {
   static constexpr int kStripRows = kAmxBlock;
   static constexpr int kStripVecs = kStripRows / kLanes;
   static constexpr int kStripsPerTile = kTileRows / kStripRows;
-  // Half of it for short rows, where all fits into the L1 cache; long ones are
-  // faster with few loads and stores of O.
   static constexpr int kMaxStepKeys = 128;
+  // The next panel is fetched beside the last tiles of a block: earlier, it would leave the cache again.
+  static constexpr int kLastTiles = kParts == 1 ? 8 : 2;
   // What the weights of a step may sum to before the reference of the
   // exponentials is raised. Weights above 1 lose nothing: fp32 and bf16 have
   // their digits at any size.
@@ -113,15 +120,36 @@ class AmxForward {
 
   // Keys [key, key + num_keys) of the panel at `first`, against a strip.
   struct Step {
-    const RowTile& tile;
-    const Strip& rows;
-    SoftmaxState& state;
-    int64_t first, key, num_keys;
-    AmxParts<uint32_t> q;
-    float* out;
+    const RowTile* tile = nullptr;
+    const Strip* rows = nullptr;
+    SoftmaxState* state = nullptr;
+    int64_t first = 0, key = 0, num_keys = 0;  // 0: no step
+    AmxParts<uint32_t> q{};
+    float* out = nullptr;
 
-    MLS_INLINE float* maxima(int x) const { return state.max_log2 + (rows.first_vector + x) * kLanes; }
-    MLS_INLINE float* sums(int x) const { return state.sum + (rows.first_vector + x) * kLanes; }
+    MLS_INLINE float* maxima(int x) const { return state->max_log2 + (rows->first_vector + x) * kLanes; }
+    MLS_INLINE float* sums(int x) const { return state->sum + (rows->first_vector + x) * kLanes; }
+    bool needs_mask() const { return rows->needs_mask(first + key, first + key + num_keys); }
+  };
+
+  static int64_t step_keys(int64_t widths) { return widths > 2 * 64 ? kMaxStepKeys : kMaxStepKeys / 2; }
+
+  // Rows of K and V of the next panel, fetched to the L2 cache one by one: they lie far apart, and no
+  // processor fetches them by itself.
+  struct ComingKeys {
+    const AmxForward* engine = nullptr;
+    int64_t key = 0, end = 0;
+    bool values = false;
+
+    MLS_INLINE void some() {
+      if (key >= end) return;
+      const ForwardParams& p = engine->p_;
+      const auto& tensor = values ? p.v : p.k;
+      prefetch_row(row_pointer(typed<Element>(tensor), 1, engine->at_, key),
+                   (values ? p.shape.value_dim : p.shape.head_dim) * sizeof(typename Element::Storage));
+      key += values;
+      values = !values;
+    }
   };
 
   Strip& strip(int t, int i) const { return strips_[t * kStripsPerTile + i]; }
@@ -129,115 +157,206 @@ class AmxForward {
     return q_.from((t * kStripsPerTile + i) * kStripRows * width_ / 2);
   }
 
-  template <bool kMasked>
-  void attend(const Step& step) {
-    products_.multiply({step.num_keys, kStripRows, width_},
-                       packed_operand(k_.from(step.key * width_), width_ / kAmxDepth),
-                       packed_operand(step.q, kStripVecs), packed_tiles(scores_, kStripVecs));
-    products_.finish();
-    if (lacks_reference(step) || !weigh<kMasked>(step, kMaxStepSum)) {
-      raise_reference<kMasked>(step);
-      weigh<kMasked>(step, kInfinity);
+  // Lanes of a strip's rows.
+  struct Lanes {
+    __mmask16 of[kStripVecs];
+
+    bool any() const {
+      return std::any_of(of, of + kStripVecs, [](__mmask16 lanes) { return lanes != 0; });
     }
-    const int64_t column_tiles = value_width_ / kAmxTile;
-    const AmxTiles<const uint16_t> v{v_columns_.data + step.key * value_width_, kAmxTileBytes,
-                                     kAmxTile * kAmxDepth, column_tiles * kAmxTile * kAmxDepth,
-                                     v_columns_.size};
-    products_.multiply_add({value_width_, kStripRows, step.num_keys}, v, packed_operand(weights_, kStripVecs),
-                           strided_tiles(step.out, kTileRows));
+  };
+
+  // In three parts, two steps are under way: while the tile unit computes the scores of the next, the vector
+  // units turn those of the current one into weights. In one part, the products are too short for that.
+  static constexpr bool kWeighBesideProducts = kParts > 1;
+
+  void advance(const Step& next) {
+    const Step finished = kWeighBesideProducts ? current_ : next;
+    if (finished.num_keys == 0 || !kWeighBesideProducts) {
+      NothingBeside nothing;
+      score_keys(next, nothing);
+      products_.finish();
+    }
+    current_ = finished;
+    if (finished.num_keys > 0) {
+      const Step following = kWeighBesideProducts ? next : Step{};
+      current_.needs_mask() ? finish_step<true>(following) : finish_step<false>(following);
+    }
+    current_ = next;
+    std::swap(scores_, next_scores_);
   }
 
-  // The row of S^T that is key `key + r`, and the row of P^T for it and the next
-  // (r is even there); `key` starts a tile.
   template <bool kMasked>
-  MLS_INLINE Vec score(const Step& step, int64_t key, int r, int x) const {
-    const Vec scores = load(scores_ + key * kStripRows + x * kAmxTileWords + r * kAmxRow);
-    if constexpr (!kMasked) return scores;
-    return mask_scores(step.tile, step.first + step.key + key + r, step.rows.first_vector + x, scores);
+  void finish_step(const Step& next) {
+    if (const Lanes lacking = lanes_without_reference(); lacking.any()) {
+      products_.finish();
+      raise_reference<kMasked>(lacking);
+    }
+    Weighing<kMasked> weighing(*this, weighing_rate(next));
+    score_keys(next, weighing);
+    weighing.rest();
+    if (const Lanes above = weighing.lanes_above(kMaxStepSum); above.any()) {
+      products_.finish();
+      raise_reference<kMasked>(above);
+      weighing = Weighing<kMasked>(*this, 0);
+      weighing.rest();
+    }
+    weighing.add_sums();
+    add_values();
   }
-  MLS_INLINE AmxParts<uint32_t> weight_pair(int64_t key, int r, int x) const {
-    const int64_t block = key / kAmxBlock, half = key / kAmxTile % 2;
-    return weights_.from((block * kStripVecs + x) * kAmxTileWords + (half * kAmxTile + r) / 2 * kAmxRow);
+
+  // S^T of a step.
+  template <class Beside>
+  void score_keys(const Step& step, Beside& beside) {
+    if (step.num_keys == 0) return;
+    products_.multiply({step.num_keys, kStripRows, width_},
+                       packed_operand(k_.from(step.key * width_), width_ / kAmxDepth),
+                       packed_operand(step.q, kStripVecs), packed_tiles(next_scores_, kStripVecs), beside);
+  }
+
+  // O^T += V^T P^T of the current step.
+  void add_values() {
+    constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
+    const AmxTiles<const uint16_t> v{v_columns_.data + current_.key * value_width_, kAmxTileBytes,
+                                     kColumnTile, value_width_ / kAmxTile * kColumnTile, v_columns_.size};
+    products_.multiply_add({value_width_, kStripRows, current_.num_keys}, v,
+                           packed_operand(weights_, kStripVecs), lane_tiles(current_.out, value_width_),
+                           coming_keys_);
+  }
+
+  static constexpr int64_t kRate = 64;
+  // Rows of weights beside each four products of the scores of `next`, in parts of kRate: evenly, because
+  // more work at a time than the processor looks ahead keeps the tile unit waiting.
+  int64_t weighing_rate(const Step& next) const {
+    const int64_t calls = next.num_keys * width_ / (kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kNumPairs;
+    return calls == 0 ? 0 : ceil_div(kRate * current_.num_keys, calls);
+  }
+
+  // Where the first vector of a row of S^T lies, and of a pair of rows of P^T. (Of unsigned numbers: signed
+  // ones take longer to divide.)
+  static MLS_INLINE uint64_t score_offset(uint64_t row) {
+    return row / kAmxTile * kStripVecs * kAmxTileWords + row % kAmxTile * kAmxRow;
+  }
+  static MLS_INLINE uint64_t weight_offset(uint64_t row) {
+    return row / kAmxBlock * kStripVecs * kAmxTileWords + row % kAmxBlock / 2 * kAmxRow;
+  }
+  template <bool kMasked>
+  static MLS_INLINE Vec score(const Step& step, const float* scores, uint64_t row, int x) {
+    const Vec loaded = load(scores + score_offset(row) + x * kAmxTileWords);
+    if constexpr (!kMasked) return loaded;
+    const int64_t key = step.first + step.key + static_cast<int64_t>(row);
+    return mask_scores(*step.tile, key, step.rows->first_vector + x, loaded);
   }
 
   // P^T in pairs of keys. Any reference of the exponentials is right that the
   // sum shares, if nothing overflows: the largest score of earlier keys does,
-  // and the new scores need not be looked through first. False, and no sum
-  // changed, if the weights of a row sum to more than `limit`.
+  // and the new scores need not be looked through first.
   template <bool kMasked>
-  [[gnu::noinline]] bool weigh(const Step& step, float limit) {
-    const Vec scale = splat(log2_scale_);
-    Vec reference[kStripVecs], sum[kStripVecs];
+  class Weighing {
+   public:
+    Weighing(const AmxForward& engine, int64_t rate)
+        : step_(engine.current_),
+          scores_(engine.scores_),
+          weights_(engine.weights_),
+          rate_(rate),
+          num_rows_(engine.current_.num_keys),
+          scale_(splat(engine.log2_scale_)) {
 #pragma GCC unroll 8
-    for (int x = 0; x < kStripVecs; ++x) reference[x] = finite_max(load(step.maxima(x))), sum[x] = Vec{};
-    for (int64_t key = 0; key < step.num_keys; key += kAmxTile) {
-#pragma GCC unroll 2
-      for (int r = 0; r < kAmxTile; r += 2) {
+      for (int x = 0; x < kStripVecs; ++x) reference_[x] = finite_max(load(step_.maxima(x))), sum_[x] = Vec{};
+    }
+
+    MLS_INLINE void some() {
+      due_ += rate_;
+      weigh_until(std::min(due_ / kRate, num_rows_));
+    }
+    void rest() {
+      Weighing local = *this;
+      local.weigh_until(num_rows_);
+      *this = local;
+    }
+
+    Lanes lanes_above(float limit) const {
+      Lanes above;
+      for (int x = 0; x < kStripVecs; ++x) above.of[x] = greater(sum_[x], splat(limit));
+      return above;
+    }
+    void add_sums() const {
+      for (int x = 0; x < kStripVecs; ++x) store(step_.sums(x), load(step_.sums(x)) + sum_[x]);
+    }
+
+   private:
+    MLS_INLINE void weigh_until(uint64_t last) {
+      for (; row_ < last; row_ += 2) {
+        const AmxParts<uint32_t> pairs = weights_.from(weight_offset(row_));
 #pragma GCC unroll 8
         for (int x = 0; x < kStripVecs; ++x) {
-          const Vec even = score<kMasked>(step, key, r, x), odd = score<kMasked>(step, key, r + 1, x);
-          const Vec p = summed_exp2<kParts>(even * scale - reference[x]);
-          const Vec next = summed_exp2<kParts>(odd * scale - reference[x]);
-          sum[x] = sum[x] + p + next;
-          store_pairs(weight_pair(key, r, x), split<kParts>(p), split<kParts>(next));
+          const Vec even = score<kMasked>(step_, scores_, row_, x);
+          const Vec odd = score<kMasked>(step_, scores_, row_ + 1, x);
+          const Vec p = summed_exp2<kParts>(even * scale_ - reference_[x]);
+          const Vec next = summed_exp2<kParts>(odd * scale_ - reference_[x]);
+          sum_[x] = sum_[x] + p + next;
+          store_pairs(pairs.from(x * kAmxTileWords), split<kParts>(p), split<kParts>(next));
         }
       }
     }
-#pragma GCC unroll 8
-    for (int x = 0; x < kStripVecs; ++x) {
-      if (not_above(0xffff, sum[x], splat(limit)) != 0xffff) return false;
-    }
-#pragma GCC unroll 8
-    for (int x = 0; x < kStripVecs; ++x) store(step.sums(x), load(step.sums(x)) + sum[x]);
-    return true;
-  }
 
-  // The maximum of all scores so far becomes the reference.
+    Step step_;
+    const float* scores_;
+    AmxParts<uint32_t> weights_;
+    uint64_t rate_, num_rows_, due_ = 0, row_ = 0;
+    Vec scale_, reference_[kStripVecs], sum_[kStripVecs];
+  };
+
+  // The maximum of all scores so far becomes the reference of these rows.
   template <bool kMasked>
-  [[gnu::noinline]] void raise_reference(const Step& step) {
+  [[gnu::noinline]] void raise_reference(const Lanes& lanes) {
+    const Step& step = current_;
 #pragma GCC unroll 8
     for (int x = 0; x < kStripVecs; ++x) {
       Vec top = splat(-kInfinity);
-      for (int64_t key = 0; key < step.num_keys; key += kAmxTile) {
-        for (int r = 0; r < kAmxTile; ++r) top = max(score<kMasked>(step, key, r, x), top);
-      }
-      const Vec old = load(step.maxima(x)), updated = max(top * log2_scale_, old);
-      const Vec rescale = exp2(old - finite_max(updated));
+      for (int64_t row = 0; row < step.num_keys; ++row) top = max(score<kMasked>(step, scores_, row, x), top);
+      const Vec old = load(step.maxima(x)), highest = max(top * log2_scale_, old);
+      const Vec updated = chosen(lanes.of[x], highest, old);
+      const Vec rescale = chosen(lanes.of[x], exp2(old - finite_max(updated)), splat(1.0f));
       store(step.maxima(x), updated);
       store(step.sums(x), load(step.sums(x)) * rescale);
       for (int64_t d = 0; d < value_width_; ++d) {
-        float* const at = step.out + d * kTileRows + x * kLanes;
+        float* const at = step.out + (x * value_width_ + d) * kLanes;
         store(at, load(at) * rescale);
       }
     }
   }
 
-  // Does a row have seen no key yet?
-  static MLS_INLINE bool lacks_reference(const Step& step) {
-    bool lacks = false;
-#pragma GCC unroll 8
-    for (int x = 0; x < kStripVecs; ++x) {
-      lacks = lacks || not_above(0xffff, load(step.maxima(x)), splat(-kInfinity)) != 0;
-    }
-    return lacks;
+  // Rows that have seen no key yet.
+  Lanes lanes_without_reference() const {
+    Lanes lacking;
+    for (int x = 0; x < kStripVecs; ++x)
+      lacking.of[x] = ~greater(load(current_.maxima(x)), splat(-kInfinity)) & 0xffff;
+    return lacking;
   }
-  static MLS_INLINE __mmask16 not_above(__mmask16 before, Vec a, Vec b) {
-    return _mm512_mask_cmp_ps_mask(before, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
-                                   _CMP_NGT_UQ);
+  static MLS_INLINE __mmask16 greater(Vec a, Vec b) {
+    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
+  }
+  static MLS_INLINE Vec chosen(__mmask16 lanes, Vec yes, Vec no) {
+    return reinterpret_cast<Vec>(
+        _mm512_mask_mov_ps(reinterpret_cast<__m512>(no), lanes, reinterpret_cast<__m512>(yes)));
   }
 
   const ForwardParams& p_;
   const KeyHead at_;
   const int64_t width_, value_width_;
   const float log2_scale_;
+  const int64_t step_keys_, block_tiles_;
   AmxProducts<kParts> products_;
   Strip* const strips_;                 // of each row tile
   const AmxParts<uint32_t> q_;          // of each strip: [width / 2][kStripRows], in tiles
   const AmxParts<uint16_t> k_;          // [kPanelKeys][width], in tiles
   const AmxParts<uint16_t> v_columns_;  // V^T of each 32 keys: [value_width][32], in tiles
-  float* const scores_;                 // S^T: [keys][kStripRows], in tiles
-  const AmxParts<uint32_t> weights_;    // P^T: [keys / 2][kStripRows], in tiles
   const AmxParts<uint16_t> rows_;       // staging
+  float *scores_, *next_scores_;        // S^T: [keys][kStripRows], in tiles
+  const AmxParts<uint32_t> weights_;    // P^T: [keys / 2][kStripRows], in tiles
+  Step current_;
+  ComingKeys coming_keys_;
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -16,6 +16,13 @@ class ForwardProducts {
   // cache.
   static constexpr int kPanelKeys = kVectorPanelKeys * kPanelsPerChunk;
   static int64_t width(int64_t dim) { return padded(dim); }
+  static LaneLayout lanes(int64_t) { return kRowsOfLanes; }
+
+  // Q and O of a block leave half of the L2 cache.
+  static int64_t most_block_tiles(const AttentionShape& shape) {
+    const int64_t dims = padded(shape.head_dim) + padded(shape.value_dim);
+    return kBlockBytes / (kTileRows * dims * static_cast<int64_t>(sizeof(float)));
+  }
 
   ForwardProducts(const ForwardParams& params, int64_t block_tiles, ScratchCursor& scratch)
       : dim_(params.shape.head_dim),

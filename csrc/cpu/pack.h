@@ -74,8 +74,19 @@ inline void load_tile_rows(const TokenTensor<const void>& tensor, int64_t group,
               (kTileRows - tile.num_rows) * padded(dim) * sizeof(float));
 }
 
+// Where the rows of a tile lie once they are in the SIMD lanes: vector x of dimension d at
+// d * dim_stride + x * vec_stride.
+struct LaneLayout {
+  int64_t dim_stride, vec_stride;
+
+  MLS_INLINE int64_t at(int64_t dim, int64_t row) const {
+    return dim * dim_stride + row / kLanes * vec_stride;
+  }
+};
+constexpr LaneLayout kRowsOfLanes{kTileRows, kLanes};  // [dim][kTileRows]
+
 // lanes[d][row] = rows[row][d]: rows go into the SIMD lanes.
-inline void rows_to_lanes(const float* rows, int64_t dim, float* lanes) {
+inline void rows_to_lanes(const float* rows, int64_t dim, float* lanes, LaneLayout layout = kRowsOfLanes) {
   for (int row = 0; row < kTileRows; row += kLanes) {
     for (int64_t d = 0; d < dim; d += kLanes) {
       Vec block[kLanes];
@@ -83,19 +94,20 @@ inline void rows_to_lanes(const float* rows, int64_t dim, float* lanes) {
       for (int i = 0; i < kLanes; ++i) block[i] = load(rows + (row + i) * padded(dim) + d);
       transpose(block);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(lanes + (d + i) * kTileRows + row, block[i]);
+      for (int i = 0; i < kLanes; ++i) store(lanes + layout.at(d + i, row), block[i]);
     }
   }
 }
 
 // rows[row][d] = lanes[d][row] * factor[row]
-inline void lanes_to_rows(const float* lanes, int64_t dim, const float* factor, float* rows) {
+inline void lanes_to_rows(const float* lanes, LaneLayout layout, int64_t dim, const float* factor,
+                          float* rows) {
   for (int row = 0; row < kTileRows; row += kLanes) {
     const Vec scale = load(factor + row);
     for (int64_t d = 0; d < dim; d += kLanes) {
       Vec block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + (d + i) * kTileRows + row) * scale;
+      for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + layout.at(d + i, row)) * scale;
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(rows + (row + i) * padded(dim) + d, block[i]);

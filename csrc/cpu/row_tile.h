@@ -50,14 +50,14 @@ inline bool is_narrow(const AttentionShape& shape, const KeyMask& mask) {
 
 // Row tiles of a forward task. What a row tile computes does not depend on the tiles beside it, so the number
 // of workers may decide.
-inline int64_t block_tiles(const AttentionShape& shape, const KeyMask& mask, int64_t workers) {
-  const int64_t tile_bytes =
-      kTileRows * (padded(shape.head_dim) + padded(shape.value_dim)) * static_cast<int64_t>(sizeof(float));
-  const int64_t block_bytes = is_narrow(shape, mask) ? kBlockBytes / 2 : kBlockBytes;
-  const int64_t most = std::max<int64_t>(kMinBlockTiles, block_bytes / tile_bytes);
+inline int64_t block_tiles(const AttentionShape& shape, const KeyMask& mask, int64_t workers,
+                           int64_t most_tiles) {
+  const int64_t most =
+      std::max<int64_t>(kMinBlockTiles, is_narrow(shape, mask) ? most_tiles / 2 : most_tiles);
   const int64_t wanted_tasks = workers == 1 ? 1 : workers * kTasksPerWorker;
   const int64_t all_tiles = shape.batch * shape.num_kv_heads * row_tiles(shape);
-  return std::clamp<int64_t>(all_tiles / wanted_tasks, kMinBlockTiles, most);
+  const int64_t wanted = std::clamp<int64_t>(all_tiles / wanted_tasks, kMinBlockTiles, most);
+  return std::min(wanted, row_tiles(shape));
 }
 
 template <typename T>
