@@ -93,6 +93,15 @@ MLS_INLINE Vec pair_words(Vec low, Vec high) {
                                                         reinterpret_cast<__m512i>(low), bytes));
 }
 
+// The upper halves of `first`, then those of `second`.
+MLS_INLINE Vec upper_halves(Vec first, Vec second) {
+  alignas(MLS_VEC_BYTES) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                               23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                               45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return reinterpret_cast<Vec>(_mm512_permutex2var_epi16(
+      reinterpret_cast<__m512i>(first), _mm512_load_si512(kOdd), reinterpret_cast<__m512i>(second)));
+}
+
 template <int kParts>
 MLS_INLINE void store_pairs(AmxParts<uint32_t> words, const Bf16Parts<kParts>& low,
                             const Bf16Parts<kParts>& high) {
@@ -134,15 +143,17 @@ MLS_INLINE void split_row(const uint16_t* src, int64_t dim, AmxParts<uint16_t> d
 }
 // The same in parts.
 MLS_INLINE void split_row(const float* src, int64_t dim, AmxParts<uint16_t> dst) {
-  for (int64_t d = 0; d < amx_width(dim); d += kLanes) {
+  const auto load_some = [&](int64_t d) __attribute__((always_inline)) {
     const int64_t left = std::clamp<int64_t>(dim - d, 0, kLanes);
-    const auto tail = static_cast<__mmask16>((1u << left) - 1);
-    const auto parts = split<kAmxParts<Float32>>(reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(tail, src + d)));
+    const auto present = static_cast<__mmask16>((1u << left) - 1);
+    return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(present, src + d));
+  };
+  for (int64_t d = 0; d < amx_width(dim); d += kAmxBlock) {
+    const auto first = split<kAmxParts<Float32>>(load_some(d));
+    const auto second = split<kAmxParts<Float32>>(load_some(d + kLanes));
 #pragma GCC unroll 3
-    for (int i = 0; i < kAmxParts<Float32>; ++i) {
-      const WordVec upper = reinterpret_cast<WordVec>(parts.of[i]) >> 16;
-      *reinterpret_cast<UnalignedHalfWordVec*>(dst[i] + d) = __builtin_convertvector(upper, HalfWordVec);
-    }
+    for (int i = 0; i < kAmxParts<Float32>; ++i)
+      store_words(reinterpret_cast<uint32_t*>(dst[i] + d), upper_halves(first.of[i], second.of[i]));
   }
 }
 
