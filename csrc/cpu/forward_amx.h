@@ -171,19 +171,25 @@ class AmxForward {
   static constexpr bool kWeighBesideProducts = kParts > 1;
 
   void advance(const Step& next) {
-    const Step finished = kWeighBesideProducts ? current_ : next;
-    if (finished.num_keys == 0 || !kWeighBesideProducts) {
-      NothingBeside nothing;
-      score_keys(next, nothing);
-      products_.finish();
+    if constexpr (kWeighBesideProducts) {
+      if (current_.num_keys > 0)
+        finish_step(next);
+      else
+        score_keys(next);
+      begin_step(next);
+    } else {
+      score_keys(next);
+      begin_step(next);
+      if (current_.num_keys > 0) finish_step({});
     }
-    current_ = finished;
-    if (finished.num_keys > 0) {
-      const Step following = kWeighBesideProducts ? next : Step{};
-      current_.needs_mask() ? finish_step<true>(following) : finish_step<false>(following);
-    }
-    current_ = next;
+  }
+
+  void begin_step(const Step& step) {
+    current_ = step;
     std::swap(scores_, next_scores_);
+  }
+  void finish_step(const Step& next) {
+    current_.needs_mask() ? finish_step<true>(next) : finish_step<false>(next);
   }
 
   template <bool kMasked>
@@ -206,6 +212,11 @@ class AmxForward {
   }
 
   // S^T of a step.
+  void score_keys(const Step& step) {
+    NothingBeside nothing;
+    score_keys(step, nothing);
+    products_.finish();
+  }
   template <class Beside>
   void score_keys(const Step& step, Beside& beside) {
     if (step.num_keys == 0) return;

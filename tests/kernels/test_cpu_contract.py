@@ -144,9 +144,21 @@ def test_repeatable_on_any_number_of_threads(kind: str, dtype: torch.dtype, head
             assert torch.equal(got, expected), f"{name} differs on {count} threads"
 
 
-def test_nan_stays_in_its_row() -> None:
-    """A NaN must be seen, not turned into a plausible number, and must not spread to other rows."""
+@pytest.mark.parametrize("exponent", [-60, 60])
+def test_digits_are_kept_at_any_size(exponent: int) -> None:
+    """fp32 may be computed in parts with fewer digits: powers of two must still come out exactly."""
     q, k, v, dout = inputs(CAUSAL, torch.float32)
+    _, lse, dq, dk, _ = run_kernel(CAUSAL, (q, k, v, dout))
+    _, scaled_lse, *scaled = run_kernel(CAUSAL, (q, k, v * 2.0**exponent, dout))
+    assert torch.equal(scaled_lse, lse)
+    assert torch.equal(scaled[0], dq * 2.0**exponent)
+    assert torch.equal(scaled[1], dk * 2.0**exponent)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_in_its_row(dtype: torch.dtype) -> None:
+    """A NaN must be seen, not turned into a plausible number, and must not spread to other rows."""
+    q, k, v, dout = inputs(CAUSAL, dtype)
     clean = run_kernel(CAUSAL, (q, k, v, dout))
     q[77, 0, 3, 5] = float("nan")
     out, lse, *_ = run_kernel(CAUSAL, (q, k, v, dout))
