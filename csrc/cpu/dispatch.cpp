@@ -13,6 +13,7 @@
 #endif
 
 #include "kernel_table.h"
+#include "visible_keys.h"
 
 namespace mls::cpu {
 namespace {
@@ -43,6 +44,7 @@ bool has_amx() {
 struct Variant {
   const KernelTable* table;
   bool runs_here;
+  bool by_itself = true;  // chosen unless MLS_CPU_ISA names another
 };
 
 // Fastest first.
@@ -50,6 +52,7 @@ std::vector<Variant> variants() {
   return {
 #if defined(__x86_64__)
       {&kAmxTable, has_avx512() && has_amx()},
+      {&kAmxTilesTable, has_avx512() && has_amx(), false},
       {&kAvx512Table, has_avx512()},
       {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
@@ -62,8 +65,9 @@ const KernelTable& select() {
   std::string usable;
   for (const Variant& variant : variants()) {
     if (!variant.runs_here) continue;
-    if (wanted == nullptr || *wanted == '\0' || variant.table->name == std::string(wanted))
-      return *variant.table;
+    const bool chosen =
+        wanted == nullptr || *wanted == '\0' ? variant.by_itself : variant.table->name == std::string(wanted);
+    if (chosen) return *variant.table;
     usable += usable.empty() ? "" : ", ";
     usable += variant.table->name;
   }
@@ -72,6 +76,17 @@ const KernelTable& select() {
 }
 
 }  // namespace
+
+const Kernel& KernelTable::of(ElementType type, const AttentionShape& shape, const KeyMask& mask) const {
+  // Fewer do not repay what it costs to load a row or a key, where that costs more than by vectors. The two
+  // were equally fast at about so many.
+  constexpr int64_t kFewPairs = 256;
+  if (type != ElementType::kFloat32) return bfloat16;
+  const int64_t pairs = visible_pairs(shape, mask);
+  const bool few_keys = pairs < kFewPairs * shape.num_queries;
+  const bool few_rows = pairs * shape.heads_per_group() < kFewPairs * shape.num_keys;
+  return few_keys || few_rows ? sparse_float32 : float32;
+}
 
 const KernelTable& selected_table() {
   static const KernelTable& table = select();

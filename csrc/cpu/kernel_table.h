@@ -36,9 +36,11 @@ struct Kernel {
 struct KernelTable {
   const char* name;
   Kernel float32;
+  Kernel sparse_float32;  // where a row sees few keys, or a key is seen by few rows
   Kernel bfloat16;
 
-  const Kernel& of(ElementType type) const { return type == ElementType::kFloat32 ? float32 : bfloat16; }
+  // The kernel of a call; the shape and the mask alone decide.
+  const Kernel& of(ElementType type, const AttentionShape& shape, const KeyMask& mask) const;
 };
 
 extern const KernelTable kBaselineTable;
@@ -46,6 +48,7 @@ extern const KernelTable kBaselineTable;
 extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
 extern const KernelTable kAmxTable;
+extern const KernelTable kAmxTilesTable;  // tiles for all that kAmxTable computes by vectors: for tests
 #endif
 
 // The fastest variant this machine runs, or the one named by MLS_CPU_ISA (tests). Throws if it cannot run.

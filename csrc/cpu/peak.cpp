@@ -21,7 +21,7 @@ double thread_seconds() {
 double peak_gflops(bool bfloat16, int64_t repetitions) {
   MLS_CHECK(repetitions > 0, "repetitions is ", repetitions, ": it must be at least 1.");
   constexpr int64_t kIterations = 200000;
-  const Kernel& kernel = selected_table().of(bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat32);
+  const Kernel& kernel = bfloat16 ? selected_table().bfloat16 : selected_table().float32;
   double best = 0;
   for (int64_t r = 0; r < repetitions; ++r) {
     const double start = thread_seconds();

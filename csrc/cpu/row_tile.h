@@ -73,17 +73,6 @@ MLS_INLINE T& row_value(const RowTensor<T>& tensor, int64_t group, KeyHead at, i
             row / group * tensor.query_stride];
 }
 
-inline void visible_keys(const AttentionShape& shape, const KeyMask& mask, int64_t query, int64_t& begin,
-                         int64_t& end) {
-  begin = std::max<int64_t>(0, query + mask.band_lo);
-  end = std::min<int64_t>(shape.num_keys, query + mask.band_hi + 1);
-  if (mask.range_begin != nullptr) {
-    begin = std::max<int64_t>(begin, mask.range_begin[query]);
-    end = std::min<int64_t>(end, mask.range_end[query]);
-  }
-  if (begin >= end) begin = end = 0;
-}
-
 inline void fill_vector(const AttentionShape& shape, const KeyMask& mask, int first_lane, RowTile& tile) {
   const int64_t group = shape.heads_per_group();
   VectorKeys& keys = tile.vectors[first_lane / kLanes];
@@ -91,18 +80,18 @@ inline void fill_vector(const AttentionShape& shape, const KeyMask& mask, int fi
   int64_t query = (tile.first_row + first_lane) / group, head = (tile.first_row + first_lane) % group;
   for (int lane = first_lane; lane < first_lane + kLanes; ++lane) {
     // Lanes past the end are never read back, so they are never a reason to mask.
-    int64_t begin = 0, end = shape.num_keys;
+    KeyRange seen{0, shape.num_keys};
     if (lane < tile.num_rows) {
-      visible_keys(shape, mask, query, begin, end);
-      if (begin < end) {
-        keys.begin = std::min(keys.begin, begin);
-        keys.end = std::max(keys.end, end);
+      seen = visible_keys(shape, mask, query);
+      if (seen.begin < seen.end) {
+        keys.begin = std::min(keys.begin, seen.begin);
+        keys.end = std::max(keys.end, seen.end);
       }
-      keys.all_begin = std::max(keys.all_begin, begin);
-      keys.all_end = std::min(keys.all_end, end);
+      keys.all_begin = std::max(keys.all_begin, seen.begin);
+      keys.all_end = std::min(keys.all_end, seen.end);
     }
-    tile.begin[lane] = static_cast<int32_t>(begin);
-    tile.end[lane] = static_cast<int32_t>(end);
+    tile.begin[lane] = static_cast<int32_t>(seen.begin);
+    tile.end[lane] = static_cast<int32_t>(seen.end);
     if (++head == group) head = 0, ++query;
   }
 }

@@ -18,4 +18,8 @@ constexpr Kernel vector_kernel() {
   return make_kernel<VectorForward<Element>, VectorBackward<Element>>();
 }
 
+constexpr KernelTable vector_table(const char* name) {
+  return {name, vector_kernel<Float32>(), vector_kernel<Float32>(), vector_kernel<BFloat16>()};
+}
+
 }  // namespace mls::cpu::MLS_VARIANT

@@ -32,7 +32,8 @@ void backward_task_with_tiles(const BackwardParams& p, int64_t task, void* scrat
 }
 
 // Of values as in attention: with zeros the tile unit draws less power and runs
-// at a higher clock.
+// at a higher clock. A product in parts counts as the one that it stands for.
+template <class Element>
 double tile_peak_work(int64_t iterations) {
   const AmxSession session;
   alignas(kAmxTileBytes) uint16_t values[kAmxTile * kAmxDepth];
@@ -47,7 +48,8 @@ double tile_peak_work(int64_t iterations) {
   for (int64_t n = 0; n < iterations; ++n) {
     tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
   }
-  return 4.0 * static_cast<double>(iterations) * kAmxTile * kAmxTile * kAmxDepth * 2;
+  const double products = 4.0 * static_cast<double>(iterations) / AmxProducts<kAmxParts<Element>>::kNumPairs;
+  return products * kAmxTile * kAmxTile * kAmxDepth * 2;
 }
 
 template <class Element>
@@ -55,13 +57,16 @@ constexpr Kernel tile_kernel() {
   Kernel kernel = make_kernel<AmxForward<Element>, AmxBackward<Element>>();
   kernel.forward_task = forward_task_with_tiles<Element>;
   kernel.backward_task = backward_task_with_tiles<Element>;
-  kernel.peak_work = tile_peak_work;
+  kernel.peak_work = tile_peak_work<Element>;
   return kernel;
 }
 
 }  // namespace amx
 
-const KernelTable kAmxTable = {"amx", amx::tile_kernel<amx::Float32>(), amx::tile_kernel<amx::BFloat16>()};
+const KernelTable kAmxTable = {"amx", amx::tile_kernel<amx::Float32>(), amx::vector_kernel<amx::Float32>(),
+                               amx::tile_kernel<amx::BFloat16>()};
+const KernelTable kAmxTilesTable = {"amx_tiles", amx::tile_kernel<amx::Float32>(),
+                                    amx::tile_kernel<amx::Float32>(), amx::tile_kernel<amx::BFloat16>()};
 
 }  // namespace mls::cpu
 #if defined(__clang__)

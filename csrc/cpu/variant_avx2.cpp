@@ -12,8 +12,7 @@
 #include "variant.h"
 
 namespace mls::cpu {
-const KernelTable kAvx2Table = {"avx2", avx2::vector_kernel<avx2::Float32>(),
-                                avx2::vector_kernel<avx2::BFloat16>()};
+const KernelTable kAvx2Table = avx2::vector_table("avx2");
 }
 #if defined(__clang__)
 #pragma clang attribute pop

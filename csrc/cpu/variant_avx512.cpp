@@ -13,8 +13,7 @@
 #include "variant.h"
 
 namespace mls::cpu {
-const KernelTable kAvx512Table = {"avx512", avx512::vector_kernel<avx512::Float32>(),
-                                  avx512::vector_kernel<avx512::BFloat16>()};
+const KernelTable kAvx512Table = avx512::vector_table("avx512");
 }
 #if defined(__clang__)
 #pragma clang attribute pop

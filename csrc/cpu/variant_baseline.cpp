@@ -6,6 +6,5 @@
 #include "variant.h"
 
 namespace mls::cpu {
-const KernelTable kBaselineTable = {"baseline", baseline::vector_kernel<baseline::Float32>(),
-                                    baseline::vector_kernel<baseline::BFloat16>()};
+const KernelTable kBaselineTable = baseline::vector_table("baseline");
 }

@@ -17,3 +17,4 @@
 
 #include "attention_params.h"
 #include "kernel_table.h"
+#include "visible_keys.h"

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lightseq.kernels.cpu import CpuKernel
-from tests.kernels.oracle import Case, check, expect_close
+from tests.kernels.oracle import Case, Results, check, expect_close, inputs, run_kernel
 
-VARIANTS = ("amx", "avx512", "avx2", "baseline")
+VARIANTS = ("amx", "amx_tiles", "avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16)
 
 CAUSAL = {"band_hi": 0}
@@ -74,25 +75,53 @@ class Variant:
         return self.pool.submit(function, *args).result(timeout=120)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> Iterator[Variant]:
-    worker = Variant(request.param)
+@contextmanager
+def loaded(name: str) -> Iterator[Variant]:
+    """That variant, or a skipped test on a machine that does not run it."""
+    worker = Variant(name)
     try:
-        name = worker.call(_loaded_variant)
+        assert worker.call(_loaded_variant) == name
+        yield worker
     except Exception as error:
-        worker.pool.shutdown()
         if "have no such variant" not in str(error):
             raise
-        pytest.skip(f"this machine does not run {request.param}")
-    assert name == request.param
-    yield worker
-    worker.pool.shutdown()
+        pytest.skip(f"this machine does not run {name}")
+    finally:
+        worker.pool.shutdown()
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Iterator[Variant]:
+    with loaded(request.param) as worker:
+        yield worker
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_budget(variant: Variant, case: Case, dtype: torch.dtype) -> None:
     variant.call(check, case, dtype)
+
+
+def _results(case: Case) -> Results:
+    return run_kernel(case, inputs(case, torch.float32))
+
+
+WHERE_TILES_PAY = [
+    (Case(queries=600, keys=600, heads=1, band_hi=0), "amx_tiles"),
+    (Case(queries=600, keys=600, heads=1, band_lo=-99, band_hi=0), "avx512"),  # a row sees few keys
+    (Case(queries=99, keys=600, heads=1), "avx512"),  # a key is seen by few rows
+    (Case(queries=99, keys=600, heads=4, groups=1), "amx_tiles"),  # but by many of a group
+]
+
+
+def test_fp32_takes_tiles_where_they_pay() -> None:
+    """Bit for bit: the two ways to compute round differently."""
+    with loaded("amx") as amx, loaded("amx_tiles") as tiles, loaded("avx512") as vectors:
+        for case, same_as in WHERE_TILES_PAY:
+            results = amx.call(_results, case)
+            wanted = {"amx_tiles": tiles.call(_results, case), "avx512": vectors.call(_results, case)}
+            equal = [name for name, want in wanted.items() if all(map(torch.equal, results, want))]
+            assert equal == [same_as], case
 
 
 SIZES = st.integers(1, 150)
