@@ -59,15 +59,16 @@ MLS_INLINE void tile_dot() {
 }
 
 // A value of more digits than bf16 has is the sum of several bf16 values, its
-// parts. Three hold all 24 digits of an fp32: x = x0 + x1 + x2, where each is at
-// most 2^-8 of the one before. A product of two sums then takes the products of
-// parts that fp32 could tell from zero:
+// parts. Three hold all 24 digits of an fp32: x = x0 + x1 + x2, each below 2^-7
+// of the one before. A product of two sums then takes the products of parts that
+// fp32 can tell from zero, six of nine:
 //
-//     x y = x0 y0 + (x0 y1 + x1 y0) + (x0 y2 + x1 y1 + x2 y0)      error 2^-23
+//     x y = x0 y0 + (x0 y1 + x1 y0) + (x0 y2 + x1 y1 + x2 y0)
 //
-// six products at the rate of the tile unit are still faster than one by
-// vectors. (Henry, Tang, Heinecke: "Leveraging the bfloat16 artificial
-// intelligence datatype for higher-precision computations", ARITH 2019.)
+// What is left out is below 2^-21 of x y, and about 2^-24 of it on average, the
+// rounding of fp32. Six products of tiles are still faster than one by vectors.
+// (Henry, Tang, Heinecke: "Leveraging the bfloat16 artificial intelligence
+// datatype for higher-precision computations", ARITH 2019.)
 struct AmxPartPair {
   int a, b;
 };
