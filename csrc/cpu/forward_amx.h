@@ -36,16 +36,16 @@ class AmxForward {
         width_(amx_width(params.shape.head_dim)),
         value_width_(amx_width(params.shape.value_dim)),
         log2_scale_(params.softmax_scale * kLog2E),
-        step_keys_(step_keys(width_ + value_width_)),
         block_tiles_(block_tiles),
         strips_(scratch.objects<Strip>(block_tiles * kStripsPerTile)),
         q_(allocate_parts<kParts, uint32_t>(scratch, block_tiles * kTileRows * width_ / 2)),
         k_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * width_)),
         v_columns_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * value_width_)),
         rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))),
-        scores_(scratch.objects<float>(kMaxStepKeys * kStripRows)),
-        next_scores_(kWeighBesideProducts ? scratch.objects<float>(kMaxStepKeys * kStripRows) : scores_),
-        weights_(allocate_parts<kParts, uint32_t>(scratch, kMaxStepKeys / 2 * kStripRows)) {}
+        scores_(scratch.objects<float>(kStepKeys * kStripRows)),
+        other_scores_(scratch.objects<float>(kStepKeys * kStripRows)),
+        weights_(allocate_parts<kParts, uint32_t>(scratch, kStepKeys / 2 * kStripRows)),
+        other_weights_(allocate_parts<kParts, uint32_t>(scratch, kStepKeys / 2 * kStripRows)) {}
 
   void load_rows(int t, const RowTile& tile) {
     split_tile_rows<Element>(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
@@ -82,13 +82,13 @@ class AmxForward {
       const Strip& rows = strip(t, i);
       const int64_t from = (std::max(begin, rows.begin) - first) / kAmxBlock * kAmxBlock;
       const int64_t to = round_up(std::min(end, rows.end) - first, kAmxBlock);
-      for (int64_t key = from; key < to; key += step_keys_) {
-        const int64_t num_keys = std::min(step_keys_, to - key);
+      for (int64_t key = from; key < to; key += kStepKeys) {
+        const int64_t num_keys = std::min<int64_t>(kStepKeys, to - key);
         advance({&tile, &rows, &state, first, key, num_keys, strip_queries(t, i),
                  out + i * kStripRows * value_width_});
       }
     }
-    advance({});
+    advance({}), advance({});
     products_.finish();
   }
 
@@ -96,9 +96,10 @@ class AmxForward {
   static constexpr int kStripRows = kAmxBlock;
   static constexpr int kStripVecs = kStripRows / kLanes;
   static constexpr int kStripsPerTile = kTileRows / kStripRows;
-  static constexpr int kMaxStepKeys = 128;
+  // So many that loading and storing O is little beside its products.
+  static constexpr int kStepKeys = 128;
   // The next panel is fetched beside the last tiles of a block: earlier, it would leave the cache again.
-  static constexpr int kLastTiles = kParts == 1 ? 8 : 2;
+  static constexpr int kLastTiles = 8;
   // What the weights of a step may sum to before the reference of the
   // exponentials is raised. Weights above 1 lose nothing: fp32 and bf16 have
   // their digits at any size.
@@ -132,24 +133,21 @@ class AmxForward {
     bool needs_mask() const { return rows->needs_mask(first + key, first + key + num_keys); }
   };
 
-  static int64_t step_keys(int64_t widths) { return widths > 2 * 64 ? kMaxStepKeys : kMaxStepKeys / 2; }
-
-  // Rows of K and V of the next panel, fetched to the L2 cache one by one: they lie far apart, and no
+  // Rows of K and V of the next panel, fetched to the L2 cache some at a time: they lie far apart, and no
   // processor fetches them by itself.
   struct ComingKeys {
     const AmxForward* engine = nullptr;
     int64_t key = 0, end = 0;
-    bool values = false;
 
-    MLS_INLINE void some() {
-      if (key >= end) return;
+    void fetch_some() {
       const ForwardParams& p = engine->p_;
-      const auto& tensor = values ? p.v : p.k;
-      prefetch_row(row_pointer(typed<Element>(tensor), 1, engine->at_, key),
-                   (values ? p.shape.value_dim : p.shape.head_dim) * sizeof(typename Element::Storage));
-      key += values;
-      values = !values;
+      constexpr int64_t kBytes = sizeof(typename Element::Storage);
+      for (const int64_t last = std::min(key + kKeysAtOnce, end); key < last; ++key) {
+        prefetch_row(row_pointer(typed<Element>(p.k), 1, engine->at_, key), p.shape.head_dim * kBytes);
+        prefetch_row(row_pointer(typed<Element>(p.v), 1, engine->at_, key), p.shape.value_dim * kBytes);
+      }
     }
+    static constexpr int64_t kKeysAtOnce = 8;
   };
 
   Strip& strip(int t, int i) const { return strips_[t * kStripsPerTile + i]; }
@@ -166,40 +164,31 @@ class AmxForward {
     }
   };
 
-  // In three parts, two steps are under way: while the tile unit computes the scores of the next, the vector
-  // units turn those of the current one into weights. In one part, the products are too short for that.
-  static constexpr bool kWeighBesideProducts = kParts > 1;
-
+  // Three steps are under way: while the tile unit computes the scores of the next and adds the values of the
+  // previous, the vector units turn the scores of the current one into weights.
   void advance(const Step& next) {
-    if constexpr (kWeighBesideProducts) {
-      if (current_.num_keys > 0)
-        finish_step(next);
-      else
-        score_keys(next);
-      begin_step(next);
+    coming_keys_.fetch_some();
+    if (current_.num_keys == 0) {
+      NothingBeside nothing;
+      multiply(next, nothing);
     } else {
-      score_keys(next);
-      begin_step(next);
-      if (current_.num_keys > 0) finish_step({});
+      current_.needs_mask() ? weigh_beside_products<true>(next) : weigh_beside_products<false>(next);
     }
-  }
-
-  void begin_step(const Step& step) {
-    current_ = step;
-    std::swap(scores_, next_scores_);
-  }
-  void finish_step(const Step& next) {
-    current_.needs_mask() ? finish_step<true>(next) : finish_step<false>(next);
+    previous_ = current_, current_ = next;
+    std::swap(scores_, other_scores_), std::swap(weights_, other_weights_);
   }
 
   template <bool kMasked>
-  void finish_step(const Step& next) {
+  void weigh_beside_products(const Step& next) {
     if (const Lanes lacking = lanes_without_reference(); lacking.any()) {
+      NothingBeside nothing;
+      multiply({}, nothing);
       products_.finish();
+      previous_ = {};
       raise_reference<kMasked>(lacking);
     }
     Weighing<kMasked> weighing(*this, weighing_rate(next));
-    score_keys(next, weighing);
+    multiply(next, weighing);
     weighing.rest();
     if (const Lanes above = weighing.lanes_above(kMaxStepSum); above.any()) {
       products_.finish();
@@ -208,38 +197,31 @@ class AmxForward {
       weighing.rest();
     }
     weighing.add_sums();
-    add_values();
   }
 
-  // S^T of a step.
-  void score_keys(const Step& step) {
-    NothingBeside nothing;
-    score_keys(step, nothing);
-    products_.finish();
-  }
+  // The scores of `next`, and the values of the previous step.
   template <class Beside>
-  void score_keys(const Step& step, Beside& beside) {
-    if (step.num_keys == 0) return;
-    products_.multiply({step.num_keys, kStripRows, width_},
-                       packed_operand(k_.from(step.key * width_), width_ / kAmxDepth),
-                       packed_operand(step.q, kStripVecs), packed_tiles(next_scores_, kStripVecs), beside);
-  }
-
-  // O^T += V^T P^T of the current step.
-  void add_values() {
+  void multiply(const Step& next, Beside& beside) {
+    if (next.num_keys > 0) {
+      products_.multiply({next.num_keys, kStripRows, width_},
+                         packed_operand(k_.from(next.key * width_), width_ / kAmxDepth),
+                         packed_operand(next.q, kStripVecs), packed_tiles(other_scores_, kStripVecs), beside);
+    }
+    if (previous_.num_keys == 0) return products_.finish();
     constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
-    const AmxTiles<const uint16_t> v{v_columns_.data + current_.key * value_width_, kAmxTileBytes,
+    const AmxTiles<const uint16_t> v{v_columns_.data + previous_.key * value_width_, kAmxTileBytes,
                                      kColumnTile, value_width_ / kAmxTile * kColumnTile, v_columns_.size};
-    products_.multiply_add({value_width_, kStripRows, current_.num_keys}, v,
-                           packed_operand(weights_, kStripVecs), lane_tiles(current_.out, value_width_),
-                           coming_keys_);
+    products_.multiply_add({value_width_, kStripRows, previous_.num_keys}, v,
+                           packed_operand(other_weights_, kStripVecs),
+                           lane_tiles(previous_.out, value_width_), beside);
   }
 
   static constexpr int64_t kRate = 64;
-  // Rows of weights beside each four products of the scores of `next`, in parts of kRate: evenly, because
-  // more work at a time than the processor looks ahead keeps the tile unit waiting.
+  // Rows of weights beside each four products of `next` and of the previous step, in parts of kRate: evenly,
+  // because more work at a time than the processor looks ahead keeps the tile unit waiting.
   int64_t weighing_rate(const Step& next) const {
-    const int64_t calls = next.num_keys * width_ / (kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kNumPairs;
+    const int64_t products = next.num_keys * width_ + previous_.num_keys * value_width_;
+    const int64_t calls = products / (kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kNumPairs;
     return calls == 0 ? 0 : ceil_div(kRate * current_.num_keys, calls);
   }
 
@@ -357,16 +339,17 @@ class AmxForward {
   const KeyHead at_;
   const int64_t width_, value_width_;
   const float log2_scale_;
-  const int64_t step_keys_, block_tiles_;
+  const int64_t block_tiles_;
   AmxProducts<kParts> products_;
   Strip* const strips_;                 // of each row tile
   const AmxParts<uint32_t> q_;          // of each strip: [width / 2][kStripRows], in tiles
   const AmxParts<uint16_t> k_;          // [kPanelKeys][width], in tiles
   const AmxParts<uint16_t> v_columns_;  // V^T of each 32 keys: [value_width][32], in tiles
   const AmxParts<uint16_t> rows_;       // staging
-  float *scores_, *next_scores_;        // S^T: [keys][kStripRows], in tiles
-  const AmxParts<uint32_t> weights_;    // P^T: [keys / 2][kStripRows], in tiles
-  Step current_;
+  // Of the current step, and of the two beside it:
+  float *scores_, *other_scores_;               // S^T: [keys][kStripRows], in tiles
+  AmxParts<uint32_t> weights_, other_weights_;  // P^T: [keys / 2][kStripRows], in tiles
+  Step previous_, current_;
   ComingKeys coming_keys_;
 };
 
