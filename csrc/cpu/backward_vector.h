@@ -1,4 +1,5 @@
-// Backward engine for vector units: fp32 panels (bf16 is widened when keys are loaded) and the micro-kernel.
+// Backward engine for vector units: panels of fp32 (to which bf16 is widened when keys are loaded) or of bf16
+// pairs, and the micro-kernel.
 #pragma once
 #include "backward.h"
 #include "key_segments.h"
@@ -10,7 +11,8 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
-// All that works on fp32, whatever the element type.
+// All that does not depend on how words are loaded.
+template <class Words>
 class BackwardProducts {
  public:
   static constexpr int kPanelKeys = kVectorPanelKeys * kMaxPanelsPerChunk;  // all of a chunk: cut by segments
@@ -31,18 +33,20 @@ class BackwardProducts {
         value_dim_(params.shape.value_dim),
         log2_scale_(params.softmax_scale * kLog2E),
         chunk_keys_(chunk_keys(params.shape)),
-        k_(scratch.objects<float>(chunk_keys_ * padded(dim_))),
-        k_copy_(scratch.objects<float>(chunk_keys_ * round_up(dim_, kMicroRows))),
-        v_(scratch.objects<float>(chunk_keys_ * padded(value_dim_))),
-        q_rows_(scratch.objects<float>(kTileRows * padded(dim_))),
-        q_lanes_(scratch.objects<float>(kTileRows * padded(dim_))),
-        do_rows_(scratch.objects<float>(kTileRows * padded(value_dim_))),
-        do_lanes_(scratch.objects<float>(kTileRows * padded(value_dim_))),
+        width_(padded(words<Words>(dim_))),
+        value_width_(padded(words<Words>(value_dim_))),
+        k_(scratch.objects<float>(chunk_keys_ * width_)),
+        k_copy_(scratch.objects<float>(words<Words>(chunk_keys_) * round_up(dim_, kMicroRows))),
+        v_(scratch.objects<float>(chunk_keys_ * value_width_)),
+        q_lanes_(scratch.objects<float>(kTileRows * width_)),
+        do_lanes_(scratch.objects<float>(kTileRows * value_width_)),
         weights_(scratch.objects<float>(kVectorPanelKeys * kTileRows)),
-        dscores_(scratch.objects<float>(kVectorPanelKeys * kTileRows)) {}
+        weight_rows_(panel_of_words(scratch, weights_)),
+        dscore_rows_(scratch.objects<float>(kVectorPanelKeys * kRowWords)),
+        dscore_keys_(panel_of_words(scratch, dscore_rows_)) {}
 
   void differentiate(const BackwardTile& tile, int64_t begin, int64_t end, const Gradients& sums) {
-    for (const KeySegment& segment : KeySegments(tile.rows, begin, end)) {
+    for (const KeySegment& segment : KeySegments(tile.rows, begin, end, Words::kValues)) {
       for_panels(segment, [&](const KeySegment& keys) {
         with_count<kMicroVecs>(keys.num_vecs, [&]<int V>() { differentiate_panel<V>(tile, keys, sums); });
       });
@@ -53,27 +57,35 @@ class BackwardProducts {
   const int64_t dim_, value_dim_;
   const float log2_scale_;
   const int64_t chunk_keys_;
-  float* const k_;                          // [chunk keys][padded(D)]
-  float* const k_copy_;                     // the same in the order of copy_columns
-  PanelColumns k_columns_{};                // one of the two
-  float* const v_;                          // [chunk keys][padded(Dv)]
-  float *const q_rows_, *const q_lanes_;    // [kTileRows][padded(D)], [padded(D)][kTileRows]
-  float *const do_rows_, *const do_lanes_;  // the same of dO, with Dv
-  float *const weights_, *const dscores_;   // P^T, dS^T: [kVectorPanelKeys][kTileRows]
+  const int64_t width_, value_width_;  // padded(words of D), padded(words of Dv)
+  float* const k_;                     // [chunk keys][width]
+  float* const k_copy_;                // K in the order of copy_columns
+  PanelColumns k_columns_{};           // K, there or where it was loaded; a key of it is a word of keys
+  float* const v_;                     // [chunk keys][value width]
+  float* const q_lanes_;               // [width][kTileRows]
+  float* const do_lanes_;              // [value width][kTileRows]
+  const float* q_rows_ = nullptr;      // [words of kTileRows][padded(D)]
+  const float* do_rows_ = nullptr;     // [words of kTileRows][padded(Dv)]
 
  private:
+  static constexpr int64_t kRowWords = kTileRows / Words::kValues;
+
+  // Room for one more form of a panel's values, unless `values` is that form as well.
+  static float* panel_of_words(ScratchCursor& scratch, float* values) {
+    return Words::kValues == 1 ? values : scratch.objects<float>(kVectorPanelKeys * kRowWords);
+  }
+
   template <int V>
   void differentiate_panel(const BackwardTile& tile, const KeySegment& keys, const Gradients& sums) {
     const int64_t first = keys.begin - sums.first_key, count = keys.num_keys(), row = keys.first_row();
-    const int64_t width = padded(dim_), value_width = padded(value_dim_);
     const int64_t num_rows = std::min<int64_t>(V * kLanes, tile.rows.num_rows - row);
-    const float* const k = k_ + first * width;
-    probabilities<V>(tile, keys, k);
-    score_gradients<V>(tile, keys, v_ + first * value_width);
-    add_product(weights_, do_rows_ + row * value_width, value_width, num_rows, count,
-                sums.dv + first * value_width);
-    add_product(dscores_, q_rows_ + row * width, width, num_rows, count, sums.dk + first * width);
-    add_query_gradients<V>(k_columns_.from_key(first), count, sums.dq_lanes + row);
+    probabilities<V>(tile, keys, k_ + first * width_);
+    score_gradients<V>(tile, keys, v_ + first * value_width_);
+    const int64_t row_word = words<Words>(row), dim = padded(dim_), value_dim = padded(value_dim_);
+    add_product(weight_rows_, do_rows_ + row_word * value_dim, value_dim, num_rows, count,
+                sums.dv + first * value_dim);
+    add_product(dscore_rows_, q_rows_ + row_word * dim, dim, num_rows, count, sums.dk + first * dim);
+    add_query_gradients<V>(k_columns_.from_key(words<Words>(first)), count, sums.dq_lanes + row);
   }
 
   // P^T = 2^(S^T * scale * log2(e) - lse * log2(e)), zero where masked
@@ -82,19 +94,21 @@ class BackwardProducts {
     const Vec scale = splat(log2_scale_);
     const bool masked = needs_mask(tile.rows, keys);
     const float *const q = q_lanes_ + keys.first_row(), *const lse = tile.lse_log2 + keys.first_row();
-    float* const weights = weights_;
-    const int64_t dim = dim_, stride = padded(dim);
-    for_row_groups(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
+    float *const weights = weights_, *const weight_rows = weight_rows_;
+    const int64_t depth = words<Words>(dim_), stride = width_;
+    for_row_groups<Words::kValues>(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
-      multiply<Order::kRowMajor>(k + r * stride, stride, q, kTileRows, dim, acc);
+      multiply<Words, Order::kRowMajor>(k + r * stride, stride, q, kTileRows, depth, acc);
       if (masked) {
         acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
           score = mask_scores(tile.rows, keys.begin + r + i, keys.first_vec + x, score);
         });
       }
       acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
-        store(weights + (r + i) * kTileRows + x * kLanes, exp2(score * scale - load(lse + x * kLanes)));
+        score = exp2(score * scale - load(lse + x * kLanes));
+        store(weights + (r + i) * kTileRows + x * kLanes, score);
       });
+      if constexpr (Words::kValues > 1) Words::store_row_words(acc, weight_rows + r * kRowWords);
     });
   }
 
@@ -103,25 +117,27 @@ class BackwardProducts {
   void score_gradients(const BackwardTile& tile, const KeySegment& keys, const float* v) {
     const float *const dout = do_lanes_ + keys.first_row(), *const delta = tile.delta + keys.first_row();
     const float* const weights = weights_;
-    float* const dscores = dscores_;
-    const int64_t dim = value_dim_, stride = padded(dim);
-    for_row_groups(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
+    float *const dscore_rows = dscore_rows_, *const dscore_keys = dscore_keys_;
+    const int64_t depth = words<Words>(value_dim_), stride = value_width_;
+    for_row_groups<Words::kValues>(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
-      multiply<Order::kRowMajor>(v + r * stride, stride, dout, kTileRows, dim, acc);
+      multiply<Words, Order::kRowMajor>(v + r * stride, stride, dout, kTileRows, depth, acc);
       acc.for_each([&](int i, int x, Vec& dp) __attribute__((always_inline)) {
-        const int64_t at = (r + i) * kTileRows + x * kLanes;
-        store(dscores + at, load(weights + at) * (dp - load(delta + x * kLanes)));
+        dp = load(weights + (r + i) * kTileRows + x * kLanes) * (dp - load(delta + x * kLanes));
       });
+      Words::store_row_words(acc, dscore_rows + r * kRowWords);
+      Words::store_key_words(acc, dscore_keys + words<Words>(r) * kTileRows);
     });
   }
 
-  // sum[key][d] += weights[key][row] * rows[row][d]; here d runs along the lanes.
+  // sum[key][d] += weights[key][row] * rows[row][d]; here d runs along the lanes, and words are of rows.
   void add_product(const float* weights, const float* rows, int64_t width, int64_t num_rows, int64_t num_keys,
                    float* sum) {
     for_column_groups(width, [&]<int V>(int64_t d) __attribute__((always_inline)) {
       for_row_groups(num_keys, [&]<int R>(int64_t r) __attribute__((always_inline)) {
         Accumulator<R, V> acc;
-        multiply<Order::kRowMajor>(weights + r * kTileRows, kTileRows, rows + d, width, num_rows, acc);
+        multiply<Words, Order::kRowMajor>(weights + r * kRowWords, kRowWords, rows + d, width,
+                                          words<Words>(num_rows), acc);
         acc.for_each([&](int i, int x, Vec& value) __attribute__((always_inline)) {
           float* const at = sum + (r + i) * width + d + x * kLanes;
           store(at, load(at) + value);
@@ -133,42 +149,74 @@ class BackwardProducts {
   // dQ^T += K^T dS^T
   template <int V>
   void add_query_gradients(const PanelColumns& k, int64_t num_keys, float* dq_lanes) {
-    const float* const dscores = dscores_;
+    const float* const dscores = dscore_keys_;
     for_row_groups(dim_, [&]<int R>(int64_t d) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
-      multiply<Order::kColumnMajor>(k.at_dim(d), k.key_stride, dscores, kTileRows, num_keys, acc);
+      multiply<Words, Order::kColumnMajor>(k.at_dim(d), k.key_stride, dscores, kTileRows,
+                                           words<Words>(num_keys), acc);
       acc.for_each([&](int i, int x, Vec& value) __attribute__((always_inline)) {
         float* const at = dq_lanes + (d + i) * kTileRows + x * kLanes;
         store(at, load(at) + value);
       });
     });
   }
+
+  float* const weights_;      // P^T: [kVectorPanelKeys][kTileRows]
+  float* const weight_rows_;  // words of rows of P^T: [kVectorPanelKeys][kRowWords]
+  float* const dscore_rows_;  // the same of dS^T
+  float* const dscore_keys_;  // words of keys of dS^T: [words of kVectorPanelKeys][kTileRows]
 };
 
-template <class Element>
-class VectorBackward : public BackwardProducts {
+template <class Operands>
+class VectorBackward : public BackwardProducts<typename Operands::Words> {
  public:
+  using Words = typename Operands::Words;
+  using Products = BackwardProducts<Words>;
+
   VectorBackward(const BackwardParams& params, KeyHead at, ScratchCursor& scratch)
-      : BackwardProducts(params, scratch), p_(params), at_(at) {}
+      : Products(params, scratch),
+        p_(params),
+        at_(at),
+        k_joined_(scratch.objects<float>(Words::joined_words(chunk_keys_, dim_))),
+        q_loaded_(scratch.objects<float>(kTileRows * width_)),
+        q_joined_(scratch.objects<float>(Words::joined_words(kTileRows, dim_))),
+        do_loaded_(scratch.objects<float>(kTileRows * value_width_)),
+        do_joined_(scratch.objects<float>(Words::joined_words(kTileRows, value_dim_))) {}
 
   void load_chunk(int64_t first, int64_t last) {
-    load_key_panel<Element>(p_.k, at_, first, last - first, dim_, k_);
-    k_columns_ = is_narrow(p_.shape, p_.mask) ? columns_in_place(k_, dim_)
-                                              : copy_columns(k_, last - first, dim_, chunk_keys_, k_copy_);
-    load_key_panel<Element>(p_.v, at_, first, last - first, value_dim_, v_);
+    const int64_t count = last - first;
+    Operands::load_keys(p_.k, at_, first, count, dim_, k_);
+    const float* const k = Words::join_rows(k_, count, dim_, k_joined_);
+    k_columns_ = is_narrow(p_.shape, p_.mask)
+                     ? columns_in_place(k, dim_)
+                     : copy_columns(k, words<Words>(count), dim_, words<Words>(chunk_keys_), k_copy_);
+    Operands::load_keys(p_.v, at_, first, count, value_dim_, v_);
   }
 
   void load_rows(const RowTile& tile) {
-    const int64_t group = p_.shape.heads_per_group();
-    load_tile_rows<Element>(p_.q, group, at_, tile, dim_, q_rows_);
-    load_tile_rows<Element>(p_.dout, group, at_, tile, value_dim_, do_rows_);
-    rows_to_lanes(q_rows_, dim_, q_lanes_);
-    rows_to_lanes(do_rows_, value_dim_, do_lanes_);
+    q_rows_ = load_rows(p_.q, tile, dim_, q_loaded_, q_joined_, q_lanes_);
+    do_rows_ = load_rows(p_.dout, tile, value_dim_, do_loaded_, do_joined_, do_lanes_);
   }
 
  private:
+  using Products::dim_, Products::value_dim_, Products::chunk_keys_, Products::width_, Products::value_width_,
+      Products::k_, Products::k_copy_, Products::k_columns_, Products::v_, Products::q_lanes_,
+      Products::do_lanes_, Products::q_rows_, Products::do_rows_;
+
+  // Fills `lanes`; returns the rows in words of rows, which are `loaded` or `joined`.
+  const float* load_rows(const TokenTensor<const void>& tensor, const RowTile& tile, int64_t dim,
+                         float* loaded, float* joined, float* lanes) {
+    Operands::load_rows(tensor, p_.shape.heads_per_group(), at_, tile, dim, loaded);
+    rows_to_lanes(loaded, words<Words>(dim), lanes);
+    return Words::join_rows(loaded, kTileRows, dim, joined);
+  }
+
   const BackwardParams& p_;
   const KeyHead at_;
+  // What join_rows makes of rows, where it makes anything, and rows as they were loaded:
+  float* const k_joined_;                      // [words of chunk keys][padded(D)]
+  float *const q_loaded_, *const q_joined_;    // [kTileRows][width], [words of kTileRows][padded(D)]
+  float *const do_loaded_, *const do_joined_;  // the same of dO, with Dv
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,4 +1,5 @@
-// Forward engine for vector units: fp32 panels (bf16 is widened when keys are loaded) and the micro-kernel.
+// Forward engine for vector units: panels of fp32 (to which bf16 is widened when keys are loaded) or of bf16
+// pairs, and the micro-kernel.
 #pragma once
 #include "key_segments.h"
 #include "micro_kernel.h"
@@ -9,7 +10,8 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
-// All that works on fp32, whatever the element type.
+// All that does not depend on how words are loaded.
+template <class Words>
 class ForwardProducts {
  public:
   // Keys loaded at a time: every row tile then meets several panels in a row and keeps its Q and O in the L1
@@ -28,19 +30,19 @@ class ForwardProducts {
       : dim_(params.shape.head_dim),
         value_dim_(params.shape.value_dim),
         log2_scale_(params.softmax_scale * kLog2E),
-        q_(scratch.objects<float>(block_tiles * padded(dim_) * kTileRows)),
-        k_(scratch.objects<float>(kPanelKeys * padded(dim_))),
-        v_(scratch.objects<float>(kPanelKeys * padded(value_dim_))),
-        v_copy_(scratch.objects<float>(kPanelKeys * round_up(value_dim_, kMicroRows))),
+        width_(padded(words<Words>(dim_))),
+        q_(scratch.objects<float>(block_tiles * width_ * kTileRows)),
+        k_(scratch.objects<float>(kPanelKeys * width_)),
+        v_copy_(scratch.objects<float>(words<Words>(kPanelKeys) * round_up(value_dim_, kMicroRows))),
         scores_(scratch.objects<float>(kVectorPanelKeys * kTileRows)) {}
 
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
               float* out) {
-    const float* const q = q_ + t * padded(dim_) * kTileRows;
-    for (const KeySegment& segment : KeySegments(tile, begin, end)) {
+    const float* const q = q_ + t * width_ * kTileRows;
+    for (const KeySegment& segment : KeySegments(tile, begin, end, Words::kValues)) {
       for_panels(segment, [&](const KeySegment& keys) {
-        const float* const k = k_ + (keys.begin - first) * padded(dim_);
-        const PanelColumns v = v_columns_.from_key(keys.begin - first);
+        const float* const k = k_ + (keys.begin - first) * width_;
+        const PanelColumns v = v_columns_.from_key(words<Words>(keys.begin - first));
         with_count<kMicroVecs>(keys.num_vecs, [&]<int V>() {
           Vec top[V];
           score_keys<V>(tile, keys, k, q + keys.first_row(), top);
@@ -56,12 +58,12 @@ class ForwardProducts {
  protected:
   const int64_t dim_, value_dim_;
   const float log2_scale_;
-  float* const q_;            // per row tile: Q^T, [padded(D)][kTileRows]
-  float* const k_;            // [kPanelKeys][padded(D)]
-  float* const v_;            // [kPanelKeys][padded(Dv)]
-  float* const v_copy_;       // the same in the order of copy_columns
-  PanelColumns v_columns_{};  // one of the two
-  float* const scores_;       // S^T, then P^T: [kVectorPanelKeys][kTileRows]
+  const int64_t width_;       // of Q and K: padded(words of D)
+  float* const q_;            // per row tile: Q^T, [width][kTileRows]
+  float* const k_;            // [kPanelKeys][width]
+  float* const v_copy_;       // V in the order of copy_columns
+  PanelColumns v_columns_{};  // V, there or where it was loaded; a key of it is a word of keys
+  float* const scores_;       // S^T, then words of keys of P^T: [kVectorPanelKeys][kTileRows]
 
  private:
   // scores = S^T, -inf where masked; top = their maximum.
@@ -70,12 +72,12 @@ class ForwardProducts {
                   Vec (&top)[V]) {
     const bool masked = needs_mask(tile, keys);
     float* const scores = scores_;
-    const int64_t dim = dim_, stride = padded(dim);
+    const int64_t depth = words<Words>(dim_), stride = width_;
 #pragma GCC unroll 8
     for (int x = 0; x < V; ++x) top[x] = splat(-kInfinity);
     for_row_groups(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
-      multiply<Order::kRowMajor>(k + r * stride, stride, q, kTileRows, dim, acc);
+      multiply<Words, Order::kRowMajor>(k + r * stride, stride, q, kTileRows, depth, acc);
       if (masked) {
         acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
           score = mask_scores(tile, keys.begin + r + i, keys.first_vec + x, score);
@@ -98,11 +100,14 @@ class ForwardProducts {
   void weigh_keys(int64_t num_keys, SoftmaxStep<V>& result) {
     SoftmaxStep<V> step = result;
     float* const scores = scores_;
-    for (int64_t r = 0; r < num_keys; ++r) {
+    for (int64_t r = 0; r < num_keys; r += Words::kValues) {
 #pragma GCC unroll 8
       for (int x = 0; x < V; ++x) {
-        float* const at = scores + r * kTileRows + x * kLanes;
-        store(at, step.weight(x, load(at)));
+        Vec weights[Words::kValues];
+#pragma GCC unroll 2
+        for (int i = 0; i < Words::kValues; ++i)
+          weights[i] = step.weight(x, load(scores + (r + i) * kTileRows + x * kLanes));
+        store(scores + r / Words::kValues * kTileRows + x * kLanes, Words::join(weights));
       }
     }
     result = step;
@@ -118,39 +123,53 @@ class ForwardProducts {
       acc.for_each([&](int i, int x, Vec& value) __attribute__((always_inline)) {
         value = load(tile + i * kTileRows + x * kLanes) * step.rescale[x];
       });
-      multiply_add<Order::kColumnMajor>(v.at_dim(d), v.key_stride, weights, kTileRows, num_keys, acc);
+      multiply_add<Words, Order::kColumnMajor>(v.at_dim(d), v.key_stride, weights, kTileRows,
+                                               words<Words>(num_keys), acc);
       acc.for_each([&](int i, int x, Vec& value)
                        __attribute__((always_inline)) { store(tile + i * kTileRows + x * kLanes, value); });
     });
   }
 };
 
-template <class Element>
-class VectorForward : public ForwardProducts {
+template <class Operands>
+class VectorForward : public ForwardProducts<typename Operands::Words> {
  public:
+  using Words = typename Operands::Words;
+  using Products = ForwardProducts<Words>;
+  using Products::kPanelKeys;
+
   VectorForward(const ForwardParams& params, KeyHead at, int64_t block_tiles, ScratchCursor& scratch)
-      : ForwardProducts(params, block_tiles, scratch),
+      : Products(params, block_tiles, scratch),
         p_(params),
         at_(at),
-        rows_(scratch.objects<float>(kTileRows * padded(dim_))) {}
+        rows_(scratch.objects<float>(kTileRows * width_)),
+        v_rows_(scratch.objects<float>(kPanelKeys * padded(words<Words>(value_dim_)))),
+        v_joined_(scratch.objects<float>(Words::joined_words(kPanelKeys, value_dim_))) {}
 
   void load_rows(int t, const RowTile& tile) {
-    load_tile_rows<Element>(p_.q, p_.shape.heads_per_group(), at_, tile, dim_, rows_);
-    rows_to_lanes(rows_, dim_, q_ + t * padded(dim_) * kTileRows);
+    Operands::load_rows(p_.q, p_.shape.heads_per_group(), at_, tile, dim_, rows_);
+    rows_to_lanes(rows_, words<Words>(dim_), q_ + t * width_ * kTileRows);
   }
 
   void load_panel(int64_t first, int64_t last) {
-    load_key_panel<Element>(p_.k, at_, first, last - first, dim_, k_);
-    load_key_panel<Element>(p_.v, at_, first, last - first, value_dim_, v_);
+    const int64_t count = last - first;
+    Operands::load_keys(p_.k, at_, first, count, dim_, k_);
+    Operands::load_keys(p_.v, at_, first, count, value_dim_, v_rows_);
+    const float* const v = Words::join_rows(v_rows_, count, value_dim_, v_joined_);
     v_columns_ = is_narrow(p_.shape, p_.mask)
-                     ? columns_in_place(v_, value_dim_)
-                     : copy_columns(v_, last - first, value_dim_, kPanelKeys, v_copy_);
+                     ? columns_in_place(v, value_dim_)
+                     : copy_columns(v, words<Words>(count), value_dim_, words<Words>(kPanelKeys), v_copy_);
   }
 
  private:
+  using Products::dim_, Products::value_dim_, Products::width_, Products::q_, Products::k_, Products::v_copy_,
+      Products::v_columns_;
+
   const ForwardParams& p_;
   const KeyHead at_;
-  float* const rows_;  // staging: [kTileRows][padded(D)]
+  float* const rows_;      // staging: [kTileRows][width]
+  float* const v_rows_;    // [kPanelKeys][padded(words of Dv)]
+  float* const v_joined_;  // words of keys, where they are not the rows
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -26,13 +26,14 @@ struct KeySegment {
 
 class KeySegments {
  public:
-  // Of the tile's keys, those in [first, last).
-  KeySegments(const RowTile& tile, int64_t first, int64_t last) {
+  // Of the tile's keys, those in [first, last), and what it takes to begin and end all segments at multiples
+  // of `unit`.
+  KeySegments(const RowTile& tile, int64_t first, int64_t last, int64_t unit = 1) {
     int64_t cuts[kMaxSegments + 1];
     int num_cuts = 0;
     for (const VectorKeys& keys : tile.vectors) {
-      cuts[num_cuts++] = std::clamp(keys.begin, first, last);
-      cuts[num_cuts++] = std::clamp(keys.end, first, last);
+      cuts[num_cuts++] = std::clamp(keys.begin, first, last) / unit * unit;
+      cuts[num_cuts++] = round_up(std::clamp(keys.end, first, last), unit);
     }
     std::sort(cuts, cuts + num_cuts);
     for (int i = 0; i + 1 < num_cuts; ++i) {

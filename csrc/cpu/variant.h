@@ -1,6 +1,7 @@
 // Included once by each variant_*.cpp, after its target pragma: the whole kernel in that variant's namespace.
 #include "backward.h"
 #include "backward_vector.h"
+#include "float_words.h"
 #include "forward.h"
 #include "forward_vector.h"
 #include "peak.h"
@@ -8,18 +9,21 @@
 namespace mls::cpu::MLS_VARIANT {
 
 template <class Forward, class Backward>
-constexpr Kernel make_kernel() {
+constexpr Kernel make_kernel(double (*peak_work)(int64_t iterations)) {
   return {forward_workload<Forward>, forward_task<Forward>,   backward_workload<Backward>,
-          init_turns<Backward>,      backward_task<Backward>, vector_peak_work};
+          init_turns<Backward>,      backward_task<Backward>, peak_work};
 }
 
-template <class Element>
+template <class Operands>
 constexpr Kernel vector_kernel() {
-  return make_kernel<VectorForward<Element>, VectorBackward<Element>>();
+  return make_kernel<VectorForward<Operands>, VectorBackward<Operands>>(
+      vector_peak_work<typename Operands::Words>);
 }
 
+template <class Bf16Operands = Widened<BFloat16>>
 constexpr KernelTable vector_table(const char* name) {
-  return {name, vector_kernel<Float32>(), vector_kernel<Float32>(), vector_kernel<BFloat16>()};
+  constexpr Kernel float32 = vector_kernel<Widened<Float32>>();
+  return {name, float32, float32, vector_kernel<Bf16Operands>()};
 }
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -54,16 +54,16 @@ double tile_peak_work(int64_t iterations) {
 
 template <class Element>
 constexpr Kernel tile_kernel() {
-  Kernel kernel = make_kernel<AmxForward<Element>, AmxBackward<Element>>();
+  Kernel kernel = make_kernel<AmxForward<Element>, AmxBackward<Element>>(tile_peak_work<Element>);
   kernel.forward_task = forward_task_with_tiles<Element>;
   kernel.backward_task = backward_task_with_tiles<Element>;
-  kernel.peak_work = tile_peak_work<Element>;
   return kernel;
 }
 
 }  // namespace amx
 
-const KernelTable kAmxTable = {"amx", amx::tile_kernel<amx::Float32>(), amx::vector_kernel<amx::Float32>(),
+const KernelTable kAmxTable = {"amx", amx::tile_kernel<amx::Float32>(),
+                               amx::vector_kernel<amx::Widened<amx::Float32>>(),
                                amx::tile_kernel<amx::BFloat16>()};
 const KernelTable kAmxTilesTable = {"amx_tiles", amx::tile_kernel<amx::Float32>(),
                                     amx::tile_kernel<amx::Float32>(), amx::tile_kernel<amx::BFloat16>()};
