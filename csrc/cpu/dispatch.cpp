@@ -24,6 +24,10 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+
 // The processor has tiles for bf16, and the kernel lets this process use them: their 8 KiB of state are only
 // saved for processes that asked.
 bool has_amx() {
@@ -53,6 +57,8 @@ std::vector<Variant> variants() {
 #if defined(__x86_64__)
       {&kAmxTable, has_avx512() && has_amx()},
       {&kAmxTilesTable, has_avx512() && has_amx(), false},
+      // AMD's processors multiply pairs of bf16 at twice the rate of fp32 values; Intel's at half that rate.
+      {&kAvx512Bf16Table, has_avx512_bf16(), __builtin_cpu_is("amd") != 0},
       {&kAvx512Table, has_avx512()},
       {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
@@ -61,17 +67,16 @@ std::vector<Variant> variants() {
 }
 
 const KernelTable& select() {
-  const char* wanted = std::getenv("MLS_CPU_ISA");
+  const char* variable = std::getenv("MLS_CPU_ISA");
+  const std::string wanted = variable == nullptr ? "" : variable;
   std::string usable;
   for (const Variant& variant : variants()) {
     if (!variant.runs_here) continue;
-    const bool chosen =
-        wanted == nullptr || *wanted == '\0' ? variant.by_itself : variant.table->name == std::string(wanted);
-    if (chosen) return *variant.table;
+    if (wanted.empty() ? variant.by_itself : wanted == variant.table->name) return *variant.table;
     usable += usable.empty() ? "" : ", ";
     usable += variant.table->name;
   }
-  throw std::runtime_error("MLS_CPU_ISA=" + std::string(wanted) +
+  throw std::runtime_error("MLS_CPU_ISA=" + wanted +
                            ": this build and machine have no such variant. Use one of: " + usable + ".");
 }
 

@@ -47,6 +47,7 @@ extern const KernelTable kBaselineTable;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
+extern const KernelTable kAvx512Bf16Table;
 extern const KernelTable kAmxTable;
 extern const KernelTable kAmxTilesTable;  // tiles for all that kAmxTable computes by vectors: for tests
 #endif

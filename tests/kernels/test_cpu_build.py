@@ -45,7 +45,8 @@ def test_memory_does_not_grow_with_the_sequence() -> None:
 
 @pytest.mark.skipif(shutil.which(ARM_COMPILER) is None, reason=f"no {ARM_COMPILER}")
 @pytest.mark.parametrize(
-    "source", ["dispatch", "variant_baseline", "variant_avx2", "variant_avx512", "variant_amx"]
+    "source",
+    ["dispatch", "variant_baseline", "variant_avx2", "variant_avx512", "variant_avx512_bf16", "variant_amx"],
 )
 def test_compiles_for_arm(source: str, tmp_path: Path) -> None:
     """Every source of the kernel that torch's headers are no part of, with nothing to warn about."""

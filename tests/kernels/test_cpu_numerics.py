@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_lightseq.kernels.cpu import CpuKernel
 from tests.kernels.oracle import Case, Results, check, expect_close, inputs, run_kernel
 
-VARIANTS = ("amx", "amx_tiles", "avx512", "avx2", "baseline")
+VARIANTS = ("amx", "amx_tiles", "avx512_bf16", "avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16)
 
 CAUSAL = {"band_hi": 0}
