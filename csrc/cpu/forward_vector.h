@@ -22,8 +22,8 @@ class ForwardProducts {
 
   // Q and O of a block leave half of the L2 cache.
   static int64_t most_block_tiles(const AttentionShape& shape) {
-    const int64_t dims = padded(shape.head_dim) + padded(shape.value_dim);
-    return kBlockBytes / (kTileRows * dims * static_cast<int64_t>(sizeof(float)));
+    const int64_t words_of_row = padded(words<Words>(shape.head_dim)) + padded(shape.value_dim);
+    return kBlockBytes / (kTileRows * words_of_row * static_cast<int64_t>(sizeof(float)));
   }
 
   ForwardProducts(const ForwardParams& params, int64_t block_tiles, ScratchCursor& scratch)
