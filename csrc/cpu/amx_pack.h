@@ -232,16 +232,16 @@ inline void rows_to_word_tiles(const uint16_t* rows, int64_t num_rows, int64_t w
   }
 }
 
-// words[r][d] = values d of rows r and r + 16 of each 32 rows, tile by tile: a B
-// operand whose depth is query rows, in the order in which pair_words leaves
-// neighbouring vectors of them.
+// words[r][d] = values d of rows r and r + num_rows / 2, tile by tile: a B operand
+// whose depth is query rows, in the order in which pair_words leaves vectors of
+// the lower and the upper half of them.
 inline void rows_to_pair_tiles(const uint16_t* rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
-  for (int64_t block = 0; block < num_rows; block += kAmxBlock) {
+  for (int64_t block = 0; block < num_rows / 2; block += kAmxTile) {
     for (int64_t d = 0; d < width; d += kAmxTile) {
       const uint16_t* const first = rows + block * width + d;
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kAmxTile; ++r, tiles += kAmxRow) {
-        store_words(tiles, interleave(first + r * width, first + (r + kAmxTile) * width));
+        store_words(tiles, interleave(first + r * width, first + (r + num_rows / 2) * width));
       }
     }
   }

@@ -99,12 +99,6 @@ MLS_INLINE AmxTiles<T> packed_tiles(T* data, int64_t columns, int64_t part = 0) 
   constexpr int64_t kSize = kAmxTile * kAmxTileBytes / sizeof(T);
   return {data, kAmxTileBytes, columns * kSize, kSize, part};
 }
-// Rows of `stride` elements.
-template <typename T>
-MLS_INLINE AmxTiles<T> strided_tiles(T* data, int64_t stride) {
-  return {data, stride * int64_t{sizeof(T)}, kAmxTile * stride, kAmxTileBytes / int64_t{sizeof(T)}};
-}
-
 // A row tile in the SIMD lanes, vector by vector: [vectors][width][kLanes].
 MLS_INLINE AmxTiles<float> lane_tiles(float* data, int64_t width) {
   return {data, kAmxTileBytes, kAmxTileWords, width * kAmxRow};
@@ -138,7 +132,7 @@ class AmxPrefetch {
   static constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kCacheLine); }
 
  private:
-  static constexpr int64_t kCacheLine = 64, kLinesAtOnce = 4;
+  static constexpr int64_t kCacheLine = 64, kLinesAtOnce = 2;
   const char** lines_ = nullptr;
   int64_t next_ = 0, end_ = 0;
 };

@@ -12,6 +12,7 @@
 //   struct Engine {
 //     static int64_t width(int64_t dim);                 // dim padded as the engine's products want it
 //     static LaneLayout lanes(int64_t width);            // of dQ^T
+//     static int64_t sum_at(int64_t width, int64_t key, int64_t dim);  // of kLanes values of dK or dV
 //     static int64_t chunk_keys(const AttentionShape&);  // keys of a chunk
 //     static constexpr int kPanelKeys;                   // keys differentiated in one call, at most
 //     Engine(params, at, scratch cursor);
@@ -36,8 +37,8 @@ struct BackwardTile {
 // Sums that an engine adds to. Keys count from first_key, the start of the chunk.
 struct Gradients {
   int64_t first_key;
-  float* dk;        // [chunk keys][width(D)], without softmax_scale
-  float* dv;        // [chunk keys][width(Dv)]
+  float* dk;        // of chunk keys and width(D), where sum_at() says; without softmax_scale
+  float* dv;        // the same with width(Dv)
   float* dq_lanes;  // as lanes(width(D)) says, without softmax_scale
 };
 
@@ -130,7 +131,9 @@ class BackwardChunk {
   void add_chunk(const float* sums, int64_t width, int64_t dim, float factor,
                  const TokenTensor<float>& gradient) {
     for (int64_t r = 0; r < num_keys_; ++r) {
-      add_row(sums + r * width, dim, factor, row_pointer(gradient, 1, at_, sums_.first_key + r));
+      float* const row = row_pointer(gradient, 1, at_, sums_.first_key + r);
+      for (int64_t d = 0; d < dim; d += kLanes)
+        add_row(sums + Engine::sum_at(width, r, d), std::min<int64_t>(kLanes, dim - d), factor, row + d);
     }
   }
 

@@ -1,9 +1,9 @@
 // Backward engine for AMX: operands of one bf16 part (bf16; P and dS are rounded)
 // or of three (fp32), fp32 sums.
 //
-// A block of keys and the row tile leave S^T and dP^T of 32 keys at a time in
-// the L1 cache, as P^T and dS^T of the whole block, in tiles of the three
-// products that use them.
+// Keys come in steps. Of fp32 three are under way: while the vector units turn
+// S^T and dP^T of the current step into P^T and dS^T, the tile unit computes S^T
+// and dP^T of the next, and what the step before adds to dV, dK and dQ.
 #pragma once
 #include "amx_exp2.h"
 #include "amx_pack.h"
@@ -22,6 +22,9 @@ class AmxBackward {
   static constexpr int kPanelKeys = kAmxMaxChunkKeys;  // always a whole chunk
   static int64_t width(int64_t dim) { return amx_width(dim); }
   static LaneLayout lanes(int64_t width) { return amx_lanes(width); }
+  static int64_t sum_at(int64_t width, int64_t key, int64_t dim) {
+    return key / kAmxTile * kAmxTile * width + dim / kAmxRow * kAmxTileWords + key % kAmxTile * kAmxRow;
+  }
   static int64_t chunk_keys(const AttentionShape& shape) {
     const int64_t key_bytes = amx_width(shape.head_dim) * (2 * kParts * sizeof(uint16_t) + sizeof(float)) +
                               amx_width(shape.value_dim) * (kParts * sizeof(uint16_t) + sizeof(float));
@@ -43,11 +46,7 @@ class AmxBackward {
         q_pairs_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * width_ / 2)),
         do_lanes_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * value_width_ / 2)),
         do_pairs_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * value_width_ / 2)),
-        scores_(scratch.objects<float>(kStepKeys * kTileRows)),
-        dweights_(scratch.objects<float>(kStepKeys * kTileRows)),
-        weights_(allocate_parts<kParts, uint32_t>(scratch, kBlockKeys * kTileRows / 2)),
-        dscores_(allocate_parts<kParts, uint32_t>(scratch, kBlockKeys * kTileRows / 2)),
-        dscore_pairs_(allocate_parts<kParts, uint32_t>(scratch, kBlockKeys * kTileRows / 2)),
+        scores_(scratch.objects<Scores>(kStepsUnderWay)),
         rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))) {
     const int64_t row_lines = AmxPrefetch::lines(p_.shape.head_dim * sizeof(float)) +
                               AmxPrefetch::lines(p_.shape.head_dim * kElementBytes) +
@@ -81,21 +80,45 @@ class AmxBackward {
   // Whole blocks of kAmxBlock keys are computed; those before `begin` or from
   // `end` on are masked like any other.
   void differentiate(const BackwardTile& tile, int64_t begin, int64_t end, const Gradients& sums) {
+    for (int x = 0; x < kTileRows; x += kLanes) store(minus_delta_ + x, -load(tile.delta + x));
     const int64_t last = round_up(end - sums.first_key, kAmxBlock);
     int64_t key = (begin - sums.first_key) / kAmxBlock * kAmxBlock;
-    for (; key < last; key += kBlockKeys) {
-      const int64_t count = std::min<int64_t>(kBlockKeys, last - key);
-      for (int64_t step = 0; step < count; step += kStepKeys) weigh(tile, sums.first_key, key, step);
-      add_products(key, count, sums);
+    Step older, current;
+    for (int n = 0; key < last; key += kStepKeys, ++n) {
+      const Step next{key, std::min<int64_t>(kStepKeys, last - key), scores_ + n % kStepsUnderWay};
+      advance(older, current, next, tile, sums);
+      older = current, current = next;
     }
+    advance(older, current, {}, tile, sums);
+    advance(current, {}, {}, tile, sums);
     products_.finish();
   }
 
  private:
-  static constexpr int kStepKeys = kAmxBlock;  // of S^T and dP^T at a time
-  static constexpr int kBlockKeys = 128;  // of P^T and dS^T at a time; each block loads and stores dQ once
+  // One part leaves too few products to do the other work beside them.
+  static constexpr bool kPipelined = kParts > 1;
+  static constexpr int kStepsUnderWay = kPipelined ? 3 : 1;
+  static constexpr int kStepKeys = kPipelined ? kAmxBlock : 128;
   static constexpr int kStrips = kTileRows / kAmxBlock;
+  static constexpr int kVectorWords = kStepKeys * kAmxRow;  // of a step in one vector of rows
+  static constexpr int kStepWords = kStepKeys * kTileRows / 2;
   static constexpr int64_t kElementBytes = sizeof(typename Element::Storage);
+
+  // S^T and dP^T - delta of a step, the tiles of a vector of rows one behind the other. P^T and dS^T in pairs
+  // of rows take their places: vectors x and x + kStrips become parts of a strip, a third part lies behind.
+  struct alignas(kAmxTileBytes) Scores {
+    static constexpr int kVectors = std::max(kMicroVecs, kParts* kStrips);
+    float s[kVectors * kVectorWords], dp[kVectors * kVectorWords];
+    uint32_t key_pairs[kParts * kStepWords];  // dS^T in pairs of keys
+  };
+
+  // Keys [key, key + num_keys) of the chunk.
+  struct Step {
+    int64_t key = 0, num_keys = 0;  // 0: no step
+    Scores* scores = nullptr;
+
+    bool exists() const { return num_keys > 0; }
+  };
 
   void load_rows(const TokenTensor<const void>& tensor, const RowTile& tile, int64_t dim,
                  AmxParts<uint32_t> lanes, AmxParts<uint32_t> pairs) {
@@ -123,79 +146,154 @@ class AmxBackward {
     return row_pointer(typed<Element>(tensor), p_.shape.heads_per_group(), at_, row);
   }
 
-  // P^T and dS^T of keys [key + step, key + step + kStepKeys) of the chunk.
-  void weigh(const BackwardTile& tile, int64_t first_key, int64_t key, int64_t step) {
-    const int64_t at = key + step;
-    products_.multiply({kStepKeys, kTileRows, width_},
-                       packed_operand(k_.from(at * width_), width_ / kAmxDepth),
-                       packed_operand(q_lanes_, kMicroVecs), packed_tiles(scores_, kMicroVecs), prefetch_);
-    alignas(MLS_VEC_BYTES) float minus_delta[kTileRows];
-    for (int x = 0; x < kTileRows; x += kLanes) store(minus_delta + x, -load(tile.delta + x));
-    products_.multiply({kStepKeys, kTileRows, value_width_},
-                       packed_operand(v_.from(at * value_width_), value_width_ / kAmxDepth),
-                       packed_operand(do_lanes_, kMicroVecs), {minus_delta, 0, 0, kAmxTile},
-                       packed_tiles(dweights_, kMicroVecs), prefetch_);
-    products_.finish();
-    const bool masked = tile.rows.needs_mask(first_key + at, first_key + at + kStepKeys);
-    masked ? differentiate_softmax<true>(tile, first_key + at, step)
-           : differentiate_softmax<false>(tile, first_key + at, step);
-  }
-
-  // P^T = 2^(S^T * scale * log2(e) - lse), dS^T = P^T (dP^T - delta).
-  template <bool kMasked>
-  [[gnu::noinline]] void differentiate_softmax(const BackwardTile& tile, int64_t first_key, int64_t step) {
-    const Vec scale = splat(log2_scale_);
-    Vec lse[kMicroVecs];
-#pragma GCC unroll 8
-    for (int x = 0; x < kMicroVecs; ++x) lse[x] = load(tile.lse_log2 + x * kLanes);
-    for (int64_t r = 0; r < kStepKeys; r += 2) {
-      const int64_t row = r / kAmxTile * kMicroVecs * kAmxTileWords + r % kAmxTile * kAmxRow;
-      const int64_t strip_row = (step + r) / kAmxTile * kStrips * kAmxTileWords + r % kAmxTile * kAmxRow;
-      Bf16Parts<kParts> p[2][kMicroVecs], ds[2][kMicroVecs];
-#pragma GCC unroll 8
-      for (int x = 0; x < kMicroVecs; ++x) {
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-          const int64_t at = row + x * kAmxTileWords + i * kAmxRow;
-          Vec score = load(scores_ + at);
-          if constexpr (kMasked) score = mask_scores(tile.rows, first_key + r + i, x, score);
-          const Vec weight = weight_exp2<kParts>(score * scale - lse[x]);
-          p[i][x] = split<kParts>(weight);
-          ds[i][x] = split<kParts>(weight * load(dweights_ + at));
-        }
-        store_pairs(dscore_pairs_.from(step / 2 * kTileRows + x * kAmxTileWords + r / 2 * kAmxRow), ds[0][x],
-                    ds[1][x]);
-      }
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-#pragma GCC unroll 8
-        for (int x = 0; x < kMicroVecs; x += 2) {
-          const int64_t at = strip_row + x / 2 * kAmxTileWords + i * kAmxRow;
-          store_pairs(weights_.from(at), p[i][x], p[i][x + 1]);
-          store_pairs(dscores_.from(at), ds[i][x], ds[i][x + 1]);
-        }
-      }
+  void advance(const Step& older, const Step& current, const Step& next, const BackwardTile& tile,
+               const Gradients& sums) {
+    if (!kPipelined) {
+      score_keys(next, prefetch_);
+      products_.finish();
+      differentiate_beside(next, 0, tile, sums, [](auto&) {});
+      add_products(next, sums, prefetch_);
+    } else if (current.exists()) {
+      differentiate_beside(current, products(older, next), tile, sums, [&](auto& work) {
+        score_keys(next, work);
+        add_products(older, sums, work);
+      });
+    } else {
+      score_keys(next, prefetch_);
+      add_products(older, sums, prefetch_);
+      products_.finish();
     }
   }
 
-  // What a block of keys adds to dV, dK and dQ.
-  void add_products(int64_t key, int64_t count, const Gradients& sums) {
-    products_.multiply_add({count, value_width_, kTileRows}, packed_pairs(weights_),
+  // S^T and dP^T of a step become P^T and dS^T while multiply(work) calls work.some() `calls` times.
+  template <class F>
+  void differentiate_beside(const Step& step, int64_t calls, const BackwardTile& tile, const Gradients& sums,
+                            F multiply) {
+    const int64_t first = sums.first_key + step.key;
+    const auto differentiate = [&](auto work) {
+      multiply(work);
+      work.rest();
+    };
+    if (tile.rows.needs_mask(first, first + step.num_keys)) {
+      differentiate(Differentiation<true>(*this, tile, step, first, calls));
+    } else {
+      differentiate(Differentiation<false>(*this, tile, step, first, calls));
+    }
+  }
+
+  // S^T and dP^T of a step.
+  template <class Beside>
+  void score_keys(const Step& step, Beside& beside) {
+    if (!step.exists()) return;
+    products_.multiply({step.num_keys, kTileRows, width_},
+                       packed_operand(k_.from(step.key * width_), width_ / kAmxDepth),
+                       packed_operand(q_lanes_, kMicroVecs), score_tiles(step.scores->s), beside);
+    products_.multiply({step.num_keys, kTileRows, value_width_},
+                       packed_operand(v_.from(step.key * value_width_), value_width_ / kAmxDepth),
+                       packed_operand(do_lanes_, kMicroVecs), {minus_delta_, 0, 0, kAmxTile},
+                       score_tiles(step.scores->dp), beside);
+  }
+  static AmxTiles<float> score_tiles(float* data) {
+    return {data, kAmxTileBytes, kAmxTileWords, kVectorWords};
+  }
+
+  // What a step adds to dV, dK and dQ.
+  template <class Beside>
+  void add_products(const Step& step, const Gradients& sums, Beside& beside) {
+    if (!step.exists()) return;
+    const int64_t key = step.key;
+    products_.multiply_add({step.num_keys, value_width_, kTileRows}, row_pairs(step.scores->s),
                            packed_operand(do_pairs_, value_width_ / kAmxTile),
-                           strided_tiles(sums.dv + key * value_width_, value_width_), prefetch_);
-    products_.multiply_add({count, width_, kTileRows}, packed_pairs(dscores_),
+                           packed_tiles(sums.dv + key * value_width_, value_width_ / kAmxTile), beside);
+    products_.multiply_add({step.num_keys, width_, kTileRows}, row_pairs(step.scores->dp),
                            packed_operand(q_pairs_, width_ / kAmxTile),
-                           strided_tiles(sums.dk + key * width_, width_), prefetch_);
+                           packed_tiles(sums.dk + key * width_, width_ / kAmxTile), beside);
     constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
     const AmxTiles<const uint16_t> k{k_columns_.data + key * width_, kAmxTileBytes, kColumnTile,
                                      width_ / kAmxTile * kColumnTile, k_columns_.size};
-    products_.multiply_add({width_, kTileRows, count}, k, packed_operand(dscore_pairs_, kMicroVecs),
-                           lane_tiles(sums.dq_lanes, width_), prefetch_);
+    const AmxTiles<const uint32_t> ds{step.scores->key_pairs, kAmxTileBytes, kAmxTileWords, kVectorWords / 2,
+                                      kStepWords};
+    products_.multiply_add({width_, kTileRows, step.num_keys}, k, ds, lane_tiles(sums.dq_lanes, width_),
+                           beside);
   }
+
   // Pairs of rows, the depth of an A operand.
-  static MLS_INLINE AmxTiles<const uint16_t> packed_pairs(AmxParts<uint32_t> pairs) {
-    return packed_tiles(reinterpret_cast<const uint16_t*>(pairs.data), kStrips, 2 * pairs.size);
+  static AmxTiles<const uint16_t> row_pairs(const float* words) {
+    return {reinterpret_cast<const uint16_t*>(words), kAmxTileBytes, 2 * kAmxTileWords, 2 * kVectorWords,
+            2 * kStrips * kVectorWords};
   }
+
+  // Calls from the products of two steps.
+  int64_t products(const Step& older, const Step& next) const {
+    const int64_t columns =
+        next.num_keys * (width_ + value_width_) + older.num_keys * (2 * width_ + value_width_);
+    return columns * kTileRows / (kAmxBlock * kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kNumPairs;
+  }
+
+  // P^T = 2^(S^T * scale * log2(e) - lse), dS^T = P^T (dP^T - delta), in units of two keys and two vectors.
+  template <bool kMasked>
+  class Differentiation {
+   public:
+    Differentiation(AmxBackward& engine, const BackwardTile& tile, const Step& step, int64_t first_key,
+                    int64_t calls)
+        : tile_(&tile),
+          prefetch_(&engine.prefetch_),
+          scores_(step.scores),
+          first_key_(first_key),
+          calls_(calls),
+          num_units_(step.num_keys / 2 * kStrips),
+          scale_(splat(engine.log2_scale_)) {}
+
+    // As many units as keep pace with the products.
+    MLS_INLINE void some() {
+      prefetch_->some();
+      for (credit_ += num_units_; credit_ >= calls_; credit_ -= calls_) differentiate_unit();
+    }
+    void rest() {
+      Differentiation local = *this;
+      while (local.unit_ < num_units_) local.differentiate_unit();
+    }
+
+   private:
+    MLS_INLINE void differentiate_unit() {
+      constexpr uint64_t kRight = kStrips * kVectorWords;  // from a vector to the one it is paired with
+      const uint64_t strip = unit_ % kStrips, pair = unit_ / kStrips;
+      float* const s = scores_->s + strip * kVectorWords + 2 * pair * kAmxRow;
+      float* const dp = s + std::size(scores_->s);
+      uint32_t* const key_pairs = scores_->key_pairs + strip * kVectorWords / 2 + pair * kAmxRow;
+      Bf16Parts<kParts> p[2][2], ds[2][2];
+#pragma GCC unroll 2
+      for (int x = 0; x < 2; ++x) {
+        const uint64_t vector = strip + x * kStrips;
+        const Vec lse = load(tile_->lse_log2 + vector * kLanes);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const uint64_t from = i * kAmxRow + x * kRight;
+          Vec score = load(s + from);
+          if constexpr (kMasked) score = mask_scores(tile_->rows, first_key_ + 2 * pair + i, vector, score);
+          const Vec weight = weight_exp2<kParts>(score * scale_ - lse);
+          p[i][x] = split<kParts>(weight);
+          ds[i][x] = split<kParts>(weight * load(dp + from));
+        }
+        store_pairs(AmxParts<uint32_t>{key_pairs + x * kRight / 2, kStepWords}, ds[0][x], ds[1][x]);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        store_pairs(words(s + i * kAmxRow), p[i][0], p[i][1]);
+        store_pairs(words(dp + i * kAmxRow), ds[i][0], ds[i][1]);
+      }
+      ++unit_;
+    }
+    static MLS_INLINE AmxParts<uint32_t> words(float* to) {
+      return {reinterpret_cast<uint32_t*>(to), kStrips * kVectorWords};
+    }
+
+    const BackwardTile* tile_;
+    AmxPrefetch* prefetch_;
+    Scores* scores_;
+    uint64_t first_key_, calls_, num_units_, credit_ = 0, unit_ = 0;
+    Vec scale_;
+  };
 
   const BackwardParams& p_;
   const KeyHead at_;
@@ -208,10 +306,9 @@ class AmxBackward {
   const AmxParts<uint16_t> v_;                    // [chunk keys][value_width]
   const AmxParts<uint32_t> q_lanes_, q_pairs_;    // [width / 2][kTileRows], [kTileRows / 2][width]
   const AmxParts<uint32_t> do_lanes_, do_pairs_;  // the same of dO, with value_width
-  float *const scores_, *const dweights_;         // S^T, dP^T - delta: [kStepKeys][kTileRows]
-  const AmxParts<uint32_t> weights_, dscores_;    // P^T, dS^T: [kBlockKeys][kTileRows / 2], pairs of rows
-  const AmxParts<uint32_t> dscore_pairs_;         // dS^T: [kBlockKeys / 2][kTileRows], pairs of keys
+  Scores* const scores_;                          // of the steps under way
   const AmxParts<uint16_t> rows_;                 // staging
+  alignas(MLS_VEC_BYTES) float minus_delta_[kTileRows];
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -18,6 +18,7 @@ class BackwardProducts {
   static constexpr int kPanelKeys = kVectorPanelKeys * kMaxPanelsPerChunk;  // all of a chunk: cut by segments
   static int64_t width(int64_t dim) { return padded(dim); }
   static LaneLayout lanes(int64_t) { return kRowsOfLanes; }
+  static int64_t sum_at(int64_t width, int64_t key, int64_t dim) { return key * width + dim; }
 
   // Keys of a chunk. The shape alone decides, so that results do not depend on the number of threads.
   static int64_t chunk_keys(const AttentionShape& shape) {
