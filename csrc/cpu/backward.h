@@ -131,11 +131,16 @@ class BackwardChunk {
   void add_chunk(const float* sums, int64_t width, int64_t dim, float factor,
                  const TokenTensor<float>& gradient) {
     for (int64_t r = 0; r < num_keys_; ++r) {
-      float* const row = row_pointer(gradient, 1, at_, sums_.first_key + r);
+      const auto row_of = [&](int64_t key) { return row_pointer(gradient, 1, at_, sums_.first_key + key); };
+      float* const row = row_of(r);
+      const float* const later = row_of(std::min(r + kRowsAhead, num_keys_ - 1));
+      for (int64_t d = 0; d < dim; d += kLanes) __builtin_prefetch(later + d, 1);
       for (int64_t d = 0; d < dim; d += kLanes)
         add_row(sums + Engine::sum_at(width, r, d), std::min<int64_t>(kLanes, dim - d), factor, row + d);
     }
   }
+
+  static constexpr int64_t kRowsAhead = 8;  // fetched before they are added to: no processor foresees them
 
   const BackwardParams& p_;
   const AttentionShape& shape_;

@@ -148,7 +148,7 @@ class AmxBackward {
 
   void advance(const Step& older, const Step& current, const Step& next, const BackwardTile& tile,
                const Gradients& sums) {
-    if (!kPipelined) {
+    if constexpr (!kPipelined) {
       score_keys(next, prefetch_);
       products_.finish();
       differentiate_beside(next, 0, tile, sums, [](auto&) {});

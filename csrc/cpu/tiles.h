@@ -30,8 +30,8 @@ constexpr int kPanelsPerChunk = 4;         // at least
 constexpr int kMaxPanelsPerChunk = 8;
 constexpr int kWantedBackwardTasks = 16;
 constexpr int kAmxMinChunkKeys = 512, kAmxMaxChunkKeys = 1024;
-// Of K, K^T, V, dK and dV: half of the L2 cache of processors with AMX.
-constexpr int64_t kAmxChunkBytes = 1024 * 1024;
+// Of K, K^T, V, dK and dV: the larger part of the L2 cache of processors with AMX.
+constexpr int64_t kAmxChunkBytes = 1280 * 1024;
 constexpr int64_t kChunkBytes = 768 * 1024;  // of K, V, dK and dV; half of a small L2 cache must be left
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
