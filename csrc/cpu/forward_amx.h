@@ -27,7 +27,7 @@ class AmxForward {
   static int64_t most_block_tiles(const AttentionShape& shape) {
     const int64_t row_bytes =
         amx_width(shape.head_dim) * kParts * sizeof(uint16_t) + amx_width(shape.value_dim) * sizeof(float);
-    return kAmxBlockBytes / (kTileRows * row_bytes);
+    return (kParts == 1 ? kBlockBytes : kSplitBlockBytes) / (kTileRows * row_bytes);
   }
 
   AmxForward(const ForwardParams& params, KeyHead at, int64_t block_tiles, ScratchCursor& scratch)
@@ -36,16 +36,18 @@ class AmxForward {
         width_(amx_width(params.shape.head_dim)),
         value_width_(amx_width(params.shape.value_dim)),
         log2_scale_(params.softmax_scale * kLog2E),
+        step_keys_(step_keys(width_ + value_width_)),
         block_tiles_(block_tiles),
         strips_(scratch.objects<Strip>(block_tiles * kStripsPerTile)),
         q_(allocate_parts<kParts, uint32_t>(scratch, block_tiles * kTileRows * width_ / 2)),
         k_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * width_)),
         v_columns_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * value_width_)),
         rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))),
-        scores_(scratch.objects<float>(kStepKeys * kStripRows)),
-        other_scores_(scratch.objects<float>(kStepKeys * kStripRows)),
-        weights_(allocate_parts<kParts, uint32_t>(scratch, kStepKeys / 2 * kStripRows)),
-        other_weights_(allocate_parts<kParts, uint32_t>(scratch, kStepKeys / 2 * kStripRows)) {}
+        scores_(scratch.objects<float>(kMaxStepKeys * kStripRows)),
+        other_scores_(scratch.objects<float>(kWeighBesideProducts ? kMaxStepKeys * kStripRows : 0)),
+        weights_(allocate_parts<kParts, uint32_t>(scratch, kMaxStepKeys / 2 * kStripRows)),
+        other_weights_(allocate_parts<kParts, uint32_t>(
+            scratch, kWeighBesideProducts ? kMaxStepKeys / 2 * kStripRows : 0)) {}
 
   void load_rows(int t, const RowTile& tile) {
     split_tile_rows<Element>(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
@@ -82,13 +84,21 @@ class AmxForward {
       const Strip& rows = strip(t, i);
       const int64_t from = (std::max(begin, rows.begin) - first) / kAmxBlock * kAmxBlock;
       const int64_t to = round_up(std::min(end, rows.end) - first, kAmxBlock);
-      for (int64_t key = from; key < to; key += kStepKeys) {
-        const int64_t num_keys = std::min<int64_t>(kStepKeys, to - key);
-        advance({&tile, &rows, &state, first, key, num_keys, strip_queries(t, i),
-                 out + i * kStripRows * value_width_});
+      for (int64_t key = from; key < to; key += step_keys_) {
+        const int64_t num_keys = std::min<int64_t>(step_keys_, to - key);
+        const Step step{&tile,
+                        &rows,
+                        &state,
+                        first,
+                        key,
+                        num_keys,
+                        strip_queries(t, i),
+                        out + i * kStripRows * value_width_};
+        coming_keys_.fetch_some();
+        kWeighBesideProducts ? advance(step) : attend_step(step);
       }
     }
-    advance({}), advance({});
+    if (kWeighBesideProducts) advance({}), advance({});
     products_.finish();
   }
 
@@ -96,8 +106,13 @@ class AmxForward {
   static constexpr int kStripRows = kAmxBlock;
   static constexpr int kStripVecs = kStripRows / kLanes;
   static constexpr int kStripsPerTile = kTileRows / kStripRows;
-  // So many that loading and storing O is little beside its products.
-  static constexpr int kStepKeys = 128;
+  // In one part, the products are too short: weighing between them is faster, and so are steps that leave
+  // more of the L1 cache where rows are short. Long ones want few loads and stores of O.
+  static constexpr bool kWeighBesideProducts = kParts > 1;
+  static constexpr int kMaxStepKeys = 128;
+  static int64_t step_keys(int64_t widths) {
+    return kWeighBesideProducts || widths > 2 * 64 ? kMaxStepKeys : kMaxStepKeys / 2;
+  }
   // The next panel is fetched beside the last tiles of a block: earlier, it would leave the cache again.
   static constexpr int kLastTiles = 8;
   // What the weights of a step may sum to before the reference of the
@@ -164,31 +179,44 @@ class AmxForward {
     }
   };
 
+  // One step after the other.
+  void attend_step(const Step& step) {
+    NothingBeside nothing;
+    score_keys(step, scores_, nothing);
+    products_.finish();
+    current_ = step;
+    const auto no_products = [](auto&) {};
+    step.needs_mask() ? weigh<true>(0, no_products) : weigh<false>(0, no_products);
+    add_values(step, weights_, nothing);
+  }
+
   // Three steps are under way: while the tile unit computes the scores of the next and adds the values of the
   // previous, the vector units turn the scores of the current one into weights.
   void advance(const Step& next) {
-    coming_keys_.fetch_some();
+    const auto products = [&](auto& beside) { multiply(next, beside); };
     if (current_.num_keys == 0) {
       NothingBeside nothing;
-      multiply(next, nothing);
+      products(nothing);
     } else {
-      current_.needs_mask() ? weigh_beside_products<true>(next) : weigh_beside_products<false>(next);
+      const int64_t rate = weighing_rate(next);
+      current_.needs_mask() ? weigh<true>(rate, products) : weigh<false>(rate, products);
     }
     previous_ = current_, current_ = next;
     std::swap(scores_, other_scores_), std::swap(weights_, other_weights_);
   }
 
-  template <bool kMasked>
-  void weigh_beside_products(const Step& next) {
+  // The weights of the current step, beside products.
+  template <bool kMasked, class Products>
+  void weigh(int64_t rate, Products multiply_beside) {
     if (const Lanes lacking = lanes_without_reference(); lacking.any()) {
       NothingBeside nothing;
       multiply({}, nothing);
-      products_.finish();
       previous_ = {};
+      products_.finish();
       raise_reference<kMasked>(lacking);
     }
-    Weighing<kMasked> weighing(*this, weighing_rate(next));
-    multiply(next, weighing);
+    Weighing<kMasked> weighing(*this, rate);
+    multiply_beside(weighing);
     weighing.rest();
     if (const Lanes above = weighing.lanes_above(kMaxStepSum); above.any()) {
       products_.finish();
@@ -202,18 +230,30 @@ class AmxForward {
   // The scores of `next`, and the values of the previous step.
   template <class Beside>
   void multiply(const Step& next, Beside& beside) {
-    if (next.num_keys > 0) {
-      products_.multiply({next.num_keys, kStripRows, width_},
-                         packed_operand(k_.from(next.key * width_), width_ / kAmxDepth),
-                         packed_operand(next.q, kStripVecs), packed_tiles(other_scores_, kStripVecs), beside);
+    if (next.num_keys > 0) score_keys(next, other_scores_, beside);
+    if (previous_.num_keys > 0) {
+      add_values(previous_, other_weights_, beside);
+    } else {
+      products_.finish();
     }
-    if (previous_.num_keys == 0) return products_.finish();
+  }
+
+  // S^T = K Q^T
+  template <class Beside>
+  void score_keys(const Step& step, float* scores, Beside& beside) {
+    products_.multiply({step.num_keys, kStripRows, width_},
+                       packed_operand(k_.from(step.key * width_), width_ / kAmxDepth),
+                       packed_operand(step.q, kStripVecs), packed_tiles(scores, kStripVecs), beside);
+  }
+
+  // O^T += V^T P^T
+  template <class Beside>
+  void add_values(const Step& step, AmxParts<uint32_t> weights, Beside& beside) {
     constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
-    const AmxTiles<const uint16_t> v{v_columns_.data + previous_.key * value_width_, kAmxTileBytes,
-                                     kColumnTile, value_width_ / kAmxTile * kColumnTile, v_columns_.size};
-    products_.multiply_add({value_width_, kStripRows, previous_.num_keys}, v,
-                           packed_operand(other_weights_, kStripVecs),
-                           lane_tiles(previous_.out, value_width_), beside);
+    const AmxTiles<const uint16_t> v{v_columns_.data + step.key * value_width_, kAmxTileBytes, kColumnTile,
+                                     value_width_ / kAmxTile * kColumnTile, v_columns_.size};
+    products_.multiply_add({value_width_, kStripRows, step.num_keys}, v, packed_operand(weights, kStripVecs),
+                           lane_tiles(step.out, value_width_), beside);
   }
 
   static constexpr int64_t kRate = 64;
@@ -339,7 +379,7 @@ class AmxForward {
   const KeyHead at_;
   const int64_t width_, value_width_;
   const float log2_scale_;
-  const int64_t block_tiles_;
+  const int64_t step_keys_, block_tiles_;
   AmxProducts<kParts> products_;
   Strip* const strips_;                 // of each row tile
   const AmxParts<uint32_t> q_;          // of each strip: [width / 2][kStripRows], in tiles

@@ -18,8 +18,8 @@ constexpr int kTileRows = kMicroVecs * kLanes;
 // some tasks, because they are not equally long, and Q and O of a block must leave half of the L2 cache.
 constexpr int kMinBlockTiles = 256 / kTileRows;
 constexpr int64_t kBlockBytes = 1024 * 1024;
-// With AMX, loading keys costs more beside the products; rows may stream by from a cache behind.
-constexpr int64_t kAmxBlockBytes = 3 * 1024 * 1024;
+// Keys that are split into parts cost more to load; rows may stream by from a cache behind.
+constexpr int64_t kSplitBlockBytes = 3 * 1024 * 1024;
 constexpr int64_t kNarrowKeys = 1024;      // rows that see fewer leave a panel to few row tiles
 constexpr int kTasksPerWorker = 4;         // with more than one worker
 constexpr int kVectorPanelKeys = 96;       // a multiple of kMicroRows
