@@ -166,13 +166,6 @@ MLS_INLINE void prefetch_row(const void* row, int64_t bytes) {
   }
 }
 
-// A tensor whose elements are known.
-template <class Element>
-MLS_INLINE TokenTensor<const typename Element::Storage> typed(const TokenTensor<const void>& tensor) {
-  return {static_cast<const typename Element::Storage*>(tensor.data), tensor.token_stride,
-          tensor.batch_stride, tensor.head_stride};
-}
-
 template <class Element>
 inline void clear_rows(AmxParts<uint16_t> rows, int64_t first, int64_t last, int64_t width) {
   for (int i = 0; i < kAmxParts<Element>; ++i)

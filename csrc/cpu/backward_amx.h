@@ -260,8 +260,8 @@ class AmxBackward {
     MLS_INLINE void differentiate_unit() {
       constexpr uint64_t kRight = kStrips * kVectorWords;  // from a vector to the one it is paired with
       const uint64_t strip = unit_ % kStrips, pair = unit_ / kStrips;
-      float* const s = scores_->s + strip * kVectorWords + 2 * pair * kAmxRow;
-      float* const dp = s + std::size(scores_->s);
+      const uint64_t at = strip * kVectorWords + 2 * pair * kAmxRow;
+      float *const s = scores_->s + at, *const dp = scores_->dp + at;
       uint32_t* const key_pairs = scores_->key_pairs + strip * kVectorWords / 2 + pair * kAmxRow;
       Bf16Parts<kParts> p[2][2], ds[2][2];
 #pragma GCC unroll 2

@@ -112,7 +112,7 @@ struct Bf16Pairs {
   // [round_up(count, 2)][padded(words(dim))]
   static void load_keys(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
                         int64_t dim, float* rows) {
-    const TokenTensor<const uint16_t> keys = typed(tensor);
+    const auto keys = typed<BFloat16>(tensor);
     const int64_t stride = padded(words<Words>(dim));
     for (int64_t r = 0; r < count; ++r) copy_row(row_pointer(keys, 1, at, first + r), dim, rows + r * stride);
     if (count % Words::kValues != 0) std::memset(rows + count * stride, 0, stride * sizeof(float));
@@ -120,7 +120,7 @@ struct Bf16Pairs {
   // Rows of a tile, zeros past its end: [kTileRows][padded(words(dim))]
   static void load_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at, const RowTile& tile,
                         int64_t dim, float* rows) {
-    const TokenTensor<const uint16_t> queries = typed(tensor);
+    const auto queries = typed<BFloat16>(tensor);
     const int64_t stride = padded(words<Words>(dim));
     for (int r = 0; r < tile.num_rows; ++r) {
       copy_row(row_pointer(queries, group, at, tile.first_row + r), dim, rows + r * stride);
@@ -129,11 +129,6 @@ struct Bf16Pairs {
   }
 
  private:
-  static TokenTensor<const uint16_t> typed(const TokenTensor<const void>& tensor) {
-    return {static_cast<const uint16_t*>(tensor.data), tensor.token_stride, tensor.batch_stride,
-            tensor.head_stride};
-  }
-
   // words = src[0..dim) and zeros up to padded(words(dim))
   static MLS_INLINE void copy_row(const uint16_t* src, int64_t dim, float* words) {
     constexpr int64_t kVector = kLanes * Words::kValues;

@@ -186,7 +186,7 @@ class AmxForward {
     products_.finish();
     current_ = step;
     const auto no_products = [](auto&) {};
-    step.needs_mask() ? weigh<true>(0, no_products) : weigh<false>(0, no_products);
+    step.needs_mask() ? weigh<true>({}, no_products) : weigh<false>({}, no_products);
     add_values(step, weights_, nothing);
   }
 
@@ -198,8 +198,7 @@ class AmxForward {
       NothingBeside nothing;
       products(nothing);
     } else {
-      const int64_t rate = weighing_rate(next);
-      current_.needs_mask() ? weigh<true>(rate, products) : weigh<false>(rate, products);
+      current_.needs_mask() ? weigh<true>(next, products) : weigh<false>(next, products);
     }
     previous_ = current_, current_ = next;
     std::swap(scores_, other_scores_), std::swap(weights_, other_weights_);
@@ -207,7 +206,7 @@ class AmxForward {
 
   // The weights of the current step, beside products.
   template <bool kMasked, class Products>
-  void weigh(int64_t rate, Products multiply_beside) {
+  void weigh(const Step& next, Products multiply_beside) {
     if (const Lanes lacking = lanes_without_reference(); lacking.any()) {
       NothingBeside nothing;
       multiply({}, nothing);
@@ -215,7 +214,7 @@ class AmxForward {
       products_.finish();
       raise_reference<kMasked>(lacking);
     }
-    Weighing<kMasked> weighing(*this, rate);
+    Weighing<kMasked> weighing(*this, calls_beside(next));
     multiply_beside(weighing);
     weighing.rest();
     if (const Lanes above = weighing.lanes_above(kMaxStepSum); above.any()) {
@@ -256,13 +255,10 @@ class AmxForward {
                            lane_tiles(step.out, value_width_), beside);
   }
 
-  static constexpr int64_t kRate = 64;
-  // Rows of weights beside each four products of `next` and of the previous step, in parts of kRate: evenly,
-  // because more work at a time than the processor looks ahead keeps the tile unit waiting.
-  int64_t weighing_rate(const Step& next) const {
+  // Calls from the products of `next` and of the previous step.
+  int64_t calls_beside(const Step& next) const {
     const int64_t products = next.num_keys * width_ + previous_.num_keys * value_width_;
-    const int64_t calls = products / (kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kNumPairs;
-    return calls == 0 ? 0 : ceil_div(kRate * current_.num_keys, calls);
+    return products / (kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kNumPairs;
   }
 
   // Where the first vector of a row of S^T lies, and of a pair of rows of P^T. (Of unsigned numbers: signed
@@ -287,24 +283,25 @@ class AmxForward {
   template <bool kMasked>
   class Weighing {
    public:
-    Weighing(const AmxForward& engine, int64_t rate)
+    Weighing(const AmxForward& engine, int64_t calls)
         : step_(engine.current_),
           scores_(engine.scores_),
           weights_(engine.weights_),
-          rate_(rate),
-          num_rows_(engine.current_.num_keys),
+          calls_(calls),
+          num_pairs_(engine.current_.num_keys / 2),
           scale_(splat(engine.log2_scale_)) {
 #pragma GCC unroll 8
       for (int x = 0; x < kStripVecs; ++x) reference_[x] = finite_max(load(step_.maxima(x))), sum_[x] = Vec{};
     }
 
+    // As many pairs as keep pace with the products: more at a time than the processor looks ahead would keep
+    // the tile unit waiting.
     MLS_INLINE void some() {
-      due_ += rate_;
-      weigh_until(std::min(due_ / kRate, num_rows_));
+      for (credit_ += num_pairs_; credit_ >= calls_; credit_ -= calls_) weigh_pair();
     }
     void rest() {
       Weighing local = *this;
-      local.weigh_until(num_rows_);
+      while (local.pair_ < num_pairs_) local.weigh_pair();
       *this = local;
     }
 
@@ -318,25 +315,24 @@ class AmxForward {
     }
 
    private:
-    MLS_INLINE void weigh_until(uint64_t last) {
-      for (; row_ < last; row_ += 2) {
-        const AmxParts<uint32_t> pairs = weights_.from(weight_offset(row_));
+    MLS_INLINE void weigh_pair() {
+      const uint64_t row = 2 * pair_++;
+      const AmxParts<uint32_t> pairs = weights_.from(weight_offset(row));
 #pragma GCC unroll 8
-        for (int x = 0; x < kStripVecs; ++x) {
-          const Vec even = score<kMasked>(step_, scores_, row_, x);
-          const Vec odd = score<kMasked>(step_, scores_, row_ + 1, x);
-          const Vec p = summed_exp2<kParts>(even * scale_ - reference_[x]);
-          const Vec next = summed_exp2<kParts>(odd * scale_ - reference_[x]);
-          sum_[x] = sum_[x] + p + next;
-          store_pairs(pairs.from(x * kAmxTileWords), split<kParts>(p), split<kParts>(next));
-        }
+      for (int x = 0; x < kStripVecs; ++x) {
+        const Vec even = score<kMasked>(step_, scores_, row, x);
+        const Vec odd = score<kMasked>(step_, scores_, row + 1, x);
+        const Vec p = summed_exp2<kParts>(even * scale_ - reference_[x]);
+        const Vec next = summed_exp2<kParts>(odd * scale_ - reference_[x]);
+        sum_[x] = sum_[x] + p + next;
+        store_pairs(pairs.from(x * kAmxTileWords), split<kParts>(p), split<kParts>(next));
       }
     }
 
     Step step_;
     const float* scores_;
     AmxParts<uint32_t> weights_;
-    uint64_t rate_, num_rows_, due_ = 0, row_ = 0;
+    uint64_t calls_, num_pairs_, credit_ = 0, pair_ = 0;
     Vec scale_, reference_[kStripVecs], sum_[kStripVecs];
   };
 

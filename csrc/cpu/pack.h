@@ -6,6 +6,13 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
+// A tensor whose elements are known.
+template <class Element>
+MLS_INLINE TokenTensor<const typename Element::Storage> typed(const TokenTensor<const void>& tensor) {
+  return {static_cast<const typename Element::Storage*>(tensor.data), tensor.token_stride,
+          tensor.batch_stride, tensor.head_stride};
+}
+
 // dst[0..padded(dim)) = src[0..dim) widened to fp32, zeros behind.
 template <class Element>
 MLS_INLINE void load_row(const typename Element::Storage* src, int64_t dim, float* dst) {
@@ -21,10 +28,9 @@ MLS_INLINE void load_row(const typename Element::Storage* src, int64_t dim, floa
 template <class Element>
 inline void load_key_panel(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
                            int64_t dim, float* panel) {
-  const auto* base = static_cast<const typename Element::Storage*>(tensor.data) +
-                     at.batch * tensor.batch_stride + at.kv_head * tensor.head_stride;
+  const auto keys = typed<Element>(tensor);
   for (int64_t r = 0; r < count; ++r) {
-    load_row<Element>(base + (first + r) * tensor.token_stride, dim, panel + r * padded(dim));
+    load_row<Element>(row_pointer(keys, 1, at, first + r), dim, panel + r * padded(dim));
   }
 }
 
@@ -64,11 +70,9 @@ inline PanelColumns copy_columns(const float* panel, int64_t count, int64_t dim,
 template <class Element>
 inline void load_tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
                            const RowTile& tile, int64_t dim, float* rows) {
-  using Storage = typename Element::Storage;
-  const TokenTensor<const Storage> typed{static_cast<const Storage*>(tensor.data), tensor.token_stride,
-                                         tensor.batch_stride, tensor.head_stride};
+  const auto queries = typed<Element>(tensor);
   for (int r = 0; r < tile.num_rows; ++r) {
-    load_row<Element>(row_pointer(typed, group, at, tile.first_row + r), dim, rows + r * padded(dim));
+    load_row<Element>(row_pointer(queries, group, at, tile.first_row + r), dim, rows + r * padded(dim));
   }
   std::memset(rows + tile.num_rows * padded(dim), 0,
               (kTileRows - tile.num_rows) * padded(dim) * sizeof(float));
