@@ -60,7 +60,7 @@ class StepMeasurement:
     """Wall clock in communication calls and waits, while the host computed nothing; None on GPUs."""
     attention_forwards: int
     link_bytes_sent: int | None
-    """What the kernel saw leave through the ranks' interface, headers and acknowledgements with it."""
+    """Payload that the kernel saw leave through the ranks' interface."""
     warmup: bool
 
 

@@ -21,7 +21,7 @@ from megatron_lightseq.schedule import METHODS, TensorShape, build, simulate
 from megatron_lightseq.schedule.ir import Direction
 
 BYTES_TOLERANCE = 0.03
-"""Between predicted and counted bytes: headers and acknowledgements are in the count only."""
+"""Between predicted and counted bytes: what the processes say to agree on a step is in the count only."""
 _MIB = 2**20
 _HEADER = (
     "link",
@@ -31,7 +31,7 @@ _HEADER = (
     "exposed s/step",
     "attention MiB/step by the schedule",
     "with collectives",
-    "counted on the link",
+    "payload counted on the link",
     "difference",
 )
 

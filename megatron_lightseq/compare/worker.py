@@ -123,14 +123,38 @@ def _settle() -> None:
     dist.barrier()
 
 
+HEADER_BYTES = 14 + 20 + 32
+"""Of a packet: Ethernet, IPv4, and TCP with the timestamps that Linux sends."""
+SEGMENT_BYTES = 1500 - 20 - 32
+"""Payload of a segment of TCP on Ethernet."""
+
+
 def link_bytes(interface: str | None) -> int | None:
-    """Bytes that the kernel has sent through a network interface of this process's network namespace."""
+    """Payload that the kernel has sent through a network interface of this process's network namespace.
+
+    What the interface counted, without a header for each packet and without segments that TCP sent again: how much the
+    kernel puts into a packet, and how many a full queue drops, depends on the moment. Acknowledgements are packets of a
+    header alone.
+    """
     if interface is None:
         return None
-    for line in Path("/proc/net/dev").read_text().splitlines():
+    sent = sent_payload(Path("/proc/net/dev").read_text(), interface)
+    return None if sent is None else sent - resent_payload(Path("/proc/net/snmp").read_text())
+
+
+def resent_payload(net_snmp: str) -> int:
+    """Bytes of segments that TCP sent again, from the text of /proc/net/snmp; full segments are assumed."""
+    names, values = (line.split() for line in net_snmp.splitlines() if line.startswith("Tcp:"))
+    return int(values[names.index("RetransSegs")]) * SEGMENT_BYTES
+
+
+def sent_payload(net_dev: str, interface: str) -> int | None:
+    """Bytes without headers that ``interface`` has sent, from the text of /proc/net/dev; None if it is not there."""
+    for line in net_dev.splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == interface:
-            return int(counters.split()[8])
+            sent_bytes, sent_packets = map(int, counters.split()[8:10])
+            return sent_bytes - sent_packets * HEADER_BYTES
     return None
 
 

@@ -10,6 +10,7 @@ from megatron_lightseq.cli.compare import run
 from megatron_lightseq.compare.link import scheduled_bytes
 from megatron_lightseq.compare.run import common_config
 from megatron_lightseq.compare.systems import SYSTEMS, choose
+from megatron_lightseq.compare.worker import resent_payload, sent_payload
 from megatron_lightseq.config import PretrainConfig, with_values
 from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.errors import ConfigError, UnsupportedError
@@ -118,3 +119,21 @@ def test_scheduled_bytes_by_hand() -> None:
     assert scheduled_bytes(config) == 2 * key_values * 2
     assert scheduled_bytes(SYSTEMS["megatron-tp-sp"].configure(COMMON, 2)) is None
     assert scheduled_bytes(SYSTEMS["ulysses"].configure(COMMON, 2)) is None
+
+
+NET_DEV = """Inter-|   Receive                            |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier
+    lo:     640      10    0    0    0     0          0         0      640      10    0    0    0     0       0
+ link0:     500       5    0    0    0     0          0         0     2198       3    0    0    0     0       0
+"""
+
+
+def test_payload_on_the_link_has_no_headers() -> None:
+    """Two packets of 1000 bytes, and an acknowledgement."""
+    assert sent_payload(NET_DEV, "link0") == 2000
+    assert sent_payload(NET_DEV, "link1") is None
+
+
+def test_segments_sent_again_are_known() -> None:
+    snmp = "Ip: Forwarding\nIp: 1\nTcp: ActiveOpens RetransSegs InErrs\nTcp: 7 3 0\nUdp: NoPorts\nUdp: 0\n"
+    assert resent_payload(snmp) == 3 * 1448
