@@ -126,6 +126,7 @@ class ControlChannel:
         self._longest_step_s = 0.0
         self._suspicious = threading.Event()
         self._closing = threading.Event()
+        self._news = threading.Event()
         self._introduced = threading.Event()
         self._failure: Failure | None = None
         self._known = threading.Condition()
@@ -149,7 +150,10 @@ class ControlChannel:
         now = time.monotonic()
         if self._phase == TRAIN and self._step > 1:
             self._longest_step_s = max(self._longest_step_s, now - self._since)
+        news = phase != self._phase
         self._step, self._phase, self._since = step, phase, now
+        if news:
+            self._news.set()  # a rank that dies soon is named with the phase that it was in
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -209,7 +213,7 @@ class ControlChannel:
         failure = Failure(
             rank=self._rank, step=self._step, phase=self._phase, error=f"{type(error).__name__}: {text}"
         )
-        self._closing.set()
+        self._close_thread()
         try:
             _publish(self._connect(), failure)
         except (RuntimeError, dist.DistError):
@@ -228,8 +232,12 @@ class ControlChannel:
         except (RuntimeError, dist.DistError):
             return
 
-    def _stop_thread(self) -> None:
+    def _close_thread(self) -> None:
         self._closing.set()
+        self._news.set()
+
+    def _stop_thread(self) -> None:
+        self._close_thread()
         if self._thread is not None:
             self._thread.join(timeout=self._limits.grace_s)
             self._thread = None
@@ -250,7 +258,7 @@ class ControlChannel:
             store = self._connect()
             self._beat(watch, store)
             self._introduced.set()
-            while not self._closing.wait(self._limits.beat_s):
+            while not self._closed_before_beat():
                 self._beat(watch, store)
                 failure = watch.look(store, suspicious=self._suspicious.is_set()) or self._overdue(
                     watch, store
@@ -264,6 +272,12 @@ class ControlChannel:
             if not self._closing.is_set():
                 self._learn(self._host_gone(error))
                 self._leave()
+
+    def _closed_before_beat(self) -> bool:
+        """Wait until the next heartbeat is due: after a while, or at once when the phase changes."""
+        self._news.wait(self._limits.beat_s)
+        self._news.clear()
+        return self._closing.is_set()
 
     def _beat(self, watch: _Watch, store: dist.Store) -> None:
         self._last_round = time.monotonic()

@@ -260,9 +260,18 @@ def test_a_rank_is_known_before_its_first_step(store: dist.TCPStore) -> None:
     channel = ControlChannel(connect, rank=1, world_size=2, limits=FaultLimits(beat_s=600.0))
     channel.start()
     known = faults._read_beat(store, 1)
+    channel.enter(1, TRAIN)
+
+    def trains() -> bool:
+        beat = faults._read_beat(store, 1)
+        return beat is not None and (beat.step, beat.phase) == (1, TRAIN)
+
+    faults._wait_until(trains, 30.0)
+    told = trains()
     channel._stop_thread()
     assert known is not None
     assert (known.step, known.phase, known.pid) == (0, faults.SET_UP, os.getpid())
+    assert told, "the next heartbeat was due in ten minutes, but the phase is new"
 
 
 # ---- signals --------------------------------------------------------------------------------------------------
