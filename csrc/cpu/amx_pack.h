@@ -172,11 +172,10 @@ inline void clear_rows(AmxParts<uint16_t> rows, int64_t first, int64_t last, int
     std::memset(rows[i] + first * width, 0, (last - first) * width * sizeof(uint16_t));
 }
 
-// The next block of keys to be copied, if there are more.
+// Keys [first, last).
 template <class Element>
-inline void prefetch_key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first,
-                              int64_t num_keys, int64_t dim) {
-  const int64_t last = std::min(first + kAmxBlock, num_keys);
+inline void prefetch_key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t last,
+                              int64_t dim) {
   for (int64_t key = first; key < last; ++key)
     prefetch_row(row_pointer(typed<Element>(tensor), 1, at, key), dim * sizeof(typename Element::Storage));
 }

@@ -58,8 +58,9 @@ class AmxBackward {
     const AttentionShape& shape = p_.shape;
     for (int64_t key = first; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
-      prefetch_key_rows<Element>(p_.k, at_, key + kAmxBlock, last, shape.head_dim);
-      prefetch_key_rows<Element>(p_.v, at_, key + kAmxBlock, last, shape.value_dim);
+      const int64_t next = key + kAmxBlock, next_end = std::min(next + kAmxBlock, last);
+      prefetch_key_rows<Element>(p_.k, at_, next, next_end, shape.head_dim);
+      prefetch_key_rows<Element>(p_.v, at_, next, next_end, shape.value_dim);
       split_key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
       for (int part = 0; part < kParts; ++part) {
         rows_to_tiles(rows_[part], width_, k_[part] + to * width_);

@@ -63,23 +63,21 @@ class AmxForward {
     const AttentionShape& shape = p_.shape;
     for (int64_t key = first; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
-      prefetch_key_rows<Element>(p_.k, at_, key + kAmxBlock, shape.num_keys, shape.head_dim);
-      prefetch_key_rows<Element>(p_.v, at_, key + kAmxBlock, shape.num_keys, shape.value_dim);
+      prefetch_keys(key + kAmxBlock, std::min(key + 2 * kAmxBlock, shape.num_keys));
       split_key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
       for (int part = 0; part < kParts; ++part) rows_to_tiles(rows_[part], width_, k_[part] + to * width_);
       split_key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
       for (int part = 0; part < kParts; ++part)
         keys_to_column_tiles(rows_[part], value_width_, v_columns_[part] + to * value_width_);
     }
-    coming_keys_ = {this, last, last};
+    coming_key_ = coming_end_ = last;
   }
 
   // Whole blocks of keys are computed; those before `begin` or from `end` on
   // are masked like any other.
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
               float* out) {
-    if (t >= block_tiles_ - kLastTiles)
-      coming_keys_.end = std::min(first + 2 * kPanelKeys, p_.shape.num_keys);
+    if (t >= block_tiles_ - kLastTiles) coming_end_ = std::min(first + 2 * kPanelKeys, p_.shape.num_keys);
     for (int i = 0; i < kStripsPerTile; ++i) {
       const Strip& rows = strip(t, i);
       const int64_t from = (std::max(begin, rows.begin) - first) / kAmxBlock * kAmxBlock;
@@ -94,7 +92,7 @@ class AmxForward {
                         num_keys,
                         strip_queries(t, i),
                         out + i * kStripRows * value_width_};
-        coming_keys_.fetch_some();
+        prefetch_coming_keys();
         kWeighBesideProducts ? advance(step) : attend_step(step);
       }
     }
@@ -148,22 +146,16 @@ class AmxForward {
     bool needs_mask() const { return rows->needs_mask(first + key, first + key + num_keys); }
   };
 
-  // Rows of K and V of the next panel, fetched to the L2 cache some at a time: they lie far apart, and no
-  // processor fetches them by itself.
-  struct ComingKeys {
-    const AmxForward* engine = nullptr;
-    int64_t key = 0, end = 0;
-
-    void fetch_some() {
-      const ForwardParams& p = engine->p_;
-      constexpr int64_t kBytes = sizeof(typename Element::Storage);
-      for (const int64_t last = std::min(key + kKeysAtOnce, end); key < last; ++key) {
-        prefetch_row(row_pointer(typed<Element>(p.k), 1, engine->at_, key), p.shape.head_dim * kBytes);
-        prefetch_row(row_pointer(typed<Element>(p.v), 1, engine->at_, key), p.shape.value_dim * kBytes);
-      }
-    }
-    static constexpr int64_t kKeysAtOnce = 8;
-  };
+  void prefetch_keys(int64_t first, int64_t last) {
+    prefetch_key_rows<Element>(p_.k, at_, first, last, p_.shape.head_dim);
+    prefetch_key_rows<Element>(p_.v, at_, first, last, p_.shape.value_dim);
+  }
+  void prefetch_coming_keys() {
+    constexpr int64_t kKeysAtOnce = 8;
+    const int64_t last = std::min(coming_key_ + kKeysAtOnce, coming_end_);
+    prefetch_keys(coming_key_, last);
+    coming_key_ = std::max(coming_key_, last);
+  }
 
   Strip& strip(int t, int i) const { return strips_[t * kStripsPerTile + i]; }
   AmxParts<uint32_t> strip_queries(int t, int i) const {
@@ -386,7 +378,7 @@ class AmxForward {
   float *scores_, *other_scores_;               // S^T: [keys][kStripRows], in tiles
   AmxParts<uint32_t> weights_, other_weights_;  // P^T: [keys / 2][kStripRows], in tiles
   Step previous_, current_;
-  ComingKeys coming_keys_;
+  int64_t coming_key_ = 0, coming_end_ = 0;  // keys of the next panel that are still to be fetched
 };
 
 }  // namespace mls::cpu::MLS_VARIANT
