@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.harness.recipes import LATENT
 from tests.megatron.runs import on_ranks, train
 
 
@@ -99,16 +100,6 @@ def test_shared_keys_sum_their_gradient_in_a_program_of_ones_own() -> None:
 
 
 def test_recipes_with_megatrons_own_attention_sum_it_too() -> None:
-    recipe = {
-        "cp_method": "megatron",
-        "multi_latent_attention": True,
-        "num_query_groups": None,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_head_dim": 8,
-        "qk_pos_emb_head_dim": 4,
-        "v_head_dim": 10,
-        "train_iters": 2,
-    }
+    recipe = {**LATENT, "cp_method": "megatron", "train_iters": 2}
     whole, cut = (on_ranks(size, train, {**recipe, "tensor_model_parallel_size": size})[0] for size in (1, 2))
     torch.testing.assert_close(cut.grad_norms, whole.grad_norms, rtol=1e-4, atol=0.0)

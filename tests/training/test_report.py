@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.harness.ranks import run_ranks
+from tests.harness.recipes import LATENT
 from tests.training import saved_runs
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -18,15 +19,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
 }
 EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 32}
-LATENT = {
-    "multi_latent_attention": True,
-    "num_query_groups": None,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_head_dim": 8,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 10,
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "experts": EXPERTS,
     "latent": LATENT,
