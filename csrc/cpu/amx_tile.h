@@ -49,6 +49,11 @@ template <int kTile>
 MLS_INLINE void tile_load(const void* data, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(data), "r"(row_bytes), "i"(kTile) : "memory");
 }
+// The same for data that is read once in a while: it leaves the L1 cache to what is used more often.
+template <int kTile>
+MLS_INLINE void tile_load_streamed(const void* data, int64_t row_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(data), "r"(row_bytes), "i"(kTile) : "memory");
+}
 template <int kTile>
 MLS_INLINE void tile_store(void* data, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(data), "r"(row_bytes), "i"(kTile) : "memory");
@@ -78,181 +83,35 @@ constexpr AmxPartPair kAmxPartPairs[1] = {{0, 0}};
 template <>
 constexpr AmxPartPair kAmxPartPairs<3>[6] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
 
-// How a matrix lies in memory as tiles: bytes between the rows of a tile, and
-// elements between neighbouring tiles and between the parts of a value. A matrix
-// that vector code writes and the tile unit reads is best kept tile by tile
-// (kAmxRow): then it fills whole pages and all sets of the cache.
+// How a matrix lies in memory: a tile is 16 rows of 64 bytes, one behind the
+// other (then matrices fill whole pages and all sets of the cache); elements
+// between neighbouring tiles, and between the parts of a value.
 template <typename T>
 struct AmxTiles {
   T* data;
-  int64_t row_bytes, down, right, part = 0;
+  int64_t down, right, part = 0;
+  int64_t row_bytes = kAmxTileBytes;  // 0: a tile whose rows are all the same
 
   MLS_INLINE T* at(int64_t i, int64_t j) const { return data + i * down + j * right; }
 };
 
 constexpr int kAmxRow = kAmxTileBytes / sizeof(float);  // fp32 or words in the row of a tile
 constexpr int kAmxTileWords = kAmxTile * kAmxRow;
+constexpr int kAmxTileHalves = kAmxTile * kAmxDepth;  // bf16 values of a tile
 
 // Tiles one behind the other, `columns` to a row of tiles.
 template <typename T>
 MLS_INLINE AmxTiles<T> packed_tiles(T* data, int64_t columns, int64_t part = 0) {
   constexpr int64_t kSize = kAmxTile * kAmxTileBytes / sizeof(T);
-  return {data, kAmxTileBytes, columns * kSize, kSize, part};
+  return {data, columns * kSize, kSize, part};
 }
 // A row tile in the SIMD lanes, vector by vector: [vectors][width][kLanes].
 MLS_INLINE AmxTiles<float> lane_tiles(float* data, int64_t width) {
-  return {data, kAmxTileBytes, kAmxTileWords, width * kAmxRow};
+  return {data, kAmxTileWords, width * kAmxRow};
 }
 
 struct AmxShape {
   int64_t rows, columns, depth;  // of C and of the sum; multiples of kAmxBlock
-};
-
-// The tile unit computes by itself: vector instructions between those of tiles cost hardly any time. So every
-// product takes work to be done beside it, and calls its some() after each four tile products.
-struct NothingBeside {
-  MLS_INLINE void some() {}
-};
-
-// Lines of memory that will be needed, fetched to the L2 cache a few at a time:
-// all at once they would keep the products from theirs.
-class AmxPrefetch {
- public:
-  AmxPrefetch() = default;
-  explicit AmxPrefetch(const char** lines) : lines_(lines) {}
-
-  void clear() { next_ = end_ = 0; }
-  void add(const void* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += kCacheLine) lines_[end_++] = static_cast<const char*>(row) + i;
-  }
-  MLS_INLINE void some() {
-    for (const int64_t last = std::min(next_ + kLinesAtOnce, end_); next_ < last; ++next_)
-      _mm_prefetch(lines_[next_], _MM_HINT_T1);
-  }
-  static constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kCacheLine); }
-
- private:
-  static constexpr int64_t kCacheLine = 64, kLinesAtOnce = 2;
-  const char** lines_ = nullptr;
-  int64_t next_ = 0, end_ = 0;
-};
-
-// C = start + A B in blocks of 2 x 2 tiles, product after product; A and B are
-// of kParts parts.
-//
-// A store waits for the last product of its tile, and products behind a store
-// wait for it. So the tiles of a block stay in their registers until the next
-// block, of the same or of the next product, needs these, and are stored one by
-// one between its products. finish() stores the last ones.
-template <int kParts>
-class AmxProducts {
- public:
-  static constexpr int kNumPairs = std::size(kAmxPartPairs<kParts>);
-
-  template <class Beside>
-  void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b, AmxTiles<float> c,
-                Beside& beside) {
-    multiply<true>(shape, a, b, {}, c, beside);
-  }
-  template <class Beside>
-  void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b,
-                AmxTiles<const float> start, AmxTiles<float> c, Beside& beside) {
-    multiply<false>(shape, a, b, start, c, beside);
-  }
-  template <class Beside>
-  void multiply_add(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b, AmxTiles<float> c,
-                    Beside& beside) {
-    multiply<false>(shape, a, b, {c.data, c.row_bytes, c.down, c.right}, c, beside);
-  }
-
-  void finish() {
-    if (row_bytes_ == 0) return;
-    tile_store<0>(pending_[0], row_bytes_), tile_store<1>(pending_[1], row_bytes_);
-    tile_store<2>(pending_[2], row_bytes_), tile_store<3>(pending_[3], row_bytes_);
-    row_bytes_ = 0;
-  }
-
- private:
-  static constexpr auto& kPairs = kAmxPartPairs<kParts>;
-
-  // The tiles of A and B that the products of a block read next.
-  struct Operands {
-    const AmxTiles<const uint16_t>& a;
-    const AmxTiles<const uint32_t>& b;
-    const uint16_t *a0, *a1;
-    const uint32_t *b0, *b1;
-
-    MLS_INLINE void advance() { a0 += a.right, a1 += a.right, b0 += b.down, b1 += b.down; }
-    template <int kTile, int kPair>
-    MLS_INLINE void load_a(const uint16_t* tile) const {
-      if constexpr (kPair == 0 || kPairs[kPair].a != kPairs[std::max(kPair, 1) - 1].a)
-        tile_load<kTile>(tile + kPairs[kPair].a * a.part, a.row_bytes);
-    }
-    template <int kTile, int kPair>
-    MLS_INLINE void load_b(const uint32_t* tile) const {
-      if constexpr (kPair == 0 || kPairs[kPair].b != kPairs[std::max(kPair, 1) - 1].b)
-        tile_load<kTile>(tile + kPairs[kPair].b * b.part, b.row_bytes);
-    }
-  };
-
-  template <bool kFromZero, class Beside>
-  [[gnu::noinline]] void multiply(const AmxShape& shape, const AmxTiles<const uint16_t>& a,
-                                  const AmxTiles<const uint32_t>& b, const AmxTiles<const float>& start,
-                                  const AmxTiles<float>& c, Beside& work) {
-    Beside beside = work;  // in registers; `work` itself would be read and written around every instruction
-    const int64_t rows = shape.rows / kAmxTile, columns = shape.columns / kAmxTile;
-    for (int64_t i = 0; i < rows; i += 2) {
-      for (int64_t j = 0; j < columns; j += 2) {
-        Operands from{a, b, a.at(i, 0), a.at(i + 1, 0), b.at(0, j), b.at(0, j + 1)};
-        // A store keeps the tile unit from its products, so between these.
-        from.template load_a<4, 0>(from.a0), from.template load_b<6, 0>(from.b0);
-        begin_tile<kFromZero, 0>(start.at(i, j), start.row_bytes, c.at(i, j));
-        tile_dot<0, 4, 6>();
-        from.template load_b<7, 0>(from.b1);
-        begin_tile<kFromZero, 1>(start.at(i, j + 1), start.row_bytes, c.at(i, j + 1));
-        tile_dot<1, 4, 7>();
-        from.template load_a<5, 0>(from.a1);
-        begin_tile<kFromZero, 2>(start.at(i + 1, j), start.row_bytes, c.at(i + 1, j));
-        tile_dot<2, 5, 6>();
-        begin_tile<kFromZero, 3>(start.at(i + 1, j + 1), start.row_bytes, c.at(i + 1, j + 1));
-        tile_dot<3, 5, 7>();
-        row_bytes_ = c.row_bytes;
-        beside.some();
-        add_pairs<1>(from, beside);
-        for (int64_t k = kAmxDepth; k < shape.depth; k += kAmxDepth) {
-          from.advance();
-          add_pairs<0>(from, beside);
-        }
-      }
-    }
-    work = beside;
-  }
-
-  // The products of part pairs from kPair on.
-  template <int kPair, class Beside>
-  static MLS_INLINE void add_pairs(const Operands& from, Beside& beside) {
-    if constexpr (kPair < kNumPairs) {
-      from.template load_a<4, kPair>(from.a0), from.template load_b<6, kPair>(from.b0);
-      from.template load_b<7, kPair>(from.b1), from.template load_a<5, kPair>(from.a1);
-      beside.some();
-      tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
-      add_pairs<kPair + 1>(from, beside);
-    }
-  }
-
-  template <bool kFromZero, int kTile>
-  MLS_INLINE void begin_tile(const float* start, int64_t start_bytes, float* c) {
-    if (row_bytes_ != 0) tile_store<kTile>(pending_[kTile], row_bytes_);
-    if constexpr (kFromZero) {
-      tile_zero<kTile>();
-    } else {
-      tile_load<kTile>(start, start_bytes);
-    }
-    pending_[kTile] = c;
-  }
-
-  float* pending_[4] = {};  // where the tiles of C go that registers 0 to 3 hold
-  int64_t row_bytes_ = 0;   // 0: they hold none
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

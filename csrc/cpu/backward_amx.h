@@ -7,7 +7,7 @@
 #pragma once
 #include "amx_exp2.h"
 #include "amx_pack.h"
-#include "amx_tile.h"
+#include "amx_products.h"
 #include "backward.h"
 #include "row_tile.h"
 #include "tiles.h"
@@ -193,12 +193,10 @@ class AmxBackward {
                        packed_operand(q_lanes_, kMicroVecs), score_tiles(step.scores->s), beside);
     products_.multiply({step.num_keys, kTileRows, value_width_},
                        packed_operand(v_.from(step.key * value_width_), value_width_ / kAmxDepth),
-                       packed_operand(do_lanes_, kMicroVecs), {minus_delta_, 0, 0, kAmxTile},
+                       packed_operand(do_lanes_, kMicroVecs), {minus_delta_, 0, kAmxTile, 0, 0},
                        score_tiles(step.scores->dp), beside);
   }
-  static AmxTiles<float> score_tiles(float* data) {
-    return {data, kAmxTileBytes, kAmxTileWords, kVectorWords};
-  }
+  static AmxTiles<float> score_tiles(float* data) { return {data, kAmxTileWords, kVectorWords}; }
 
   // What a step adds to dV, dK and dQ.
   template <class Beside>
@@ -212,17 +210,16 @@ class AmxBackward {
                            packed_operand(q_pairs_, width_ / kAmxTile),
                            packed_tiles(sums.dk + key * width_, width_ / kAmxTile), beside);
     constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
-    const AmxTiles<const uint16_t> k{k_columns_.data + key * width_, kAmxTileBytes, kColumnTile,
+    const AmxTiles<const uint16_t> k{k_columns_.data + key * width_, kColumnTile,
                                      width_ / kAmxTile * kColumnTile, k_columns_.size};
-    const AmxTiles<const uint32_t> ds{step.scores->key_pairs, kAmxTileBytes, kAmxTileWords, kVectorWords / 2,
-                                      kStepWords};
+    const AmxTiles<const uint32_t> ds{step.scores->key_pairs, kAmxTileWords, kVectorWords / 2, kStepWords};
     products_.multiply_add({width_, kTileRows, step.num_keys}, k, ds, lane_tiles(sums.dq_lanes, width_),
                            beside);
   }
 
   // Pairs of rows, the depth of an A operand.
   static AmxTiles<const uint16_t> row_pairs(const float* words) {
-    return {reinterpret_cast<const uint16_t*>(words), kAmxTileBytes, 2 * kAmxTileWords, 2 * kVectorWords,
+    return {reinterpret_cast<const uint16_t*>(words), 2 * kAmxTileWords, 2 * kVectorWords,
             2 * kStrips * kVectorWords};
   }
 
@@ -230,7 +227,7 @@ class AmxBackward {
   int64_t products(const Step& older, const Step& next) const {
     const int64_t columns =
         next.num_keys * (width_ + value_width_) + older.num_keys * (2 * width_ + value_width_);
-    return columns * kTileRows / (kAmxBlock * kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kNumPairs;
+    return columns * kTileRows / (kAmxBlock * kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kCallsPerStep;
   }
 
   // P^T = 2^(S^T * scale * log2(e) - lse), dS^T = P^T (dP^T - delta), in units of two keys and two vectors.

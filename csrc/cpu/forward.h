@@ -13,6 +13,7 @@
 //     void load_panel(int64_t first, int64_t last);  // K and V of these keys
 //     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
 //                 float* out);                       // keys [begin, end) of those loaded from `first` on
+//     void finish_panel();                           // whatever attend() has left under way
 //   };
 //
 // Panels begin at multiples of kPanelKeys whatever keys a block sees, so that the steps of a row tile's
@@ -93,6 +94,7 @@ class ForwardBlock {
       loaded = true;
       engine_.attend(t, tiles_[t], states_[t], first, begin, end, out_lanes(t));
     }
+    engine_.finish_panel();
   }
 
   void finish_tile(int t) {

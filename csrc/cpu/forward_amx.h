@@ -2,13 +2,17 @@
 // second product) or of three (fp32), fp32 sums.
 //
 // A panel of packed keys stays in the L2 cache. Rows meet it 32 at a time and a
-// step of keys at a time, so that Q, O, scores and weights stay in the L1
-// cache: tiles are stored as fast there as they are computed, but many times
-// slower to the L2.
+// step of keys at a time. Three steps are under way: while the tile unit computes
+// the scores of the next and adds the values of those before, the vector units
+// turn the scores of the current one into weights.
+//
+// Q, O, scores and weights must stay in the L1 cache: stores to the L2 take many
+// times as long. So steps are small, O is loaded and stored for several of them
+// together, and keys and values are read past the cache.
 #pragma once
 #include "amx_exp2.h"
 #include "amx_pack.h"
-#include "amx_tile.h"
+#include "amx_products.h"
 #include "row_tile.h"
 #include "softmax.h"
 #include "tiles.h"
@@ -27,7 +31,7 @@ class AmxForward {
   static int64_t most_block_tiles(const AttentionShape& shape) {
     const int64_t row_bytes =
         amx_width(shape.head_dim) * kParts * sizeof(uint16_t) + amx_width(shape.value_dim) * sizeof(float);
-    return (kParts == 1 ? kBlockBytes : kSplitBlockBytes) / (kTileRows * row_bytes);
+    return (kParts == 1 ? kAmxBlockBytes : kAmxSplitBlockBytes) / (kTileRows * row_bytes);
   }
 
   AmxForward(const ForwardParams& params, KeyHead at, int64_t block_tiles, ScratchCursor& scratch)
@@ -36,18 +40,18 @@ class AmxForward {
         width_(amx_width(params.shape.head_dim)),
         value_width_(amx_width(params.shape.value_dim)),
         log2_scale_(params.softmax_scale * kLog2E),
-        step_keys_(step_keys(width_ + value_width_)),
+        step_keys_(std::clamp<int64_t>(kStepValues / width_ / kAmxBlock * kAmxBlock, kAmxBlock, kAddedKeys)),
+        blocks_per_step_(ceil_div(value_width_ / kAmxBlock, kAddedKeys / step_keys_)),
         block_tiles_(block_tiles),
         strips_(scratch.objects<Strip>(block_tiles * kStripsPerTile)),
         q_(allocate_parts<kParts, uint32_t>(scratch, block_tiles * kTileRows * width_ / 2)),
         k_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * width_)),
         v_columns_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * value_width_)),
         rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))),
-        scores_(scratch.objects<float>(kMaxStepKeys * kStripRows)),
-        other_scores_(scratch.objects<float>(kWeighBesideProducts ? kMaxStepKeys * kStripRows : 0)),
-        weights_(allocate_parts<kParts, uint32_t>(scratch, kMaxStepKeys / 2 * kStripRows)),
-        other_weights_(allocate_parts<kParts, uint32_t>(
-            scratch, kWeighBesideProducts ? kMaxStepKeys / 2 * kStripRows : 0)) {}
+        scores_(scratch.objects<float>(step_keys_ * kStripRows)),
+        next_scores_(scratch.objects<float>(step_keys_ * kStripRows)),
+        weighed_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows)},
+        added_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows)} {}
 
   void load_rows(int t, const RowTile& tile) {
     split_tile_rows<Element>(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
@@ -93,10 +97,15 @@ class AmxForward {
                         strip_queries(t, i),
                         out + i * kStripRows * value_width_};
         prefetch_coming_keys();
-        kWeighBesideProducts ? advance(step) : attend_step(step);
+        advance(step);
       }
     }
-    if (kWeighBesideProducts) advance({}), advance({});
+  }
+
+  // Until then, steps of any row tile may still be under way.
+  void finish_panel() {
+    advance({});
+    add_all_values();
     products_.finish();
   }
 
@@ -104,13 +113,12 @@ class AmxForward {
   static constexpr int kStripRows = kAmxBlock;
   static constexpr int kStripVecs = kStripRows / kLanes;
   static constexpr int kStripsPerTile = kTileRows / kStripRows;
-  // In one part, the products are too short: weighing between them is faster, and so are steps that leave
-  // more of the L1 cache where rows are short. Long ones want few loads and stores of O.
-  static constexpr bool kWeighBesideProducts = kParts > 1;
-  static constexpr int kMaxStepKeys = 128;
-  static int64_t step_keys(int64_t widths) {
-    return kWeighBesideProducts || widths > 2 * 64 ? kMaxStepKeys : kMaxStepKeys / 2;
-  }
+  // Keys whose values are added to O at once, and elements of K in a step.
+  static constexpr int kAddedKeys = kParts == 1 ? kAmxAddedKeys : kAmxSplitAddedKeys;
+  static constexpr int64_t kStepValues = kParts == 1 ? kAmxStepValues : kAmxSplitStepValues;
+  // Beside so many products a pair of keys is weighed: measured. Of one part, that leaves half of them for
+  // after the products of a short step; more beside these would only delay the products.
+  static constexpr unsigned kCallsPerPair = kParts == 1 ? 1 : 3;
   // The next panel is fetched beside the last tiles of a block: earlier, it would leave the cache again.
   static constexpr int kLastTiles = 8;
   // What the weights of a step may sum to before the reference of the
@@ -151,7 +159,7 @@ class AmxForward {
     prefetch_key_rows<Element>(p_.v, at_, first, last, p_.shape.value_dim);
   }
   void prefetch_coming_keys() {
-    constexpr int64_t kKeysAtOnce = 8;
+    constexpr int64_t kKeysAtOnce = 4;
     const int64_t last = std::min(coming_key_ + kKeysAtOnce, coming_end_);
     prefetch_keys(coming_key_, last);
     coming_key_ = std::max(coming_key_, last);
@@ -166,107 +174,111 @@ class AmxForward {
   struct Lanes {
     __mmask16 of[kStripVecs];
 
-    bool any() const {
-      return std::any_of(of, of + kStripVecs, [](__mmask16 lanes) { return lanes != 0; });
+    MLS_INLINE bool any() const {
+      unsigned lanes = 0;
+#pragma GCC unroll 8
+      for (int x = 0; x < kStripVecs; ++x) lanes |= of[x];
+      return lanes != 0;
     }
   };
 
-  // One step after the other.
-  void attend_step(const Step& step) {
-    NothingBeside nothing;
-    score_keys(step, scores_, nothing);
-    products_.finish();
-    current_ = step;
-    const auto no_products = [](auto&) {};
-    step.needs_mask() ? weigh<true>({}, no_products) : weigh<false>({}, no_products);
-    add_values(step, weights_, nothing);
-  }
+  // P^T of consecutive keys of a strip, in pairs: for each vector of rows [kAddedKeys / 2][kLanes].
+  struct Weights {
+    AmxParts<uint32_t> words{};
+    float* out = nullptr;  // O^T of the strip
+    int64_t key = 0, num_keys = 0;
+    int64_t dims_left = 0;  // of the values that are still to be added to O
+  };
 
-  // Three steps are under way: while the tile unit computes the scores of the next and adds the values of the
-  // previous, the vector units turn the scores of the current one into weights.
   void advance(const Step& next) {
-    const auto products = [&](auto& beside) { multiply(next, beside); };
     if (current_.num_keys == 0) {
       NothingBeside nothing;
-      products(nothing);
+      multiply(next, nothing);
     } else {
-      current_.needs_mask() ? weigh<true>(next, products) : weigh<false>(next, products);
+      current_.needs_mask() ? weigh<true>(next) : weigh<false>(next);
+      if (weighed_.num_keys + step_keys_ > kAddedKeys || next.out != current_.out) begin_adding();
     }
-    previous_ = current_, current_ = next;
-    std::swap(scores_, other_scores_), std::swap(weights_, other_weights_);
+    current_ = next;
+    std::swap(scores_, next_scores_);
   }
 
-  // The weights of the current step, beside products.
-  template <bool kMasked, class Products>
-  void weigh(const Step& next, Products multiply_beside) {
-    if (const Lanes lacking = lanes_without_reference(); lacking.any()) {
-      NothingBeside nothing;
-      multiply({}, nothing);
-      previous_ = {};
-      products_.finish();
-      raise_reference<kMasked>(lacking);
-    }
-    Weighing<kMasked> weighing(*this, calls_beside(next));
-    multiply_beside(weighing);
+  // The weights of the current step, beside the products of others.
+  template <bool kMasked>
+  [[gnu::noinline]] void weigh(const Step& next) {
+    if (weighed_.num_keys == 0) weighed_.key = current_.key, weighed_.out = current_.out;
+    // Their sums and O are zero: nothing to rescale.
+    if (const Lanes lacking = lanes_without_reference(); lacking.any()) raise_reference<kMasked>(lacking);
+    Weighing<kMasked> weighing(*this);
+    multiply(next, weighing);
     weighing.rest();
     if (const Lanes above = weighing.lanes_above(kMaxStepSum); above.any()) {
-      products_.finish();
-      raise_reference<kMasked>(above);
-      weighing = Weighing<kMasked>(*this, 0);
-      weighing.rest();
+      weigh_again<kMasked>(above);
+    } else {
+      weighing.add_sums();
     }
+    weighed_.num_keys += current_.num_keys;
+  }
+
+  // With a higher reference, after all weights of the lower one.
+  template <bool kMasked>
+  [[gnu::noinline]] void weigh_again(const Lanes& above) {
+    begin_adding();
+    add_all_values();
+    products_.finish();
+    rescale(raise_reference<kMasked>(above));
+    weighed_.key = current_.key, weighed_.out = current_.out;
+    Weighing<kMasked> weighing(*this);
+    weighing.rest();
     weighing.add_sums();
   }
 
-  // The scores of `next`, and the values of the previous step.
+  // The scores of `next`, and some of the values of earlier steps.
   template <class Beside>
-  void multiply(const Step& next, Beside& beside) {
-    if (next.num_keys > 0) score_keys(next, other_scores_, beside);
-    if (previous_.num_keys > 0) {
-      add_values(previous_, other_weights_, beside);
-    } else {
-      products_.finish();
-    }
+  MLS_INLINE void multiply(const Step& next, Beside& beside) {
+    for (int64_t key = 0; key < next.num_keys; key += kAmxBlock) score_block(next, key, beside);
+    if (added_.dims_left == 0) return products_.finish();
+    for (int64_t i = 0; i < blocks_per_step_ && added_.dims_left > 0; ++i) add_block(beside);
+  }
+
+  void begin_adding() {
+    add_all_values();
+    std::swap(weighed_, added_);
+    added_.dims_left = added_.num_keys > 0 ? value_width_ : 0;
+    weighed_.num_keys = 0;
+  }
+  [[gnu::noinline]] void add_all_values() {
+    NothingBeside nothing;
+    while (added_.dims_left > 0) add_block(nothing);
   }
 
   // S^T = K Q^T
   template <class Beside>
-  void score_keys(const Step& step, float* scores, Beside& beside) {
-    products_.multiply({step.num_keys, kStripRows, width_},
-                       packed_operand(k_.from(step.key * width_), width_ / kAmxDepth),
-                       packed_operand(step.q, kStripVecs), packed_tiles(scores, kStripVecs), beside);
+  MLS_INLINE void score_block(const Step& step, int64_t key, Beside& beside) {
+    const int64_t depth = width_ / kAmxDepth;
+    const AmxPairs<uint16_t> k{k_.data + (step.key + key) * width_, depth * kAmxTileHalves, kAmxTileHalves,
+                               k_.size};
+    const AmxPairs<uint32_t> q{step.q.data, kAmxTileWords, kStripVecs * kAmxTileWords, step.q.size};
+    products_.template block<AmxReuse::kStreamed>(
+        k, q, depth, {next_scores_ + key * kLanes, kAmxTileWords, step_keys_ * kLanes}, beside);
   }
 
-  // O^T += V^T P^T
+  // O^T += V^T P^T for the next 32 dimensions.
   template <class Beside>
-  void add_values(const Step& step, AmxParts<uint32_t> weights, Beside& beside) {
-    constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
-    const AmxTiles<const uint16_t> v{v_columns_.data + step.key * value_width_, kAmxTileBytes, kColumnTile,
-                                     value_width_ / kAmxTile * kColumnTile, v_columns_.size};
-    products_.multiply_add({value_width_, kStripRows, step.num_keys}, v, packed_operand(weights, kStripVecs),
-                           lane_tiles(step.out, value_width_), beside);
+  MLS_INLINE void add_block(Beside& beside) {
+    const int64_t dim = value_width_ - added_.dims_left;
+    added_.dims_left -= kAmxBlock;
+    const AmxPairs<uint16_t> v{v_columns_.data + added_.key * value_width_ + dim * kAmxDepth, kAmxTileHalves,
+                               value_width_ * kAmxDepth, v_columns_.size};
+    const AmxPairs<uint32_t> p{added_.words.data, kAddedKeys / 2 * kLanes, kAmxTileWords, added_.words.size};
+    products_.template add_block<AmxReuse::kStreamed>(
+        v, p, added_.num_keys / kAmxDepth, {added_.out + dim * kLanes, kAmxTileWords, value_width_ * kLanes},
+        beside);
   }
 
-  // Calls from the products of `next` and of the previous step.
-  int64_t calls_beside(const Step& next) const {
-    const int64_t products = next.num_keys * width_ + previous_.num_keys * value_width_;
-    return products / (kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kNumPairs;
-  }
-
-  // Where the first vector of a row of S^T lies, and of a pair of rows of P^T. (Of unsigned numbers: signed
-  // ones take longer to divide.)
-  static MLS_INLINE uint64_t score_offset(uint64_t row) {
-    return row / kAmxTile * kStripVecs * kAmxTileWords + row % kAmxTile * kAmxRow;
-  }
-  static MLS_INLINE uint64_t weight_offset(uint64_t row) {
-    return row / kAmxBlock * kStripVecs * kAmxTileWords + row % kAmxBlock / 2 * kAmxRow;
-  }
   template <bool kMasked>
-  static MLS_INLINE Vec score(const Step& step, const float* scores, uint64_t row, int x) {
-    const Vec loaded = load(scores + score_offset(row) + x * kAmxTileWords);
-    if constexpr (!kMasked) return loaded;
-    const int64_t key = step.first + step.key + static_cast<int64_t>(row);
-    return mask_scores(*step.tile, key, step.rows->first_vector + x, loaded);
+  static MLS_INLINE Vec masked(const Step& step, int64_t row, int x, Vec score) {
+    if constexpr (!kMasked) return score;
+    return mask_scores(*step.tile, step.first + step.key + row, step.rows->first_vector + x, score);
   }
 
   // P^T in pairs of keys. Any reference of the exponentials is right that the
@@ -275,82 +287,97 @@ class AmxForward {
   template <bool kMasked>
   class Weighing {
    public:
-    Weighing(const AmxForward& engine, int64_t calls)
+    MLS_INLINE explicit Weighing(const AmxForward& engine)
         : step_(engine.current_),
           scores_(engine.scores_),
-          weights_(engine.weights_),
-          calls_(calls),
-          num_pairs_(engine.current_.num_keys / 2),
+          next_vector_(engine.step_keys_ * kLanes),
+          weights_(engine.weighed_.words.from(engine.weighed_.num_keys / 2 * kLanes)),
           scale_(splat(engine.log2_scale_)) {
 #pragma GCC unroll 8
       for (int x = 0; x < kStripVecs; ++x) reference_[x] = finite_max(load(step_.maxima(x))), sum_[x] = Vec{};
     }
 
-    // As many pairs as keep pace with the products: more at a time than the processor looks ahead would keep
-    // the tile unit waiting.
     MLS_INLINE void some() {
-      for (credit_ += num_pairs_; credit_ >= calls_; credit_ -= calls_) weigh_pair();
+      if (++calls_ % kCallsPerPair == 0 && row_ < step_.num_keys) weigh_pair();
     }
-    void rest() {
-      Weighing local = *this;
-      while (local.pair_ < num_pairs_) local.weigh_pair();
-      *this = local;
+    MLS_INLINE void rest() {
+      while (row_ < step_.num_keys) weigh_pair();
     }
 
-    Lanes lanes_above(float limit) const {
+    MLS_INLINE Lanes lanes_above(float limit) const {
       Lanes above;
+#pragma GCC unroll 8
       for (int x = 0; x < kStripVecs; ++x) above.of[x] = greater(sum_[x], splat(limit));
       return above;
     }
-    void add_sums() const {
+    MLS_INLINE void add_sums() const {
+#pragma GCC unroll 8
       for (int x = 0; x < kStripVecs; ++x) store(step_.sums(x), load(step_.sums(x)) + sum_[x]);
     }
 
    private:
+    MLS_INLINE Vec weight(int64_t row, int x) const {
+      const Vec score = load(scores_ + x * next_vector_ + row * kLanes);
+      return summed_exp2<kParts>(masked<kMasked>(step_, row, x, score) * scale_ - reference_[x]);
+    }
     MLS_INLINE void weigh_pair() {
-      const uint64_t row = 2 * pair_++;
-      const AmxParts<uint32_t> pairs = weights_.from(weight_offset(row));
 #pragma GCC unroll 8
       for (int x = 0; x < kStripVecs; ++x) {
-        const Vec even = score<kMasked>(step_, scores_, row, x);
-        const Vec odd = score<kMasked>(step_, scores_, row + 1, x);
-        const Vec p = summed_exp2<kParts>(even * scale_ - reference_[x]);
-        const Vec next = summed_exp2<kParts>(odd * scale_ - reference_[x]);
-        sum_[x] = sum_[x] + p + next;
-        store_pairs(pairs.from(x * kAmxTileWords), split<kParts>(p), split<kParts>(next));
+        const Vec even = weight(row_, x), odd = weight(row_ + 1, x);
+        sum_[x] = sum_[x] + even + odd;
+        store_pairs(weights_.from(x * kAddedKeys / 2 * kLanes + row_ / 2 * kLanes), split<kParts>(even),
+                    split<kParts>(odd));
       }
+      row_ += 2;
     }
 
-    Step step_;
-    const float* scores_;
-    AmxParts<uint32_t> weights_;
-    uint64_t calls_, num_pairs_, credit_ = 0, pair_ = 0;
-    Vec scale_, reference_[kStripVecs], sum_[kStripVecs];
+    const Step& step_;
+    const float* const scores_;
+    const int64_t next_vector_;
+    const AmxParts<uint32_t> weights_;
+    int64_t row_ = 0;  // key of the step
+    unsigned calls_ = 0;
+    const Vec scale_;
+    Vec reference_[kStripVecs], sum_[kStripVecs];
   };
 
-  // The maximum of all scores so far becomes the reference of these rows.
+  struct Factors {
+    Vec of[kStripVecs];
+  };
+
+  // The maximum of all scores so far becomes the reference of these rows. Returns the factors that what was
+  // summed so far must take.
   template <bool kMasked>
-  [[gnu::noinline]] void raise_reference(const Lanes& lanes) {
-    const Step& step = current_;
+  [[gnu::noinline]] Factors raise_reference(const Lanes& lanes) const {
+    Factors factors;
 #pragma GCC unroll 8
     for (int x = 0; x < kStripVecs; ++x) {
+      const float* const scores = scores_ + x * step_keys_ * kLanes;
       Vec top = splat(-kInfinity);
-      for (int64_t row = 0; row < step.num_keys; ++row) top = max(score<kMasked>(step, scores_, row, x), top);
-      const Vec old = load(step.maxima(x)), highest = max(top * log2_scale_, old);
+      for (int64_t row = 0; row < current_.num_keys; ++row)
+        top = max(masked<kMasked>(current_, row, x, load(scores + row * kLanes)), top);
+      const Vec old = load(current_.maxima(x)), highest = max(top * log2_scale_, old);
       const Vec updated = chosen(lanes.of[x], highest, old);
-      const Vec rescale = chosen(lanes.of[x], exp2(old - finite_max(updated)), splat(1.0f));
-      store(step.maxima(x), updated);
-      store(step.sums(x), load(step.sums(x)) * rescale);
+      store(current_.maxima(x), updated);
+      factors.of[x] = chosen(lanes.of[x], exp2(old - finite_max(updated)), splat(1.0f));
+    }
+    return factors;
+  }
+  void rescale(const Factors& factors) const {
+#pragma GCC unroll 8
+    for (int x = 0; x < kStripVecs; ++x) {
+      store(current_.sums(x), load(current_.sums(x)) * factors.of[x]);
       for (int64_t d = 0; d < value_width_; ++d) {
-        float* const at = step.out + (x * value_width_ + d) * kLanes;
-        store(at, load(at) * rescale);
+        float* const at = current_.out + (x * value_width_ + d) * kLanes;
+        store(at, load(at) * factors.of[x]);
       }
     }
   }
 
   // Rows that have seen no key yet.
-  Lanes lanes_without_reference() const {
+  MLS_INLINE Lanes lanes_without_reference() const {
     Lanes lacking;
+#pragma GCC unroll 8
     for (int x = 0; x < kStripVecs; ++x)
       lacking.of[x] = ~greater(load(current_.maxima(x)), splat(-kInfinity)) & 0xffff;
     return lacking;
@@ -367,17 +394,16 @@ class AmxForward {
   const KeyHead at_;
   const int64_t width_, value_width_;
   const float log2_scale_;
-  const int64_t step_keys_, block_tiles_;
+  const int64_t step_keys_, blocks_per_step_, block_tiles_;
   AmxProducts<kParts> products_;
   Strip* const strips_;                 // of each row tile
   const AmxParts<uint32_t> q_;          // of each strip: [width / 2][kStripRows], in tiles
   const AmxParts<uint16_t> k_;          // [kPanelKeys][width], in tiles
   const AmxParts<uint16_t> v_columns_;  // V^T of each 32 keys: [value_width][32], in tiles
   const AmxParts<uint16_t> rows_;       // staging
-  // Of the current step, and of the two beside it:
-  float *scores_, *other_scores_;               // S^T: [keys][kStripRows], in tiles
-  AmxParts<uint32_t> weights_, other_weights_;  // P^T: [keys / 2][kStripRows], in tiles
-  Step previous_, current_;
+  float *scores_, *next_scores_;        // S^T of a step: for each vector of rows [keys][kLanes]
+  Weights weighed_, added_;             // of the current and earlier steps, and of those before
+  Step current_;
   int64_t coming_key_ = 0, coming_end_ = 0;  // keys of the next panel that are still to be fetched
 };
 

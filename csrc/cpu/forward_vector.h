@@ -36,6 +36,8 @@ class ForwardProducts {
         v_copy_(scratch.objects<float>(words<Words>(kPanelKeys) * round_up(value_dim_, kMicroRows))),
         scores_(scratch.objects<float>(kVectorPanelKeys * kTileRows)) {}
 
+  void finish_panel() {}
+
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
               float* out) {
     const float* const q = q_ + t * width_ * kTileRows;

@@ -18,13 +18,18 @@ constexpr int kTileRows = kMicroVecs * kLanes;
 // some tasks, because they are not equally long, and Q and O of a block must leave half of the L2 cache.
 constexpr int kMinBlockTiles = 256 / kTileRows;
 constexpr int64_t kBlockBytes = 1024 * 1024;
-// Keys that are split into parts cost more to load; rows may stream by from a cache behind.
-constexpr int64_t kSplitBlockBytes = 3 * 1024 * 1024;
+// Products by tiles leave memory time to bring rows from a cache behind; keys that are split into parts cost
+// more to load.
+constexpr int64_t kAmxBlockBytes = 2 * 1024 * 1024, kAmxSplitBlockBytes = 3 * 1024 * 1024;
 constexpr int64_t kNarrowKeys = 1024;      // rows that see fewer leave a panel to few row tiles
 constexpr int kTasksPerWorker = 4;         // with more than one worker
 constexpr int kVectorPanelKeys = 96;       // a multiple of kMicroRows
 constexpr int kAmxForwardPanelKeys = 512;  // packed K and V stay in the L2 cache
-constexpr int kPanelsPerChunk = 4;         // at least
+// Keys whose values are added to O at once, and elements of K in a step of keys; of operands in parts less.
+// More would save loads and stores of O, and fewer L1 cache: the best of a range, all measured.
+constexpr int kAmxAddedKeys = 128, kAmxSplitAddedKeys = 64;
+constexpr int kAmxStepValues = 4096, kAmxSplitStepValues = 2048;
+constexpr int kPanelsPerChunk = 4;  // at least
 // A backward chunk should be large too: what it does once per row tile (fetch and transpose Q and dO, add dQ)
 // is then a smaller part.
 constexpr int kMaxPanelsPerChunk = 8;

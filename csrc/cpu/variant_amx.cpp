@@ -48,7 +48,8 @@ double tile_peak_work(int64_t iterations) {
   for (int64_t n = 0; n < iterations; ++n) {
     tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
   }
-  const double products = 4.0 * static_cast<double>(iterations) / AmxProducts<kAmxParts<Element>>::kNumPairs;
+  const double products =
+      4.0 * static_cast<double>(iterations) / std::size(kAmxPartPairs<kAmxParts<Element>>);
   return products * kAmxTile * kAmxTile * kAmxDepth * 2;
 }
 
