@@ -168,12 +168,18 @@ RowTensor<T> row_tensor(const Tensor& t) {
   return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-TokenTensor<float> accumulator(const char* name, const Tensor& t, Device device,
-                               std::initializer_list<int64_t> want, const char* axes) {
+// A tensor to be written: of tokens and heads, in any strides.
+void check_result(const char* name, const Tensor& t, Device device, std::initializer_list<int64_t> want,
+                  const char* axes) {
   check_shape(name, t, want, axes);
-  check_dtype(name, t, ScalarType::Float, ", the accumulator dtype");
   check_device(name, t, device);
   check_last_dim(name, t);
+}
+
+TokenTensor<float> accumulator(const char* name, const Tensor& t, Device device,
+                               std::initializer_list<int64_t> want, const char* axes) {
+  check_result(name, t, device, want, axes);
+  check_dtype(name, t, ScalarType::Float, ", the accumulator dtype");
   return token_tensor<float>(t);
 }
 
@@ -195,18 +201,23 @@ ForwardParams forward_params(Device device, const Tensor& q, const Tensor& k, co
                              const Tensor& out, const Tensor& lse, const MaskArguments& mask,
                              bool accumulate) {
   const AttentionShape s = check_inputs(q, k, v, device);
+  check_result("out", out, device, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
+  constexpr auto kRounded = ScalarType::BFloat16;
+  const bool rounds =
+      !device.is_cuda && !accumulate && q.scalar_type() == kRounded && out.scalar_type() == kRounded;
+  if (!rounds) check_dtype("out", out, ScalarType::Float, ", the accumulator dtype");
   return {
       .shape = s,
       .element_type = element_type(q),
       .q = token_tensor<const void>(q),
       .k = token_tensor<const void>(k),
       .v = token_tensor<const void>(v),
-      .out = accumulator("out", out, device, {s.num_queries, s.batch, s.num_heads, s.value_dim},
-                         "(Sq, B, H, Dv)"),
+      .out = rounds ? TokenTensor<float>{} : token_tensor<float>(out),
       .lse = row_accumulator<float>("lse", lse, device, s),
       .mask = check_mask(s, mask.band_lo, mask.band_hi, mask.key_ranges, device),
       .softmax_scale = check_scale(mask.softmax_scale),
       .accumulate = accumulate,
+      .bf16_out = rounds ? token_tensor<uint16_t>(out) : TokenTensor<uint16_t>{},
   };
 }
 

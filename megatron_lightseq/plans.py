@@ -45,7 +45,8 @@ class TileRun:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Follow the program from queries, keys and values to ``out`` and ``lse``."""
         acc = accumulator_dtype(q.dtype)
-        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=acc, device=q.device)
+        is_final = self.kernel.rounds_output and not self.program.program.merges
+        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype if is_final else acc, device=q.device)
         lse = torch.empty((q.shape[1], q.shape[2], q.shape[0]), dtype=acc, device=q.device)
         self.runtime.run(self.program, ForwardPass.over(q, k, v, out, lse, self.kernel, scale))
         return out.to(q.dtype), lse

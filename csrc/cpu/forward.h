@@ -106,8 +106,12 @@ class ForwardBlock {
     lanes_to_rows(out_lanes(t), Engine::lanes(width_), shape_.value_dim, inverse, rows_);
     for (int i = 0; i < tile.num_rows; ++i) {
       const int64_t row = tile.first_row + i;
-      std::memcpy(row_pointer(p_.out, group_, at_, row), rows_ + i * padded(shape_.value_dim),
-                  shape_.value_dim * sizeof(float));
+      const float* const result = rows_ + i * padded(shape_.value_dim);
+      if (p_.bf16_out.data != nullptr) {
+        store_row<BFloat16>(result, shape_.value_dim, row_pointer(p_.bf16_out, group_, at_, row));
+      } else {
+        store_row<Float32>(result, shape_.value_dim, row_pointer(p_.out, group_, at_, row));
+      }
       row_value(p_.lse, group_, at_, row) =
           state.sum[i] == 0.0f ? -kInfinity : state.max_log2[i] * kLn2 + std::log(state.sum[i]);
     }

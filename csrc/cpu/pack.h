@@ -24,6 +24,18 @@ MLS_INLINE void load_row(const typename Element::Storage* src, int64_t dim, floa
   }
 }
 
+// dst[0..dim) = src[0..dim) rounded; src has padded(dim) values.
+template <class Element>
+MLS_INLINE void store_row(const float* src, int64_t dim, typename Element::Storage* dst) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) Element::store(dst + d, load(src + d));
+  if (d < dim) {
+    typename Element::Storage tail[kLanes];
+    Element::store(tail, load(src + d));
+    std::copy_n(tail, dim - d, dst + d);
+  }
+}
+
 // Keys [first, first + count) of one kv head as rows of a panel; stride padded(dim).
 template <class Element>
 inline void load_key_panel(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,

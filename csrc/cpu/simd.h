@@ -45,10 +45,11 @@ MLS_INLINE HalfWordVec load_half_words(const uint16_t* p) {
   return *reinterpret_cast<const UnalignedHalfWordVec*>(p);
 }
 
-// Element types widen to fp32 on load. A bf16 is the upper half of a float.
+// Element types widen to fp32 on load and round from it on store. A bf16 is the upper half of a float.
 struct Float32 {
   using Storage = float;
   static MLS_INLINE Vec load(const float* p) { return MLS_VARIANT::load(p); }
+  static MLS_INLINE void store(float* p, Vec x) { MLS_VARIANT::store(p, x); }
   static MLS_INLINE float scalar(float x) { return x; }
 };
 
@@ -56,6 +57,13 @@ struct BFloat16 {
   using Storage = uint16_t;
   static MLS_INLINE Vec load(const uint16_t* p) {
     return reinterpret_cast<Vec>(__builtin_convertvector(load_half_words(p), WordVec) << 16);
+  }
+  // To nearest, ties to even, as torch rounds; a NaN must not be rounded to infinity.
+  static MLS_INLINE void store(uint16_t* p, Vec x) {
+    const WordVec bits = reinterpret_cast<WordVec>(x), odd = bits >> 16 & 1;
+    const WordVec rounded = (bits + 0x7fff + odd) >> 16, nan = WordVec{} + 0x7fc0;
+    *reinterpret_cast<UnalignedHalfWordVec*>(p) =
+        __builtin_convertvector(x == x ? rounded : nan, HalfWordVec);
   }
   static MLS_INLINE float scalar(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;

@@ -54,6 +54,7 @@ struct ForwardParams {
   KeyMask mask;
   float softmax_scale;
   bool accumulate;  // (out, lse) hold a partial result to merge with; otherwise they are uninitialised
+  TokenTensor<uint16_t> bf16_out;  // CPU only: the final output, rounded; out is null then
 };
 
 struct BackwardParams {

@@ -63,20 +63,21 @@ class TileKernel:
         self._mask, self._scale = case.tile_mask(), case.head_dim**-0.5
 
     def forward(self) -> None:
-        """One tile of all tokens, and the cast to the inputs' dtype."""
+        """One tile of all tokens, rounded to the inputs' dtype by the kernel where it can and afterwards elsewhere."""
         x, sums = self._inputs, accumulator_dtype(self._inputs.q.dtype)
-        self._out = torch.empty(x.q.shape, dtype=sums)
+        self._out = torch.empty(x.q.shape, dtype=x.q.dtype if self._kernel.rounds_output else sums)
         self._lse = torch.empty(1, x.q.shape[2], x.q.shape[0], dtype=sums)
         self._kernel.forward(
             x.q, x.k, x.v, self._out, self._lse, mask=self._mask, softmax_scale=self._scale, accumulate=False
         )
-        self._result = self._out.to(x.q.dtype)
+        self._out = self._out.to(x.q.dtype)
 
     def backward(self) -> None:
         """delta, zeroed sums, one tile, casts."""
         x = self._inputs
-        delta = (self._out * x.dout).sum(-1).permute(1, 2, 0).contiguous()
-        gradients = [torch.zeros(tensor.shape, dtype=self._out.dtype) for tensor in (x.q, x.k, x.v)]
+        sums = accumulator_dtype(x.q.dtype)
+        delta = (self._out.to(sums) * x.dout.to(sums)).sum(-1).permute(1, 2, 0).contiguous()
+        gradients = [torch.zeros(tensor.shape, dtype=sums) for tensor in (x.q, x.k, x.v)]
         self._kernel.backward(
             x.dout, x.q, x.k, x.v, self._lse, delta, *gradients, mask=self._mask, softmax_scale=self._scale
         )
@@ -85,7 +86,7 @@ class TileKernel:
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As in :class:`Contender`."""
         dq, dk, dv = self._gradients
-        return self._result, dq, dk, dv
+        return self._out, dq, dk, dv
 
 
 class TorchSdpa:

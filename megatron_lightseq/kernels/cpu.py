@@ -18,6 +18,7 @@ class CpuKernel:
     """
 
     name = "cpu"
+    rounds_output = True
 
     @property
     def isa(self) -> str:

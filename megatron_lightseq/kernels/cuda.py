@@ -37,6 +37,7 @@ class CudaKernel:
     """
 
     name = "cuda"
+    rounds_output = False
 
     def __init__(self, deterministic: bool | None = None) -> None:
         self.deterministic = deterministic

@@ -33,6 +33,7 @@ class FlashAttnKernel:
     """
 
     name = "flash_attn"
+    rounds_output = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why flash-attn cannot take these inputs, or None."""

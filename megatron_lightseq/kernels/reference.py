@@ -17,6 +17,7 @@ class ReferenceKernel:
     """Attention written as in a textbook, in the accumulator dtype."""
 
     name = "reference"
+    rounds_output = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Nothing: any floating dtype, any device, any head dims."""

@@ -52,6 +52,9 @@ class Kernel(Protocol):
     """Fused or naive attention over one tile. Inputs may have any strides with the last dimension contiguous."""
 
     name: str
+    rounds_output: bool
+    """Whether :meth:`forward` also takes an ``out`` of q's dtype where it does not accumulate: a result that nothing
+    will be merged into then never exists in the accumulator dtype."""
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot take these inputs, or None."""
@@ -72,7 +75,7 @@ class Kernel(Protocol):
 
         Args:
             q: (Sq, B, H, D). k: (Sk, B, G, D). v: (Sk, B, G, Dv). All of one dtype.
-            out: (Sq, B, H, Dv), normalised partial output, in the accumulator dtype.
+            out: (Sq, B, H, Dv), normalised partial output, in the accumulator dtype (see ``rounds_output``).
             lse: (B, H, Sq), natural log-sum-exp of the scores seen so far, accumulator dtype; -inf for none.
             mask: which keys each row sees; everything else is skipped.
             softmax_scale: factor of the scores.

@@ -23,6 +23,7 @@ class SdpaKernel:
     """
 
     name = "sdpa"
+    rounds_output = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why torch's flash backend cannot take these inputs, or None."""

@@ -104,6 +104,14 @@ class Program:
     blank: tuple[Operand, ...] = ()
     """Forward only: results that must hold the empty state (out = 0, lse = -inf) before the first step."""
 
+    @property
+    def merges(self) -> bool:
+        """Whether results are put together from parts: of several calls, or of other ranks'."""
+        calls = [call for step in self.steps for call in step.calls]
+        return any(not call.fresh for call in calls) or any(
+            transfer.payload in RESULTS for step in self.steps for transfer in (*step.sends, *step.receives)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Geometry:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import megatron_lightseq as mls
 from megatron_lightseq.attention import DistAttention
 from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError
 from megatron_lightseq.groups import Group
+from megatron_lightseq.kernels.reference import ReferenceKernel
+from megatron_lightseq.kernels.registry import Kernel
 from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import Method, Network, Tile
@@ -43,13 +46,16 @@ def attend(
     mask: Mask,
     whole: list[Tensor],
     overlap: bool = True,
+    kernel: str | Kernel = "auto",
 ) -> list[Tensor]:
     """One rank's output and gradients."""
     rank = 0 if group is None else group.rank()
     q, k, v, dout = (layout.shard(x, rank, 0).clone() for x in whole)
     for x in (q, k, v):
         x.requires_grad_()
-    out = mls.dist_attention(q, k, v, group=group, layout=layout, method=method, mask=mask, overlap=overlap)
+    out = mls.dist_attention(
+        q, k, v, group=group, layout=layout, method=method, mask=mask, overlap=overlap, kernel=kernel
+    )
     grads = torch.autograd.grad(out, (q, k, v), dout)
     return [out.detach(), *grads]
 
@@ -182,6 +188,43 @@ def test_strided_views_are_taken() -> None:
     q, k, v = (part.unflatten(-1, (4, 8)) for part in qkv.unbind(2))
     out = mls.dist_attention(q, k, v)
     torch.testing.assert_close(out, oracle.attention(q, k, v, Mask.causal()), rtol=0, atol=1e-12)
+
+
+class Recorded(ReferenceKernel):
+    """Remembers the dtypes in which outputs were asked for."""
+
+    def __init__(self, rounds_output: bool) -> None:
+        self.rounds_output = rounds_output
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any) -> None:
+        self.dtypes.add(out.dtype)
+        super().forward(q, k, v, out, lse, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "partial"),
+    [
+        ("lightseq", 1, set()),
+        ("ulysses", 2, set()),
+        ("all_gather", 2, {torch.float32}),
+    ],  # rank 0 merges nothing
+)
+def test_results_that_nothing_is_merged_into_are_rounded_by_the_kernel(
+    method: str, size: int, partial: set[torch.dtype]
+) -> None:
+    layout, whole = SequenceLayout.contiguous(size), oracle.inputs(24, (4, 2), (8, 8), torch.bfloat16)
+    results = []
+    for rounds, dtypes in ((True, {torch.bfloat16, *partial}), (False, {torch.float32})):
+        kernel = Recorded(rounds)
+
+        def run(group: Group, kernel: Kernel = kernel) -> list[Tensor]:
+            return attend(group, method, layout, Mask.causal(), whole, kernel=kernel)
+
+        results.append(unshard(layout, run_loopback(size, run)))
+        assert kernel.dtypes == dtypes
+    for rounded, cast in zip(*results, strict=True):
+        assert torch.equal(rounded, cast)
 
 
 def test_softmax_scale_is_used() -> None:

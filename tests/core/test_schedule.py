@@ -260,6 +260,23 @@ def test_adjacent_chunks_become_one_call_and_one_message() -> None:
     assert len(compile_program(build("lightseq", "contiguous", 1), 0).steps[0].calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "layout", "size", "merging"),
+    [
+        ("lightseq", "contiguous", 1, []),
+        ("ring", "zigzag", 1, []),
+        ("all_gather", "contiguous", 3, [1, 2]),  # its own keys first, then those of others
+        ("lightseq", "contiguous", 2, [0, 1]),  # rank 0 helps
+        ("ring", "zigzag", 2, [0, 1]),
+    ],
+)
+def test_programs_know_whether_results_are_merged(
+    method: str, layout: str, size: int, merging: list[int]
+) -> None:
+    schedule = build(method, layout, size)
+    assert [rank for rank in range(size) if compile_program(schedule, rank).merges] == merging
+
+
 def test_overlap_and_bandwidth_in_the_simulation() -> None:
     schedule = build("lightseq", "contiguous", 4)
     free = simulate(schedule)

@@ -70,6 +70,7 @@ class ForwardParams(ctypes.Structure):
         ("mask", Mask),
         ("softmax_scale", ctypes.c_float),
         ("accumulate", ctypes.c_bool),
+        ("bf16_out", StridedTensor),  # of the CPU kernel
     ]
 
 
@@ -164,6 +165,7 @@ class Emulator:
     seed: int = 1
     threads: int = 1
     name: str = "emulated-cuda"
+    rounds_output: bool = False
 
     @cached_property
     def library(self) -> ctypes.CDLL:

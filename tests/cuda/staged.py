@@ -16,6 +16,7 @@ class StagedKernel:
     kernel: Kernel
     device: str = "cuda"
     name: str = "staged"
+    rounds_output: bool = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None

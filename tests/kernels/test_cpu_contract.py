@@ -243,6 +243,17 @@ def test_forward_refuses(change: dict[str, Any], message: str) -> None:
         KERNEL.forward(**arguments, mask=mask, accumulate=False)
 
 
+def test_a_partial_output_is_not_rounded() -> None:
+    arguments = {
+        name: x.bfloat16() if name in ("q", "k", "v", "out") else x
+        for name, x in _forward_arguments().items()
+    }
+    mask = TileMask(-9, 9, arguments.pop("key_ranges"))
+    KERNEL.forward(**arguments, mask=mask, accumulate=False)
+    with pytest.raises(RuntimeError, match="out is bfloat16: it must be float32, the accumulator dtype"):
+        KERNEL.forward(**arguments, mask=mask, accumulate=True)
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [

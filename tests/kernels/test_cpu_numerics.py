@@ -102,6 +102,29 @@ def test_error_budget(variant: Variant, case: Case, dtype: torch.dtype) -> None:
     variant.call(check, case, dtype)
 
 
+def _rounds(case: Case) -> None:
+    q, k, v, dout = inputs(case, torch.bfloat16)
+    q[0, 0, 0] = float("nan")  # stays one
+    options: dict[str, Any] = {
+        "mask": case.mask(),
+        "softmax_scale": case.softmax_scale,
+        "accumulate": False,
+    }
+    lse = torch.empty(case.batch, case.heads, case.queries)
+    out, rounded_lse = torch.empty(dout.shape), torch.empty_like(lse)
+    CpuKernel().forward(q, k, v, out, lse, **options)
+    rounded = torch.full((case.queries, case.batch, case.heads, case.value_dim + 3), 7.0).bfloat16()
+    CpuKernel().forward(q, k, v, rounded[..., 2:-1], rounded_lse, **options)
+    torch.testing.assert_close(rounded[..., 2:-1], out.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(rounded_lse, lse, rtol=0, atol=0, equal_nan=True)
+    assert (torch.cat([rounded[..., :2], rounded[..., -1:]], -1) == 7).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.amplitude == 1.0][::2], ids=str)
+def test_an_output_of_the_inputs_dtype_is_the_other_one_rounded(variant: Variant, case: Case) -> None:
+    variant.call(_rounds, case)
+
+
 def _results(case: Case) -> Results:
     return run_kernel(case, inputs(case, torch.float32))
 
