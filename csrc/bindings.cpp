@@ -87,12 +87,12 @@ void check_device(const char* name, const Tensor& tensor, Device device) {
             ": all tensors of a call must be on one device.");
 }
 
-void check_element_type(ScalarType dtype, Device device) {
+void check_element_type(const char* name, ScalarType dtype, Device device) {
   if (!device.is_cuda) {
-    MLS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "q is ", dtype_text(dtype),
+    MLS_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name, " is ", dtype_text(dtype),
               ": the fused kernel takes float32 or bfloat16.");
   } else {
-    MLS_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "q is ", dtype_text(dtype),
+    MLS_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, name, " is ", dtype_text(dtype),
               ": the CUDA kernel takes float16 or bfloat16.");
   }
 }
@@ -118,7 +118,7 @@ AttentionShape check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, D
   MLS_CHECK(shape.num_queries < kMaxTokens && shape.num_keys < kMaxTokens, "Sq = ", shape.num_queries,
             ", Sk = ", shape.num_keys, ": key indices are 32-bit, so both must be below ", kMaxTokens, ".");
   const ScalarType dtype = q.scalar_type();
-  check_element_type(dtype, device);
+  check_element_type("q", dtype, device);
   check_dtype("k", k, dtype, ", the dtype of q");
   check_dtype("v", v, dtype, ", the dtype of q");
   check_device("q", q, device), check_device("k", k, device), check_device("v", v, device);
@@ -252,6 +252,27 @@ BackwardParams backward_params(Device device, const BackwardTensors& t, const Ma
   };
 }
 
+// out and dout may differ in type: out may still be the fp32 accumulator.
+DeltaParams delta_params(const Tensor& out, const Tensor& dout, const Tensor& delta) {
+  MLS_CHECK(out.dim() == 4, "out has shape ", shape_text(out), ": it must have 4 dimensions (Sq, B, H, Dv).");
+  const int64_t tokens = out.size(0), batch = out.size(1), heads = out.size(2), value_dim = out.size(3);
+  check_shape("dout", dout, {tokens, batch, heads, value_dim}, "(Sq, B, H, Dv)");
+  check_element_type("out", out.scalar_type(), kCpu), check_element_type("dout", dout.scalar_type(), kCpu);
+  check_device("out", out, kCpu), check_device("dout", dout, kCpu);
+  check_last_dim("out", out), check_last_dim("dout", dout);
+  return {
+      .num_queries = tokens,
+      .batch = batch,
+      .num_heads = heads,
+      .value_dim = value_dim,
+      .out_type = element_type(out),
+      .dout_type = element_type(dout),
+      .out = token_tensor<const void>(out),
+      .dout = token_tensor<const void>(dout),
+      .delta = row_accumulator<float>("delta", delta, kCpu, {tokens, 0, batch, heads, 0, 0, value_dim}),
+  };
+}
+
 // The CPU kernel has no streams and is always deterministic: it takes the last arguments and needs none.
 void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t band_lo,
                  int64_t band_hi, std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate,
@@ -266,6 +287,10 @@ void cpu_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Te
                   bool /*deterministic*/) {
   cpu::run_backward(backward_params(kCpu, {dout, q, k, v, lse, delta, dq, dk, dv},
                                     {band_lo, band_hi, key_ranges, softmax_scale}));
+}
+
+void cpu_delta(const Tensor& out, const Tensor& dout, Tensor delta) {
+  cpu::run_delta(delta_params(out, dout, delta));
 }
 
 #if defined(MLS_WITH_CUDA)
@@ -312,11 +337,13 @@ STABLE_TORCH_LIBRARY(mls, m) {
       "dq, "
       "Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale, int "
       "stream=0, bool deterministic=False) -> ()");
+  m.def("attention_delta(Tensor out, Tensor dout, Tensor(a!) delta) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mls, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&mls::cpu_forward));
   m.impl("attention_backward", TORCH_BOX(&mls::cpu_backward));
+  m.impl("attention_delta", TORCH_BOX(&mls::cpu_delta));
 }
 
 #if defined(MLS_WITH_CUDA)

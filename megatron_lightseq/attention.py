@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError, explain
 from megatron_lightseq.exchange import HeadExchange
 from megatron_lightseq.groups import Group, UlyssesGroups, rank_in, size_of
+from megatron_lightseq.kernels.delta import attention_delta
 from megatron_lightseq.kernels.merge import merge_sink
 from megatron_lightseq.kernels.registry import Kernel, resolve_kernel
 from megatron_lightseq.layout import SequenceLayout
@@ -378,9 +379,8 @@ def _sink_gradient(sink: Tensor | None, dout: Tensor, out: Tensor, lse: Tensor) 
     """Of a column of scores as any other, p (v dout - delta) in every row: p is exp(sink - lse), and v is zero."""
     if sink is None:
         return None
-    delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(-1).permute(1, 2, 0)  # (B, H, S)
     probability = (sink.to(lse.dtype)[:, None] - lse).exp()
-    return -(probability * delta).sum((0, 2)).to(sink.dtype)
+    return -(probability * attention_delta(out, dout)).sum((0, 2)).to(sink.dtype)
 
 
 def _check_sink(sink: Tensor | None, q: Tensor) -> None:

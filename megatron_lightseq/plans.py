@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.exchange import HeadExchange, expand, fold
+from megatron_lightseq.kernels.delta import attention_delta
 from megatron_lightseq.kernels.registry import Kernel, accumulator_dtype
 from megatron_lightseq.runtime import AttentionStats, BackwardPass, BoundProgram, ForwardPass, Runtime
 from megatron_lightseq.schedule import Payload
@@ -137,7 +138,5 @@ class Plan:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Gradients:
         """dq, dk, dv in the inputs' shapes and dtypes, from the forward's ``out`` and ``lse``; collective."""
-        acc = accumulator_dtype(q.dtype)
-        delta = (out.to(acc) * dout.to(acc)).sum(-1).permute(1, 2, 0).contiguous()  # (B, H, S)
-        dq, dk, dv = self.backward.backward(dout, q, k, v, lse, delta, scale)
+        dq, dk, dv = self.backward.backward(dout, q, k, v, lse, attention_delta(out, dout), scale)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

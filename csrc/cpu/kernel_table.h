@@ -38,6 +38,7 @@ struct KernelTable {
   Kernel float32;
   Kernel sparse_float32;  // where a row sees few keys, or a key is seen by few rows
   Kernel bfloat16;
+  void (*delta)(const DeltaParams&, int64_t first, int64_t last);  // of the tokens [first, last)
 
   // The kernel of a call; the shape and the mask alone decide.
   const Kernel& of(ElementType type, const AttentionShape& shape, const KeyMask& mask) const;

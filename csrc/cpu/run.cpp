@@ -91,4 +91,14 @@ void run_backward(const BackwardParams& params) {
             [&](int64_t task, void* scratch) { kernel.backward_task(params, task, scratch, turns.data()); });
 }
 
+// A row is summed by one thread, so it does not matter how many there are.
+void run_delta(const DeltaParams& params) {
+  constexpr int64_t kWorthAThread = 64 * 1024;  // products, about 10 us of one
+  const int64_t of_token = std::max<int64_t>(1, params.batch * params.num_heads * params.value_dim);
+  const int64_t tokens = std::max<int64_t>(1, kWorthAThread / of_token);
+  torch::stable::parallel_for(0, params.num_queries, tokens, [&](int64_t first, int64_t last) {
+    selected_table().delta(params, first, last);
+  });
+}
+
 }  // namespace mls::cpu

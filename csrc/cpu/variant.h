@@ -5,6 +5,7 @@
 #include "forward.h"
 #include "forward_vector.h"
 #include "peak.h"
+#include "row_dots.h"
 
 namespace mls::cpu::MLS_VARIANT {
 
@@ -23,7 +24,7 @@ constexpr Kernel vector_kernel() {
 template <class Bf16Operands = Widened<BFloat16>>
 constexpr KernelTable vector_table(const char* name) {
   constexpr Kernel float32 = vector_kernel<Widened<Float32>>();
-  return {name, float32, float32, vector_kernel<Bf16Operands>()};
+  return {name, float32, float32, vector_kernel<Bf16Operands>(), attention_delta};
 }
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -67,4 +67,12 @@ struct BackwardParams {
   float softmax_scale;
 };
 
+// The sums of out * dout over Dv, which a backward subtracts. Both are (Sq, B, H, Dv), each of its own type.
+struct DeltaParams {
+  int64_t num_queries, batch, num_heads, value_dim;
+  ElementType out_type, dout_type;
+  TokenTensor<const void> out, dout;
+  RowTensor<float> delta;  // overwritten
+};
+
 }  // namespace mls

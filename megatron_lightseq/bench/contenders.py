@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_lightseq.bench.cases import KernelCase
 from megatron_lightseq.kernels.cpu import CpuKernel
+from megatron_lightseq.kernels.delta import attention_delta
 from megatron_lightseq.kernels.reference import ReferenceKernel, visible
 from megatron_lightseq.kernels.registry import Kernel, accumulator_dtype
 
@@ -75,8 +76,8 @@ class TileKernel:
     def backward(self) -> None:
         """delta, zeroed sums, one tile, casts."""
         x = self._inputs
+        delta = attention_delta(self._out, x.dout)
         sums = accumulator_dtype(x.q.dtype)
-        delta = (self._out.to(sums) * x.dout.to(sums)).sum(-1).permute(1, 2, 0).contiguous()
         gradients = [torch.zeros(tensor.shape, dtype=sums) for tensor in (x.q, x.k, x.v)]
         self._kernel.backward(
             x.dout, x.q, x.k, x.v, self._lse, delta, *gradients, mask=self._mask, softmax_scale=self._scale

@@ -17,6 +17,7 @@ from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.delta import attention_delta
 from megatron_lightseq.kernels.registry import Kernel, TileMask
 
 FAR = 1 << 30
@@ -131,7 +132,7 @@ class Ours:
         dq, dk, dv = grads = [torch.empty(x.shape, device=q.device) for x in (q, k, v)]
 
         def call() -> list[Tensor]:
-            delta = (out * dout).sum(-1).permute(1, 2, 0).contiguous()
+            delta = attention_delta(out, dout)
             for grad in grads:
                 grad.zero_()
             for part, mask in self._tiles(case):

@@ -1,7 +1,7 @@
 """Loads the compiled kernels (``megatron_lightseq._C``) when they are first needed.
 
-Loading registers ``torch.ops.mls.attention_forward`` and ``attention_backward``; the fake implementations
-added here let torch.compile and FakeTensor trace through them.
+Loading registers ``torch.ops.mls.attention_forward``, ``attention_backward`` and ``attention_delta``; the fake
+implementations added here let torch.compile and FakeTensor trace through them.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def load_extension(kernel: str = "cpu") -> ModuleType:
 
 
 def _register_fakes() -> None:
-    for op in ("mls::attention_forward", "mls::attention_backward"):
+    for op in ("mls::attention_forward", "mls::attention_backward", "mls::attention_delta"):
         torch.library.register_fake(op, _write_into_arguments)
 
 
 def _write_into_arguments(*_: object) -> None:
-    """Both ops only write into tensors they are given: there is nothing to allocate or infer."""
+    """The ops only write into tensors they are given: there is nothing to allocate or infer."""
