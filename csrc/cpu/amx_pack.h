@@ -111,8 +111,8 @@ MLS_INLINE void store_pairs(AmxParts<uint32_t> words, const Bf16Parts<kParts>& l
 
 // words[i] = (low[i], high[i]) for 16 values
 MLS_INLINE Vec interleave(const uint16_t* low, const uint16_t* high) {
-  const WordVec lower = __builtin_convertvector(load_half_words(low), WordVec);
-  const WordVec upper = __builtin_convertvector(load_half_words(high), WordVec);
+  const WordVec lower = widen(load_half_words(low));
+  const WordVec upper = widen(load_half_words(high));
   return reinterpret_cast<Vec>(lower | (upper << 16));
 }
 
