@@ -66,9 +66,9 @@ class AmxProducts {
     block<kA, true>(a, b, depth, AmxTiles<const float>{}, c, beside);
   }
   template <AmxReuse kA, class Beside>
-  MLS_INLINE void add_block(AmxPairs<uint16_t> a, AmxPairs<uint32_t> b, int64_t depth, AmxTiles<float> c,
-                            Beside& beside) {
-    block<kA, false>(a, b, depth, {c.data, c.down, c.right}, c, beside);
+  MLS_INLINE void block(AmxPairs<uint16_t> a, AmxPairs<uint32_t> b, int64_t depth,
+                        AmxTiles<const float> start, AmxTiles<float> c, Beside& beside) {
+    block<kA, false>(a, b, depth, start, c, beside);
   }
 
   // All blocks of a product; rows, columns and depth are multiples of kAmxBlock.

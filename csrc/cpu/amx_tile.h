@@ -95,6 +95,9 @@ struct AmxTiles {
   MLS_INLINE T* at(int64_t i, int64_t j) const { return data + i * down + j * right; }
 };
 
+alignas(kAmxTileBytes) constexpr float kAmxZeros[kAmxTileBytes / sizeof(float)] = {};
+constexpr AmxTiles<const float> kAmxZeroTiles{kAmxZeros, 0, 0, 0, 0};
+
 constexpr int kAmxRow = kAmxTileBytes / sizeof(float);  // fp32 or words in the row of a tile
 constexpr int kAmxTileWords = kAmxTile * kAmxRow;
 constexpr int kAmxTileHalves = kAmxTile * kAmxDepth;  // bf16 values of a tile

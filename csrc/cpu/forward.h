@@ -10,6 +10,8 @@
 //     static int64_t most_block_tiles(const AttentionShape&);
 //     Engine(params, at, block tiles, scratch cursor);
 //     void load_rows(int t, const RowTile&);         // Q of row tile t
+//     void clear(int t, float* out);                 // O^T of row tile t, at `out`, is zero; perhaps not yet
+//     void complete(int t, float* out);              // in memory, which it is now
 //     void load_panel(int64_t first, int64_t last);  // K and V of these keys
 //     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
 //                 float* out);                       // keys [begin, end) of those loaded from `first` on
@@ -66,8 +68,10 @@ class ForwardBlock {
     fill_row_tile(shape_, p_.mask, first_row, tiles_[t]);
     engine_.load_rows(t, tiles_[t]);
     states_[t].clear();
-    std::memset(out_lanes(t), 0, width_ * kTileRows * sizeof(float));
-    if (p_.accumulate) load_partial_result(t);
+    engine_.clear(t, out_lanes(t));
+    if (!p_.accumulate) return;
+    engine_.complete(t, out_lanes(t));
+    load_partial_result(t);
   }
 
   // A normalised partial (out, lse) is the state of an online softmax with
@@ -103,6 +107,7 @@ class ForwardBlock {
     if (p_.accumulate && tile.key_begin >= tile.key_end) return;  // nothing was merged
     alignas(MLS_VEC_BYTES) float inverse[kTileRows];
     for (int i = 0; i < kTileRows; ++i) inverse[i] = state.sum[i] == 0.0f ? 0.0f : 1.0f / state.sum[i];
+    engine_.complete(t, out_lanes(t));
     lanes_to_rows(out_lanes(t), Engine::lanes(width_), shape_.value_dim, inverse, rows_);
     for (int i = 0; i < tile.num_rows; ++i) {
       const int64_t row = tile.first_row + i;

@@ -63,6 +63,17 @@ class AmxForward {
     }
   }
 
+  // The first values that are added to O start from zero: it need not be written before.
+  void clear(int t, float*) {
+    for (int i = 0; i < kStripsPerTile; ++i) strip(t, i).is_clear = true;
+  }
+  void complete(int t, float* out) {
+    for (int i = 0; i < kStripsPerTile; ++i) {
+      if (strip(t, i).is_clear) std::memset(strip_out(out, i), 0, kStripRows * value_width_ * sizeof(float));
+      strip(t, i).is_clear = false;
+    }
+  }
+
   void load_panel(int64_t first, int64_t last) {
     const AttentionShape& shape = p_.shape;
     for (int64_t key = first; key < last; key += kAmxBlock) {
@@ -83,19 +94,12 @@ class AmxForward {
               float* out) {
     if (t >= block_tiles_ - kLastTiles) coming_end_ = std::min(first + 2 * kPanelKeys, p_.shape.num_keys);
     for (int i = 0; i < kStripsPerTile; ++i) {
-      const Strip& rows = strip(t, i);
+      Strip& rows = strip(t, i);
       const int64_t from = (std::max(begin, rows.begin) - first) / kAmxBlock * kAmxBlock;
       const int64_t to = round_up(std::min(end, rows.end) - first, kAmxBlock);
       for (int64_t key = from; key < to; key += step_keys_) {
         const int64_t num_keys = std::min<int64_t>(step_keys_, to - key);
-        const Step step{&tile,
-                        &rows,
-                        &state,
-                        first,
-                        key,
-                        num_keys,
-                        strip_queries(t, i),
-                        out + i * kStripRows * value_width_};
+        const Step step{&tile, &rows, &state, first, key, num_keys, strip_queries(t, i), strip_out(out, i)};
         prefetch_coming_keys();
         advance(step);
       }
@@ -129,6 +133,7 @@ class AmxForward {
   // Rows of a tile that meet keys together, and the keys they see.
   struct Strip : VectorKeys {
     int first_vector;
+    bool is_clear = false;  // O is zero, which is not yet in memory
 
     Strip(const RowTile& tile, int vector) : VectorKeys(tile.vectors[vector]), first_vector(vector) {
       for (int x = vector + 1; x < vector + kStripVecs; ++x) {
@@ -143,7 +148,7 @@ class AmxForward {
   // Keys [key, key + num_keys) of the panel at `first`, against a strip.
   struct Step {
     const RowTile* tile = nullptr;
-    const Strip* rows = nullptr;
+    Strip* rows = nullptr;
     SoftmaxState* state = nullptr;
     int64_t first = 0, key = 0, num_keys = 0;  // 0: no step
     AmxParts<uint32_t> q{};
@@ -166,6 +171,7 @@ class AmxForward {
   }
 
   Strip& strip(int t, int i) const { return strips_[t * kStripsPerTile + i]; }
+  float* strip_out(float* out, int i) const { return out + i * kStripRows * value_width_; }
   AmxParts<uint32_t> strip_queries(int t, int i) const {
     return q_.from((t * kStripsPerTile + i) * kStripRows * width_ / 2);
   }
@@ -185,7 +191,9 @@ class AmxForward {
   // P^T of consecutive keys of a strip, in pairs: for each vector of rows [kAddedKeys / 2][kLanes].
   struct Weights {
     AmxParts<uint32_t> words{};
-    float* out = nullptr;  // O^T of the strip
+    Strip* rows = nullptr;
+    float* out = nullptr;    // O^T of the rows
+    bool from_zero = false;  // whatever O's memory holds
     int64_t key = 0, num_keys = 0;
     int64_t dims_left = 0;  // of the values that are still to be added to O
   };
@@ -205,7 +213,7 @@ class AmxForward {
   // The weights of the current step, beside the products of others.
   template <bool kMasked>
   [[gnu::noinline]] void weigh(const Step& next) {
-    if (weighed_.num_keys == 0) weighed_.key = current_.key, weighed_.out = current_.out;
+    if (weighed_.num_keys == 0) begin_weighing();
     // Their sums and O are zero: nothing to rescale.
     if (const Lanes lacking = lanes_without_reference(); lacking.any()) raise_reference<kMasked>(lacking);
     Weighing<kMasked> weighing(*this);
@@ -219,6 +227,11 @@ class AmxForward {
     weighed_.num_keys += current_.num_keys;
   }
 
+  void begin_weighing() {
+    weighed_.key = current_.key;
+    weighed_.rows = current_.rows, weighed_.out = current_.out;
+  }
+
   // With a higher reference, after all weights of the lower one.
   template <bool kMasked>
   [[gnu::noinline]] void weigh_again(const Lanes& above) {
@@ -226,7 +239,7 @@ class AmxForward {
     add_all_values();
     products_.finish();
     rescale(raise_reference<kMasked>(above));
-    weighed_.key = current_.key, weighed_.out = current_.out;
+    begin_weighing();
     Weighing<kMasked> weighing(*this);
     weighing.rest();
     weighing.add_sums();
@@ -243,8 +256,10 @@ class AmxForward {
   void begin_adding() {
     add_all_values();
     std::swap(weighed_, added_);
-    added_.dims_left = added_.num_keys > 0 ? value_width_ : 0;
     weighed_.num_keys = 0;
+    if (added_.num_keys == 0) return;
+    added_.dims_left = value_width_;
+    added_.from_zero = std::exchange(added_.rows->is_clear, false);
   }
   [[gnu::noinline]] void add_all_values() {
     NothingBeside nothing;
@@ -270,9 +285,10 @@ class AmxForward {
     const AmxPairs<uint16_t> v{v_columns_.data + added_.key * value_width_ + dim * kAmxDepth, kAmxTileHalves,
                                value_width_ * kAmxDepth, v_columns_.size};
     const AmxPairs<uint32_t> p{added_.words.data, kAddedKeys / 2 * kLanes, kAmxTileWords, added_.words.size};
-    products_.template add_block<AmxReuse::kStreamed>(
-        v, p, added_.num_keys / kAmxDepth, {added_.out + dim * kLanes, kAmxTileWords, value_width_ * kLanes},
-        beside);
+    const AmxTiles<float> out{added_.out + dim * kLanes, kAmxTileWords, value_width_ * kLanes};
+    const AmxTiles<const float> start =
+        added_.from_zero ? kAmxZeroTiles : AmxTiles<const float>{out.data, out.down, out.right};
+    products_.template block<AmxReuse::kStreamed>(v, p, added_.num_keys / kAmxDepth, start, out, beside);
   }
 
   template <bool kMasked>
@@ -367,6 +383,7 @@ class AmxForward {
 #pragma GCC unroll 8
     for (int x = 0; x < kStripVecs; ++x) {
       store(current_.sums(x), load(current_.sums(x)) * factors.of[x]);
+      if (current_.rows->is_clear) continue;
       for (int64_t d = 0; d < value_width_; ++d) {
         float* const at = current_.out + (x * value_width_ + d) * kLanes;
         store(at, load(at) * factors.of[x]);

@@ -31,11 +31,14 @@ class ForwardProducts {
         value_dim_(params.shape.value_dim),
         log2_scale_(params.softmax_scale * kLog2E),
         width_(padded(words<Words>(dim_))),
+        value_width_(padded(value_dim_)),
         q_(scratch.objects<float>(block_tiles * width_ * kTileRows)),
         k_(scratch.objects<float>(kPanelKeys * width_)),
         v_copy_(scratch.objects<float>(words<Words>(kPanelKeys) * round_up(value_dim_, kMicroRows))),
         scores_(scratch.objects<float>(kVectorPanelKeys * kTileRows)) {}
 
+  void clear(int, float* out) { std::memset(out, 0, value_width_ * kTileRows * sizeof(float)); }
+  void complete(int, float*) {}
   void finish_panel() {}
 
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
@@ -60,7 +63,8 @@ class ForwardProducts {
  protected:
   const int64_t dim_, value_dim_;
   const float log2_scale_;
-  const int64_t width_;       // of Q and K: padded(words of D)
+  const int64_t width_;  // of Q and K: padded(words of D)
+  const int64_t value_width_;
   float* const q_;            // per row tile: Q^T, [width][kTileRows]
   float* const k_;            // [kPanelKeys][width]
   float* const v_copy_;       // V in the order of copy_columns
