@@ -6,19 +6,20 @@
 //   struct Engine {
 //     static int64_t width(int64_t dim);             // dim padded as the engine's products want it
 //     static LaneLayout lanes(int64_t width);        // of O^T
-//     static constexpr int kPanelKeys;               // keys loaded at a time
+//     static int64_t panel_keys(const AttentionShape&);  // loaded at a time
 //     static int64_t most_block_tiles(const AttentionShape&);
 //     Engine(params, at, block tiles, scratch cursor);
 //     void load_rows(int t, const RowTile&);         // Q of row tile t
 //     void clear(int t, float* out);                 // O^T of row tile t, at `out`, is zero; perhaps not yet
 //     void complete(int t, float* out);              // in memory, which it is now
-//     void load_panel(int64_t first, int64_t last);  // K and V of these keys
+//     void load_panel(int64_t first, int64_t begin, int64_t end);  // K and V of keys [begin, end), to their
+//                                                    // places in the panel at `first`
 //     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
-//                 float* out);                       // keys [begin, end) of those loaded from `first` on
+//                 float* out);                       // these keys
 //     void finish_panel();                           // whatever attend() has left under way
 //   };
 //
-// Panels begin at multiples of kPanelKeys whatever keys a block sees, so that the steps of a row tile's
+// Panels begin at multiples of panel_keys() whatever keys a block sees, so that the steps of a row tile's
 // softmax are the same in any block.
 #pragma once
 #include "pack.h"
@@ -53,10 +54,9 @@ class ForwardBlock {
       key_begin = std::min(key_begin, tiles_[t].key_begin);
       key_end = std::max(key_end, tiles_[t].key_end);
     }
-    for (int64_t key = key_begin / Engine::kPanelKeys * Engine::kPanelKeys; key < key_end;
-         key += Engine::kPanelKeys) {
-      process_panel(num_tiles, key, std::min<int64_t>(key + Engine::kPanelKeys, key_end));
-    }
+    const int64_t panel = Engine::panel_keys(shape_);
+    for (int64_t key = key_begin / panel * panel; key < key_end; key += panel)
+      process_panel(num_tiles, key, std::min(key + panel, key_end));
     for (int t = 0; t < num_tiles; ++t) finish_tile(t);
   }
 
@@ -89,14 +89,19 @@ class ForwardBlock {
     }
   }
 
+  // Of the panel [first, last), what some row tile sees.
   void process_panel(int num_tiles, int64_t first, int64_t last) {
-    bool loaded = false;
+    int64_t begin = last, end = first;
     for (int t = 0; t < num_tiles; ++t) {
-      const int64_t begin = std::max(first, tiles_[t].key_begin), end = std::min(last, tiles_[t].key_end);
-      if (begin >= end) continue;
-      if (!loaded) engine_.load_panel(first, last);
-      loaded = true;
-      engine_.attend(t, tiles_[t], states_[t], first, begin, end, out_lanes(t));
+      if (std::max(first, tiles_[t].key_begin) >= std::min(last, tiles_[t].key_end)) continue;
+      begin = std::min(begin, std::max(first, tiles_[t].key_begin));
+      end = std::max(end, std::min(last, tiles_[t].key_end));
+    }
+    if (begin >= end) return;
+    engine_.load_panel(first, begin, end);
+    for (int t = 0; t < num_tiles; ++t) {
+      const int64_t from = std::max(begin, tiles_[t].key_begin), to = std::min(end, tiles_[t].key_end);
+      if (from < to) engine_.attend(t, tiles_[t], states_[t], first, from, to, out_lanes(t));
     }
     engine_.finish_panel();
   }

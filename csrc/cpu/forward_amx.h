@@ -24,7 +24,12 @@ class AmxForward {
   static constexpr int kParts = kAmxParts<Element>;
 
  public:
-  static constexpr int kPanelKeys = kAmxForwardPanelKeys;
+  static int64_t panel_keys(const AttentionShape& shape) {
+    const int64_t key_bytes =
+        (amx_width(shape.head_dim) + amx_width(shape.value_dim)) * kParts * sizeof(uint16_t);
+    const int64_t keys = std::clamp(kAmxPanelBytes / key_bytes, kAmxMinPanelKeys, kAmxMaxPanelKeys);
+    return keys / kAddedKeys * kAddedKeys;
+  }
   static int64_t width(int64_t dim) { return amx_width(dim); }
   static LaneLayout lanes(int64_t width) { return amx_lanes(width); }
 
@@ -43,10 +48,11 @@ class AmxForward {
         step_keys_(std::clamp<int64_t>(kStepValues / width_ / kAmxBlock * kAmxBlock, kAmxBlock, kAddedKeys)),
         blocks_per_step_(ceil_div(value_width_ / kAmxBlock, kAddedKeys / step_keys_)),
         block_tiles_(block_tiles),
+        panel_keys_(panel_keys(params.shape)),
         strips_(scratch.objects<Strip>(block_tiles * kStripsPerTile)),
         q_(allocate_parts<kParts, uint32_t>(scratch, block_tiles * kTileRows * width_ / 2)),
-        k_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * width_)),
-        v_columns_(allocate_parts<kParts, uint16_t>(scratch, kPanelKeys * value_width_)),
+        k_(allocate_parts<kParts, uint16_t>(scratch, panel_keys_ * width_)),
+        v_columns_(allocate_parts<kParts, uint16_t>(scratch, panel_keys_ * value_width_)),
         rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))),
         scores_(scratch.objects<float>(step_keys_ * kStripRows)),
         next_scores_(scratch.objects<float>(step_keys_ * kStripRows)),
@@ -74,9 +80,9 @@ class AmxForward {
     }
   }
 
-  void load_panel(int64_t first, int64_t last) {
+  void load_panel(int64_t first, int64_t begin, int64_t last) {
     const AttentionShape& shape = p_.shape;
-    for (int64_t key = first; key < last; key += kAmxBlock) {
+    for (int64_t key = first + (begin - first) / kAmxBlock * kAmxBlock; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
       prefetch_keys(key + kAmxBlock, std::min(key + 2 * kAmxBlock, shape.num_keys));
       split_key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
@@ -92,7 +98,7 @@ class AmxForward {
   // are masked like any other.
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
               float* out) {
-    if (t >= block_tiles_ - kLastTiles) coming_end_ = std::min(first + 2 * kPanelKeys, p_.shape.num_keys);
+    if (t >= block_tiles_ - kLastTiles) coming_end_ = std::min(first + 2 * panel_keys_, p_.shape.num_keys);
     for (int i = 0; i < kStripsPerTile; ++i) {
       Strip& rows = strip(t, i);
       const int64_t from = (std::max(begin, rows.begin) - first) / kAmxBlock * kAmxBlock;
@@ -411,11 +417,11 @@ class AmxForward {
   const KeyHead at_;
   const int64_t width_, value_width_;
   const float log2_scale_;
-  const int64_t step_keys_, blocks_per_step_, block_tiles_;
+  const int64_t step_keys_, blocks_per_step_, block_tiles_, panel_keys_;
   AmxProducts<kParts> products_;
   Strip* const strips_;                 // of each row tile
   const AmxParts<uint32_t> q_;          // of each strip: [width / 2][kStripRows], in tiles
-  const AmxParts<uint16_t> k_;          // [kPanelKeys][width], in tiles
+  const AmxParts<uint16_t> k_;          // [panel_keys_][width], in tiles
   const AmxParts<uint16_t> v_columns_;  // V^T of each 32 keys: [value_width][32], in tiles
   const AmxParts<uint16_t> rows_;       // staging
   float *scores_, *next_scores_;        // S^T of a step: for each vector of rows [keys][kLanes]

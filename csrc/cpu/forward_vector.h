@@ -17,6 +17,7 @@ class ForwardProducts {
   // Keys loaded at a time: every row tile then meets several panels in a row and keeps its Q and O in the L1
   // cache.
   static constexpr int kPanelKeys = kVectorPanelKeys * kPanelsPerChunk;
+  static int64_t panel_keys(const AttentionShape&) { return kPanelKeys; }
   static int64_t width(int64_t dim) { return padded(dim); }
   static LaneLayout lanes(int64_t) { return kRowsOfLanes; }
 
@@ -157,8 +158,8 @@ class VectorForward : public ForwardProducts<typename Operands::Words> {
     rows_to_lanes(rows_, words<Words>(dim_), q_ + t * width_ * kTileRows);
   }
 
-  void load_panel(int64_t first, int64_t last) {
-    const int64_t count = last - first;
+  void load_panel(int64_t first, int64_t, int64_t end) {
+    const int64_t count = end - first;
     Operands::load_keys(p_.k, at_, first, count, dim_, k_);
     Operands::load_keys(p_.v, at_, first, count, value_dim_, v_rows_);
     const float* const v = Words::join_rows(v_rows_, count, value_dim_, v_joined_);

@@ -21,10 +21,12 @@ constexpr int64_t kBlockBytes = 1024 * 1024;
 // Products by tiles leave memory time to bring rows from a cache behind; keys that are split into parts cost
 // more to load.
 constexpr int64_t kAmxBlockBytes = 2 * 1024 * 1024, kAmxSplitBlockBytes = 3 * 1024 * 1024;
-constexpr int64_t kNarrowKeys = 1024;      // rows that see fewer leave a panel to few row tiles
-constexpr int kTasksPerWorker = 4;         // with more than one worker
-constexpr int kVectorPanelKeys = 96;       // a multiple of kMicroRows
-constexpr int kAmxForwardPanelKeys = 512;  // packed K and V stay in the L2 cache
+constexpr int64_t kNarrowKeys = 1024;  // rows that see fewer leave a panel to few row tiles
+constexpr int kTasksPerWorker = 4;     // with more than one worker
+constexpr int kVectorPanelKeys = 96;   // a multiple of kMicroRows
+// K and V of a forward panel stay in the L2 cache; the longer it is, the less often do rows stream by.
+constexpr int64_t kAmxPanelBytes = 768 * 1024;
+constexpr int64_t kAmxMinPanelKeys = 256, kAmxMaxPanelKeys = 4096;
 // Keys whose values are added to O at once, and elements of K in a step of keys; of operands in parts less.
 // More would save loads and stores of O, and fewer L1 cache: the best of a range, all measured.
 constexpr int kAmxAddedKeys = 128, kAmxSplitAddedKeys = 64;

@@ -50,6 +50,9 @@ CASES = [
     Case(queries=333, keys=500, ranges="random"),
     Case(queries=150, keys=150, ranges="random", band_lo=-20, band_hi=0),
     Case(queries=50, keys=50, ranges="empty"),
+    # several panels of keys that stay in a cache; a window that begins in the middle of one
+    Case(queries=70, keys=2000, head_dim=256, value_dim=256, band_hi=1800),
+    Case(queries=200, keys=2000, head_dim=256, value_dim=256, band_lo=900, band_hi=1100),
     # a softmax that is nearly a maximum
     Case(queries=129, keys=400, head_dim=64, value_dim=64, amplitude=20.0),
 ]
