@@ -27,8 +27,8 @@ class AmxForward {
   static int64_t panel_keys(const AttentionShape& shape) {
     const int64_t key_bytes =
         (amx_width(shape.head_dim) + amx_width(shape.value_dim)) * kParts * sizeof(uint16_t);
-    const int64_t keys = std::clamp(kAmxPanelBytes / key_bytes, kAmxMinPanelKeys, kAmxMaxPanelKeys);
-    return keys / kAddedKeys * kAddedKeys;
+    const int64_t cached = std::max(kAmxPanelBytes / key_bytes, kAmxMinPanelKeys);
+    return std::min(cached, std::max(shape.num_keys / 2, kAmxSharedPanelKeys)) / kAddedKeys * kAddedKeys;
   }
   static int64_t width(int64_t dim) { return amx_width(dim); }
   static LaneLayout lanes(int64_t width) { return amx_lanes(width); }

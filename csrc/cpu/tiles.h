@@ -24,9 +24,11 @@ constexpr int64_t kAmxBlockBytes = 2 * 1024 * 1024, kAmxSplitBlockBytes = 3 * 10
 constexpr int64_t kNarrowKeys = 1024;  // rows that see fewer leave a panel to few row tiles
 constexpr int kTasksPerWorker = 4;     // with more than one worker
 constexpr int kVectorPanelKeys = 96;   // a multiple of kMicroRows
-// K and V of a forward panel stay in the L2 cache; the longer it is, the less often do rows stream by.
+// K and V of a forward panel stay in the L2 cache; the longer it is, the less often do rows stream by. But
+// there should be several panels, unless they get short: all but the first are fetched beside the products of
+// another.
 constexpr int64_t kAmxPanelBytes = 768 * 1024;
-constexpr int64_t kAmxMinPanelKeys = 256, kAmxMaxPanelKeys = 4096;
+constexpr int64_t kAmxMinPanelKeys = 256, kAmxSharedPanelKeys = 512;
 // Keys whose values are added to O at once, and elements of K in a step of keys; of operands in parts less.
 // More would save loads and stores of O, and fewer L1 cache: the best of a range, all measured.
 constexpr int kAmxAddedKeys = 128, kAmxSplitAddedKeys = 64;
