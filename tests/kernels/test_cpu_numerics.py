@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,6 +127,20 @@ def _rounds(case: Case) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.amplitude == 1.0][::2], ids=str)
 def test_an_output_of_the_inputs_dtype_is_the_other_one_rounded(variant: Variant, case: Case) -> None:
     variant.call(_rounds, case)
+
+
+def _forgets() -> None:
+    """The same memory serves the next call: what it holds must not be taken for an output that sees no key."""
+    seeing = Case(queries=70, keys=70, head_dim=64, value_dim=64)
+    q, k, v, dout = inputs(seeing, torch.bfloat16)
+    run_kernel(seeing, (q, k, torch.full_like(v, float("nan")), dout))
+    out, lse, *_ = run_kernel(replace(seeing, ranges="empty"), (q, k, v, dout))
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, float("-inf")))
+
+
+def test_no_output_of_an_earlier_call_is_left(variant: Variant) -> None:
+    variant.call(_forgets)
 
 
 def _results(case: Case) -> Results:
