@@ -102,6 +102,14 @@ void check_last_dim(const char* name, const Tensor& tensor) {
             " in its last dimension: it must be contiguous there (stride 1).");
 }
 
+// A tensor of tokens and heads, in any strides.
+void check_tokens(const char* name, const Tensor& t, Device device, std::initializer_list<int64_t> want,
+                  const char* axes) {
+  check_shape(name, t, want, axes);
+  check_device(name, t, device);
+  check_last_dim(name, t);
+}
+
 AttentionShape check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, Device device) {
   MLS_CHECK(q.dim() == 4, "q has shape ", shape_text(q), ": it must have 4 dimensions (Sq, B, H, D).");
   MLS_CHECK(k.dim() == 4, "k has shape ", shape_text(k), ": it must have 4 dimensions (Sk, B, G, D).");
@@ -168,17 +176,9 @@ RowTensor<T> row_tensor(const Tensor& t) {
   return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// A tensor to be written: of tokens and heads, in any strides.
-void check_result(const char* name, const Tensor& t, Device device, std::initializer_list<int64_t> want,
-                  const char* axes) {
-  check_shape(name, t, want, axes);
-  check_device(name, t, device);
-  check_last_dim(name, t);
-}
-
 TokenTensor<float> accumulator(const char* name, const Tensor& t, Device device,
                                std::initializer_list<int64_t> want, const char* axes) {
-  check_result(name, t, device, want, axes);
+  check_tokens(name, t, device, want, axes);
   check_dtype(name, t, ScalarType::Float, ", the accumulator dtype");
   return token_tensor<float>(t);
 }
@@ -201,7 +201,7 @@ ForwardParams forward_params(Device device, const Tensor& q, const Tensor& k, co
                              const Tensor& out, const Tensor& lse, const MaskArguments& mask,
                              bool accumulate) {
   const AttentionShape s = check_inputs(q, k, v, device);
-  check_result("out", out, device, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
+  check_tokens("out", out, device, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
   constexpr auto kRounded = ScalarType::BFloat16;
   const bool rounds =
       !device.is_cuda && !accumulate && q.scalar_type() == kRounded && out.scalar_type() == kRounded;
@@ -228,10 +228,8 @@ struct BackwardTensors {
 
 BackwardParams backward_params(Device device, const BackwardTensors& t, const MaskArguments& mask) {
   const AttentionShape s = check_inputs(t.q, t.k, t.v, device);
-  check_shape("dout", t.dout, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
+  check_tokens("dout", t.dout, device, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
   check_dtype("dout", t.dout, t.q.scalar_type(), ", the dtype of q");
-  check_device("dout", t.dout, device);
-  check_last_dim("dout", t.dout);
   return {
       .shape = s,
       .element_type = element_type(t.q),
@@ -256,10 +254,9 @@ BackwardParams backward_params(Device device, const BackwardTensors& t, const Ma
 DeltaParams delta_params(const Tensor& out, const Tensor& dout, const Tensor& delta) {
   MLS_CHECK(out.dim() == 4, "out has shape ", shape_text(out), ": it must have 4 dimensions (Sq, B, H, Dv).");
   const int64_t tokens = out.size(0), batch = out.size(1), heads = out.size(2), value_dim = out.size(3);
-  check_shape("dout", dout, {tokens, batch, heads, value_dim}, "(Sq, B, H, Dv)");
+  check_device("out", out, kCpu), check_last_dim("out", out);
+  check_tokens("dout", dout, kCpu, {tokens, batch, heads, value_dim}, "(Sq, B, H, Dv)");
   check_element_type("out", out.scalar_type(), kCpu), check_element_type("dout", dout.scalar_type(), kCpu);
-  check_device("out", out, kCpu), check_device("dout", dout, kCpu);
-  check_last_dim("out", out), check_last_dim("dout", dout);
   return {
       .num_queries = tokens,
       .batch = batch,
