@@ -75,10 +75,6 @@ struct Device {
 
 constexpr Device kCpu{false, 0};
 
-Device gpu_of(const Tensor& tensor) {
-  return {true, tensor.get_device_index()};
-}
-
 void check_device(const char* name, const Tensor& tensor, Device device) {
   MLS_CHECK(device.is_cuda ? tensor.is_cuda() : tensor.is_cpu(), name, " is not on the ",
             device.is_cuda ? "GPU" : "CPU", ": all tensors of a call must be on one device.");
@@ -176,11 +172,27 @@ RowTensor<T> row_tensor(const Tensor& t) {
   return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-TokenTensor<float> accumulator(const char* name, const Tensor& t, Device device,
-                               std::initializer_list<int64_t> want, const char* axes) {
-  check_tokens(name, t, device, want, axes);
-  check_dtype(name, t, ScalarType::Float, ", the accumulator dtype");
-  return token_tensor<float>(t);
+// Whether results are final, rounded to q's dtype, and no fp32 sums.
+constexpr ScalarType kRounded = ScalarType::BFloat16;
+
+bool takes_rounded(Device device, const Tensor& q, const Tensor& result, bool accumulate) {
+  return !device.is_cuda && !accumulate && q.scalar_type() == kRounded && result.scalar_type() == kRounded;
+}
+
+void check_result_dtype(const char* name, const Tensor& result, bool is_rounded) {
+  if (is_rounded) {
+    check_dtype(name, result, kRounded, ", as the results before it");
+  } else {
+    check_dtype(name, result, ScalarType::Float, ", the accumulator dtype");
+  }
+}
+
+TokenTensor<float> sums(const Tensor& result, bool is_rounded) {
+  return is_rounded ? TokenTensor<float>{} : token_tensor<float>(result);
+}
+
+TokenTensor<uint16_t> rounded(const Tensor& result, bool is_rounded) {
+  return is_rounded ? token_tensor<uint16_t>(result) : TokenTensor<uint16_t>{};
 }
 
 template <typename T>
@@ -202,22 +214,20 @@ ForwardParams forward_params(Device device, const Tensor& q, const Tensor& k, co
                              bool accumulate) {
   const AttentionShape s = check_inputs(q, k, v, device);
   check_tokens("out", out, device, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
-  constexpr auto kRounded = ScalarType::BFloat16;
-  const bool rounds =
-      !device.is_cuda && !accumulate && q.scalar_type() == kRounded && out.scalar_type() == kRounded;
-  if (!rounds) check_dtype("out", out, ScalarType::Float, ", the accumulator dtype");
+  const bool rounds = takes_rounded(device, q, out, accumulate);
+  check_result_dtype("out", out, rounds);
   return {
       .shape = s,
       .element_type = element_type(q),
       .q = token_tensor<const void>(q),
       .k = token_tensor<const void>(k),
       .v = token_tensor<const void>(v),
-      .out = rounds ? TokenTensor<float>{} : token_tensor<float>(out),
+      .out = sums(out, rounds),
       .lse = row_accumulator<float>("lse", lse, device, s),
       .mask = check_mask(s, mask.band_lo, mask.band_hi, mask.key_ranges, device),
       .softmax_scale = check_scale(mask.softmax_scale),
       .accumulate = accumulate,
-      .bf16_out = rounds ? token_tensor<uint16_t>(out) : TokenTensor<uint16_t>{},
+      .bf16_out = rounded(out, rounds),
   };
 }
 
@@ -226,10 +236,17 @@ struct BackwardTensors {
   const Tensor &dout, &q, &k, &v, &lse, &delta, &dq, &dk, &dv;
 };
 
-BackwardParams backward_params(Device device, const BackwardTensors& t, const MaskArguments& mask) {
+BackwardParams backward_params(Device device, const BackwardTensors& t, const MaskArguments& mask,
+                               bool accumulate) {
   const AttentionShape s = check_inputs(t.q, t.k, t.v, device);
   check_tokens("dout", t.dout, device, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
   check_dtype("dout", t.dout, t.q.scalar_type(), ", the dtype of q");
+  check_tokens("dq", t.dq, device, {s.num_queries, s.batch, s.num_heads, s.head_dim}, "(Sq, B, H, D)");
+  check_tokens("dk", t.dk, device, {s.num_keys, s.batch, s.num_kv_heads, s.head_dim}, "(Sk, B, G, D)");
+  check_tokens("dv", t.dv, device, {s.num_keys, s.batch, s.num_kv_heads, s.value_dim}, "(Sk, B, G, Dv)");
+  const bool rounds = takes_rounded(device, t.q, t.dq, accumulate);
+  check_result_dtype("dq", t.dq, rounds), check_result_dtype("dk", t.dk, rounds);
+  check_result_dtype("dv", t.dv, rounds);
   return {
       .shape = s,
       .element_type = element_type(t.q),
@@ -239,14 +256,15 @@ BackwardParams backward_params(Device device, const BackwardTensors& t, const Ma
       .v = token_tensor<const void>(t.v),
       .lse = row_accumulator<const float>("lse", t.lse, device, s),
       .delta = row_accumulator<const float>("delta", t.delta, device, s),
-      .dq =
-          accumulator("dq", t.dq, device, {s.num_queries, s.batch, s.num_heads, s.head_dim}, "(Sq, B, H, D)"),
-      .dk =
-          accumulator("dk", t.dk, device, {s.num_keys, s.batch, s.num_kv_heads, s.head_dim}, "(Sk, B, G, D)"),
-      .dv = accumulator("dv", t.dv, device, {s.num_keys, s.batch, s.num_kv_heads, s.value_dim},
-                        "(Sk, B, G, Dv)"),
+      .dq = sums(t.dq, rounds),
+      .dk = sums(t.dk, rounds),
+      .dv = sums(t.dv, rounds),
       .mask = check_mask(s, mask.band_lo, mask.band_hi, mask.key_ranges, device),
       .softmax_scale = check_scale(mask.softmax_scale),
+      .accumulate = accumulate,
+      .bf16_dq = rounded(t.dq, rounds),
+      .bf16_dk = rounded(t.dk, rounds),
+      .bf16_dv = rounded(t.dv, rounds),
   };
 }
 
@@ -280,10 +298,10 @@ void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, 
 
 void cpu_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                   const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
-                  std::optional<Tensor> key_ranges, double softmax_scale, int64_t /*stream*/,
+                  std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate, int64_t /*stream*/,
                   bool /*deterministic*/) {
   cpu::run_backward(backward_params(kCpu, {dout, q, k, v, lse, delta, dq, dk, dv},
-                                    {band_lo, band_hi, key_ranges, softmax_scale}));
+                                    {band_lo, band_hi, key_ranges, softmax_scale}, accumulate));
 }
 
 void cpu_delta(const Tensor& out, const Tensor& dout, Tensor delta) {
@@ -291,6 +309,10 @@ void cpu_delta(const Tensor& out, const Tensor& dout, Tensor delta) {
 }
 
 #if defined(MLS_WITH_CUDA)
+
+Device gpu_of(const Tensor& tensor) {
+  return {true, tensor.get_device_index()};
+}
 
 void check_launch(const char* failure) {
   MLS_CHECK(failure == nullptr, "the CUDA attention kernel was not started: ", failure, ".");
@@ -310,10 +332,11 @@ void cuda_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out,
 
 void cuda_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                    const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
-                   std::optional<Tensor> key_ranges, double softmax_scale, int64_t stream,
+                   std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate, int64_t stream,
                    bool deterministic) {
+  MLS_CHECK(accumulate, "accumulate is False: the CUDA backward only adds to dq, dk and dv.");
   const BackwardParams params = backward_params(gpu_of(q), {dout, q, k, v, lse, delta, dq, dk, dv},
-                                                {band_lo, band_hi, key_ranges, softmax_scale});
+                                                {band_lo, band_hi, key_ranges, softmax_scale}, accumulate);
   check_launch(mls_cuda_backward(&params, deterministic, stream_handle(stream)));
 }
 
@@ -332,8 +355,8 @@ STABLE_TORCH_LIBRARY(mls, m) {
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) "
       "dq, "
-      "Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale, int "
-      "stream=0, bool deterministic=False) -> ()");
+      "Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale, bool "
+      "accumulate, int stream=0, bool deterministic=False) -> ()");
   m.def("attention_delta(Tensor out, Tensor dout, Tensor(a!) delta) -> ()");
 }
 

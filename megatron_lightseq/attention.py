@@ -278,16 +278,14 @@ class DistAttention:
             return RowRun(
                 BoundProgram.bind(compile_program(rings, self.rank), inputs.device), program, runtime
             )
-        run = TileRun(program, kernel, runtime)
         if exchanged == 1 or self._runtime.transport is None:
-            return run
+            return TileRun(program, kernel, runtime)
+        cut = HeadCut(inputs.q_shape[2], inputs.k_shape[2], exchanged)
         exchange = HeadExchange(
-            SubTransport(self._runtime.transport, groups.ulysses),
-            self.layout,
-            HeadCut(inputs.q_shape[2], inputs.k_shape[2], exchanged),
-            self.stats,
+            SubTransport(self._runtime.transport, groups.ulysses), self.layout, cut, self.stats
         )
-        return HeadRun(exchange, run)
+        parts = not cut.groups_are_disjoint
+        return HeadRun(exchange, TileRun(program, kernel, runtime, gradients_are_parts=parts))
 
     @property
     def _method_name(self) -> str:

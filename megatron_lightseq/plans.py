@@ -42,12 +42,14 @@ class TileRun:
     program: BoundProgram
     kernel: Kernel
     runtime: Runtime
+    gradients_are_parts: bool = False
+    """Others will be added to them, so that they must not be rounded yet."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Follow the program from queries, keys and values to ``out`` and ``lse``."""
         acc = accumulator_dtype(q.dtype)
-        is_final = self.kernel.rounds_output and not self.program.program.merges
-        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype if is_final else acc, device=q.device)
+        dtype = q.dtype if self._is_rounded_by_kernel() else acc
+        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
         lse = torch.empty((q.shape[1], q.shape[2], q.shape[0]), dtype=acc, device=q.device)
         self.runtime.run(self.program, ForwardPass.over(q, k, v, out, lse, self.kernel, scale))
         return out.to(q.dtype), lse
@@ -55,13 +57,17 @@ class TileRun:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> Gradients:
-        """Follow the program to dq, dk, dv in the accumulator dtype."""
-        acc = accumulator_dtype(q.dtype)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
+        """Follow the program to dq, dk, dv, in the inputs' dtype where nothing is added up."""
+        is_final = self._is_rounded_by_kernel() and not self.gradients_are_parts
+        dtype = q.dtype if is_final else accumulator_dtype(q.dtype)
+        dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
         inputs = {Payload.QDO: (q, dout, lse, delta), Payload.KV: (k, v)}
         grads = {Payload.DQ: (dq,), Payload.DKV: (dk, dv)}
         self.runtime.run(self.program, BackwardPass.over(inputs, grads, self.kernel, scale))
         return dq, dk, dv
+
+    def _is_rounded_by_kernel(self) -> bool:
+        return self.kernel.rounds_results and not self.program.program.merges
 
 
 @dataclass(frozen=True, slots=True)

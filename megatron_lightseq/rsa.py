@@ -36,7 +36,7 @@ class RowRun:
         scores_BGRSN = self._scores(q, k, scale)
         lse_BGRS = scores_BGRSN.logsumexp(-1)
         weights = _probabilities(scores_BGRSN, lse_BGRS)
-        out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=weights.dtype, device=q.device)
+        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=weights.dtype, device=q.device)
         self.runtime.run(self.forward_program, _Outputs.over(v, weights, out))
         return out.to(q.dtype), lse_BGRS.flatten(1, 2)
 
@@ -46,7 +46,7 @@ class RowRun:
         """The rows again from a ring of keys and ``lse``; then a ring of values, and one of keys, for gradients."""
         acc, groups = accumulator_dtype(q.dtype), k.shape[2]
         weights = _probabilities(self._scores(q, k, scale), lse.unflatten(1, (groups, -1)))
-        dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
+        dq, dk, dv = (torch.empty(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
         dweights = torch.zeros_like(weights)
         self.runtime.run(self.backward_program, _ValueGradients.over(dout, v, weights, dweights, dv))
         dscores = weights * (dweights - delta.unflatten(1, (groups, -1)).unsqueeze(-1)) * scale
@@ -65,7 +65,7 @@ class RowRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RowPass:
-    """A ring that reads or writes full rows. Its query side stays at home; its results, if any, are sums."""
+    """A ring that reads or writes full rows. Its query side stays at home; its results, if any, are sums of parts."""
 
     own: dict[Payload, Bundle]
     rows: Tensor
@@ -74,6 +74,9 @@ class _RowPass:
         """(B, G, R, queries, keys) of a call."""
         keys = call.k_positions
         return rows[..., call.q.start : call.q.stop, keys.start : keys.stop : keys.step]
+
+    def add(self, call: Call, total: Tensor, part: Tensor) -> None:
+        total.copy_(part) if call.fresh else total.add_(part)
 
     def clear(self, payload: Payload, bundle: Bundle) -> None:
         for tensor in bundle:
@@ -114,7 +117,7 @@ class _Outputs(_RowPass):
     ) -> None:
         (v,), ((out,),) = k_side, results
         weights = self.part(self.rows, call)
-        out += torch.einsum("bgrsn,nbgd->sbgrd", weights, v.to(weights.dtype)).flatten(2, 3)
+        self.add(call, out, torch.einsum("bgrsn,nbgd->sbgrd", weights, v.to(weights.dtype)).flatten(2, 3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +136,7 @@ class _ValueGradients(_RowPass):
         weights, grouped = self.part(self.rows, call), _grouped(dout, v.shape[2])
         dweights = torch.einsum("sbgrd,nbgd->bgrsn", grouped, v.to(weights.dtype))
         self.part(self.dweights, call).copy_(dweights)
-        dv += torch.einsum("bgrsn,sbgrd->nbgd", weights, grouped)
+        self.add(call, dv, torch.einsum("bgrsn,sbgrd->nbgd", weights, grouped))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +156,9 @@ class _KeyGradients(_RowPass):
     ) -> None:
         (q,), (k,), ((dq,), (dk,)) = q_side, k_side, results
         dscores = self.part(self.rows, call)
-        dq += torch.einsum("bgrsn,nbgd->sbgrd", dscores, k.to(dscores.dtype)).flatten(2, 3)
-        dk += torch.einsum("bgrsn,sbgrd->nbgd", dscores, _grouped(q, k.shape[2]))
+        dq_part = torch.einsum("bgrsn,nbgd->sbgrd", dscores, k.to(dscores.dtype)).flatten(2, 3)
+        self.add(call, dq, dq_part)
+        self.add(call, dk, torch.einsum("bgrsn,sbgrd->nbgd", dscores, _grouped(q, k.shape[2])))
 
 
 def _grouped(x_SBHD: Tensor, groups: int) -> Tensor:

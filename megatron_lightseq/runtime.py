@@ -51,12 +51,15 @@ class Pass(Protocol):
 
     @property
     def own(self) -> dict[Payload, Bundle]:
-        """The rank's own shard of every payload: inputs are read, results accumulate."""
+        """The rank's own shard of every payload: inputs are read, results written, whatever they held."""
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
-        """Run the kernel on one rectangle; ``results`` are the query side's and, in backward, the key side's."""
+        """Run the kernel on one rectangle; ``results`` are the query side's and, in backward, the key side's.
+
+        A fresh call overwrites them, any other adds to what they hold.
+        """
 
     def clear(self, payload: Payload, bundle: Bundle) -> None:
         """Make a result bundle the empty result."""
@@ -103,7 +106,7 @@ class ForwardPass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardPass:
-    """(q, k, v, dout, lse, delta) to (dq, dk, dv), added up in the accumulator dtype."""
+    """(q, k, v, dout, lse, delta) to (dq, dk, dv)."""
 
     own: dict[Payload, Bundle]
     kernel: Kernel
@@ -113,17 +116,28 @@ class BackwardPass:
     def over(
         inputs: dict[Payload, Bundle], grads: dict[Payload, Bundle], kernel: Kernel, scale: float
     ) -> BackwardPass:
-        """A pass that reads ``inputs`` and adds to ``grads``, bundles by payload."""
+        """A pass that reads ``inputs`` and writes ``grads``, bundles by payload."""
         return BackwardPass(own={**inputs, **grads}, kernel=kernel, softmax_scale=scale)
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
-        """Add the rectangle's gradients."""
+        """Add the rectangle's gradients, or write them where nothing came before."""
         (q, dout, lse, delta), (k, v) = q_side, k_side
         (dq,), (dk, dv) = results
         self.kernel.backward(
-            dout, q, k, v, lse, delta, dq, dk, dv, mask=mask, softmax_scale=self.softmax_scale
+            dout,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            dq,
+            dk,
+            dv,
+            mask=mask,
+            softmax_scale=self.softmax_scale,
+            accumulate=not call.fresh,
         )
 
     def clear(self, payload: Payload, bundle: Bundle) -> None:
@@ -194,7 +208,8 @@ class _Execution:
         }
 
     def run(self) -> None:
-        self._clear_blank(OWN, self._flow.own.get(Payload.OUT, ()))
+        for payload, bundle in self._flow.own.items():
+            self._clear_blanks(payload, OWN, bundle)
         for t, (step, masks) in enumerate(zip(self._bound.program.steps, self._bound.masks, strict=True)):
             self._run_step(t, step, masks)
 
@@ -278,16 +293,13 @@ class _Execution:
 
     def _new_result(self, payload: Payload, span: Span) -> Bundle:
         bundle = self._buffers_for(payload, self._made_lengths[payload, span])
-        if payload is Payload.OUT:
-            self._clear_blank(span, bundle)
-        else:
-            self._flow.clear(payload, bundle)
+        self._clear_blanks(payload, span, bundle)
         return bundle
 
-    def _clear_blank(self, store: Span | None, bundle: Bundle) -> None:
-        for operand in self._bound.program.blank:
-            if operand.store == store:
-                self._flow.clear(Payload.OUT, _cut(bundle, operand.start, operand.stop))
+    def _clear_blanks(self, payload: Payload, store: Span | None, bundle: Bundle) -> None:
+        for blank in self._bound.program.blanks:
+            if blank.payload is payload and blank.part.store == store:
+                self._flow.clear(payload, _cut(bundle, blank.part.start, blank.part.stop))
 
     def _buffers_for(self, payload: Payload, length: int) -> Bundle:
         return tuple(

@@ -2,7 +2,8 @@
 //
 // dK and dV of the chunk stay with the worker; dQ of a row tile is summed over chunks in memory, always in
 // the order of the chunks: workers take turns, so the sum is the same bit for bit on any number of cores and
-// no worker needs a dQ buffer of its own. Per (row tile, key panel), with P from the final lse:
+// no worker needs a dQ buffer of its own. The sum is dq itself, or lies apart until the last chunk rounds it.
+// Per (row tile, key panel), with P from the final lse:
 //
 //   P^T = 2^(K Q^T - lse)   dP^T = V dO^T   dS^T = P^T (dP^T - delta)
 //   dV += P^T dO            dK += dS^T Q    dQ^T += K^T dS^T          (softmax_scale: once, at the end)
@@ -42,11 +43,28 @@ struct Gradients {
   float* dq_lanes;  // as lanes(width(D)) says, without softmax_scale
 };
 
+// One token's part of a gradient, of which one pointer is set.
+struct GradientRow {
+  float* fp32;
+  uint16_t* bf16;
+};
+
+// A gradient as the call wants it: fp32, or rounded.
+struct GradientTensor {
+  TokenTensor<float> fp32;
+  TokenTensor<uint16_t> bf16;
+
+  MLS_INLINE GradientRow row(int64_t group, KeyHead at, int64_t row) const {
+    if (bf16.data != nullptr) return {nullptr, row_pointer(bf16, group, at, row)};
+    return {row_pointer(fp32, group, at, row), nullptr};
+  }
+};
+
 template <class Engine>
 class BackwardChunk {
  public:
-  // turns: one per row tile of this kv head
-  BackwardChunk(const BackwardParams& params, KeyHead at, ScratchCursor& scratch, ChunkTurns* turns)
+  // state: of this kv head
+  BackwardChunk(const BackwardParams& params, KeyHead at, ScratchCursor& scratch, const BackwardState& state)
       : p_(params),
         shape_(params.shape),
         at_(at),
@@ -54,36 +72,45 @@ class BackwardChunk {
         width_(Engine::width(params.shape.head_dim)),
         value_width_(Engine::width(params.shape.value_dim)),
         chunk_keys_(Engine::chunk_keys(params.shape)),
+        dq_{params.dq, params.bf16_dq},
         engine_(params, at, scratch),
         tile_(scratch.objects<BackwardTile>(1)),
         sums_{0, scratch.objects<float>(chunk_keys_ * width_),
               scratch.objects<float>(chunk_keys_ * value_width_), scratch.objects<float>(width_ * kTileRows)},
         dq_rows_(scratch.objects<float>(kTileRows * padded(params.shape.head_dim))),
-        turns_(turns) {}
+        state_(state) {}
 
   // Row tiles from the last to the first: a causal chunk always sees the last, so that neighbouring chunks
   // walk one tile apart instead of waiting for each other at the start.
   void run(int64_t chunk) {
     sums_.first_key = chunk * chunk_keys_;
     num_keys_ = std::min<int64_t>(chunk_keys_, shape_.num_keys - sums_.first_key);
-    bool loaded = false;
+    bool is_seen = false;
     for (int64_t t = row_tiles(shape_) - 1; t >= 0; --t) {
-      if (chunk < turns_[t].first || chunk >= turns_[t].last) continue;
+      if (chunk < state_.turns[t].first || chunk >= state_.turns[t].last) continue;
       fill_row_tile(shape_, p_.mask, t * kTileRows, tile_->rows);
-      if (!loaded) begin_chunk();
-      loaded = true;
-      process_tile();
-      add_dq(turns_[t].next, chunk);
+      std::memset(sums_.dq_lanes, 0, width_ * kTileRows * sizeof(float));
+      if (tile_->rows.sees_any()) {
+        if (!is_seen) begin_chunk();
+        is_seen = true;
+        process_tile();
+      }
+      pass_on_dq(t, chunk);
     }
-    if (loaded) {
-      add_chunk(sums_.dk, width_, shape_.head_dim, p_.softmax_scale, p_.dk);
-      add_chunk(sums_.dv, value_width_, shape_.value_dim, 1.0f, p_.dv);
+    if (!is_seen) {
+      if (p_.accumulate) return;
+      clear_sums();
     }
+    put_chunk(sums_.dk, width_, shape_.head_dim, p_.softmax_scale, {p_.dk, p_.bf16_dk});
+    put_chunk(sums_.dv, value_width_, shape_.value_dim, 1.0f, {p_.dv, p_.bf16_dv});
   }
 
  private:
   void begin_chunk() {
     engine_.load_chunk(sums_.first_key, sums_.first_key + num_keys_);
+    clear_sums();
+  }
+  void clear_sums() {
     std::memset(sums_.dk, 0, chunk_keys_ * width_ * sizeof(float));
     std::memset(sums_.dv, 0, chunk_keys_ * value_width_ * sizeof(float));
   }
@@ -92,7 +119,6 @@ class BackwardChunk {
     const RowTile& rows = tile_->rows;
     load_row_values();
     engine_.load_rows(rows);
-    std::memset(sums_.dq_lanes, 0, width_ * kTileRows * sizeof(float));
     for (int64_t panel = 0; panel < num_keys_; panel += Engine::kPanelKeys) {
       const int64_t panel_end = std::min<int64_t>(panel + Engine::kPanelKeys, num_keys_);
       const int64_t begin = std::max(sums_.first_key + panel, rows.key_begin);
@@ -113,66 +139,112 @@ class BackwardChunk {
     }
   }
 
-  void add_dq(std::atomic<int32_t>& turn, int64_t chunk) {
-    const RowTile& tile = tile_->rows;
-    const int64_t dim = shape_.head_dim;
-    alignas(MLS_VEC_BYTES) float scale[kTileRows];
-    std::fill_n(scale, kTileRows, p_.softmax_scale);
-    lanes_to_rows(sums_.dq_lanes, Engine::lanes(width_), dim, scale, dq_rows_);
+  // Adds the chunk's part of dQ to those of the chunks before.
+  void pass_on_dq(int64_t t, int64_t chunk) {
+    ChunkTurns& turns = state_.turns[t];
+    const bool is_first = chunk == turns.first, is_last = chunk + 1 == turns.last;
+    const bool is_rounded = p_.bf16_dq.data != nullptr;
+    if (!is_rounded) dq_lanes_to_rows();
     // Workers take chunks in ascending order, so the one waited for is running: no deadlock on any thread
     // count.
-    while (turn.load(std::memory_order_acquire) != chunk) std::this_thread::yield();
-    for (int i = 0; i < tile.num_rows; ++i) {
-      add_row(dq_rows_ + i * padded(dim), dim, 1.0f, row_pointer(p_.dq, group_, at_, tile.first_row + i));
+    while (turns.next.load(std::memory_order_acquire) != chunk) std::this_thread::yield();
+    if (!is_rounded) {
+      put_dq_rows(p_.accumulate || !is_first);
+    } else {
+      float* const sum = state_.dq_sums + t * width_ * kTileRows;
+      if (!is_first) add_row(sum, width_ * kTileRows, 1.0f, sums_.dq_lanes);
+      if (!is_last) {
+        std::memcpy(sum, sums_.dq_lanes, width_ * kTileRows * sizeof(float));
+      } else {
+        dq_lanes_to_rows();
+        put_dq_rows(false);
+      }
     }
-    turn.store(static_cast<int32_t>(chunk + 1), std::memory_order_release);
+    turns.next.store(static_cast<int32_t>(chunk + 1), std::memory_order_release);
+  }
+  void dq_lanes_to_rows() {
+    alignas(MLS_VEC_BYTES) float scale[kTileRows];
+    std::fill_n(scale, kTileRows, p_.softmax_scale);
+    lanes_to_rows(sums_.dq_lanes, Engine::lanes(width_), shape_.head_dim, scale, dq_rows_);
+  }
+  void put_dq_rows(bool adds) {
+    const int64_t dim = shape_.head_dim;
+    for (int i = 0; i < tile_->rows.num_rows; ++i) {
+      const float* const row = dq_rows_ + i * padded(dim);
+      put_row([&](int64_t d) { return row + d; }, dim, 1.0f, adds,
+              dq_.row(group_, at_, tile_->rows.first_row + i));
+    }
   }
 
-  void add_chunk(const float* sums, int64_t width, int64_t dim, float factor,
-                 const TokenTensor<float>& gradient) {
-    for (int64_t r = 0; r < num_keys_; ++r) {
-      const auto row_of = [&](int64_t key) { return row_pointer(gradient, 1, at_, sums_.first_key + key); };
-      float* const row = row_of(r);
-      const float* const later = row_of(std::min(r + kRowsAhead, num_keys_ - 1));
-      for (int64_t d = 0; d < dim; d += kLanes) __builtin_prefetch(later + d, 1);
-      for (int64_t d = 0; d < dim; d += kLanes)
-        add_row(sums + Engine::sum_at(width, r, d), std::min<int64_t>(kLanes, dim - d), factor, row + d);
+  void put_chunk(const float* sums, int64_t width, int64_t dim, float factor,
+                 const GradientTensor& gradient) {
+    const auto row_of = [&](int64_t key) { return gradient.row(1, at_, sums_.first_key + key); };
+    for (int64_t key = 0; key < num_keys_; ++key) {
+      prefetch_row(row_of(std::min(key + kRowsAhead, num_keys_ - 1)), dim);
+      put_row([&](int64_t d) { return sums + Engine::sum_at(width, key, d); }, dim, factor, p_.accumulate,
+              row_of(key));
     }
   }
 
-  static constexpr int64_t kRowsAhead = 8;  // fetched before they are added to: no processor foresees them
+  // values(d): kLanes of them from dimension d on
+  template <class Values>
+  static MLS_INLINE void put_row(Values values, int64_t dim, float factor, bool adds, GradientRow to) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, dim - d);
+      if (to.bf16 != nullptr) {
+        store_row<BFloat16>(values(d), count, factor, to.bf16 + d);
+      } else if (adds) {
+        add_row(values(d), count, factor, to.fp32 + d);
+      } else {
+        store_row<Float32>(values(d), count, factor, to.fp32 + d);
+      }
+    }
+  }
+  // No processor foresees them.
+  static MLS_INLINE void prefetch_row(GradientRow row, int64_t dim) {
+    if (row.fp32 == nullptr) return;
+    for (int64_t d = 0; d < dim; d += kLanes) __builtin_prefetch(row.fp32 + d, 1);
+  }
+
+  static constexpr int64_t kRowsAhead = 8;
 
   const BackwardParams& p_;
   const AttentionShape& shape_;
   const KeyHead at_;
   const int64_t group_, width_, value_width_, chunk_keys_;
+  const GradientTensor dq_;
   int64_t num_keys_ = 0;
   Engine engine_;
   BackwardTile* const tile_;
   Gradients sums_;
   float* const dq_rows_;  // staging: [kTileRows][padded(D)]
-  ChunkTurns* const turns_;
+  const BackwardState state_;
 };
 
+// There is a task for the first chunk even if there is no key: it clears what no chunk adds to.
 template <class Engine>
 Workload backward_workload(const BackwardParams& p) {
-  const int64_t heads = p.shape.batch * p.shape.num_kv_heads;
+  const int64_t heads = p.shape.batch * p.shape.num_kv_heads, tiles = heads * row_tiles(p.shape);
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(p.shape.num_keys, Engine::chunk_keys(p.shape)));
+  const int64_t sums = tiles * kTileRows * Engine::width(p.shape.head_dim);
   ScratchCursor counting(nullptr);
-  const BackwardChunk<Engine> chunk(p, KeyHead{}, counting, nullptr);
-  return {heads * ceil_div(p.shape.num_keys, Engine::chunk_keys(p.shape)), counting.used(), 0,
-          heads * row_tiles(p.shape)};
+  const BackwardChunk<Engine> chunk(p, KeyHead{}, counting, {});
+  return {heads * chunks, counting.used(), 0, tiles, chunks > 1 && p.bf16_dq.data != nullptr ? sums : 0};
 }
 
-// The chunks that hold keys of each row tile; the first of them begins.
+// The chunks that hold keys of each row tile; the first of them begins. One that sees no key is the first
+// chunk's, unless nothing is to be done.
 template <class Engine>
 void init_turns(const BackwardParams& p, ChunkTurns* turns) {
   const int64_t chunk_keys = Engine::chunk_keys(p.shape), tiles = row_tiles(p.shape);
   RowTile tile;
   for (int64_t t = 0; t < tiles; ++t) {
     fill_row_tile(p.shape, p.mask, t * kTileRows, tile);
-    const bool empty = tile.key_begin >= tile.key_end;
-    const auto first = static_cast<int32_t>(empty ? 0 : tile.key_begin / chunk_keys);
-    const auto last = static_cast<int32_t>(empty ? 0 : ceil_div(tile.key_end, chunk_keys));
+    int32_t first = 0, last = p.accumulate ? 0 : 1;
+    if (tile.sees_any()) {
+      first = static_cast<int32_t>(tile.key_begin / chunk_keys);
+      last = static_cast<int32_t>(ceil_div(tile.key_end, chunk_keys));
+    }
     for (int64_t head = 0; head < p.shape.batch * p.shape.num_kv_heads; ++head) {
       ChunkTurns& turn = turns[head * tiles + t];
       turn.first = first, turn.last = last;
@@ -183,12 +255,15 @@ void init_turns(const BackwardParams& p, ChunkTurns* turns) {
 
 // Chunk-major: ascending chunks of one head, as the turns need, and independent heads side by side.
 template <class Engine>
-void backward_task(const BackwardParams& p, int64_t task, void* scratch, ChunkTurns* turns) {
+void backward_task(const BackwardParams& p, int64_t task, void* scratch, const BackwardState& state) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads;
-  const int64_t head = task % heads;
+  const int64_t head = task % heads, first_tile = head * row_tiles(p.shape);
+  BackwardState of_head = state;
+  of_head.turns += first_tile;
+  if (state.dq_sums != nullptr) of_head.dq_sums += first_tile * kTileRows * Engine::width(p.shape.head_dim);
   ScratchCursor cursor(scratch);
   BackwardChunk<Engine> chunk(p, KeyHead{head / p.shape.num_kv_heads, head % p.shape.num_kv_heads}, cursor,
-                              turns + head * row_tiles(p.shape));
+                              of_head);
   chunk.run(task / heads);
 }
 

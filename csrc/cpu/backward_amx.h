@@ -138,8 +138,10 @@ class AmxBackward {
   void prefetch_rows(const RowTile& tile) {
     prefetch_.clear();
     for (int64_t row = tile.first_row; row < tile.first_row + tile.num_rows; ++row) {
-      prefetch_.add(row_pointer(p_.dq, p_.shape.heads_per_group(), at_, row),
-                    p_.shape.head_dim * sizeof(float));
+      if (p_.dq.data != nullptr) {
+        prefetch_.add(row_pointer(p_.dq, p_.shape.heads_per_group(), at_, row),
+                      p_.shape.head_dim * sizeof(float));
+      }
       if (row < kTileRows) continue;
       prefetch_.add(element_row(p_.q, row - kTileRows), p_.shape.head_dim * kElementBytes);
       prefetch_.add(element_row(p_.dout, row - kTileRows), p_.shape.value_dim * kElementBytes);

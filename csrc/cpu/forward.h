@@ -109,7 +109,7 @@ class ForwardBlock {
   void finish_tile(int t) {
     const RowTile& tile = tiles_[t];
     const SoftmaxState& state = states_[t];
-    if (p_.accumulate && tile.key_begin >= tile.key_end) return;  // nothing was merged
+    if (p_.accumulate && !tile.sees_any()) return;  // nothing was merged
     alignas(MLS_VEC_BYTES) float inverse[kTileRows];
     for (int i = 0; i < kTileRows; ++i) inverse[i] = state.sum[i] == 0.0f ? 0.0f : 1.0f / state.sum[i];
     engine_.complete(t, out_lanes(t));
@@ -118,9 +118,9 @@ class ForwardBlock {
       const int64_t row = tile.first_row + i;
       const float* const result = rows_ + i * padded(shape_.value_dim);
       if (p_.bf16_out.data != nullptr) {
-        store_row<BFloat16>(result, shape_.value_dim, row_pointer(p_.bf16_out, group_, at_, row));
+        store_row<BFloat16>(result, shape_.value_dim, 1.0f, row_pointer(p_.bf16_out, group_, at_, row));
       } else {
-        store_row<Float32>(result, shape_.value_dim, row_pointer(p_.out, group_, at_, row));
+        store_row<Float32>(result, shape_.value_dim, 1.0f, row_pointer(p_.out, group_, at_, row));
       }
       row_value(p_.lse, group_, at_, row) =
           state.sum[i] == 0.0f ? -kInfinity : state.max_log2[i] * kLn2 + std::log(state.sum[i]);
@@ -145,7 +145,7 @@ Workload forward_workload(const ForwardParams& p, int64_t workers) {
   ScratchCursor counting(nullptr);
   const ForwardBlock<Engine> block(p, KeyHead{}, tiles, counting);
   return {p.shape.batch * p.shape.num_kv_heads * ceil_div(row_tiles(p.shape), tiles), counting.used(), tiles,
-          0};
+          0, 0};
 }
 
 // Last rows first: under a causal mask they see most keys, and the big tasks should not come last.

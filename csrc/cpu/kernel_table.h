@@ -14,7 +14,8 @@ struct Workload {
   int64_t num_tasks;
   size_t scratch_bytes;  // per worker
   int64_t block_tiles;   // forward: row tiles of a task
-  int64_t num_turns;     // backward: of all row tiles, shared by all workers
+  int64_t num_turns;     // backward: of all row tiles
+  int64_t num_dq_sums;   // backward: values
 };
 
 // Backward: chunks [first, last) of keys add to dQ of one row tile, in this order; whose turn it is.
@@ -23,13 +24,19 @@ struct ChunkTurns {
   std::atomic<int32_t> next;
 };
 
+// What the workers of a backward share.
+struct BackwardState {
+  ChunkTurns* turns;  // of each row tile
+  float* dq_sums;     // dQ of each row tile, where it is rounded at the end
+};
+
 // The kernel of one element type in one variant.
 struct Kernel {
   Workload (*forward_workload)(const ForwardParams&, int64_t workers);
   void (*forward_task)(const ForwardParams&, int64_t block_tiles, int64_t task, void* scratch);
   Workload (*backward_workload)(const BackwardParams&);
   void (*init_turns)(const BackwardParams&, ChunkTurns* turns);
-  void (*backward_task)(const BackwardParams&, int64_t task, void* scratch, ChunkTurns* turns);
+  void (*backward_task)(const BackwardParams&, int64_t task, void* scratch, const BackwardState& state);
   double (*peak_work)(int64_t iterations);  // floating-point operations of products in registers only
 };
 

@@ -24,14 +24,14 @@ MLS_INLINE void load_row(const typename Element::Storage* src, int64_t dim, floa
   }
 }
 
-// dst[0..dim) = src[0..dim) rounded; src has padded(dim) values.
+// dst[0..dim) = src[0..dim) * factor, rounded; src has padded(dim) values.
 template <class Element>
-MLS_INLINE void store_row(const float* src, int64_t dim, typename Element::Storage* dst) {
+MLS_INLINE void store_row(const float* src, int64_t dim, float factor, typename Element::Storage* dst) {
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) Element::store(dst + d, load(src + d));
+  for (; d + kLanes <= dim; d += kLanes) Element::store(dst + d, load(src + d) * factor);
   if (d < dim) {
     typename Element::Storage tail[kLanes];
-    Element::store(tail, load(src + d));
+    Element::store(tail, load(src + d) * factor);
     std::copy_n(tail, dim - d, dst + d);
   }
 }

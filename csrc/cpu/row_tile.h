@@ -25,6 +25,7 @@ struct RowTile {
   alignas(MLS_VEC_BYTES) int32_t begin[kTileRows];
   alignas(MLS_VEC_BYTES) int32_t end[kTileRows];
 
+  bool sees_any() const { return key_begin < key_end; }
   // Do rows differ on keys [first, last), so that scores need masking?
   bool needs_mask(int64_t first, int64_t last) const { return first < all_begin || last > all_end; }
 };
@@ -57,7 +58,7 @@ inline int64_t block_tiles(const AttentionShape& shape, const KeyMask& mask, int
   const int64_t wanted_tasks = workers == 1 ? 1 : workers * kTasksPerWorker;
   const int64_t all_tiles = shape.batch * shape.num_kv_heads * row_tiles(shape);
   const int64_t wanted = std::clamp<int64_t>(all_tiles / wanted_tasks, kMinBlockTiles, most);
-  return std::min(wanted, row_tiles(shape));
+  return std::clamp<int64_t>(row_tiles(shape), 1, wanted);
 }
 
 template <typename T>

@@ -18,6 +18,8 @@ namespace mls::cpu {
 namespace {
 
 constexpr size_t kPage = 4096, kHugePage = 2 << 20;
+constexpr size_t kKeptSums =
+    64 << 20;  // the sums of dQ grow with the sequence, and then take no notice of pages
 
 size_t round_up(size_t bytes, size_t multiple) {
   return (bytes + multiple - 1) / multiple * multiple;
@@ -40,6 +42,11 @@ class Scratch {
 #endif
     }
     return memory_.get();
+  }
+  void keep_at_most(size_t bytes) {
+    if (size_ <= bytes) return;
+    memory_.reset();
+    size_ = 0;
   }
 
  private:
@@ -87,8 +94,11 @@ void run_backward(const BackwardParams& params) {
   const Workload work = kernel.backward_workload(params);
   std::vector<ChunkTurns> turns(work.num_turns);
   kernel.init_turns(params, turns.data());
-  run_tasks(work,
-            [&](int64_t task, void* scratch) { kernel.backward_task(params, task, scratch, turns.data()); });
+  static thread_local Scratch sums;
+  const size_t sum_bytes = work.num_dq_sums * sizeof(float);
+  const BackwardState state{turns.data(), reinterpret_cast<float*>(sums.at_least(sum_bytes))};
+  run_tasks(work, [&](int64_t task, void* scratch) { kernel.backward_task(params, task, scratch, state); });
+  sums.keep_at_most(kKeptSums);
 }
 
 // A row is summed by one thread, so it does not matter how many there are.

@@ -26,9 +26,10 @@ void forward_task_with_tiles(const ForwardParams& p, int64_t block_tiles, int64_
 }
 
 template <class Element>
-void backward_task_with_tiles(const BackwardParams& p, int64_t task, void* scratch, ChunkTurns* turns) {
+void backward_task_with_tiles(const BackwardParams& p, int64_t task, void* scratch,
+                              const BackwardState& state) {
   const AmxSession session;
-  backward_task<AmxBackward<Element>>(p, task, scratch, turns);
+  backward_task<AmxBackward<Element>>(p, task, scratch, state);
 }
 
 // Of values as in attention: with zeros the tile unit draws less power and runs

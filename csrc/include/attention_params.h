@@ -62,9 +62,12 @@ struct BackwardParams {
   ElementType element_type;
   TokenTensor<const void> dout, q, k, v;
   RowTensor<const float> lse, delta;
-  TokenTensor<float> dq, dk, dv;  // added to, never overwritten
+  TokenTensor<float> dq, dk, dv;
   KeyMask mask;
   float softmax_scale;
+  bool accumulate;  // gradients are added to; otherwise they are uninitialised
+  TokenTensor<uint16_t> bf16_dq, bf16_dk,
+      bf16_dv;  // CPU only: the final gradients, rounded; dq... are null then
 };
 
 // The sums of out * dout over Dv, which a backward subtracts. Both are (Sq, B, H, Dv), each of its own type.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,32 +56,36 @@ class Contender(Protocol):
 
 
 class TileKernel:
-    """A kernel of this package, with what its callers do around it: delta, zeroed sums, casts to q's dtype."""
+    """A kernel of this package as one rank calls it, with what it does around: delta, and casts where it must.
+
+    Results are rounded to the inputs' dtype by the kernel where it can, and by torch elsewhere.
+    """
 
     def __init__(self, kernel: Kernel, case: KernelCase, inputs: Inputs) -> None:
         self.name = kernel.name
         self._kernel, self._inputs = kernel, inputs
-        self._mask, self._scale = case.tile_mask(), case.head_dim**-0.5
+        self._options: dict[str, Any] = {
+            "mask": case.tile_mask(),
+            "softmax_scale": case.head_dim**-0.5,
+            "accumulate": False,
+        }
+        self._sums = accumulator_dtype(inputs.q.dtype)
+        self._dtype = inputs.q.dtype if kernel.rounds_results else self._sums
 
     def forward(self) -> None:
-        """One tile of all tokens, rounded to the inputs' dtype by the kernel where it can and afterwards elsewhere."""
-        x, sums = self._inputs, accumulator_dtype(self._inputs.q.dtype)
-        self._out = torch.empty(x.q.shape, dtype=x.q.dtype if self._kernel.rounds_output else sums)
-        self._lse = torch.empty(1, x.q.shape[2], x.q.shape[0], dtype=sums)
-        self._kernel.forward(
-            x.q, x.k, x.v, self._out, self._lse, mask=self._mask, softmax_scale=self._scale, accumulate=False
-        )
-        self._out = self._out.to(x.q.dtype)
+        """One tile of all tokens."""
+        x = self._inputs
+        out = torch.empty((*x.q.shape[:3], x.v.shape[3]), dtype=self._dtype)
+        self._lse = torch.empty(1, x.q.shape[2], x.q.shape[0], dtype=self._sums)
+        self._kernel.forward(x.q, x.k, x.v, out, self._lse, **self._options)
+        self._out = out.to(x.q.dtype)
 
     def backward(self) -> None:
-        """delta, zeroed sums, one tile, casts."""
+        """delta and one tile."""
         x = self._inputs
         delta = attention_delta(self._out, x.dout)
-        sums = accumulator_dtype(x.q.dtype)
-        gradients = [torch.zeros(tensor.shape, dtype=sums) for tensor in (x.q, x.k, x.v)]
-        self._kernel.backward(
-            x.dout, x.q, x.k, x.v, self._lse, delta, *gradients, mask=self._mask, softmax_scale=self._scale
-        )
+        gradients = [torch.empty(tensor.shape, dtype=self._dtype) for tensor in (x.q, x.k, x.v)]
+        self._kernel.backward(x.dout, x.q, x.k, x.v, self._lse, delta, *gradients, **self._options)
         self._gradients = [gradient.to(x.q.dtype) for gradient in gradients]
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ Shape letters: Q query tokens, K key tokens, B batch, H query heads, G key/value
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 
 import torch
@@ -62,6 +63,19 @@ def store_empty(out: Tensor, lse: Tensor, *, accumulate: bool) -> None:
     if not accumulate:
         out.zero_()
         lse.fill_(float("-inf"))
+
+
+def store_gradients(targets: tuple[Tensor, ...], gradients: Iterable[Tensor], *, accumulate: bool) -> None:
+    """Writes a tile's gradients, or adds them to what is there."""
+    for target, gradient in zip(targets, gradients, strict=True):
+        target.add_(gradient) if accumulate else target.copy_(gradient)
+
+
+def begin_gradients(targets: tuple[Tensor, ...], *, accumulate: bool) -> None:
+    """Zeros, unless a tile's gradients are to be added to what is there."""
+    if not accumulate:
+        for target in targets:
+            target.zero_()
 
 
 def output_with_delta(dout: Tensor, delta: Tensor) -> Tensor:

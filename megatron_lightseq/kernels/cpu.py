@@ -18,7 +18,7 @@ class CpuKernel:
     """
 
     name = "cpu"
-    rounds_output = True
+    rounds_results = True
 
     @property
     def isa(self) -> str:
@@ -74,8 +74,9 @@ class CpuKernel:
         *,
         mask: TileMask,
         softmax_scale: float,
+        accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
@@ -83,5 +84,18 @@ class CpuKernel:
         """
         load_extension()
         torch.ops.mls.attention_backward(
-            dout, q, k, v, lse, delta, dq, dk, dv, mask.band_lo, mask.band_hi, mask.key_ranges, softmax_scale
+            dout,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            dq,
+            dk,
+            dv,
+            mask.band_lo,
+            mask.band_hi,
+            mask.key_ranges,
+            softmax_scale,
+            accumulate,
         )

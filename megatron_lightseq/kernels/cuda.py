@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_lightseq.kernels.adapters import begin_gradients
 from megatron_lightseq.kernels.extension import BUILD_COMMAND, load_extension, missing_extension
 from megatron_lightseq.kernels.registry import TileMask
 
@@ -37,7 +38,7 @@ class CudaKernel:
     """
 
     name = "cuda"
-    rounds_output = False
+    rounds_results = False
 
     def __init__(self, deterministic: bool | None = None) -> None:
         self.deterministic = deterministic
@@ -106,14 +107,16 @@ class CudaKernel:
         *,
         mask: TileMask,
         softmax_scale: float,
+        accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
             RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
         """
         load_extension(self.name)
+        begin_gradients((dq, dk, dv), accumulate=accumulate)  # the compiled kernels only add
         wanted = self.deterministic
         with torch.cuda.device(q.device):
             torch.ops.mls.attention_backward(
@@ -130,6 +133,7 @@ class CudaKernel:
                 mask.band_hi,
                 mask.key_ranges,
                 softmax_scale,
+                True,
                 torch.cuda.current_stream().cuda_stream,
                 torch.are_deterministic_algorithms_enabled() if wanted is None else wanted,
             )

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.errors import UnsupportedError, explain
-from megatron_lightseq.kernels.adapters import TileKind, output_with_delta, store, store_empty, tile_kind
+from megatron_lightseq.kernels.adapters import (
+    TileKind,
+    begin_gradients,
+    output_with_delta,
+    store,
+    store_empty,
+    store_gradients,
+    tile_kind,
+)
 from megatron_lightseq.kernels.registry import TileMask
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
@@ -33,7 +41,7 @@ class FlashAttnKernel:
     """
 
     name = "flash_attn"
-    rounds_output = True
+    rounds_results = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why flash-attn cannot take these inputs, or None."""
@@ -96,14 +104,16 @@ class FlashAttnKernel:
         *,
         mask: TileMask,
         softmax_scale: float,
+        accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the tile's mask is none that flash-attn knows, or the package is not there.
         """
         window = _window(mask, q, k)
         if window is None:
+            begin_gradients((dq, dk, dv), accumulate=accumulate)
             return
         by_batch = [x.transpose(0, 1).contiguous() for x in (dout, q, k, v, output_with_delta(dout, delta))]
         grads = [torch.empty_like(x) for x in by_batch[1:4]]
@@ -120,8 +130,7 @@ class FlashAttnKernel:
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        for target, grad in zip((dq, dk, dv), grads, strict=True):
-            target += grad.transpose(0, 1)
+        store_gradients((dq, dk, dv), (grad.transpose(0, 1) for grad in grads), accumulate=accumulate)
 
 
 def _interface() -> ModuleType:

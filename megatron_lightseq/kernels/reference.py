@@ -17,7 +17,7 @@ class ReferenceKernel:
     """Attention written as in a textbook, in the accumulator dtype."""
 
     name = "reference"
-    rounds_output = True
+    rounds_results = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Nothing: any floating dtype, any device, any head dims."""
@@ -61,16 +61,21 @@ class ReferenceKernel:
         *,
         mask: TileMask,
         softmax_scale: float,
+        accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``. Shapes as in :class:`~.registry.Kernel`."""
+        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`."""
         groups, acc = k.shape[2], accumulator_dtype(q.dtype)
         q_grouped, dout_grouped = _grouped(q, groups), _grouped(dout, groups)
         weights = _probabilities(_scores(q, k, mask, softmax_scale), lse.unflatten(1, (groups, -1)))
         dweights = torch.einsum("qbgrd,kbgd->bgrqk", dout_grouped, v.to(acc))
         dscores = weights * (dweights - delta.unflatten(1, (groups, -1)).unsqueeze(-1)) * softmax_scale
-        dq += torch.einsum("bgrqk,kbgd->qbgrd", dscores, k.to(acc)).flatten(2, 3)
-        dk += torch.einsum("bgrqk,qbgrd->kbgd", dscores, q_grouped)
-        dv += torch.einsum("bgrqk,qbgrd->kbgd", weights, dout_grouped)
+        gradients = (
+            torch.einsum("bgrqk,kbgd->qbgrd", dscores, k.to(acc)).flatten(2, 3),
+            torch.einsum("bgrqk,qbgrd->kbgd", dscores, q_grouped),
+            torch.einsum("bgrqk,qbgrd->kbgd", weights, dout_grouped),
+        )
+        for target, gradient in zip((dq, dk, dv), gradients, strict=True):
+            target.add_(gradient) if accumulate else target.copy_(gradient)
 
 
 def _grouped(x_QBHD: Tensor, groups: int) -> Tensor:

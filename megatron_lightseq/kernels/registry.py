@@ -52,9 +52,9 @@ class Kernel(Protocol):
     """Fused or naive attention over one tile. Inputs may have any strides with the last dimension contiguous."""
 
     name: str
-    rounds_output: bool
-    """Whether :meth:`forward` also takes an ``out`` of q's dtype where it does not accumulate: a result that nothing
-    will be merged into then never exists in the accumulator dtype."""
+    rounds_results: bool
+    """Whether :meth:`forward` also takes an ``out`` of q's dtype where it does not accumulate, and :meth:`backward`
+    such gradients: a result that nothing will be added to then never exists in the accumulator dtype."""
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot take these inputs, or None."""
@@ -75,7 +75,7 @@ class Kernel(Protocol):
 
         Args:
             q: (Sq, B, H, D). k: (Sk, B, G, D). v: (Sk, B, G, Dv). All of one dtype.
-            out: (Sq, B, H, Dv), normalised partial output, in the accumulator dtype (see ``rounds_output``).
+            out: (Sq, B, H, Dv), normalised partial output, in the accumulator dtype (see ``rounds_results``).
             lse: (B, H, Sq), natural log-sum-exp of the scores seen so far, accumulator dtype; -inf for none.
             mask: which keys each row sees; everything else is skipped.
             softmax_scale: factor of the scores.
@@ -96,13 +96,15 @@ class Kernel(Protocol):
         *,
         mask: TileMask,
         softmax_scale: float,
+        accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv`` (shapes of q, k, v; accumulator dtype).
+        """Add the tile's gradients to ``dq, dk, dv`` (shapes of q, k, v; accumulator dtype, see ``rounds_results``).
 
         Args:
             dout: (Sq, B, H, Dv), gradient of the final output, q's dtype.
             lse: (B, H, Sq), FINAL log-sum-exp over all tiles; rows of -inf contribute nothing.
             delta: (B, H, Sq), sum of out * dout over Dv, accumulator dtype.
+            accumulate: False to overwrite ``dq, dk, dv``, which may then be uninitialised.
         """
 
 

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.errors import UnsupportedError, explain
-from megatron_lightseq.kernels.adapters import TileKind, output_with_delta, store, store_empty, tile_kind
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.adapters import (
+    TileKind,
+    begin_gradients,
+    output_with_delta,
+    store,
+    store_empty,
+    store_gradients,
+    tile_kind,
+)
+from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype
 
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -23,7 +31,7 @@ class SdpaKernel:
     """
 
     name = "sdpa"
-    rounds_output = True
+    rounds_results = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why torch's flash backend cannot take these inputs, or None."""
@@ -76,22 +84,25 @@ class SdpaKernel:
         *,
         mask: TileMask,
         softmax_scale: float,
+        accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the tile is neither full nor causal over as many keys as queries.
         """
         kind = _kind(mask, q, k)
         if kind is TileKind.EMPTY:
+            begin_gradients((dq, dk, dv), accumulate=accumulate)
             return
         group = q.shape[2] // k.shape[2]
         tensors = [_by_head(x, 1) for x in (dout, q)] + [_by_head(x, group) for x in (k, v)]
         tensors.append(_by_head(output_with_delta(dout, delta), 1))
-        grads = _gradients(tensors, _finite(lse), kind is TileKind.CAUSAL, softmax_scale)
-        dq += grads[0].permute(2, 0, 1, 3)
-        for target, grad in ((dk, grads[1]), (dv, grads[2])):
-            target += grad.unflatten(1, (-1, group)).sum(2, dtype=target.dtype).permute(2, 0, 1, 3)
+        by_head, *shared = _gradients(tensors, _finite(lse), kind is TileKind.CAUSAL, softmax_scale)
+        acc = accumulator_dtype(q.dtype)
+        folded = (grad.unflatten(1, (-1, group)).sum(2, dtype=acc) for grad in shared)
+        grads = (grad.permute(2, 0, 1, 3) for grad in (by_head, *folded))
+        store_gradients((dq, dk, dv), grads, accumulate=accumulate)
 
 
 def _kind(mask: TileMask, q: Tensor, k: Tensor) -> TileKind:

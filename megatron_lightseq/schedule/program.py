@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Direction, Move, Payload, Tile
+from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Dataflow, Direction, Move, Payload, Tile
 from megatron_lightseq.schedule.schedule import Schedule
 
 OWN = None
@@ -55,7 +55,7 @@ class Call:
     area: int
     """Allowed (query, key) pairs."""
     fresh: bool = False
-    """Forward only: nothing has been accumulated into ``q_result`` yet, so the call may overwrite it."""
+    """Nothing has been accumulated into the results yet, so the call may overwrite them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,14 @@ class ProgramStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Blank:
+    """A part of a result that no fresh call writes first, so that it must hold the empty result from the start."""
+
+    payload: Payload
+    part: Operand
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """All that one rank does in one direction."""
 
@@ -101,8 +109,8 @@ class Program:
     shard_length: int
     """Tokens in the rank's own shard."""
     steps: tuple[ProgramStep, ...]
-    blank: tuple[Operand, ...] = ()
-    """Forward only: results that must hold the empty state (out = 0, lse = -inf) before the first step."""
+    blanks: tuple[Blank, ...] = ()
+    """What must be empty (out = 0, lse = -inf, gradients = 0) before it is accumulated into, sent or returned."""
 
     @property
     def merges(self) -> bool:
@@ -180,16 +188,14 @@ def compile_program(schedule: Schedule, rank: int) -> Program:
         calls = _calls(step.tiles[rank], schedule, geometry, stores)
         steps.append(ProgramStep(tuple(calls), tuple(sends), tuple(receives), ()))
     shard_length = schedule.seq_length // schedule.layout.cp_size
-    blank: tuple[Operand, ...] = ()
-    if schedule.direction is Direction.FORWARD:
-        steps, blank = _mark_fresh(steps, shard_length)
+    steps, blanks = _mark_fresh(steps, DATAFLOW[schedule.direction], shard_length)
     return Program(
         rank=rank,
         direction=schedule.direction,
         mask=schedule.mask,
         shard_length=shard_length,
         steps=_mark_last_uses(steps, schedule.direction),
-        blank=blank,
+        blanks=blanks,
     )
 
 
@@ -303,43 +309,61 @@ def _mark_last_uses(steps: list[ProgramStep], direction: Direction) -> tuple[Pro
 
 
 class _Written:
-    """Which tokens of each store hold a result already."""
+    """Which tokens of each store hold a result already, of one payload; and what must be blank instead."""
 
-    def __init__(self) -> None:
+    def __init__(self, payload: Payload) -> None:
+        self._payload = payload
         self._intervals: dict[Span | None, list[tuple[int, int]]] = {}
+        self.blanks: list[Blank] = []
 
-    def touches(self, operand: Operand) -> bool:
-        return any(a < operand.stop and operand.start < b for a, b in self._intervals.get(operand.store, ()))
+    def touches(self, part: Operand) -> bool:
+        return any(a < part.stop and part.start < b for a, b in self._intervals.get(part.store, ()))
 
-    def gaps(self, operand: Operand) -> list[Operand]:
-        """The parts of ``operand`` that hold nothing yet."""
-        gaps, at = [], operand.start
-        for a, b in sorted(self._intervals.get(operand.store, ())):
-            if at < min(a, operand.stop):
-                gaps.append(Operand(operand.store, at, min(a, operand.stop)))
+    def write(self, part: Operand) -> None:
+        """A call overwrites ``part``."""
+        self._intervals.setdefault(part.store, []).append((part.start, part.stop))
+
+    def need(self, part: Operand) -> None:
+        """Something reads ``part`` as it is: where it holds nothing yet, it must be blank."""
+        at = part.start
+        for a, b in sorted(self._intervals.get(part.store, ())):
+            self._need_blank(part.store, at, min(a, part.stop))
             at = max(at, b)
-        return [*gaps, Operand(operand.store, at, operand.stop)] if at < operand.stop else gaps
+        self._need_blank(part.store, at, part.stop)
+        self.write(part)
 
-    def add(self, operand: Operand) -> None:
-        self._intervals.setdefault(operand.store, []).append((operand.start, operand.stop))
+    def forget(self, store: Span) -> None:
+        """It was sent; what is computed for these tokens from now on gets a store of its own."""
+        del self._intervals[store]
+
+    def _need_blank(self, store: Span | None, start: int, stop: int) -> None:
+        if start < stop:
+            self.blanks.append(Blank(self._payload, Operand(store, start, stop)))
 
 
-def _mark_fresh(steps: list[ProgramStep], shard_length: int) -> tuple[list[ProgramStep], tuple[Operand, ...]]:
-    """Find the calls that may overwrite their result, and what must be blank because no such call comes first."""
-    written, blank, marked = _Written(), [], []
+def _mark_fresh(
+    steps: list[ProgramStep], flow: Dataflow, shard_length: int
+) -> tuple[list[ProgramStep], tuple[Blank, ...]]:
+    """Find the calls that may overwrite their results, and what must be blank because no such call comes first."""
+    written = {payload: _Written(payload) for payload in (flow.q_result, flow.k_result) if payload}
+    marked = []
     for step in steps:
+        for transfer in step.sends:
+            if transfer.payload in RESULTS:
+                written[transfer.payload].need(Operand(transfer.span, 0, transfer.length))
+                written[transfer.payload].forget(transfer.span)
         calls = []
         for call in step.calls:
-            fresh = not written.touches(call.q_result)
-            if not fresh:
-                blank += written.gaps(call.q_result)
-            written.add(call.q_result)
+            results = ((flow.q_result, call.q_result), (flow.k_result, call.k_result))
+            parts = [(written[payload], part) for payload, part in results if payload and part]
+            fresh = not any(store.touches(part) for store, part in parts)
+            for store, part in parts:
+                store.write(part) if fresh else store.need(part)
             calls.append(replace(call, fresh=fresh))
         for transfer in step.receives:
             if transfer.payload in RESULTS:
-                merged = Operand(OWN, transfer.start, transfer.start + transfer.length)
-                blank += written.gaps(merged)
-                written.add(merged)
+                written[transfer.payload].need(Operand(OWN, transfer.start, transfer.start + transfer.length))
         marked.append(replace(step, calls=tuple(calls)))
-    blank += written.gaps(Operand(OWN, 0, shard_length))
-    return marked, tuple(blank)
+    for store in written.values():
+        store.need(Operand(OWN, 0, shard_length))
+    return marked, tuple(blank for store in written.values() for blank in store.blanks)

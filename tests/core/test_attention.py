@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -70,6 +71,16 @@ def check_exact(got: list[Tensor], whole: list[Tensor], mask: Mask, what: object
         assert error <= 1e-12, f"{what} {name}: {error:.2e}"
 
 
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """Uninitialised tensors hold NaN: whatever a run reads before it was written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize(("method", "layout_name"), PLACED)
 def test_loopback_equals_one_device_in_fp64(size: int, method: str, layout_name: str) -> None:
@@ -85,6 +96,7 @@ def test_loopback_equals_one_device_in_fp64(size: int, method: str, layout_name:
 UNEVEN_HEADS = [(6, 2), (5, 1), (8, 4), (2, 2)]
 
 
+@pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize(("method", "layout_name"), WRAPPED)
 def test_wrappers_equal_one_device_in_fp64_for_any_heads(size: int, method: str, layout_name: str) -> None:
@@ -191,38 +203,48 @@ def test_strided_views_are_taken() -> None:
 
 
 class Recorded(ReferenceKernel):
-    """Remembers the dtypes in which outputs were asked for."""
+    """Remembers the dtypes in which results were asked for."""
 
-    def __init__(self, rounds_output: bool) -> None:
-        self.rounds_output = rounds_output
-        self.dtypes: set[torch.dtype] = set()
+    def __init__(self, rounds_results: bool) -> None:
+        self.rounds_results = rounds_results
+        self.outputs: set[torch.dtype] = set()
+        self.gradients: set[torch.dtype] = set()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any) -> None:
-        self.dtypes.add(out.dtype)
+        self.outputs.add(out.dtype)
         super().forward(q, k, v, out, lse, **options)
+
+    def backward(self, *tensors: Tensor, **options: Any) -> None:
+        self.gradients.update(x.dtype for x in tensors[6:])
+        super().backward(*tensors, **options)
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("method", "size", "partial"),
+    ("method", "size", "heads", "outputs", "gradients"),
     [
-        ("lightseq", 1, set()),
-        ("ulysses", 2, set()),
-        ("all_gather", 2, {torch.float32}),
-    ],  # rank 0 merges nothing
+        ("lightseq", 1, (4, 2), {BF16}, {BF16}),
+        ("ulysses", 2, (4, 2), {BF16}, {BF16}),
+        ("ulysses", 2, (3, 1), {BF16}, {FP32}),  # the ranks share a key/value head
+        ("all_gather", 2, (4, 2), {FP32, BF16}, {FP32}),  # rank 0 merges no output
+    ],
 )
-def test_results_that_nothing_is_merged_into_are_rounded_by_the_kernel(
-    method: str, size: int, partial: set[torch.dtype]
+def test_results_that_nothing_is_added_to_are_rounded_by_the_kernel(
+    method: str, size: int, heads: tuple[int, int], outputs: set[torch.dtype], gradients: set[torch.dtype]
 ) -> None:
-    layout, whole = SequenceLayout.contiguous(size), oracle.inputs(24, (4, 2), (8, 8), torch.bfloat16)
+    layout, whole = SequenceLayout.contiguous(size), oracle.inputs(24, heads, (8, 8), BF16)
     results = []
-    for rounds, dtypes in ((True, {torch.bfloat16, *partial}), (False, {torch.float32})):
-        kernel = Recorded(rounds)
+    for kernel in (Recorded(True), Recorded(False)):
 
         def run(group: Group, kernel: Kernel = kernel) -> list[Tensor]:
             return attend(group, method, layout, Mask.causal(), whole, kernel=kernel)
 
         results.append(unshard(layout, run_loopback(size, run)))
-        assert kernel.dtypes == dtypes
+        rounds = kernel.rounds_results
+        assert kernel.outputs == (outputs if rounds else {FP32})
+        assert kernel.gradients == (gradients if rounds else {FP32})
     for rounded, cast in zip(*results, strict=True):
         assert torch.equal(rounded, cast)
 

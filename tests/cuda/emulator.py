@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_lightseq.kernels.adapters import begin_gradients
 from megatron_lightseq.kernels.registry import TileMask
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -81,6 +82,8 @@ class BackwardParams(ctypes.Structure):
         *[(name, StridedTensor) for name in ("dout", "q", "k", "v", "lse", "delta", "dq", "dk", "dv")],
         ("mask", Mask),
         ("softmax_scale", ctypes.c_float),
+        ("accumulate", ctypes.c_bool),
+        *[(name, StridedTensor) for name in ("bf16_dq", "bf16_dk", "bf16_dv")],  # of the CPU kernel
     ]
 
 
@@ -165,7 +168,7 @@ class Emulator:
     seed: int = 1
     threads: int = 1
     name: str = "emulated-cuda"
-    rounds_output: bool = False
+    rounds_results: bool = False
 
     @cached_property
     def library(self) -> ctypes.CDLL:
@@ -236,7 +239,9 @@ class Emulator:
         *,
         mask: TileMask,
         softmax_scale: float,
+        accumulate: bool = True,
     ) -> None:
+        begin_gradients((dq, dk, dv), accumulate=accumulate)
         self._call(
             "backward",
             BackwardParams(
@@ -245,6 +250,7 @@ class Emulator:
                 *[_strided(x) for x in (dout, q, k, v, lse, delta, dq, dk, dv)],
                 _mask(mask, q.shape[0], k.shape[0]),
                 softmax_scale,
+                True,
             ),
             ctypes.c_bool(self.deterministic),
         )

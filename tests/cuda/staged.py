@@ -16,7 +16,7 @@ class StagedKernel:
     kernel: Kernel
     device: str = "cuda"
     name: str = "staged"
-    rounds_output: bool = False
+    rounds_results: bool = False
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None
@@ -53,9 +53,11 @@ class StagedKernel:
         *,
         mask: TileMask,
         softmax_scale: float,
+        accumulate: bool = True,
     ) -> None:
         staged = [self._there(x) for x in (dout, q, k, v, lse, delta, dq, dk, dv)]
-        self.kernel.backward(*staged, mask=self._mask(mask), softmax_scale=softmax_scale)
+        options = {"mask": self._mask(mask), "softmax_scale": softmax_scale, "accumulate": accumulate}
+        self.kernel.backward(*staged, **options)
         for target, grad in zip((dq, dk, dv), staged[6:], strict=True):
             target.copy_(grad)
 

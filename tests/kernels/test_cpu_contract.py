@@ -176,7 +176,8 @@ def test_ops_are_registered_as_torch_wants() -> None:
     ops, mask = torch.ops.mls, case.mask()
     band = (mask.band_lo, mask.band_hi, mask.key_ranges, 0.25)
     torch.library.opcheck(ops.attention_forward.default, (q, k, v, out, lse, *band, True))
-    torch.library.opcheck(ops.attention_backward.default, (dout, q, k, v, lse, lse * 0, dq, dk, dv, *band))
+    arguments = (dout, q, k, v, lse, lse * 0, dq, dk, dv, *band, True)
+    torch.library.opcheck(ops.attention_backward.default, arguments)
 
 
 def test_traces_into_one_graph() -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megatron_lightseq.kernels.cpu import CpuKernel
-from tests.kernels.oracle import Case, Results, check, expect_close, inputs, run_kernel
+from tests.kernels.oracle import Case, Results, check, delta, expect_close, inputs, run_kernel
 
 VARIANTS = ("amx", "amx_tiles", "avx512_bf16", "avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -127,6 +128,46 @@ def _rounds(case: Case) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.amplitude == 1.0][::2], ids=str)
 def test_an_output_of_the_inputs_dtype_is_the_other_one_rounded(variant: Variant, case: Case) -> None:
     variant.call(_rounds, case)
+
+
+def _padded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sevens around a place of x's shape in the last dimension, where there is NaN."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), 7.0, dtype=dtype)
+    wide[..., 2:-1] = float("nan")
+    return wide
+
+
+def _overwrites(case: Case, dtype: torch.dtype) -> None:
+    q, k, v, dout = inputs(case, dtype)
+    out, lse, *sums = run_kernel(case, (q, k, v, dout))
+    options: dict[str, Any] = {"mask": case.mask(), "softmax_scale": case.softmax_scale}
+    for target in {torch.float32, dtype}:
+        wide = [_padded(x, target) for x in (q, k, v)]
+        places = [x[..., 2:-1] for x in wide]
+        CpuKernel().backward(dout, q, k, v, lse, delta(out, dout), *places, accumulate=False, **options)
+        for place, total in zip(places, sums, strict=True):
+            # Rounded dq may be summed apart from dq, and be scaled as a whole: one step of bf16.
+            tolerance = (
+                {"rtol": 0.0, "atol": 0.0} if target == torch.float32 else {"rtol": 2**-7, "atol": 1e-5}
+            )
+            torch.testing.assert_close(place, total.to(target), **tolerance)
+        assert all((torch.cat([x[..., :2], x[..., -1:]], -1) == 7).all() for x in wide)
+
+
+OVERWRITTEN = [
+    *CASES[::2],
+    Case(queries=70, keys=900, head_dim=64, value_dim=64, band_lo=-5, band_hi=3),  # chunks that no row sees
+    Case(queries=900, keys=70, band_lo=-5, band_hi=3),  # row tiles that see no key
+    Case(queries=5, keys=0),
+    Case(queries=0, keys=5),
+    Case(queries=300, keys=1900, heads=1, head_dim=64, value_dim=64, band_hi=1600),  # several chunks
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", OVERWRITTEN, ids=str)
+def test_gradients_overwrite_what_was_there(variant: Variant, case: Case, dtype: torch.dtype) -> None:
+    variant.call(_overwrites, case, dtype)
 
 
 def _forgets() -> None:
