@@ -12,8 +12,8 @@
 //     void load_rows(int t, const RowTile&);         // Q of row tile t
 //     void clear(int t, float* out);                 // O^T of row tile t, at `out`, is zero; perhaps not yet
 //     void complete(int t, float* out);              // in memory, which it is now
-//     void load_panel(int64_t first, int64_t begin, int64_t end);  // K and V of keys [begin, end), to their
-//                                                    // places in the panel at `first`
+//     void load_panel(int64_t first, int64_t begin, int64_t end);  // K and V of keys [begin, end) of the
+//                                                    // panel at `first`
 //     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
 //                 float* out);                       // these keys
 //     void finish_panel();                           // whatever attend() has left under way

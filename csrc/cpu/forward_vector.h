@@ -42,13 +42,13 @@ class ForwardProducts {
   void complete(int, float*) {}
   void finish_panel() {}
 
-  void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
+  void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t, int64_t begin, int64_t end,
               float* out) {
     const float* const q = q_ + t * width_ * kTileRows;
     for (const KeySegment& segment : KeySegments(tile, begin, end, Words::kValues)) {
       for_panels(segment, [&](const KeySegment& keys) {
-        const float* const k = k_ + (keys.begin - first) * width_;
-        const PanelColumns v = v_columns_.from_key(words<Words>(keys.begin - first));
+        const float* const k = k_ + (keys.begin - first_key_) * width_;
+        const PanelColumns v = v_columns_.from_key(words<Words>(keys.begin - first_key_));
         with_count<kMicroVecs>(keys.num_vecs, [&]<int V>() {
           Vec top[V];
           score_keys<V>(tile, keys, k, q + keys.first_row(), top);
@@ -67,6 +67,7 @@ class ForwardProducts {
   const int64_t width_;  // of Q and K: padded(words of D)
   const int64_t value_width_;
   float* const q_;            // per row tile: Q^T, [width][kTileRows]
+  int64_t first_key_ = 0;     // of those loaded
   float* const k_;            // [kPanelKeys][width]
   float* const v_copy_;       // V in the order of copy_columns
   PanelColumns v_columns_{};  // V, there or where it was loaded; a key of it is a word of keys
@@ -158,10 +159,11 @@ class VectorForward : public ForwardProducts<typename Operands::Words> {
     rows_to_lanes(rows_, words<Words>(dim_), q_ + t * width_ * kTileRows);
   }
 
-  void load_panel(int64_t first, int64_t, int64_t end) {
-    const int64_t count = end - first;
-    Operands::load_keys(p_.k, at_, first, count, dim_, k_);
-    Operands::load_keys(p_.v, at_, first, count, value_dim_, v_rows_);
+  void load_panel(int64_t, int64_t begin, int64_t end) {
+    first_key_ = begin / Words::kValues * Words::kValues;
+    const int64_t count = end - first_key_;
+    Operands::load_keys(p_.k, at_, first_key_, count, dim_, k_);
+    Operands::load_keys(p_.v, at_, first_key_, count, value_dim_, v_rows_);
     const float* const v = Words::join_rows(v_rows_, count, value_dim_, v_joined_);
     v_columns_ = is_narrow(p_.shape, p_.mask)
                      ? columns_in_place(v, value_dim_)
@@ -169,8 +171,8 @@ class VectorForward : public ForwardProducts<typename Operands::Words> {
   }
 
  private:
-  using Products::dim_, Products::value_dim_, Products::width_, Products::q_, Products::k_, Products::v_copy_,
-      Products::v_columns_;
+  using Products::dim_, Products::value_dim_, Products::width_, Products::q_, Products::first_key_,
+      Products::k_, Products::v_copy_, Products::v_columns_;
 
   const ForwardParams& p_;
   const KeyHead at_;
