@@ -180,7 +180,7 @@ class BackwardChunk {
                  const GradientTensor& gradient) {
     const auto row_of = [&](int64_t key) { return gradient.row(1, at_, sums_.first_key + key); };
     for (int64_t key = 0; key < num_keys_; ++key) {
-      prefetch_row(row_of(std::min(key + kRowsAhead, num_keys_ - 1)), dim);
+      prefetch(row_of(std::min(key + kRowsAhead, num_keys_ - 1)), dim);
       put_row([&](int64_t d) { return sums + Engine::sum_at(width, key, d); }, dim, factor, p_.accumulate,
               row_of(key));
     }
@@ -200,10 +200,9 @@ class BackwardChunk {
       }
     }
   }
-  // No processor foresees them.
-  static MLS_INLINE void prefetch_row(GradientRow row, int64_t dim) {
-    if (row.fp32 == nullptr) return;
-    for (int64_t d = 0; d < dim; d += kLanes) __builtin_prefetch(row.fp32 + d, 1);
+  // Rows of one head lie far apart, and no processor foresees them.
+  static MLS_INLINE void prefetch(GradientRow row, int64_t dim) {
+    row.bf16 != nullptr ? prefetch_for_write(row.bf16, dim) : prefetch_for_write(row.fp32, dim);
   }
 
   static constexpr int64_t kRowsAhead = 8;

@@ -17,6 +17,8 @@
 //     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
 //                 float* out);                       // these keys
 //     void finish_panel();                           // whatever attend() has left under way
+//     static constexpr int kLastTiles;               // before so many row tiles of a panel the next panel is
+//     void expect_keys(int64_t begin, int64_t end);  // announced, to be fetched beside their products
 //   };
 //
 // Panels begin at multiples of panel_keys() whatever keys a block sees, so that the steps of a row tile's
@@ -56,7 +58,7 @@ class ForwardBlock {
     }
     const int64_t panel = Engine::panel_keys(shape_);
     for (int64_t key = key_begin / panel * panel; key < key_end; key += panel)
-      process_panel(num_tiles, key, std::min(key + panel, key_end));
+      process_panel(num_tiles, key, std::min(key + panel, key_end), std::min(key + 2 * panel, key_end));
     for (int t = 0; t < num_tiles; ++t) finish_tile(t);
   }
 
@@ -89,8 +91,8 @@ class ForwardBlock {
     }
   }
 
-  // Of the panel [first, last), what some row tile sees.
-  void process_panel(int num_tiles, int64_t first, int64_t last) {
+  // Of the panel [first, last), what some row tile sees; the next one is [last, next_last).
+  void process_panel(int num_tiles, int64_t first, int64_t last, int64_t next_last) {
     int64_t begin = last, end = first;
     for (int t = 0; t < num_tiles; ++t) {
       if (std::max(first, tiles_[t].key_begin) >= std::min(last, tiles_[t].key_end)) continue;
@@ -101,6 +103,7 @@ class ForwardBlock {
     engine_.load_panel(first, begin, end);
     for (int t = 0; t < num_tiles; ++t) {
       const int64_t from = std::max(begin, tiles_[t].key_begin), to = std::min(end, tiles_[t].key_end);
+      if (t == std::max(0, num_tiles - Engine::kLastTiles)) engine_.expect_keys(last, next_last);
       if (from < to) engine_.attend(t, tiles_[t], states_[t], first, from, to, out_lanes(t));
     }
     engine_.finish_panel();
@@ -110,8 +113,13 @@ class ForwardBlock {
     const RowTile& tile = tiles_[t];
     const SoftmaxState& state = states_[t];
     if (p_.accumulate && !tile.sees_any()) return;  // nothing was merged
-    alignas(MLS_VEC_BYTES) float inverse[kTileRows];
-    for (int i = 0; i < kTileRows; ++i) inverse[i] = state.sum[i] == 0.0f ? 0.0f : 1.0f / state.sum[i];
+    prefetch_output(tile);
+    alignas(MLS_VEC_BYTES) float inverse[kTileRows], lse[kTileRows];
+    for (int x = 0; x < kTileRows; x += kLanes) {
+      const Vec sum = load(state.sum + x), zero{};
+      store(inverse + x, select(sum == zero, zero, 1.0f / sum));
+      store(lse + x, select(sum == zero, splat(-kInfinity), load(state.max_log2 + x) * kLn2 + log(sum)));
+    }
     engine_.complete(t, out_lanes(t));
     lanes_to_rows(out_lanes(t), Engine::lanes(width_), shape_.value_dim, inverse, rows_);
     for (int i = 0; i < tile.num_rows; ++i) {
@@ -122,8 +130,18 @@ class ForwardBlock {
       } else {
         store_row<Float32>(result, shape_.value_dim, 1.0f, row_pointer(p_.out, group_, at_, row));
       }
-      row_value(p_.lse, group_, at_, row) =
-          state.sum[i] == 0.0f ? -kInfinity : state.max_log2[i] * kLn2 + std::log(state.sum[i]);
+      row_value(p_.lse, group_, at_, row) = lse[i];
+    }
+  }
+
+  void prefetch_output(const RowTile& tile) {
+    for (int i = 0; i < tile.num_rows; ++i) {
+      const int64_t row = tile.first_row + i;
+      if (p_.bf16_out.data != nullptr) {
+        prefetch_for_write(row_pointer(p_.bf16_out, group_, at_, row), shape_.value_dim);
+      } else {
+        prefetch_for_write(row_pointer(p_.out, group_, at_, row), shape_.value_dim);
+      }
     }
   }
 

@@ -24,6 +24,9 @@ class AmxForward {
   static constexpr int kParts = kAmxParts<Element>;
 
  public:
+  // Fetched earlier, the next panel would leave the cache again.
+  static constexpr int kLastTiles = 8;
+
   static int64_t panel_keys(const AttentionShape& shape) {
     const int64_t key_bytes =
         (amx_width(shape.head_dim) + amx_width(shape.value_dim)) * kParts * sizeof(uint16_t);
@@ -47,16 +50,15 @@ class AmxForward {
         log2_scale_(params.softmax_scale * kLog2E),
         step_keys_(std::clamp<int64_t>(kStepValues / width_ / kAmxBlock * kAmxBlock, kAmxBlock, kAddedKeys)),
         blocks_per_step_(ceil_div(value_width_ / kAmxBlock, kAddedKeys / step_keys_)),
-        block_tiles_(block_tiles),
         panel_keys_(panel_keys(params.shape)),
         strips_(scratch.objects<Strip>(block_tiles * kStripsPerTile)),
         q_(allocate_parts<kParts, uint32_t>(scratch, block_tiles * kTileRows * width_ / 2)),
         k_(allocate_parts<kParts, uint16_t>(scratch, panel_keys_ * width_)),
         v_columns_(allocate_parts<kParts, uint16_t>(scratch, panel_keys_ * value_width_)),
         rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))),
-        scores_(scratch.objects<float>(step_keys_ * kStripRows)),
-        next_scores_(scratch.objects<float>(step_keys_ * kStripRows)),
-        weighed_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows)},
+        scores_(scratch.objects<float>(step_keys_ * kStripRows + kSkew)),
+        next_scores_(scratch.objects<float>(step_keys_ * kStripRows + kSkew)),
+        weighed_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows + kSkew)},
         added_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows)} {}
 
   void load_rows(int t, const RowTile& tile) {
@@ -91,14 +93,12 @@ class AmxForward {
       for (int part = 0; part < kParts; ++part)
         keys_to_column_tiles(rows_[part], value_width_, v_columns_[part] + to * value_width_);
     }
-    coming_key_ = coming_end_ = last;
   }
 
   // Whole blocks of keys are computed; those before `begin` or from `end` on
   // are masked like any other.
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
               float* out) {
-    if (t >= block_tiles_ - kLastTiles) coming_end_ = std::min(first + 2 * panel_keys_, p_.shape.num_keys);
     for (int i = 0; i < kStripsPerTile; ++i) {
       Strip& rows = strip(t, i);
       const int64_t from = (std::max(begin, rows.begin) - first) / kAmxBlock * kAmxBlock;
@@ -107,10 +107,13 @@ class AmxForward {
         const int64_t num_keys = std::min<int64_t>(step_keys_, to - key);
         const Step step{&tile, &rows, &state, first, key, num_keys, strip_queries(t, i), strip_out(out, i)};
         prefetch_coming_keys();
+        prefetch_coming_rows(step, (key - from) / step_keys_);
         advance(step);
       }
     }
   }
+
+  void expect_keys(int64_t begin, int64_t end) { coming_key_ = begin, coming_end_ = end; }
 
   // Until then, steps of any row tile may still be under way.
   void finish_panel() {
@@ -129,8 +132,9 @@ class AmxForward {
   // Beside so many products a pair of keys is weighed: measured. Of one part, that leaves half of them for
   // after the products of a short step; more beside these would only delay the products.
   static constexpr unsigned kCallsPerPair = kParts == 1 ? 1 : 3;
-  // The next panel is fetched beside the last tiles of a block: earlier, it would leave the cache again.
-  static constexpr int kLastTiles = 8;
+  // Left free behind buffers of whole pages: else what is written would lie at the same place of a page as
+  // what is read, and loads would wait for stores that do not concern them.
+  static constexpr int kSkew = 16 * kLanes;
   // What the weights of a step may sum to before the reference of the
   // exponentials is raised. Weights above 1 lose nothing: fp32 and bf16 have
   // their digits at any size.
@@ -174,6 +178,16 @@ class AmxForward {
     const int64_t last = std::min(coming_key_ + kKeysAtOnce, coming_end_);
     prefetch_keys(coming_key_, last);
     coming_key_ = std::max(coming_key_, last);
+  }
+
+  // Beside step n of a strip, as much of the next strip's Q and O as one row has: they lie behind this one's,
+  // and with many rows in a cache behind.
+  void prefetch_coming_rows(const Step& step, int64_t n) const {
+    if (n >= kStripRows) return;
+    const int64_t q_bytes = width_ * sizeof(uint16_t), out_bytes = value_width_ * sizeof(float);
+    for (int part = 0; part < kParts; ++part)
+      prefetch_row(reinterpret_cast<const char*>(step.q[part]) + (kStripRows + n) * q_bytes, q_bytes);
+    prefetch_row(reinterpret_cast<const char*>(step.out) + (kStripRows + n) * out_bytes, out_bytes);
   }
 
   Strip& strip(int t, int i) const { return strips_[t * kStripsPerTile + i]; }
@@ -417,7 +431,7 @@ class AmxForward {
   const KeyHead at_;
   const int64_t width_, value_width_;
   const float log2_scale_;
-  const int64_t step_keys_, blocks_per_step_, block_tiles_, panel_keys_;
+  const int64_t step_keys_, blocks_per_step_, panel_keys_;
   AmxProducts<kParts> products_;
   Strip* const strips_;                 // of each row tile
   const AmxParts<uint32_t> q_;          // of each strip: [width / 2][kStripRows], in tiles

@@ -41,6 +41,8 @@ class ForwardProducts {
   void clear(int, float* out) { std::memset(out, 0, value_width_ * kTileRows * sizeof(float)); }
   void complete(int, float*) {}
   void finish_panel() {}
+  static constexpr int kLastTiles = 0;  // never
+  void expect_keys(int64_t, int64_t) {}
 
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t, int64_t begin, int64_t end,
               float* out) {

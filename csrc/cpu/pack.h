@@ -6,6 +6,12 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
+template <typename T>
+MLS_INLINE void prefetch_for_write(T* row, int64_t dim) {
+  constexpr int64_t kCacheLine = 64;
+  for (int64_t d = 0; d < dim; d += kCacheLine / sizeof(T)) __builtin_prefetch(row + d, 1);
+}
+
 // A tensor whose elements are known.
 template <class Element>
 MLS_INLINE TokenTensor<const typename Element::Storage> typed(const TokenTensor<const void>& tensor) {

@@ -53,6 +53,25 @@ MLS_INLINE Vec exp2(Vec x) {
 }
 #endif
 
+// ln x for x > 0 that is not denormal; NaN and infinity stay. The polynomial of Cephes' logf, error below
+// 1e-7.
+MLS_INLINE Vec log(Vec x) {
+  constexpr float kTerms[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                              -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                              2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  const IntVec bits = reinterpret_cast<IntVec>(x);
+  const IntVec exponent = (bits - kSqrtHalf) >> 23;  // x = 2^exponent (1 + r), 1 + r in [sqrt(1/2), sqrt(2))
+  const Vec r = reinterpret_cast<Vec>(bits - (exponent << 23)) - 1.0f;
+  const Vec n = __builtin_convertvector(exponent, Vec);
+  Vec p = splat(kTerms[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < 9; ++i) p = p * r + kTerms[i];
+  // ln 2 in two parts, of which the first times n is exact.
+  const Vec ln = n * 0.693359375f + (r + (p * r * r * r - 0.5f * r * r + n * -2.12194440e-4f));
+  return select(x < splat(kInfinity), ln, x);
+}
+
 // A running maximum that is safe to subtract: a row without keys has -inf, and -inf - -inf would be NaN.
 MLS_INLINE Vec finite_max(Vec max_log2) {
   return select(max_log2 == splat(-kInfinity), Vec{}, max_log2);

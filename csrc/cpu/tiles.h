@@ -18,9 +18,9 @@ constexpr int kTileRows = kMicroVecs * kLanes;
 // some tasks, because they are not equally long, and Q and O of a block must leave half of the L2 cache.
 constexpr int kMinBlockTiles = 256 / kTileRows;
 constexpr int64_t kBlockBytes = 1024 * 1024;
-// Products by tiles leave memory time to bring rows from a cache behind; keys that are split into parts cost
-// more to load.
-constexpr int64_t kAmxBlockBytes = 2 * 1024 * 1024, kAmxSplitBlockBytes = 3 * 1024 * 1024;
+// Products by tiles leave memory time to bring rows from a cache behind, so that a block may be larger than
+// the L2 cache.
+constexpr int64_t kAmxBlockBytes = 4 * 1024 * 1024, kAmxSplitBlockBytes = 3 * 1024 * 1024;
 constexpr int64_t kNarrowKeys = 1024;  // rows that see fewer leave a panel to few row tiles
 constexpr int kTasksPerWorker = 4;     // with more than one worker
 constexpr int kVectorPanelKeys = 96;   // a multiple of kMicroRows
