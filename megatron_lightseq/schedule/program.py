@@ -110,7 +110,7 @@ class Program:
     """Tokens in the rank's own shard."""
     steps: tuple[ProgramStep, ...]
     blanks: tuple[Blank, ...] = ()
-    """What must be empty (out = 0, lse = -inf, gradients = 0) before it is accumulated into, sent or returned."""
+    """What must be empty (out = 0, lse = -inf, gradients = 0) before it is accumulated into or returned."""
 
     @property
     def merges(self) -> bool:
@@ -332,10 +332,6 @@ class _Written:
         self._need_blank(part.store, at, part.stop)
         self.write(part)
 
-    def forget(self, store: Span) -> None:
-        """It was sent; what is computed for these tokens from now on gets a store of its own."""
-        del self._intervals[store]
-
     def _need_blank(self, store: Span | None, start: int, stop: int) -> None:
         if start < stop:
             self.blanks.append(Blank(self._payload, Operand(store, start, stop)))
@@ -344,14 +340,13 @@ class _Written:
 def _mark_fresh(
     steps: list[ProgramStep], flow: Dataflow, shard_length: int
 ) -> tuple[list[ProgramStep], tuple[Blank, ...]]:
-    """Find the calls that may overwrite their results, and what must be blank because no such call comes first."""
+    """Find the calls that may overwrite their results, and what must be blank because no such call comes first.
+
+    What is sent needs no look: every chunk of it was computed, and is never added to again (``validate``).
+    """
     written = {payload: _Written(payload) for payload in (flow.q_result, flow.k_result) if payload}
     marked = []
     for step in steps:
-        for transfer in step.sends:
-            if transfer.payload in RESULTS:
-                written[transfer.payload].need(Operand(transfer.span, 0, transfer.length))
-                written[transfer.payload].forget(transfer.span)
         calls = []
         for call in step.calls:
             results = ((flow.q_result, call.q_result), (flow.k_result, call.k_result))
