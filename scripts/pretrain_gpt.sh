@@ -66,7 +66,11 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-20000}"
 
 # No GPU for every rank: nobody sees one, or half the ranks would start on GPUs and wait for the rest.
-if [ "$device" = cpu ]; then export CUDA_VISIBLE_DEVICES=''; fi
+if [ "$device" = cpu ]; then
+    export CUDA_VISIBLE_DEVICES=''
+    # torch then takes huge pages for tensors of 2 MiB and more: getting fresh small ones costs a few percent of a step.
+    export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
+fi
 
 if [ "${NNODES:-1}" -gt 1 ]; then
     meet=(--nnodes "$NNODES" --rdzv-backend c10d

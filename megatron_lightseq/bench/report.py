@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -53,10 +54,11 @@ def caption(repetitions: int) -> str:
     """How to read the table, and what it was measured on."""
     here = machine()
     clock = "thread CPU time" if here["threads"] == 1 else "wall clock"
+    pages = "huge pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "small pages"
     return (
         f"GFLOP/s of useful operations, torch -> ours (ratio). Measured on {here['cpu']}, variant {here['isa']}, "
         f"{here['threads']} thread(s), {here['versions']}: {clock}, contenders taking turns, median of "
-        f"{repetitions}. Of peak: our forward / backward over products of registers only. Errors: the largest of "
+        f"{repetitions}, tensors of 2 MiB and more in {pages} (THP_MEM_ALLOC_ENABLE). Of peak: our forward / backward over products of registers only. Errors: the largest of "
         "out, dq, dk and dv against fp64, relative to the largest value, on at most 1024 tokens."
     )
 

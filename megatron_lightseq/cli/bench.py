@@ -4,6 +4,7 @@ hides."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _bench_kernel(options: argparse.Namespace) -> int:
     _check_counts(threads=options.threads, repetitions=options.repetitions)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as scripts/pretrain_gpt.sh does
     from megatron_lightseq.bench.clock import torch_threads
 
     with torch_threads(options.threads):
