@@ -58,7 +58,8 @@ def caption(repetitions: int) -> str:
     return (
         f"GFLOP/s of useful operations, torch -> ours (ratio). Measured on {here['cpu']}, variant {here['isa']}, "
         f"{here['threads']} thread(s), {here['versions']}: {clock}, contenders taking turns, median of "
-        f"{repetitions}, tensors of 2 MiB and more in {pages} (THP_MEM_ALLOC_ENABLE). Of peak: our forward / backward over products of registers only. Errors: the largest of "
+        f"{repetitions}, tensors of 2 MiB and more in {pages} (THP_MEM_ALLOC_ENABLE). Of peak: our forward / backward "
+        "over products of registers only. Errors: the largest of "
         "out, dq, dk and dv against fp64, relative to the largest value, on at most 1024 tokens."
     )
 
