@@ -125,20 +125,9 @@ class BackwardPass:
         """Add the rectangle's gradients, or write them where nothing came before."""
         (q, dout, lse, delta), (k, v) = q_side, k_side
         (dq,), (dk, dv) = results
-        self.kernel.backward(
-            dout,
-            q,
-            k,
-            v,
-            lse,
-            delta,
-            dq,
-            dk,
-            dv,
-            mask=mask,
-            softmax_scale=self.softmax_scale,
-            accumulate=not call.fresh,
-        )
+        tensors = (dout, q, k, v, lse, delta, dq, dk, dv)
+        fresh, scale = call.fresh, self.softmax_scale
+        self.kernel.backward(*tensors, mask=mask, softmax_scale=scale, accumulate=not fresh)
 
     def clear(self, payload: Payload, bundle: Bundle) -> None:
         """Zeros."""

@@ -83,19 +83,6 @@ class CpuKernel:
             RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
         """
         load_extension()
-        torch.ops.mls.attention_backward(
-            dout,
-            q,
-            k,
-            v,
-            lse,
-            delta,
-            dq,
-            dk,
-            dv,
-            mask.band_lo,
-            mask.band_hi,
-            mask.key_ranges,
-            softmax_scale,
-            accumulate,
-        )
+        tensors = (dout, q, k, v, lse, delta, dq, dk, dv)
+        keys = (mask.band_lo, mask.band_hi, mask.key_ranges)
+        torch.ops.mls.attention_backward(*tensors, *keys, softmax_scale, accumulate)
