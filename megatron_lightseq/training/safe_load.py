@@ -36,15 +36,32 @@ _RECORDS: tuple[type, ...] = (
     dcp_metadata.TensorStorageMetadata,
 )
 
+
+class _MemoryFormats:
+    """Stands for the enumeration that a checkpoint names: its members by value, or by name through ``getattr``.
+
+    Python 3.11.2 (Debian 12) pickles members of enumerations in the second way, 3.11.7 in the first.
+    """
+
+    __slots__ = ()  # nothing for an unpickler to set
+
+    def __call__(self, value: int) -> dcp_metadata._MEM_FORMAT_ENCODING:
+        return dcp_metadata._MEM_FORMAT_ENCODING(value)
+
+
+def _member_by_name(owner: Any, name: Any) -> dcp_metadata._MEM_FORMAT_ENCODING:
+    if not isinstance(owner, _MemoryFormats) or name not in dcp_metadata._MEM_FORMAT_ENCODING.__members__:
+        raise _refusal(f".metadata asks for builtins.getattr of {name!r}")
+    return dcp_metadata._MEM_FORMAT_ENCODING[name]
+
+
 # Wrapped in functions of our own: the unpickler can set attributes on what find_class returns.
 _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("pathlib", "PosixPath"): lambda *parts: PurePosixPath(*parts),
     ("pathlib", "PurePosixPath"): lambda *parts: PurePosixPath(*parts),
+    ("builtins", "getattr"): _member_by_name,
     ("torch", "Size"): lambda sizes: torch.Size(sizes),
     ("torch.serialization", "_get_layout"): lambda name: _get_layout(name),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): lambda value: (
-        dcp_metadata._MEM_FORMAT_ENCODING(value)
-    ),
 }
 
 
@@ -55,6 +72,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         for record in _RECORDS:
             if (module, name) == (record.__module__, record.__qualname__):
                 return record
+        if (module, name) == (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"):
+            return _MemoryFormats()
         if (module, name) in _MAKERS:
             maker = _MAKERS[module, name]
             return lambda *args: maker(*args)

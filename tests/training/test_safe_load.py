@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,49 @@ def test_honest_checkpoint_loads(checkpoint: Path) -> None:
         state = _load(checkpoint)
     assert torch.equal(state["w"], torch.arange(6.0))  # type: ignore[arg-type]
     assert state["note"] == {"step": 3}
+
+
+class _OldPickler(pickle.Pickler):
+    """Enumerations as Python 3.11.2 pickles them."""
+
+    def reducer_override(self, value: object) -> Any:
+        if isinstance(value, dcp_metadata._MEM_FORMAT_ENCODING):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+class _NewPickler(pickle.Pickler):
+    """Enumerations as Python 3.11.7 pickles them."""
+
+    def reducer_override(self, value: object) -> Any:
+        if isinstance(value, dcp_metadata._MEM_FORMAT_ENCODING):
+            return type(value), (value.value,)
+        return NotImplemented
+
+
+@pytest.mark.parametrize("pickler", [_OldPickler, _NewPickler])
+def test_checkpoints_of_every_python_load(checkpoint: Path, pickler: type[pickle.Pickler]) -> None:
+    metadata, stream = load_metadata(io.BytesIO((checkpoint / ".metadata").read_bytes())), io.BytesIO()
+    pickler(stream).dump(metadata)
+    assert (b"getattr" in stream.getvalue()) == (pickler is _OldPickler)
+    assert load_metadata(io.BytesIO(stream.getvalue())) == metadata
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (dcp_metadata._MEM_FORMAT_ENCODING, "__class__"),
+        (dcp_metadata.Metadata, "__init__"),
+        (torch.Size, "mro"),
+    ],
+)
+def test_no_other_attribute_is_handed_out(owner: type, name: str) -> None:
+    class Asking:
+        def __reduce__(self) -> Any:
+            return getattr, (owner, name)
+
+    with pytest.raises(CheckpointError, match=f"asks for builtins.getattr of '{name}'"):
+        load_metadata(io.BytesIO(pickle.dumps(Asking())))
 
 
 def test_torch_executes_metadata_without_the_guard(checkpoint: Path, tmp_path: Path) -> None:
