@@ -40,6 +40,7 @@ class ForwardBlock {
         at_(at),
         group_(params.shape.heads_per_group()),
         width_(Engine::width(params.shape.value_dim)),
+        result_{params.out, params.bf16_out},
         engine_(params, at, max_tiles, scratch),
         max_tiles_(max_tiles),
         tiles_(scratch.objects<RowTile>(max_tiles_)),
@@ -113,7 +114,8 @@ class ForwardBlock {
     const RowTile& tile = tiles_[t];
     const SoftmaxState& state = states_[t];
     if (p_.accumulate && !tile.sees_any()) return;  // nothing was merged
-    prefetch_output(tile);
+    for (int i = 0; i < tile.num_rows; ++i)
+      prefetch_result(result_.row(group_, at_, tile.first_row + i), shape_.value_dim);
     alignas(MLS_VEC_BYTES) float inverse[kTileRows], lse[kTileRows];
     for (int x = 0; x < kTileRows; x += kLanes) {
       const Vec sum = load(state.sum + x), zero{};
@@ -124,24 +126,9 @@ class ForwardBlock {
     lanes_to_rows(out_lanes(t), Engine::lanes(width_), shape_.value_dim, inverse, rows_);
     for (int i = 0; i < tile.num_rows; ++i) {
       const int64_t row = tile.first_row + i;
-      const float* const result = rows_ + i * padded(shape_.value_dim);
-      if (p_.bf16_out.data != nullptr) {
-        store_row<BFloat16>(result, shape_.value_dim, 1.0f, row_pointer(p_.bf16_out, group_, at_, row));
-      } else {
-        store_row<Float32>(result, shape_.value_dim, 1.0f, row_pointer(p_.out, group_, at_, row));
-      }
+      store_result(rows_ + i * padded(shape_.value_dim), shape_.value_dim, 1.0f,
+                   result_.row(group_, at_, row));
       row_value(p_.lse, group_, at_, row) = lse[i];
-    }
-  }
-
-  void prefetch_output(const RowTile& tile) {
-    for (int i = 0; i < tile.num_rows; ++i) {
-      const int64_t row = tile.first_row + i;
-      if (p_.bf16_out.data != nullptr) {
-        prefetch_for_write(row_pointer(p_.bf16_out, group_, at_, row), shape_.value_dim);
-      } else {
-        prefetch_for_write(row_pointer(p_.out, group_, at_, row), shape_.value_dim);
-      }
     }
   }
 
@@ -149,6 +136,7 @@ class ForwardBlock {
   const AttentionShape& shape_;
   const KeyHead at_;
   const int64_t group_, width_;
+  const ResultTensor result_;
   Engine engine_;
   const int64_t max_tiles_;
   RowTile* const tiles_;

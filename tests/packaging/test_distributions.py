@@ -53,9 +53,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
             source.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     with tarfile.open(build("sdist", source, folder)) as archive:
-        archive.extractall(
-            folder / "unpacked"
-        )  # our own: no filter, which early releases of Python 3.11 lack
+        archive.extractall(folder / "unpacked")  # our own: needs no filter, which Python 3.11.2 lacks
     (unpacked,) = (folder / "unpacked").iterdir()
     return unpacked
 
