@@ -173,10 +173,12 @@ class BackwardChunk {
   static MLS_INLINE void put_row(Values values, int64_t dim, float factor, bool adds, ResultRow to) {
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, dim - d);
-      if (adds) {
+      if (to.bf16 != nullptr) {
+        store_row<BFloat16>(values(d), count, factor, to.bf16 + d);
+      } else if (adds) {
         add_row(values(d), count, factor, to.fp32 + d);
       } else {
-        store_result(values(d), count, factor, to.from(d));
+        store_row<Float32>(values(d), count, factor, to.fp32 + d);
       }
     }
   }

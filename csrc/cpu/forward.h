@@ -126,8 +126,10 @@ class ForwardBlock {
     lanes_to_rows(out_lanes(t), Engine::lanes(width_), shape_.value_dim, inverse, rows_);
     for (int i = 0; i < tile.num_rows; ++i) {
       const int64_t row = tile.first_row + i;
-      store_result(rows_ + i * padded(shape_.value_dim), shape_.value_dim, 1.0f,
-                   result_.row(group_, at_, row));
+      const float* const result = rows_ + i * padded(shape_.value_dim);
+      const ResultRow to = result_.row(group_, at_, row);
+      to.bf16 != nullptr ? store_row<BFloat16>(result, shape_.value_dim, 1.0f, to.bf16)
+                         : store_row<Float32>(result, shape_.value_dim, 1.0f, to.fp32);
       row_value(p_.lse, group_, at_, row) = lse[i];
     }
   }

@@ -42,11 +42,6 @@ MLS_INLINE void store_row(const float* src, int64_t dim, float factor, typename 
   }
 }
 
-MLS_INLINE void store_result(const float* src, int64_t dim, float factor, ResultRow to) {
-  to.bf16 != nullptr ? store_row<BFloat16>(src, dim, factor, to.bf16)
-                     : store_row<Float32>(src, dim, factor, to.fp32);
-}
-
 // Rows of one head lie far apart, and no processor foresees them.
 MLS_INLINE void prefetch_result(ResultRow row, int64_t dim) {
   row.bf16 != nullptr ? prefetch_for_write(row.bf16, dim) : prefetch_for_write(row.fp32, dim);

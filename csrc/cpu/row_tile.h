@@ -71,10 +71,6 @@ MLS_INLINE T* row_pointer(const TokenTensor<T>& tensor, int64_t group, KeyHead a
 struct ResultRow {
   float* fp32;
   uint16_t* bf16;
-
-  MLS_INLINE ResultRow from(int64_t dim) const {
-    return bf16 != nullptr ? ResultRow{nullptr, bf16 + dim} : ResultRow{fp32 + dim, nullptr};
-  }
 };
 
 // A result as the call wants it: fp32, or rounded.
