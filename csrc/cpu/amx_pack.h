@@ -131,6 +131,21 @@ inline void transpose_words(const uint32_t* src, int64_t src_stride, int64_t row
   }
 }
 
+// Rows of bf16 values: of a tensor, or of one part in a copy.
+struct AmxRows {
+  const uint16_t* data;
+  int64_t stride;
+
+  MLS_INLINE const uint16_t* operator[](int64_t row) const { return data + row * stride; }
+  MLS_INLINE AmxRows from(int64_t row) const { return {data + row * stride, stride}; }
+};
+struct AmxPartRows {
+  AmxParts<const uint16_t> parts;
+  int64_t stride;
+
+  MLS_INLINE AmxRows operator[](int part) const { return {parts[part], stride}; }
+};
+
 // dst = src and zeros up to amx_width(dim). Not memcpy: inline loads of several
 // rows wait for memory together.
 MLS_INLINE void split_row(const uint16_t* src, int64_t dim, AmxParts<uint16_t> dst) {
@@ -180,46 +195,60 @@ inline void prefetch_key_rows(const TokenTensor<const void>& tensor, KeyHead at,
     prefetch_row(row_pointer(typed<Element>(tensor), 1, at, key), dim * sizeof(typename Element::Storage));
 }
 
-// Keys [first, first + count) as rows of amx_width(dim), and zero rows up to
-// the next whole block: what is read there meets weights of zero, and zero
-// times stale memory could be NaN.
+// Rows that are packed next, amx_width(dim) values each: of bf16 those of the tensor itself if they are
+// whole, else a copy in parts, with zeros around.
+//
+// Keys [first, first + count), and zero rows up to the next whole block: what is
+// read there meets weights of zero, and zero times stale memory could be NaN.
 template <class Element>
-inline void split_key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
-                           int64_t dim, AmxParts<uint16_t> rows) {
+MLS_INLINE AmxPartRows key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first,
+                                int64_t count, int64_t dim, AmxParts<uint16_t> copy) {
+  const auto keys = typed<Element>(tensor);
   const int64_t width = amx_width(dim);
+  if constexpr (kAmxParts<Element> == 1) {
+    if (count == kAmxBlock && dim == width)
+      return {{row_pointer(keys, 1, at, first), 0}, tensor.token_stride};
+  }
   for (int64_t r = 0; r < count; ++r)
-    split_row(row_pointer(typed<Element>(tensor), 1, at, first + r), dim, rows.from(r * width));
-  clear_rows<Element>(rows, count, round_up(count, kAmxBlock), width);
+    split_row(row_pointer(keys, 1, at, first + r), dim, copy.from(r * width));
+  clear_rows<Element>(copy, count, round_up(count, kAmxBlock), width);
+  return {{copy.data, copy.size}, width};
 }
 
+// Those of a row tile, and zero rows up to kTileRows.
 template <class Element>
-inline void split_tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
-                            const RowTile& tile, int64_t dim, AmxParts<uint16_t> rows) {
+MLS_INLINE AmxPartRows tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
+                                 const RowTile& tile, int64_t dim, AmxParts<uint16_t> copy) {
+  const auto queries = typed<Element>(tensor);
   const int64_t width = amx_width(dim);
+  if constexpr (kAmxParts<Element> == 1) {
+    if (group == 1 && tile.num_rows == kTileRows && dim == width)
+      return {{row_pointer(queries, 1, at, tile.first_row), 0}, tensor.token_stride};
+  }
   for (int r = 0; r < tile.num_rows; ++r)
-    split_row(row_pointer(typed<Element>(tensor), group, at, tile.first_row + r), dim, rows.from(r * width));
-  clear_rows<Element>(rows, tile.num_rows, kTileRows, width);
+    split_row(row_pointer(queries, group, at, tile.first_row + r), dim, copy.from(r * width));
+  clear_rows<Element>(copy, tile.num_rows, kTileRows, width);
+  return {{copy.data, copy.size}, width};
 }
 
 // kAmxBlock rows, tile by tile: a tile is 16 rows of 32 values
-inline void rows_to_tiles(const uint16_t* rows, int64_t width, uint16_t* tiles) {
+inline void rows_to_tiles(AmxRows rows, int64_t width, uint16_t* tiles) {
   for (int64_t r = 0; r < kAmxBlock; r += kAmxTile) {
     for (int64_t d = 0; d < width; d += kAmxDepth) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kAmxTile; ++i, tiles += kAmxDepth) {
-        _mm512_storeu_si512(tiles, _mm512_loadu_si512(rows + (r + i) * width + d));
-      }
+      for (int i = 0; i < kAmxTile; ++i, tiles += kAmxDepth)
+        _mm512_storeu_si512(tiles, _mm512_loadu_si512(rows[r + i] + d));
     }
   }
 }
 
 // words[d / 2][row] = (row's values d, d + 1), tile by tile: a B operand whose
 // columns are query rows. A tile is 32 values of 16 rows.
-inline void rows_to_word_tiles(const uint16_t* rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
-  const auto* words = reinterpret_cast<const uint32_t*>(rows);
-  for (int64_t d = 0; d < width / 2; d += kAmxTile) {
+inline void rows_to_word_tiles(AmxRows rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
+  for (int64_t d = 0; d < width; d += kAmxDepth) {
     for (int64_t r = 0; r < num_rows; r += kAmxTile, tiles += kAmxTileWords) {
-      transpose_words(words + r * width / 2 + d, width / 2, kAmxTile, kAmxTile, tiles, kAmxRow);
+      const auto* words = reinterpret_cast<const uint32_t*>(rows[r] + d);
+      transpose_words(words, rows.stride / 2, kAmxTile, kAmxTile, tiles, kAmxRow);
     }
   }
 }
@@ -227,13 +256,12 @@ inline void rows_to_word_tiles(const uint16_t* rows, int64_t num_rows, int64_t w
 // words[r][d] = values d of rows r and r + num_rows / 2, tile by tile: a B operand
 // whose depth is query rows, in the order in which pair_words leaves vectors of
 // the lower and the upper half of them.
-inline void rows_to_pair_tiles(const uint16_t* rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
+inline void rows_to_pair_tiles(AmxRows rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
   for (int64_t block = 0; block < num_rows / 2; block += kAmxTile) {
     for (int64_t d = 0; d < width; d += kAmxTile) {
-      const uint16_t* const first = rows + block * width + d;
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kAmxTile; ++r, tiles += kAmxRow) {
-        store_words(tiles, interleave(first + r * width, first + (r + num_rows / 2) * width));
+        store_words(tiles, interleave(rows[block + r] + d, rows[block + r + num_rows / 2] + d));
       }
     }
   }
@@ -241,12 +269,11 @@ inline void rows_to_pair_tiles(const uint16_t* rows, int64_t num_rows, int64_t w
 
 // columns[d][key] = rows[key][d] for kAmxBlock keys, tile by tile: an A operand
 // whose depth is keys. A tile is 32 keys of 16 values.
-inline void keys_to_column_tiles(const uint16_t* rows, int64_t width, uint16_t* tiles) {
+inline void keys_to_column_tiles(AmxRows rows, int64_t width, uint16_t* tiles) {
   for (int64_t d = 0; d < width; d += kAmxTile, tiles += kAmxTile * kAmxBlock) {
     Vec block[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      block[i] = interleave(rows + 2 * i * width + d, rows + (2 * i + 1) * width + d);
+    for (int i = 0; i < kLanes; ++i) block[i] = interleave(rows[2 * i] + d, rows[2 * i + 1] + d);
     transpose(block);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) store_words(reinterpret_cast<uint32_t*>(tiles) + i * kAmxRow, block[i]);

@@ -43,6 +43,28 @@ struct Gradients {
   float* dq_lanes;  // as lanes(width(D)) says, without softmax_scale
 };
 
+// One row of a gradient, of which one pointer is set.
+struct GradientRow {
+  float* fp32;
+  uint16_t* bf16;
+};
+
+// A gradient as the call wants it: fp32, or rounded.
+struct GradientTensor {
+  TokenTensor<float> fp32;
+  TokenTensor<uint16_t> bf16;
+
+  MLS_INLINE GradientRow row(int64_t group, KeyHead at, int64_t row) const {
+    if (bf16.data != nullptr) return {nullptr, row_pointer(bf16, group, at, row)};
+    return {row_pointer(fp32, group, at, row), nullptr};
+  }
+};
+
+// Rows of one head lie far apart, and no processor foresees them.
+MLS_INLINE void prefetch_gradient(GradientRow row, int64_t dim) {
+  row.bf16 != nullptr ? prefetch_for_write(row.bf16, dim) : prefetch_for_write(row.fp32, dim);
+}
+
 template <class Engine>
 class BackwardChunk {
  public:
@@ -159,10 +181,11 @@ class BackwardChunk {
     }
   }
 
-  void put_chunk(const float* sums, int64_t width, int64_t dim, float factor, const ResultTensor& gradient) {
+  void put_chunk(const float* sums, int64_t width, int64_t dim, float factor,
+                 const GradientTensor& gradient) {
     const auto row_of = [&](int64_t key) { return gradient.row(1, at_, sums_.first_key + key); };
     for (int64_t key = 0; key < num_keys_; ++key) {
-      prefetch_result(row_of(std::min(key + kRowsAhead, num_keys_ - 1)), dim);
+      prefetch_gradient(row_of(std::min(key + kRowsAhead, num_keys_ - 1)), dim);
       put_row([&](int64_t d) { return sums + Engine::sum_at(width, key, d); }, dim, factor, p_.accumulate,
               row_of(key));
     }
@@ -170,15 +193,15 @@ class BackwardChunk {
 
   // values(d): kLanes of them from dimension d on
   template <class Values>
-  static MLS_INLINE void put_row(Values values, int64_t dim, float factor, bool adds, ResultRow to) {
+  static MLS_INLINE void put_row(Values values, int64_t dim, float factor, bool adds, GradientRow to) {
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, dim - d);
       if (to.bf16 != nullptr) {
-        store_row<BFloat16>(values(d), count, factor, to.bf16 + d);
+        store_some<BFloat16>(to.bf16 + d, load(values(d)) * factor, count);
       } else if (adds) {
         add_row(values(d), count, factor, to.fp32 + d);
       } else {
-        store_row<Float32>(values(d), count, factor, to.fp32 + d);
+        store_some<Float32>(to.fp32 + d, load(values(d)) * factor, count);
       }
     }
   }
@@ -189,7 +212,7 @@ class BackwardChunk {
   const AttentionShape& shape_;
   const KeyHead at_;
   const int64_t group_, width_, value_width_, chunk_keys_;
-  const ResultTensor dq_;
+  const GradientTensor dq_;
   int64_t num_keys_ = 0;
   Engine engine_;
   BackwardTile* const tile_;

@@ -61,14 +61,14 @@ class AmxBackward {
       const int64_t next = key + kAmxBlock, next_end = std::min(next + kAmxBlock, last);
       prefetch_key_rows<Element>(p_.k, at_, next, next_end, shape.head_dim);
       prefetch_key_rows<Element>(p_.v, at_, next, next_end, shape.value_dim);
-      split_key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
+      const AmxPartRows k = key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
       for (int part = 0; part < kParts; ++part) {
-        rows_to_tiles(rows_[part], width_, k_[part] + to * width_);
-        keys_to_column_tiles(rows_[part], width_, k_columns_[part] + to * width_);
+        rows_to_tiles(k[part], width_, k_[part] + to * width_);
+        keys_to_column_tiles(k[part], width_, k_columns_[part] + to * width_);
       }
-      split_key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
+      const AmxPartRows v = key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
       for (int part = 0; part < kParts; ++part)
-        rows_to_tiles(rows_[part], value_width_, v_[part] + to * value_width_);
+        rows_to_tiles(v[part], value_width_, v_[part] + to * value_width_);
     }
   }
 
@@ -125,10 +125,10 @@ class AmxBackward {
 
   void load_rows(const TokenTensor<const void>& tensor, const RowTile& tile, int64_t dim,
                  AmxParts<uint32_t> lanes, AmxParts<uint32_t> pairs) {
-    split_tile_rows<Element>(tensor, p_.shape.heads_per_group(), at_, tile, dim, rows_);
+    const AmxPartRows rows = tile_rows<Element>(tensor, p_.shape.heads_per_group(), at_, tile, dim, rows_);
     for (int part = 0; part < kParts; ++part) {
-      rows_to_word_tiles(rows_[part], kTileRows, amx_width(dim), lanes[part]);
-      rows_to_pair_tiles(rows_[part], kTileRows, amx_width(dim), pairs[part]);
+      rows_to_word_tiles(rows[part], kTileRows, amx_width(dim), lanes[part]);
+      rows_to_pair_tiles(rows[part], kTileRows, amx_width(dim), pairs[part]);
     }
   }
 

@@ -40,7 +40,6 @@ class ForwardBlock {
         at_(at),
         group_(params.shape.heads_per_group()),
         width_(Engine::width(params.shape.value_dim)),
-        result_{params.out, params.bf16_out},
         engine_(params, at, max_tiles, scratch),
         max_tiles_(max_tiles),
         tiles_(scratch.objects<RowTile>(max_tiles_)),
@@ -60,7 +59,7 @@ class ForwardBlock {
     const int64_t panel = Engine::panel_keys(shape_);
     for (int64_t key = key_begin / panel * panel; key < key_end; key += panel)
       process_panel(num_tiles, key, std::min(key + panel, key_end), std::min(key + 2 * panel, key_end));
-    for (int t = 0; t < num_tiles; ++t) finish_tile(t);
+    for (int t = num_tiles; --t >= 0;) finish_tile(t);  // what was written last is still in the cache
   }
 
  private:
@@ -114,8 +113,6 @@ class ForwardBlock {
     const RowTile& tile = tiles_[t];
     const SoftmaxState& state = states_[t];
     if (p_.accumulate && !tile.sees_any()) return;  // nothing was merged
-    for (int i = 0; i < tile.num_rows; ++i)
-      prefetch_result(result_.row(group_, at_, tile.first_row + i), shape_.value_dim);
     alignas(MLS_VEC_BYTES) float inverse[kTileRows], lse[kTileRows];
     for (int x = 0; x < kTileRows; x += kLanes) {
       const Vec sum = load(state.sum + x), zero{};
@@ -123,22 +120,20 @@ class ForwardBlock {
       store(lse + x, select(sum == zero, splat(-kInfinity), load(state.max_log2 + x) * kLn2 + log(sum)));
     }
     engine_.complete(t, out_lanes(t));
-    lanes_to_rows(out_lanes(t), Engine::lanes(width_), shape_.value_dim, inverse, rows_);
-    for (int i = 0; i < tile.num_rows; ++i) {
-      const int64_t row = tile.first_row + i;
-      const float* const result = rows_ + i * padded(shape_.value_dim);
-      const ResultRow to = result_.row(group_, at_, row);
-      to.bf16 != nullptr ? store_row<BFloat16>(result, shape_.value_dim, 1.0f, to.bf16)
-                         : store_row<Float32>(result, shape_.value_dim, 1.0f, to.fp32);
-      row_value(p_.lse, group_, at_, row) = lse[i];
+    const LaneLayout layout = Engine::lanes(width_);
+    if (p_.bf16_out.data != nullptr) {
+      store_tile_rows<BFloat16>(p_.bf16_out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim,
+                                inverse);
+    } else {
+      store_tile_rows<Float32>(p_.out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim, inverse);
     }
+    for (int i = 0; i < tile.num_rows; ++i) row_value(p_.lse, group_, at_, tile.first_row + i) = lse[i];
   }
 
   const ForwardParams& p_;
   const AttentionShape& shape_;
   const KeyHead at_;
   const int64_t group_, width_;
-  const ResultTensor result_;
   Engine engine_;
   const int64_t max_tiles_;
   RowTile* const tiles_;

@@ -62,12 +62,12 @@ class AmxForward {
         added_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows)} {}
 
   void load_rows(int t, const RowTile& tile) {
-    split_tile_rows<Element>(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
+    const AmxPartRows rows =
+        tile_rows<Element>(p_.q, p_.shape.heads_per_group(), at_, tile, p_.shape.head_dim, rows_);
     for (int i = 0; i < kStripsPerTile; ++i) {
       strip(t, i) = Strip(tile, i * kStripVecs);
       for (int part = 0; part < kParts; ++part)
-        rows_to_word_tiles(rows_[part] + i * kStripRows * width_, kStripRows, width_,
-                           strip_queries(t, i)[part]);
+        rows_to_word_tiles(rows[part].from(i * kStripRows), kStripRows, width_, strip_queries(t, i)[part]);
     }
   }
 
@@ -87,11 +87,11 @@ class AmxForward {
     for (int64_t key = first + (begin - first) / kAmxBlock * kAmxBlock; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
       prefetch_keys(key + kAmxBlock, std::min(key + 2 * kAmxBlock, shape.num_keys));
-      split_key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
-      for (int part = 0; part < kParts; ++part) rows_to_tiles(rows_[part], width_, k_[part] + to * width_);
-      split_key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
+      const AmxPartRows k = key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
+      for (int part = 0; part < kParts; ++part) rows_to_tiles(k[part], width_, k_[part] + to * width_);
+      const AmxPartRows v = key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
       for (int part = 0; part < kParts; ++part)
-        keys_to_column_tiles(rows_[part], value_width_, v_columns_[part] + to * value_width_);
+        keys_to_column_tiles(v[part], value_width_, v_columns_[part] + to * value_width_);
     }
   }
 

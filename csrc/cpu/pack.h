@@ -30,21 +30,13 @@ MLS_INLINE void load_row(const typename Element::Storage* src, int64_t dim, floa
   }
 }
 
-// dst[0..dim) = src[0..dim) * factor, rounded; src has padded(dim) values.
+// dst[0..count) = values, rounded, for all of them or fewer.
 template <class Element>
-MLS_INLINE void store_row(const float* src, int64_t dim, float factor, typename Element::Storage* dst) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) Element::store(dst + d, load(src + d) * factor);
-  if (d < dim) {
-    typename Element::Storage tail[kLanes];
-    Element::store(tail, load(src + d) * factor);
-    std::copy_n(tail, dim - d, dst + d);
-  }
-}
-
-// Rows of one head lie far apart, and no processor foresees them.
-MLS_INLINE void prefetch_result(ResultRow row, int64_t dim) {
-  row.bf16 != nullptr ? prefetch_for_write(row.bf16, dim) : prefetch_for_write(row.fp32, dim);
+MLS_INLINE void store_some(typename Element::Storage* dst, Vec values, int64_t count) {
+  if (count >= kLanes) return Element::store(dst, values);
+  typename Element::Storage all[kLanes];
+  Element::store(all, values);
+  std::copy_n(all, count, dst);
 }
 
 // Keys [first, first + count) of one kv head as rows of a panel; stride padded(dim).
@@ -138,6 +130,51 @@ inline void lanes_to_rows(const float* lanes, LaneLayout layout, int64_t dim, co
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(rows + (row + i) * padded(dim) + d, block[i]);
+    }
+  }
+}
+
+// rows[i][d + j] = block[i][j], rounded, for the first num_rows rows and dimensions below `dim`.
+template <class Element>
+MLS_INLINE void store_block(const Vec (&block)[kLanes], typename Element::Storage* const (&rows)[kLanes],
+                            int num_rows, int64_t d, int64_t dim) {
+  if (num_rows == kLanes && d + kLanes <= dim) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) Element::store(rows[i] + d, block[i]);
+  } else {
+    // `block` itself would no longer be in registers, whatever the branch, if i chose from it.
+    alignas(MLS_VEC_BYTES) float copy[kLanes][kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store(copy[i], block[i]);
+    for (int i = 0; i < num_rows; ++i) store_some<Element>(rows[i] + d, load(copy[i]), dim - d);
+  }
+}
+
+// tensor[row][d] = lanes[d][row] * factor[row], rounded, for the rows of a tile: straight from the registers,
+// because a copy of the rows between would take more of the L1 cache than there is. The next rows are fetched
+// a few at a time: for many at once everything else would wait.
+template <class Element>
+inline void store_tile_rows(const TokenTensor<typename Element::Storage>& tensor, int64_t group, KeyHead at,
+                            const RowTile& tile, const float* lanes, LaneLayout layout, int64_t dim,
+                            const float* factor) {
+  const auto row_of = [&](int row) { return row_pointer(tensor, group, at, tile.first_row + row); };
+  const auto fetch = [&](int from, int to) {
+    for (int row = from; row < std::min(to, tile.num_rows); ++row) prefetch_for_write(row_of(row), dim);
+  };
+  const int fetched_beside_block = static_cast<int>(ceil_div(kLanes, ceil_div(dim, kLanes)));
+  fetch(0, kLanes);
+  for (int first = 0, next = kLanes; first < tile.num_rows; first += kLanes) {
+    typename Element::Storage* rows[kLanes];
+    const int num_rows = std::min(kLanes, tile.num_rows - first);
+    for (int i = 0; i < num_rows; ++i) rows[i] = row_of(first + i);
+    const Vec scale = load(factor + first);
+    for (int64_t d = 0; d < dim; d += kLanes, next += fetched_beside_block) {
+      fetch(next, next + fetched_beside_block);
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + layout.at(d + i, first)) * scale;
+      transpose(block);
+      store_block<Element>(block, rows, num_rows, d, dim);
     }
   }
 }

@@ -67,23 +67,6 @@ MLS_INLINE T* row_pointer(const TokenTensor<T>& tensor, int64_t group, KeyHead a
          (at.kv_head * group + row % group) * tensor.head_stride;
 }
 
-// One row of a result, of which one pointer is set.
-struct ResultRow {
-  float* fp32;
-  uint16_t* bf16;
-};
-
-// A result as the call wants it: fp32, or rounded.
-struct ResultTensor {
-  TokenTensor<float> fp32;
-  TokenTensor<uint16_t> bf16;
-
-  MLS_INLINE ResultRow row(int64_t group, KeyHead at, int64_t row) const {
-    if (bf16.data != nullptr) return {nullptr, row_pointer(bf16, group, at, row)};
-    return {row_pointer(fp32, group, at, row), nullptr};
-  }
-};
-
 template <typename T>
 MLS_INLINE T& row_value(const RowTensor<T>& tensor, int64_t group, KeyHead at, int64_t row) {
   return tensor

@@ -98,11 +98,20 @@ def test_gradients_are_added(dtype: torch.dtype) -> None:
         torch.testing.assert_close(total - 64.0, gradient, rtol=0, atol=3e-5)
 
 
+# Rows of bf16 that fill whole tiles are read where they lie; others are copied, with zeros around.
+LAID_OUT = {
+    "grouped": CAUSAL,
+    "widths-that-are-no-tiles": replace(CAUSAL, heads=2),
+    "widths-of-whole-tiles": replace(CAUSAL, heads=2, head_dim=64, value_dim=32),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_tensors(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", LAID_OUT.values(), ids=LAID_OUT)
+def test_strided_tensors(case: Case, dtype: torch.dtype) -> None:
     """Slices of a fused projection, as Megatron makes them, and transposed outputs: bit for bit the same."""
-    tensors = inputs(CAUSAL, dtype)
-    want = run_kernel(CAUSAL, tensors)
+    tensors = inputs(case, dtype)
+    want = run_kernel(case, tensors)
 
     def sliced(x: Tensor) -> Tensor:
         wide = torch.full((x.shape[0], x.shape[2], x.shape[1], x.shape[3] + 9), float("nan"), dtype=x.dtype)
@@ -111,7 +120,7 @@ def test_strided_tensors(dtype: torch.dtype) -> None:
 
     q, k, v, dout = (sliced(x) for x in tensors)
     out, lse = sliced(torch.zeros(want[0].shape)), torch.zeros(want[1].shape).mT.contiguous().mT
-    options = {"mask": CAUSAL.mask(), "softmax_scale": CAUSAL.softmax_scale}
+    options = {"mask": case.mask(), "softmax_scale": case.softmax_scale}
     KERNEL.forward(q, k, v, out, lse, accumulate=False, **options)
     gradients = [sliced(torch.zeros(x.shape)) for x in tensors[:3]]
     strided_delta = delta(out, dout).mT.contiguous().mT
