@@ -32,9 +32,9 @@ class Inputs:
     dout: Tensor
 
     @staticmethod
-    def random(case: KernelCase) -> Inputs:
+    def random(case: KernelCase, seed: int = 0) -> Inputs:
         """Standard normal values, the same for every contender."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads, case.num_heads)
         shapes = [(case.seq_length, 1, count, case.head_dim) for count in heads]
         return Inputs(*(torch.randn(shape, generator=generator).to(case.dtype) for shape in shapes))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_lightseq.bench.measure import Row
+from megatron_lightseq.bench.measure import ERROR_DRAWS, Row
 from megatron_lightseq.kernels.cpu import CpuKernel
 from megatron_lightseq.markdown import markdown_table
 from megatron_lightseq.provenance import processor, versions
@@ -60,7 +60,8 @@ def caption(repetitions: int) -> str:
         f"{here['threads']} thread(s), {here['versions']}: {clock}, contenders taking turns, median of "
         f"{repetitions}, tensors of 2 MiB and more in {pages} (THP_MEM_ALLOC_ENABLE). Of peak: our forward / backward "
         "over products of registers only. Errors: the largest of "
-        "out, dq, dk and dv against fp64, relative to the largest value, on at most 1024 tokens."
+        "out, dq, dk and dv against fp64, relative to the largest value, on at most 1024 tokens; median of "
+        f"{ERROR_DRAWS} draws of the inputs."
     )
 
 
