@@ -69,6 +69,7 @@ def measure_scaling(case: KernelCase, threads: int, repetitions: int) -> Scaling
     for repetition in range(repetitions + 1):
         for count in (1, threads):
             with torch_threads(count):
+                kernel.forward()  # not counted: the first call after a change of threads starts them
                 for direction, call in (("forward", kernel.forward), ("backward", kernel.backward)):
                     taken = timed(call)
                     if repetition > 0:
