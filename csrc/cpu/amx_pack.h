@@ -17,9 +17,6 @@ constexpr LaneLayout amx_lanes(int64_t width) {
   return {kLanes, width * kLanes};
 }
 
-MLS_INLINE Vec load_words(const uint32_t* p) {
-  return load(reinterpret_cast<const float*>(p));
-}
 MLS_INLINE void store_words(uint32_t* p, Vec x) {
   store(reinterpret_cast<float*>(p), x);
 }
@@ -114,21 +111,6 @@ MLS_INLINE Vec interleave(const uint16_t* low, const uint16_t* high) {
   const WordVec lower = widen(load_half_words(low));
   const WordVec upper = widen(load_half_words(high));
   return reinterpret_cast<Vec>(lower | (upper << 16));
-}
-
-// dst[c][r] = src[r][c] for words; both extents multiples of 16
-inline void transpose_words(const uint32_t* src, int64_t src_stride, int64_t rows, int64_t columns,
-                            uint32_t* dst, int64_t dst_stride) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load_words(src + (r + i) * src_stride + c);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store_words(dst + (c + i) * dst_stride + r, block[i]);
-    }
-  }
 }
 
 // Rows of bf16 values: of a tensor, or of one part in a copy.
@@ -247,8 +229,12 @@ inline void rows_to_tiles(AmxRows rows, int64_t width, uint16_t* tiles) {
 inline void rows_to_word_tiles(AmxRows rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
   for (int64_t d = 0; d < width; d += kAmxDepth) {
     for (int64_t r = 0; r < num_rows; r += kAmxTile, tiles += kAmxTileWords) {
-      const auto* words = reinterpret_cast<const uint32_t*>(rows[r] + d);
-      transpose_words(words, rows.stride / 2, kAmxTile, kAmxTile, tiles, kAmxRow);
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = reinterpret_cast<Vec>(_mm512_loadu_si512(rows[r + i] + d));
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store_words(tiles + i * kAmxRow, block[i]);
     }
   }
 }

@@ -103,6 +103,7 @@ LAID_OUT = {
     "grouped": CAUSAL,
     "widths-that-are-no-tiles": replace(CAUSAL, heads=2),
     "widths-of-whole-tiles": replace(CAUSAL, heads=2, head_dim=64, value_dim=32),
+    "odd-strides": replace(CAUSAL, heads=1, groups=1, head_dim=64, value_dim=32),
 }
 
 
