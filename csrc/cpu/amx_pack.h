@@ -177,40 +177,34 @@ inline void prefetch_key_rows(const TokenTensor<const void>& tensor, KeyHead at,
     prefetch_row(row_pointer(typed<Element>(tensor), 1, at, key), dim * sizeof(typename Element::Storage));
 }
 
-// Rows that are packed next, amx_width(dim) values each: of bf16 those of the tensor itself if they are
-// whole, else a copy in parts, with zeros around.
-//
-// Keys [first, first + count), and zero rows up to the next whole block: what is
-// read there meets weights of zero, and zero times stale memory could be NaN.
+// Rows [first, first + count) and zero rows up to `capacity`, amx_width(dim) values each: of bf16 those of
+// the tensor itself if that is how they lie, else a copy in parts.
 template <class Element>
-MLS_INLINE AmxPartRows key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first,
-                                int64_t count, int64_t dim, AmxParts<uint16_t> copy) {
-  const auto keys = typed<Element>(tensor);
+MLS_INLINE AmxPartRows padded_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
+                                   int64_t first, int64_t count, int64_t capacity, int64_t dim,
+                                   AmxParts<uint16_t> copy) {
+  const auto rows = typed<Element>(tensor);
   const int64_t width = amx_width(dim);
   if constexpr (kAmxParts<Element> == 1) {
-    if (count == kAmxBlock && dim == width)
-      return {{row_pointer(keys, 1, at, first), 0}, tensor.token_stride};
+    if (group == 1 && count == capacity && dim == width)
+      return {{row_pointer(rows, 1, at, first), 0}, tensor.token_stride};
   }
   for (int64_t r = 0; r < count; ++r)
-    split_row(row_pointer(keys, 1, at, first + r), dim, copy.from(r * width));
-  clear_rows<Element>(copy, count, round_up(count, kAmxBlock), width);
+    split_row(row_pointer(rows, group, at, first + r), dim, copy.from(r * width));
+  clear_rows<Element>(copy, count, capacity, width);
   return {{copy.data, copy.size}, width};
 }
 
-// Those of a row tile, and zero rows up to kTileRows.
+// A block of keys. What is read past them meets weights of zero, and zero times stale memory could be NaN.
+template <class Element>
+MLS_INLINE AmxPartRows key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first,
+                                int64_t count, int64_t dim, AmxParts<uint16_t> copy) {
+  return padded_rows<Element>(tensor, 1, at, first, count, kAmxBlock, dim, copy);
+}
 template <class Element>
 MLS_INLINE AmxPartRows tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
                                  const RowTile& tile, int64_t dim, AmxParts<uint16_t> copy) {
-  const auto queries = typed<Element>(tensor);
-  const int64_t width = amx_width(dim);
-  if constexpr (kAmxParts<Element> == 1) {
-    if (group == 1 && tile.num_rows == kTileRows && dim == width)
-      return {{row_pointer(queries, 1, at, tile.first_row), 0}, tensor.token_stride};
-  }
-  for (int r = 0; r < tile.num_rows; ++r)
-    split_row(row_pointer(queries, group, at, tile.first_row + r), dim, copy.from(r * width));
-  clear_rows<Element>(copy, tile.num_rows, kTileRows, width);
-  return {{copy.data, copy.size}, width};
+  return padded_rows<Element>(tensor, group, at, tile.first_row, tile.num_rows, kTileRows, dim, copy);
 }
 
 // kAmxBlock rows, tile by tile: a tile is 16 rows of 32 values

@@ -118,6 +118,14 @@ inline void rows_to_lanes(const float* rows, int64_t dim, float* lanes, LaneLayo
   }
 }
 
+// block[i][j] = lanes[d + j][row + i] * scale[i]: kLanes dimensions of kLanes rows out of the lanes.
+MLS_INLINE void load_block(const float* lanes, LaneLayout layout, int64_t d, int64_t row, Vec scale,
+                           Vec (&block)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + layout.at(d + i, row)) * scale;
+  transpose(block);
+}
+
 // rows[row][d] = lanes[d][row] * factor[row]
 inline void lanes_to_rows(const float* lanes, LaneLayout layout, int64_t dim, const float* factor,
                           float* rows) {
@@ -125,9 +133,7 @@ inline void lanes_to_rows(const float* lanes, LaneLayout layout, int64_t dim, co
     const Vec scale = load(factor + row);
     for (int64_t d = 0; d < dim; d += kLanes) {
       Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + layout.at(d + i, row)) * scale;
-      transpose(block);
+      load_block(lanes, layout, d, row, scale, block);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(rows + (row + i) * padded(dim) + d, block[i]);
     }
@@ -171,9 +177,7 @@ inline void store_tile_rows(const TokenTensor<typename Element::Storage>& tensor
     for (int64_t d = 0; d < dim; d += kLanes, next += fetched_beside_block) {
       fetch(next, next + fetched_beside_block);
       Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + layout.at(d + i, first)) * scale;
-      transpose(block);
+      load_block(lanes, layout, d, first, scale, block);
       store_block<Element>(block, rows, num_rows, d, dim);
     }
   }

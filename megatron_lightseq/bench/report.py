@@ -59,9 +59,8 @@ def caption(repetitions: int) -> str:
         f"GFLOP/s of useful operations, torch -> ours (ratio). Measured on {here['cpu']}, variant {here['isa']}, "
         f"{here['threads']} thread(s), {here['versions']}: {clock}, contenders taking turns, median of "
         f"{repetitions}, tensors of 2 MiB and more in {pages} (THP_MEM_ALLOC_ENABLE). Of peak: our forward / backward "
-        "over products of registers only. Errors: the largest of "
-        "out, dq, dk and dv against fp64, relative to the largest value, on at most 1024 tokens; median of "
-        f"{ERROR_DRAWS} draws of the inputs."
+        "over products of registers only. Errors: the largest of out, dq, dk and dv against fp64, relative to the "
+        f"largest value, on at most 1024 tokens; median of {ERROR_DRAWS} draws of the inputs."
     )
 
 
