@@ -84,5 +84,5 @@ for rate in "${rates[@]}"; do
         --ranks "${RANKS:-2}" --link "two hosts, $rate Gbit/s each way${DELAY_MS:+, $DELAY_MS ms}" \
         --out "$output" --name "overlap-$rate" || failed="$failed overlap-$rate"
 done
-python -m megatron_lightseq.compare.link "$output" "${rates[@]}" || failed="$failed summary"
+python -m megatron_lightseq.tools.compare.link "$output" "${rates[@]}" || failed="$failed summary"
 [ -z "$failed" ] || die "not everything agreed:$failed" "the tables above say what differs"

@@ -70,7 +70,7 @@ command_of() {
             command -v compute-sanitizer >/dev/null || { command=() && reason='compute-sanitizer is not here'; }
             ;;
         bench)
-            command=("$PYTHON" -m megatron_lightseq.bench.gpu --out "$out" --seconds "$((limit - BENCH_RESERVE))"
+            command=("$PYTHON" -m megatron_lightseq.tools.bench.gpu --out "$out" --seconds "$((limit - BENCH_RESERVE))"
                 --commit "$commit" --checks "${verdicts[@]}")
             ;;
         later-gpus)

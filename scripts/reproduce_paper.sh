@@ -19,4 +19,4 @@ use_env
 cd "$ROOT"
 output=${1:-$ROOT/results}
 [ $# = 0 ] || shift
-exec python -m megatron_lightseq.compare.paper_rows "$ROOT/configs/paper" "$output" "$@"
+exec python -m megatron_lightseq.tools.compare.paper.rows "$ROOT/configs/paper" "$output" "$@"

@@ -39,12 +39,12 @@ from megatron_lightseq.config.flat import to_flat
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import dump_scalar
 from megatron_lightseq.config.typed import describe, field_docstrings, section_types
-from megatron_lightseq.markdown import markdown_table
 from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
 from megatron_lightseq.megatron.lm.refusals import LOSS_TILE_REFUSALS, MLP_TILE_REFUSALS, REFUSALS
 from megatron_lightseq.megatron.lm.seams import DEFAULT_LAYERS, SEAMS
 from megatron_lightseq.megatron.options import CONFIG, CONSTRUCTOR, FORWARD
 from megatron_lightseq.schedule import METHODS, TensorShape, simulate
+from megatron_lightseq.tools.markdown import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- generated: (?P<what>.+?) -->\n).*?(<!-- end -->)", re.DOTALL)

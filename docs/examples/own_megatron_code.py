@@ -14,7 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
-from megatron_lightseq.megatron import adopt_layout, cpu_platform, gpt_layer_spec, shard_batch
+from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec, shard_batch
+from megatron_lightseq.megatron.cpu import platform as cpu_platform
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_lightseq import __version__
 from megatron_lightseq.config.names import nearest
 from megatron_lightseq.errors import ConfigError, DataError, LayoutError, LightSeqError, UnsupportedError
-from megatron_lightseq.training.launch import Launch
+from megatron_lightseq.training.job.launch import Launch
 
 USER_ERRORS = (ConfigError, DataError, LayoutError, UnsupportedError)
 """Errors in what was asked for; any other one happened while doing it."""

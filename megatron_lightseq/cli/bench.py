@@ -14,8 +14,8 @@ from megatron_lightseq.cli.network_flags import add_network_flags
 from megatron_lightseq.errors import ConfigError, LightSeqError, explain
 
 if TYPE_CHECKING:
-    from megatron_lightseq.bench.cases import KernelCase
-    from megatron_lightseq.bench.measure import Row
+    from megatron_lightseq.tools.bench.cases import KernelCase
+    from megatron_lightseq.tools.bench.measure import Row
 
 _OVERLAPPED = "lightseq,zigzag,ring,all_gather,mesh,ulysses"
 
@@ -30,17 +30,17 @@ def run(arguments: Sequence[str]) -> int:
 def _bench_kernel(options: argparse.Namespace) -> int:
     _check_counts(threads=options.threads, repetitions=options.repetitions)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as scripts/pretrain_gpt.sh does
-    from megatron_lightseq.bench.clock import torch_threads
+    from megatron_lightseq.tools.bench.clock import torch_threads
 
     with torch_threads(options.threads):
         return _compare_kernels(options)
 
 
 def _compare_kernels(options: argparse.Namespace) -> int:
-    from megatron_lightseq.bench.cases import standard_cases
-    from megatron_lightseq.bench.measure import run_cases
-    from megatron_lightseq.bench.report import HEADER, caption, cells, write_reports
     from megatron_lightseq.kernels.extension import load_extension
+    from megatron_lightseq.tools.bench.cases import standard_cases
+    from megatron_lightseq.tools.bench.measure import run_cases
+    from megatron_lightseq.tools.bench.report import HEADER, caption, cells, write_reports
 
     load_extension()
     cases = _selected(standard_cases(), options.only)
@@ -68,8 +68,8 @@ def _selected(cases: Sequence[KernelCase], only: str) -> list[KernelCase]:
 
 
 def _bench_scaling(options: argparse.Namespace) -> int:
-    from megatron_lightseq.bench import scaling
     from megatron_lightseq.kernels.extension import load_extension
+    from megatron_lightseq.tools.bench import scaling
 
     _check_counts(threads=options.threads, repetitions=options.repetitions)
     load_extension()
@@ -88,9 +88,9 @@ def _bench_scaling(options: argparse.Namespace) -> int:
 
 
 def _bench_overlap(options: argparse.Namespace) -> int:
-    from megatron_lightseq.bench import overlap_report
-    from megatron_lightseq.bench.overlap import TASK, OverlapJob
-    from megatron_lightseq.hosts import Cluster, run_task
+    from megatron_lightseq.tools.bench import overlap_report
+    from megatron_lightseq.tools.bench.overlap import TASK, OverlapJob
+    from megatron_lightseq.tools.ranks import Cluster, run_task
 
     _check_counts(repetitions=options.repetitions)
     job = OverlapJob(

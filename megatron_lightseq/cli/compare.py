@@ -10,14 +10,14 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_lightseq.cli.network_flags import add_network_flags
-from megatron_lightseq.compare import report
-from megatron_lightseq.compare.job import Job
-from megatron_lightseq.compare.run import common_config, run_comparison
-from megatron_lightseq.compare.systems import BASELINE, SYSTEMS, choose
 from megatron_lightseq.config import parse_config
 from megatron_lightseq.errors import ConfigError, explain
-from megatron_lightseq.hosts import Cluster
-from megatron_lightseq.provenance import usable_cores
+from megatron_lightseq.tools.compare import report
+from megatron_lightseq.tools.compare.job import Job
+from megatron_lightseq.tools.compare.run import common_config, run_comparison
+from megatron_lightseq.tools.compare.systems import BASELINE, SYSTEMS, choose
+from megatron_lightseq.tools.provenance import usable_cores
+from megatron_lightseq.tools.ranks import Cluster
 
 DEFAULTS = (
     "--num-layers=2",
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
     if options.paper:
-        from megatron_lightseq.compare.predict.show import show_paper
+        from megatron_lightseq.tools.compare.paper.show import show_paper
 
         return show_paper(console, options.output)
     systems = choose(options.systems, options.ranks)

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_lightseq import __version__
-from megatron_lightseq.provenance import usable_cores
+from megatron_lightseq.tools.provenance import usable_cores
 
 Verdict = Literal["ok", "absent", "problem"]
 REQUIRED = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lightseq.errors import ConfigError, explain
-from megatron_lightseq.training.launch import Launch
+from megatron_lightseq.training.job.launch import Launch
 
 HELP = """usage: lightseq megatron-lm PATH/TO/pretrain_gpt.py [Megatron-LM's flags] [--cp-method METHOD] ...
 

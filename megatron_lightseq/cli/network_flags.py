@@ -6,7 +6,7 @@ import argparse
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    """Add those that :meth:`megatron_lightseq.hosts.Cluster.of` takes."""
+    """Add those that :meth:`megatron_lightseq.tools.ranks.Cluster.of` takes."""
     parser.add_argument(
         "--network-namespaces",
         metavar="A,B",

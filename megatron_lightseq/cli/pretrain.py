@@ -10,7 +10,7 @@ from megatron_lightseq.config.flags import read_flags
 from megatron_lightseq.config.load import load_config, parse_config, to_yaml
 from megatron_lightseq.config.rules import Machine
 from megatron_lightseq.config.typed import parser
-from megatron_lightseq.training.launch import Launch
+from megatron_lightseq.training.job.launch import Launch
 
 
 def run(arguments: Sequence[str]) -> int:

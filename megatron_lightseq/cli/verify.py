@@ -12,8 +12,8 @@ from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.config.flat import to_flat
 from megatron_lightseq.config.load import parse_config
 from megatron_lightseq.errors import ConfigError, explain
-from megatron_lightseq.training.launch import Launch
-from megatron_lightseq.verify.cells import CELLS, select
+from megatron_lightseq.tools.verify.cells import CELLS, select
+from megatron_lightseq.training.job.launch import Launch
 
 USERS = ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "seq_length", "seed", "cp_kernel")
 """Keys that a user may change for every cell; heads, ranks and methods are what the cells are about."""
@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.write("".join(f"{cell.world_size} processes  {cell.name}\n" for cell in CELLS))
         return 0
 
-    from megatron_lightseq.verify.ranks import launched_ranks, local_ranks, most_processes
+    from megatron_lightseq.tools.verify.ranks import launched_ranks, local_ranks, most_processes
 
     if launch.world_size > 1:
         walk = launched_ranks(launch, select(options.cells, launch.world_size), extra)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron_lightseq.config.chosen import with_chosen_layout
 from megatron_lightseq.config.flags import ACTIONS, COMMAND_LINE, read_flags
 from megatron_lightseq.config.flat import from_flat, keys, section_of_key, section_types, to_flat
 from megatron_lightseq.config.names import MEGATRON_SPELLINGS, nearest
+from megatron_lightseq.config.resolved import with_chosen_layout
 from megatron_lightseq.config.rules import Machine, report
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import Entry, dump_scalar, parse_mapping, read_yaml

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_lightseq.megatron.batch import adopt_layout, shard_batch
     from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
+    from megatron_lightseq.megatron.sequence_slices import tile_loss, tile_mlps
     from megatron_lightseq.megatron.spec import gpt_layer_spec
-    from megatron_lightseq.megatron.tiles import tile_loss, tile_mlps
 
 __all__ = [
     "CoreAttentionSettings",
@@ -39,8 +39,8 @@ _HOME = {
     "adopt_layout": "batch",
     "gpt_layer_spec": "spec",
     "shard_batch": "batch",
-    "tile_loss": "tiles",
-    "tile_mlps": "tiles",
+    "tile_loss": "sequence_slices",
+    "tile_mlps": "sequence_slices",
 }
 
 

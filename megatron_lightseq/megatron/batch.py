@@ -19,7 +19,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron_lightseq.errors import ConfigError, LayoutError, explain
 from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
 from megatron_lightseq.megatron.core_attention import LightSeqCoreAttention
-from megatron_lightseq.megatron.mends import mend_gradients
+from megatron_lightseq.megatron.fixes.apply import mend_gradients
 from megatron_lightseq.megatron.multi_token import adopt_rolls
 from megatron_lightseq.megatron.rope import adopt_rotary
 
@@ -86,7 +86,7 @@ def adopt_layout(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Sequence
     pass refuses data of another layout. Without context parallelism none of that changes.
 
     On the way it mends two gradients that Megatron gets wrong on several ranks:
-    :func:`megatron_lightseq.megatron.mends.mend_gradients`.
+    :func:`megatron_lightseq.megatron.fixes.apply.mend_gradients`.
 
     Returns:
         The layout, for :func:`shard_batch`.

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import random
 
-from megatron_lightseq.recompute import AttentionStash
+from megatron_lightseq.attention.stash import AttentionStash
 
 # Set for the duration of one CheckpointFunction call. Per thread: autograd runs backward on threads of its own.
 _current: ContextVar[CheckpointScope | None] = ContextVar("checkpoint_scope", default=None)

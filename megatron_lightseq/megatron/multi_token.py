@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.megatron.rebind import rebind
+from megatron_lightseq.megatron.fixes.rebind import rebind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

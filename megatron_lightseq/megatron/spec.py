@@ -32,7 +32,7 @@ from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import ContextParallelConfig, PretrainConfig
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
-from megatron_lightseq.megatron.latent import LatentDotProductAttention
+from megatron_lightseq.megatron.fixes.latent_attention import LatentDotProductAttention
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig

@@ -46,7 +46,7 @@ class Schedule:
     def __post_init__(self) -> None:
         self.layout.check_length(self.seq_length)
         self.mask.check_length(self.seq_length)
-        fault = find_fault(self)
+        fault = find_fault(self.steps, direction=self.direction, owner=self.layout.owner, work=self.work)
         if fault is not None:
             raise ScheduleError(f"{fault}\n{self._draw(marked_step=fault.step)}")
 

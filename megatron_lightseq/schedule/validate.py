@@ -6,13 +6,10 @@ still has to be sent home. Nothing in it knows how the schedule was made.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Move, Payload, Tile
-
-if TYPE_CHECKING:
-    from megatron_lightseq.schedule.schedule import Schedule
+from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Direction, Move, Payload, Step, Tile
 
 _Item = tuple[Payload, int, int]  # (payload, chunk, the rank that received or made it)
 
@@ -30,8 +27,9 @@ class Fault:
 
 @dataclass(slots=True)
 class _Replay:
-    schedule: Schedule
-    owner: tuple[int, ...]
+    direction: Direction
+    owner: Sequence[int]
+    work: Mapping[Tile, int]
     done: set[Tile] = field(default_factory=set)
     arrived: set[_Item] = field(default_factory=set)
     used: set[_Item] = field(default_factory=set)
@@ -41,8 +39,8 @@ class _Replay:
 
     def compute(self, rank: int, tile: Tile) -> tuple[str | None, set[_Item]]:
         """The fault of computing ``tile`` now, or None; and the results it leaves for other ranks."""
-        flow = DATAFLOW[self.schedule.direction]
-        if tile not in self.schedule.work:
+        flow = DATAFLOW[self.direction]
+        if tile not in self.work:
             return f"rank {rank} computes {tile}, which holds no work", set()
         if tile in self.done:
             return f"{tile} is computed twice, the second time by rank {rank}", set()
@@ -63,8 +61,8 @@ class _Replay:
 
     def send(self, move: Move) -> str | None:
         """The fault of sending ``move`` now, or None."""
-        if move.payload not in _allowed_payloads(self.schedule):
-            return f"{move} is not a {self.schedule.direction} move"
+        if move.payload not in _allowed_payloads(self.direction):
+            return f"{move} is not a {self.direction} move"
         item = (move.payload, move.chunk, move.src if move.payload in RESULTS else move.dst)
         home = move.dst if move.payload in RESULTS else move.src
         if not 0 <= move.chunk < len(self.owner) or self.owner[move.chunk] != home or move.src == move.dst:
@@ -79,17 +77,27 @@ class _Replay:
         return None
 
 
-def _allowed_payloads(schedule: Schedule) -> set[Payload | None]:
-    flow = DATAFLOW[schedule.direction]
+def _allowed_payloads(direction: Direction) -> set[Payload | None]:
+    flow = DATAFLOW[direction]
     return {flow.q_input, flow.k_input, flow.q_result, flow.k_result}
 
 
-def find_fault(schedule: Schedule) -> Fault | None:
-    """The first fault of ``schedule``, or None if it is valid."""
-    replay = _Replay(schedule, schedule.layout.owner)
-    for t, step in enumerate(schedule.steps):
-        if len(step.tiles) != schedule.layout.cp_size:
-            return Fault(t, f"tiles of {len(step.tiles)} ranks, the layout has {schedule.layout.cp_size}")
+def find_fault(
+    steps: Sequence[Step], *, direction: Direction, owner: Sequence[int], work: Mapping[Tile, int]
+) -> Fault | None:
+    """The first fault of a schedule, or None if it is valid.
+
+    Args:
+        steps: tiles and moves of every step.
+        direction: which inputs and results travel.
+        owner: ``owner[chunk]`` is the rank that holds the chunk.
+        work: every tile that must be computed, with its area.
+    """
+    replay = _Replay(direction, owner, work)
+    num_ranks = max(owner) + 1
+    for t, step in enumerate(steps):
+        if len(step.tiles) != num_ranks:
+            return Fault(t, f"tiles of {len(step.tiles)} ranks, the layout has {num_ranks}")
         made: set[_Item] = set()
         for rank, tiles in enumerate(step.tiles):
             for tile in tiles:
@@ -103,11 +111,11 @@ def find_fault(schedule: Schedule) -> Fault | None:
                 return Fault(t, fault)
         replay.to_send |= made
         replay.arrived |= {(m.payload, m.chunk, m.dst) for m in step.moves if m.payload not in RESULTS}
-    return _leftover(replay, last_step=len(schedule.steps) - 1)
+    return _leftover(replay, last_step=len(steps) - 1)
 
 
 def _leftover(replay: _Replay, last_step: int) -> Fault | None:
-    missing = replay.schedule.work.keys() - replay.done
+    missing = replay.work.keys() - replay.done
     if missing:
         return Fault(last_step, f"never computed: {' '.join(map(str, sorted(missing)[:8]))}")
     if replay.to_send:

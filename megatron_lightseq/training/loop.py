@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +14,23 @@ import torch.distributed as dist
 from megatron_lightseq.config import CheckpointConfig
 from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.errors import LightSeqError, explain
-from megatron_lightseq.groups import rank_in
-from megatron_lightseq.training.checkpoint import Position, load_checkpoint, save_checkpoint
-from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory
+from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
+from megatron_lightseq.training.checkpoint.random_state import restore_random_state
+from megatron_lightseq.training.checkpoint.save_load import Position, load_checkpoint, save_checkpoint
 from megatron_lightseq.training.data.datasets import Corpora, Datasets, build_datasets
 from megatron_lightseq.training.data.loaders import DataShare, train_iterator, valid_iterator
-from megatron_lightseq.training.distributed import Job
-from megatron_lightseq.training.faults import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
-from megatron_lightseq.training.memory import peak_resident_bytes
-from megatron_lightseq.training.metrics import MetricsLog, TrainMetrics, ValidationMetrics
-from megatron_lightseq.training.progress import Progress, Stopwatch, choose_display, duration
-from megatron_lightseq.training.random_state import restore_random_state
-from megatron_lightseq.training.report import header
+from megatron_lightseq.training.job.control_channel import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
+from megatron_lightseq.training.job.join import Job
+from megatron_lightseq.training.job.signals import StopRequest
+from megatron_lightseq.training.reporting.memory import peak_resident_bytes
+from megatron_lightseq.training.reporting.metrics import MetricsLog, TrainMetrics, ValidationMetrics
+from megatron_lightseq.training.reporting.progress import Progress, Stopwatch, choose_display, duration
+from megatron_lightseq.training.reporting.report import Outcome, header
 from megatron_lightseq.training.setup import Training, build_training
-from megatron_lightseq.training.signals import StopRequest
 from megatron_lightseq.training.step import StepResult, evaluate, train_step
+from megatron_lightseq.transport.group import rank_in
 
 RUNNING, OUT_OF_TIME, ASKED_TO_STOP = range(3)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How a run ended; the same on every rank but for ``metrics_path``."""
-
-    position: Position
-    resumed_from: int
-    """The step that the run began behind; 0 for a fresh one."""
-    stopped: str | None
-    """Why it ended before ``train_iters``, None if it did not."""
-    checkpoint: Path | None
-    metrics_path: Path | None
-    seconds: float
-    """From the first step to the last."""
 
 
 class Loop:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.errors import PeerFailureError
-from megatron_lightseq.training.faults import EXIT_PEER_FAILED
-from megatron_lightseq.training.launch import Launch
-from megatron_lightseq.training.signals import StopRequest, stop_on_signals
+from megatron_lightseq.training.job.control_channel import EXIT_PEER_FAILED
+from megatron_lightseq.training.job.launch import Launch
+from megatron_lightseq.training.job.signals import StopRequest, stop_on_signals
 
 _LEAVE_WITHIN_S = 30.0
 
@@ -45,9 +45,9 @@ def pretrain(config: PretrainConfig) -> int:
 
 def _run(config: PretrainConfig, stop: StopRequest) -> None:
     from megatron_lightseq.training.data.datasets import open_corpora
-    from megatron_lightseq.training.distributed import join
+    from megatron_lightseq.training.job.join import join
     from megatron_lightseq.training.loop import build_loop
-    from megatron_lightseq.training.report import finish
+    from megatron_lightseq.training.reporting.report import finish
 
     corpora = open_corpora(config)
     with join(config, corpora.fingerprint) as job:

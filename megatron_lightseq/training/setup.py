@@ -27,17 +27,18 @@ from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import Machine, PretrainConfig
 from megatron_lightseq.config.validate import validate_training
 from megatron_lightseq.errors import ConfigError, explain
-from megatron_lightseq.groups import ParallelSizes, ProcessGroups, rank_in
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.megatron import cpu_platform
 from megatron_lightseq.megatron.batch import adopt_layout
-from megatron_lightseq.megatron.experts import with_invariant_experts
-from megatron_lightseq.megatron.mends import mend_gradients
-from megatron_lightseq.megatron.norms import allow_sequence_parallel
+from megatron_lightseq.megatron.cpu import platform as cpu_platform
+from megatron_lightseq.megatron.fixes.apply import mend_gradients
+from megatron_lightseq.megatron.fixes.experts import with_invariant_experts
+from megatron_lightseq.megatron.fixes.torch_norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
+from megatron_lightseq.megatron.sequence_slices import compute_in_tiles
 from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec, use_transformer_engine
-from megatron_lightseq.megatron.tiles import compute_in_tiles
+from megatron_lightseq.training.parallel_groups import ParallelSizes, ProcessGroups
 from megatron_lightseq.training.translate import optimizer_config, transformer_config, virtual_stages
+from megatron_lightseq.transport.group import rank_in
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,7 +123,7 @@ def initialize_parallel(config: PretrainConfig) -> ProcessGroups:
             explain(
                 got="no CUDA device and no CPU platform",
                 rule="megatron-core needs one of the two",
-                remedy="Call megatron_lightseq.megatron.cpu_platform.activate() first",
+                remedy="Call megatron_lightseq.megatron.cpu.platform.activate() first",
             )
         )
     check_rules(config)

@@ -21,10 +21,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_lightseq.groups import rank_in, size_of
 from megatron_lightseq.megatron.batch import shard_batch
-from megatron_lightseq.training.books import clear_books, from_last_stage, load_balancing_loss, mtp_loss
+from megatron_lightseq.training.auxiliary_losses import (
+    clear_books,
+    from_last_stage,
+    load_balancing_loss,
+    mtp_loss,
+)
 from megatron_lightseq.training.setup import Training, gpt_model
+from megatron_lightseq.transport.group import rank_in, size_of
 
 Batch = Mapping[str, torch.Tensor]
 """``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each (micro_batch_size, seq_length)."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from megatron_lightseq.groups import Group
 from megatron_lightseq.transport.all_to_all import all_to_all
 from megatron_lightseq.transport.base import Message, Pending, Transport
 from megatron_lightseq.transport.buffers import BufferPool
+from megatron_lightseq.transport.group import Group
 from megatron_lightseq.transport.loopback import LoopbackGroup, LoopbackTransport, run_loopback
 from megatron_lightseq.transport.p2p import P2PTransport
 from megatron_lightseq.transport.sub import SubTransport

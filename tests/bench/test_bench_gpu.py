@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from megatron_lightseq.bench import gpu
-from megatron_lightseq.bench.gpu import LEFT_OUT, Benchmark, cases, main, run
-from megatron_lightseq.bench.gpu_contenders import Contender, Flex, GpuCase, Ours, Sdpa
-from megatron_lightseq.bench.gpu_report import Measured, Report, goals, table, write_report
 from megatron_lightseq.kernels.cpu import CpuKernel
+from megatron_lightseq.tools.bench import gpu
+from megatron_lightseq.tools.bench.gpu import LEFT_OUT, Benchmark, cases, main, run
+from megatron_lightseq.tools.bench.gpu_contenders import Contender, Flex, GpuCase, Ours, Sdpa
+from megatron_lightseq.tools.bench.gpu_report import Measured, Report, goals, table, write_report
 
 CPU = torch.device("cpu")
 CASE = GpuCase(seq_length=64, head_dim=64, causal=True, kv_share=2, tokens=128, width=256)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lightseq.bench import scaling
-from megatron_lightseq.bench.cases import KernelCase, MaskKind, short_document_lengths, standard_cases
-from megatron_lightseq.bench.contenders import Inputs, contenders, exact_results
-from megatron_lightseq.bench.measure import Row, Timing, measure, measure_errors, peak_gflops
-from megatron_lightseq.bench.report import cells, write_reports
-from megatron_lightseq.bench.scaling import Scaling, measure_scaling
 from megatron_lightseq.cli import run
 from megatron_lightseq.kernels.reference import visible
+from megatron_lightseq.tools.bench import scaling
+from megatron_lightseq.tools.bench.cases import KernelCase, MaskKind, short_document_lengths, standard_cases
+from megatron_lightseq.tools.bench.contenders import Inputs, contenders, exact_results
+from megatron_lightseq.tools.bench.measure import Row, Timing, measure, measure_errors, peak_gflops
+from megatron_lightseq.tools.bench.report import cells, write_reports
+from megatron_lightseq.tools.bench.scaling import Scaling, measure_scaling
 
 
 def small(mask_kind: MaskKind, dtype: torch.dtype = torch.float32, kv_heads: int = 4) -> KernelCase:

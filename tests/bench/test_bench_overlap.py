@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_lightseq.bench.overlap import OverlapJob, Run, Speeds, expect
-from megatron_lightseq.bench.overlap_report import rows, slowest
 from megatron_lightseq.cli import run
+from megatron_lightseq.tools.bench.overlap import OverlapJob, Run, Speeds, expect
+from megatron_lightseq.tools.bench.overlap_report import rows, slowest
 
 # The backward's five products then take as long as the forward's two: a second for a rank of two on zigzag shards.
 JOB = OverlapJob(methods=("zigzag",), seq_length=8, num_heads=1, num_query_groups=1, head_dim=2)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_lightseq.compare.predict import model
-from megatron_lightseq.compare.predict.fit import FREE, fit
-from megatron_lightseq.compare.predict.model import A100_CLUSTER, PAPER_LIGHTSEQ, iteration_seconds, play
-from megatron_lightseq.compare.predict.published import (
+from megatron_lightseq.schedule import METHODS, Direction
+from megatron_lightseq.tools.compare.paper import model
+from megatron_lightseq.tools.compare.paper.fit import FREE, fit
+from megatron_lightseq.tools.compare.paper.model import A100_CLUSTER, PAPER_LIGHTSEQ, iteration_seconds, play
+from megatron_lightseq.tools.compare.paper.published import (
     FITTED,
     LLAMA_7B,
     LLAMA_33H,
@@ -24,8 +25,7 @@ from megatron_lightseq.compare.predict.published import (
     TABLE_5_KEPT,
     Cell,
 )
-from megatron_lightseq.compare.predict.show import accuracy, markdown, predictions, show_paper
-from megatron_lightseq.schedule import METHODS, Direction
+from megatron_lightseq.tools.compare.paper.show import accuracy, markdown, predictions, show_paper
 
 
 def test_tables_hold_the_published_cells() -> None:

@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.cli.compare import run
-from megatron_lightseq.compare.job import Job
-from megatron_lightseq.compare.launch import measure
-from megatron_lightseq.compare.link import BYTES_TOLERANCE, predicted_bytes
-from megatron_lightseq.compare.longest import longest_sequence
-from megatron_lightseq.compare.run import common_config, run_comparison
-from megatron_lightseq.compare.systems import FULL_RECOMPUTE, SYSTEMS
-from megatron_lightseq.compare.traffic import Traffic, watch_traffic
 from megatron_lightseq.config import PretrainConfig, with_values
-from megatron_lightseq.hosts import Cluster, Host
-from megatron_lightseq.hosts.process import is_out_of_memory
+from megatron_lightseq.tools.compare.job import Job
+from megatron_lightseq.tools.compare.launch import measure
+from megatron_lightseq.tools.compare.link import BYTES_TOLERANCE, predicted_bytes
+from megatron_lightseq.tools.compare.longest import longest_sequence
+from megatron_lightseq.tools.compare.run import common_config, run_comparison
+from megatron_lightseq.tools.compare.systems import FULL_RECOMPUTE, SYSTEMS
+from megatron_lightseq.tools.compare.traffic import Traffic, watch_traffic
+from megatron_lightseq.tools.ranks import Cluster, Host
+from megatron_lightseq.tools.ranks.process import is_out_of_memory
 from tests.harness.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

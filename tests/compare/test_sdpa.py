@@ -9,11 +9,11 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_lightseq.compare.padding import PaddedWeightNames
-from megatron_lightseq.compare.sdpa import SdpaCoreAttention
 from megatron_lightseq.config import ModelConfig
 from megatron_lightseq.errors import UnsupportedError
 from megatron_lightseq.megatron.seeded_init import WeightNames
+from megatron_lightseq.tools.compare.padding import PaddedWeightNames
+from megatron_lightseq.tools.compare.sdpa import SdpaCoreAttention
 
 S, B, D = 75, 2, 16
 _SMALL = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "attention_dropout": 0.0}
@@ -57,7 +57,7 @@ def test_equals_the_definition(heads: int, groups: int, dtype: torch.dtype) -> N
 
 def test_holds_no_score_matrix() -> None:
     """One score matrix of 2048 tokens and 4 heads is 64 MiB; the fused kernel works in a few MiB."""
-    from megatron_lightseq.compare.memory import peak_tensor_bytes
+    from megatron_lightseq.tools.compare.memory import peak_tensor_bytes
 
     q, k, v = (torch.randn(2048, 1, 4, D) for _ in range(3))
     module = attention([])

@@ -7,14 +7,14 @@ import math
 import pytest
 
 from megatron_lightseq.cli.compare import run
-from megatron_lightseq.compare.link import scheduled_bytes
-from megatron_lightseq.compare.run import common_config
-from megatron_lightseq.compare.systems import SYSTEMS, choose
-from megatron_lightseq.compare.worker import resent_payload, sent_payload
 from megatron_lightseq.config import PretrainConfig, with_values
 from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.errors import ConfigError, UnsupportedError
 from megatron_lightseq.schedule import METHODS
+from megatron_lightseq.tools.compare.link import scheduled_bytes
+from megatron_lightseq.tools.compare.run import common_config
+from megatron_lightseq.tools.compare.systems import SYSTEMS, choose
+from megatron_lightseq.tools.compare.worker import resent_payload, sent_payload
 
 COMMON = with_values(PretrainConfig(), num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=256)
 

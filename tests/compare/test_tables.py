@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_lightseq.compare import report
-from megatron_lightseq.compare.headline import headline
-from megatron_lightseq.compare.job import Job, Measurement, Outcome, StepMeasurement
-from megatron_lightseq.compare.predict.show import show_paper
-from megatron_lightseq.compare.tables import Comparison, compare
 from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.tools.compare import report
+from megatron_lightseq.tools.compare.headline import headline
+from megatron_lightseq.tools.compare.job import Job, Measurement, Outcome, StepMeasurement
+from megatron_lightseq.tools.compare.paper.show import show_paper
+from megatron_lightseq.tools.compare.tables import Comparison, compare
 
 
 def step(seconds: float, loss: float, **more: Any) -> StepMeasurement:

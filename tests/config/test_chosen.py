@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from megatron_lightseq.config import PretrainConfig, with_values
 from megatron_lightseq.config.accounting import step_flops
-from megatron_lightseq.config.chosen import (
+from megatron_lightseq.config.resolved import (
     attention_mask,
     attention_shape,
     methods,

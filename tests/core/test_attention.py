@@ -11,7 +11,6 @@ from torch import Tensor
 import megatron_lightseq as mls
 from megatron_lightseq.attention import DistAttention
 from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError
-from megatron_lightseq.groups import Group
 from megatron_lightseq.kernels.reference import ReferenceKernel
 from megatron_lightseq.kernels.registry import Kernel
 from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
@@ -19,6 +18,7 @@ from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import Method, Network, Tile
 from megatron_lightseq.schedule.place import place_ring
 from megatron_lightseq.transport import run_loopback
+from megatron_lightseq.transport.group import Group
 from tests.core import oracle
 from tests.harness.ranks import RankError, run_ranks
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_lightseq.attention.stash import AttentionStash
 from megatron_lightseq.errors import ConfigError, LightSeqError
-from megatron_lightseq.groups import ParallelSizes, ProcessGroups
 from megatron_lightseq.kernels.merge import merge_into
 from megatron_lightseq.kernels.registry import LONG_FOR_REFERENCE, resolve_kernel
-from megatron_lightseq.recompute import AttentionStash
+from megatron_lightseq.training.parallel_groups import ParallelSizes, ProcessGroups
 from megatron_lightseq.transport import BufferPool
 from megatron_lightseq.transport.buffers import MAX_SHAPES
 

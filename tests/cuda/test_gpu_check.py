@@ -226,7 +226,7 @@ def test_a_bare_machine_with_torch_and_pytest_is_enough() -> None:
     """Imports of the stages: torch, numpy and pytest, none of its plugins or the package's other dependencies."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
-        "import pytest, tests.cuda.apart, tests.cuda.sanitized, megatron_lightseq.bench.gpu\n"
+        "import pytest, tests.cuda.apart, tests.cuda.sanitized, megatron_lightseq.tools.bench.gpu\n"
         f"sys.exit(pytest.main(['-q', '-m', 'gpu', '-p', 'no:cacheprovider', *{GPU_STAGES!r}]))"
     )
     done = subprocess.run(

@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_lightseq.attention import dist_attention
 from megatron_lightseq.config.typed import choices
 from megatron_lightseq.errors import UnsupportedError
-from megatron_lightseq.groups import Group
 from megatron_lightseq.kernels import flash_attn
 from megatron_lightseq.kernels.adapters import output_with_delta
 from megatron_lightseq.kernels.flash_attn import FlashAttnKernel
@@ -23,6 +22,7 @@ from megatron_lightseq.kernels.sdpa import SdpaKernel
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.transport import run_loopback
+from megatron_lightseq.transport.group import Group
 from tests.core import oracle as attention_oracle
 from tests.kernels.oracle import Case, delta, expect_within_budget, inputs, run_kernel
 

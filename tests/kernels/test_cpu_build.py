@@ -17,7 +17,7 @@ LONG_SEQUENCE = """
 import torch
 from megatron_lightseq.kernels.cpu import CpuKernel
 from megatron_lightseq.kernels.registry import TileMask
-from megatron_lightseq.training.memory import peak_resident_bytes
+from megatron_lightseq.training.reporting.memory import peak_resident_bytes
 
 def attend(tokens):
     shape = (tokens, 1, 2, 16)

@@ -13,7 +13,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
 
     if torch.cuda.is_available():
         pytest.skip("runs on machines without a GPU")

@@ -55,7 +55,7 @@ def train(overrides: dict[str, Any], prepare: Callable[[], Any] | None = None) -
     torch.set_num_threads(1)
     from megatron.core import parallel_state
 
-    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
 
     if not torch.cuda.is_available():
         cpu_platform.activate()

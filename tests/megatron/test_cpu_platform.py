@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_lightseq.errors import UnsupportedError
-from megatron_lightseq.megatron import cpu_platform
+from megatron_lightseq.megatron.cpu import platform as cpu_platform
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_norms_may_be_marked_without_the_platform() -> None:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from megatron_lightseq.megatron.norms import allow_sequence_parallel
+    from megatron_lightseq.megatron.fixes.torch_norms import allow_sequence_parallel
 
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
     config.sequence_parallel = True

@@ -15,18 +15,18 @@ APART = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
 
 def megatrons_router() -> Callable[[], None]:
     """Each rank multiplies its share of the load balancing loss by its own tokens."""
-    from megatron_lightseq.megatron import mends
+    from megatron_lightseq.megatron.fixes import apply
 
-    ours = mends.weigh_whole_batches
-    mends.weigh_whole_batches = lambda model: 0
-    return lambda: setattr(mends, "weigh_whole_batches", ours)
+    ours = apply.weigh_whole_batches
+    apply.weigh_whole_batches = lambda model: 0
+    return lambda: setattr(apply, "weigh_whole_batches", ours)
 
 
 def local_numbers() -> Callable[[], None]:
     """Experts are drawn by their number on the rank."""
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    from megatron_lightseq.megatron import experts
+    from megatron_lightseq.megatron.fixes import experts
 
     class Local(SequentialMLP):
         def __init__(self, *args: Any, weight_names: Any, **kwargs: Any) -> None:
@@ -79,7 +79,7 @@ def test_routers_of_any_model_are_mended_once(per_token: bool, weight: int) -> N
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec
-    from megatron_lightseq.megatron.experts import weigh_whole_batches
+    from megatron_lightseq.megatron.fixes.experts import weigh_whole_batches
 
     config = TransformerConfig(
         num_layers=1,
@@ -111,7 +111,7 @@ def _uneven() -> tuple[list[float], list[float]]:
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
 
-    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
 
     cpu_platform.activate()
     rank, group = dist.get_rank(), dist.group.WORLD

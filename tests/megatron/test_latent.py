@@ -38,7 +38,7 @@ def latent_config(**overrides: Any) -> Any:
 def test_megatrons_attention_takes_values_of_any_width(value_dim: int) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_lightseq.megatron.latent import LatentDotProductAttention
+    from megatron_lightseq.megatron.fixes.latent_attention import LatentDotProductAttention
 
     config = latent_config(v_head_dim=value_dim)
     attention = LatentDotProductAttention(
@@ -61,7 +61,8 @@ def down_projection_gradient(adopted: bool) -> torch.Tensor:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_lightseq.megatron import adopt_layout, cpu_platform, gpt_layer_spec
+    from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
 
     cpu_platform.activate()
     parallel_state.initialize_model_parallel(dist.get_world_size(), create_gloo_process_groups=False)

@@ -181,7 +181,8 @@ def own_model(method: str, adopt: bool = True, kind: str = "dense") -> tuple[Any
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_lightseq.config import ContextParallelConfig
-    from megatron_lightseq.megatron import adopt_layout, cpu_platform, gpt_layer_spec
+    from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
 
     cpu_platform.activate()
     size = dist.get_world_size()

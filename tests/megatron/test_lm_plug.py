@@ -302,22 +302,22 @@ def test_models_of_megatrons_own_specification_get_our_attention_until_it_is_rem
 
 @pytest.mark.usefixtures("one_rank")
 def test_models_compute_in_the_tiles_that_are_asked_for(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lightseq.megatron import tiles
+    from megatron_lightseq.megatron import sequence_slices
 
     rows: list[int] = []
-    in_tiles = tiles.in_tiles
+    in_tiles = sequence_slices.in_tiles
 
     def counted(*args: Any) -> torch.Tensor:
         rows.append(args[-1])
         return in_tiles(*args)
 
-    monkeypatch.setattr(tiles, "in_tiles", counted)
+    monkeypatch.setattr(sequence_slices, "in_tiles", counted)
     tokens = torch.arange(32).view(1, 32)
     configured(plug, "--mlp-tile-tokens", "7", "--loss-tile-tokens", "5").wire_model()
     model = gpt().eval()  # without dropout
     losses = model(tokens, tokens, None, labels=tokens)
     assert rows == [7] * len(model.decoder.layers) + [5]
-    monkeypatch.setattr(tiles, "in_tiles", lambda compute, x, *_: compute(x, slice(len(x))))
+    monkeypatch.setattr(sequence_slices, "in_tiles", lambda compute, x, *_: compute(x, slice(len(x))))
     torch.testing.assert_close(model(tokens, tokens, None, labels=tokens), losses)
 
 

@@ -94,7 +94,8 @@ def _trained(overrides: dict[str, Any], megatrons: bool = False) -> tuple[list[f
     from megatron.core import parallel_state
 
     from megatron_lightseq.config import PretrainConfig, with_values
-    from megatron_lightseq.megatron import batch, cpu_platform
+    from megatron_lightseq.megatron import batch
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
     from megatron_lightseq.training.setup import build_training
     from megatron_lightseq.training.step import train_step
     from tests.megatron.runs import TINY, VOCAB_SIZE, batches

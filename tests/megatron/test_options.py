@@ -140,7 +140,8 @@ def _windowed(layer_number: int) -> torch.Tensor:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_lightseq.megatron import CoreAttentionSettings, cpu_platform
+    from megatron_lightseq.megatron import CoreAttentionSettings
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
     from tests.megatron.test_core_attention import build, qkv, transformer_config
 
     cpu_platform.activate()

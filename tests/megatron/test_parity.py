@@ -167,8 +167,8 @@ def local_average_loss() -> Callable[[], None]:
 
 def last_in_first_out() -> Callable[[], None]:
     """Recomputation of several layers in one checkpoint takes another layer's attention."""
+    from megatron_lightseq.attention.stash import AttentionStash
     from megatron_lightseq.megatron.checkpoint_scope import CheckpointScope
-    from megatron_lightseq.recompute import AttentionStash
 
     stash, pop = CheckpointScope.stash, AttentionStash.pop
     CheckpointScope.stash = lambda self, module: stash(

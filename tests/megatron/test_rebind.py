@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_lightseq.megatron.rebind import rebind
+from megatron_lightseq.megatron.fixes.rebind import rebind
 
 
 def helper(value: int) -> int:

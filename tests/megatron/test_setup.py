@@ -45,7 +45,7 @@ REFUSED: list[Any] = [
 def _build(overrides: dict[str, Any], activate: bool = True) -> Any:
     from megatron.core import parallel_state
 
-    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
     from megatron_lightseq.training.setup import build_training
 
     if activate:
@@ -90,7 +90,7 @@ def _weights(overrides: dict[str, Any]) -> dict[str, torch.Tensor]:
     """This rank's weights, by their names in the whole model."""
     from megatron.core import parallel_state
 
-    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
     from megatron_lightseq.training.setup import build_training
 
     cpu_platform.activate()
@@ -150,7 +150,7 @@ def _dropout_draws(overrides: dict[str, Any]) -> tuple[float, float]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
     from megatron_lightseq.training.setup import build_training
 
     cpu_platform.activate()

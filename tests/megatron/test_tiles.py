@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from megatron_lightseq.compare.memory import peak_tensor_bytes
 from megatron_lightseq.errors import UnsupportedError
+from megatron_lightseq.tools.compare.memory import peak_tensor_bytes
 from tests.megatron.runs import TINY, VOCAB_SIZE, batches, on_ranks
 from tests.megatron.test_parity import BLOCK, CP2, FULL, PP2, SELECTIVE, SHARDED_OPTIMIZER, SP, TP2, VPP
 
@@ -34,7 +34,7 @@ def _gradients(result: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("tile_rows", [1, 3, 10, 64])
 def test_a_function_of_rows_and_its_gradients_are_what_they_were(tile_rows: int) -> None:
-    from megatron_lightseq.megatron.tiles import in_tiles
+    from megatron_lightseq.megatron.sequence_slices import in_tiles
 
     torch.manual_seed(0)
     x = torch.randn(10, 2, 4, dtype=torch.float64, requires_grad=True)
@@ -49,7 +49,7 @@ def test_a_function_of_rows_and_its_gradients_are_what_they_were(tile_rows: int)
 
 def _bf16_gradient(main_grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(What autograd brought of a bf16 weight's gradient over 512 tiles, and all of it in fp64)."""
-    from megatron_lightseq.megatron.tiles import in_tiles
+    from megatron_lightseq.megatron.sequence_slices import in_tiles
 
     torch.manual_seed(0)
     x = torch.rand(512, 8).bfloat16()
@@ -82,7 +82,7 @@ def test_a_layer_that_fuses_accumulation_is_left_to_add_its_own(monkeypatch: pyt
     from megatron.core.tensor_parallel import ColumnParallelLinear, layers
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_lightseq.megatron.tiles import in_tiles
+    from megatron_lightseq.megatron.sequence_slices import in_tiles
 
     def accumulate(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> None:
         main_grad += grad.T @ x
@@ -108,7 +108,7 @@ def test_a_layer_that_fuses_accumulation_is_left_to_add_its_own(monkeypatch: pyt
 
 def _built(overrides: dict[str, Any]) -> Any:
     from megatron_lightseq.config import PretrainConfig, with_values
-    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
     from megatron_lightseq.training.setup import build_training
 
     torch.set_num_threads(1)
@@ -315,7 +315,7 @@ def test_layers_with_experts_are_refused() -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_lightseq import gpt_layer_spec
-    from megatron_lightseq.megatron.tiles import tile_mlps
+    from megatron_lightseq.megatron.sequence_slices import tile_mlps
 
     config = TransformerConfig(
         num_layers=1,

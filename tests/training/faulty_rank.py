@@ -18,7 +18,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.errors import PeerFailureError
-from megatron_lightseq.training.faults import EXIT_PEER_FAILED, TRAIN, ControlChannel, FaultLimits
+from megatron_lightseq.training.job.control_channel import (
+    EXIT_PEER_FAILED,
+    TRAIN,
+    ControlChannel,
+    FaultLimits,
+)
 
 LIMITS = FaultLimits(
     beat_s=0.2,

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from megatron_lightseq.training.metrics import TrainMetrics, read_metrics
+from megatron_lightseq.training.reporting.metrics import TrainMetrics, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 WALL_LIMIT_S = 150.0

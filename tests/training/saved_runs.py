@@ -37,7 +37,7 @@ def built(overrides: dict[str, Any]) -> Iterator[Any]:
     from megatron.core import parallel_state
 
     from megatron_lightseq.config import PretrainConfig, with_values
-    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
     from megatron_lightseq.training.setup import build_training
 
     cpu_platform.activate()
@@ -50,7 +50,7 @@ def built(overrides: dict[str, Any]) -> Iterator[Any]:
 
 def train_and_save(overrides: dict[str, Any], root: str, saves: tuple[int, ...] = (SAVED_AT,)) -> Outcome:
     """Train all steps without a break, saving on the way."""
-    from megatron_lightseq.training.checkpoint import Position, save_checkpoint
+    from megatron_lightseq.training.checkpoint.save_load import Position, save_checkpoint
 
     with built(overrides) as training:
         results: list[Any] = []
@@ -64,8 +64,8 @@ def train_and_save(overrides: dict[str, Any], root: str, saves: tuple[int, ...] 
 
 def resume(overrides: dict[str, Any], root: str) -> Outcome:
     """Load, and train the steps that are left."""
-    from megatron_lightseq.training.checkpoint import load_checkpoint
-    from megatron_lightseq.training.random_state import restore_random_state
+    from megatron_lightseq.training.checkpoint.random_state import restore_random_state
+    from megatron_lightseq.training.checkpoint.save_load import load_checkpoint
 
     with built(overrides) as training:
         torch.rand(7)  # stands for what making iterators draws

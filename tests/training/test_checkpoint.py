@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_lightseq.errors import CheckpointError
-from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory
-from megatron_lightseq.training.manifest import MANIFEST_NAME, Manifest, record_files
+from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
+from megatron_lightseq.training.checkpoint.manifest import MANIFEST_NAME, Manifest, record_files
 from tests.harness.ranks import run_ranks
 from tests.training import saved_runs
 from tests.training.hostile import payloads
@@ -308,7 +308,7 @@ def test_hostile_files_with_a_matching_manifest_are_refused(
 
 def load_with_extra_state(root: str) -> str:
     """As if a layer were Transformer Engine's and the file held a pickle for it."""
-    from megatron_lightseq.training import checkpoint
+    from megatron_lightseq.training.checkpoint import save_load as checkpoint
 
     read = checkpoint._read_state
 
@@ -345,7 +345,7 @@ def save_twice_without_room(root: str) -> str:
     import resource
     import signal
 
-    from megatron_lightseq.training.checkpoint import Position, save_checkpoint
+    from megatron_lightseq.training.checkpoint.save_load import Position, save_checkpoint
 
     with saved_runs.built({}) as training:
         save_checkpoint(training, Path(root), Position(iteration=1, consumed_samples=4))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_lightseq.errors import CheckpointError
-from megatron_lightseq.training import checkpoint_dir
-from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory, checkpoint_name, iteration_of
-from megatron_lightseq.training.manifest import (
+from megatron_lightseq.training.checkpoint import directory as checkpoint_dir
+from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory, checkpoint_name, iteration_of
+from megatron_lightseq.training.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,

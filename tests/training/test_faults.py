@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_lightseq.training import faults
-from megatron_lightseq.training.faults import (
+from megatron_lightseq.training.job import control_channel as faults
+from megatron_lightseq.training.job.control_channel import (
     EXIT_PEER_FAILED,
     TRAIN,
     ControlChannel,
@@ -24,7 +24,7 @@ from megatron_lightseq.training.faults import (
     Heartbeat,
     is_communication_error,
 )
-from megatron_lightseq.training.signals import stop_on_signals
+from megatron_lightseq.training.job.signals import stop_on_signals
 from tests.training.faulty_rank import LIMITS
 
 REPOSITORY = Path(__file__).parents[2]

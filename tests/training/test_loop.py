@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_lightseq.errors import LightSeqError
-from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory
+from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
 from tests.harness.ranks import RankError, run_ranks
 from tests.training.launched import FLAGS, make_corpus
 
@@ -23,13 +23,13 @@ def looped(corpus: str, overrides: dict[str, Any], attempt: int = 0) -> tuple[in
     from megatron.core import parallel_state
 
     from megatron_lightseq.config import PretrainConfig, with_values
-    from megatron_lightseq.megatron import cpu_platform
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
     from megatron_lightseq.training.data.datasets import open_corpora
-    from megatron_lightseq.training.distributed import Job
-    from megatron_lightseq.training.faults import ControlChannel
-    from megatron_lightseq.training.launch import Launch
+    from megatron_lightseq.training.job.control_channel import ControlChannel
+    from megatron_lightseq.training.job.join import Job
+    from megatron_lightseq.training.job.launch import Launch
+    from megatron_lightseq.training.job.signals import StopRequest
     from megatron_lightseq.training.loop import build_loop
-    from megatron_lightseq.training.signals import StopRequest
 
     cpu_platform.activate()
     config = with_values(PretrainConfig(), **{**ALONE, "data_path": (corpus,), **overrides})

@@ -12,7 +12,7 @@ import pytest
 from megatron_lightseq import plots
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.schedule import Schedule, build
-from megatron_lightseq.training.metrics import ValidationMetrics
+from megatron_lightseq.training.reporting.metrics import ValidationMetrics
 from tests.training.test_progress import metrics
 
 

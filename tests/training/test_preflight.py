@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from megatron_lightseq.config import PretrainConfig, keys, with_values
 from megatron_lightseq.errors import ConfigError, PeerFailureError
-from megatron_lightseq.training.distributed import facts
-from megatron_lightseq.training.preflight import agree, compare, config_fingerprint, describe
+from megatron_lightseq.training.job.join import facts
+from megatron_lightseq.training.job.preflight import agree, compare, config_fingerprint, describe
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lightseq.training.checkpoint_dir import CheckpointDirectory
+from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
 from tests.training.launched import Launched, kill_hard, launch, make_corpus, train_metrics
 
 GOLDEN_TRAIN = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lightseq.training.metrics import (
+from megatron_lightseq.training.reporting.metrics import (
     METRICS_NAME,
     MetricsLog,
     TrainMetrics,
@@ -15,7 +15,7 @@ from megatron_lightseq.training.metrics import (
     read_metrics,
     tags,
 )
-from megatron_lightseq.training.progress import (
+from megatron_lightseq.training.reporting.progress import (
     LiveDisplay,
     PlainDisplay,
     Progress,
@@ -241,7 +241,7 @@ def test_rich_is_loaded_for_live_lines_only() -> None:
     import subprocess
 
     code = (
-        "import sys, megatron_lightseq.training.progress as p\n"
+        "import sys, megatron_lightseq.training.reporting.progress as p\n"
         "p.choose_display('plain', rank=0, first_step=0, num_steps=1)\n"
         "assert not any(m.split('.')[0] in ('rich', 'torch', 'matplotlib') for m in sys.modules)\n"
     )

@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def counted(overrides: dict[str, Any]) -> int:
     """Parameters as the header of a run tells them."""
-    from megatron_lightseq.training.report import num_parameters
+    from megatron_lightseq.training.reporting.report import num_parameters
 
     with saved_runs.built(overrides) as training:
         return num_parameters(training)

@@ -13,7 +13,11 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lightseq.errors import CheckpointError
-from megatron_lightseq.training.safe_load import check_extra_state, load_metadata, no_code_execution
+from megatron_lightseq.training.checkpoint.safe_load import (
+    check_extra_state,
+    load_metadata,
+    no_code_execution,
+)
 from tests.training.hostile import payloads, replace_string
 
 pytestmark = pytest.mark.filterwarnings(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from megatron_lightseq.verify.cells import Cell
-from megatron_lightseq.verify.ranks import local_ranks
+from megatron_lightseq.tools.verify.cells import Cell
+from megatron_lightseq.tools.verify.ranks import local_ranks
 
 CP2 = {"context_parallel_size": 2, "cp_method": "lightseq"}
 CELLS = [

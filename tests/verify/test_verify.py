@@ -11,9 +11,9 @@ import torch
 
 from megatron_lightseq.cli.verify import run
 from megatron_lightseq.errors import ConfigError
-from megatron_lightseq.verify.cells import BF16, CELLS, Tolerance, select
-from megatron_lightseq.verify.gradients import Piece, assemble
-from megatron_lightseq.verify.parity import Outcome, Verdict, budget, compare
+from megatron_lightseq.tools.verify.cells import BF16, CELLS, Tolerance, select
+from megatron_lightseq.tools.verify.gradients import Piece, assemble
+from megatron_lightseq.tools.verify.parity import Outcome, Verdict, budget, compare
 
 SHORT = (
     r"^cp2 (lightseq|mesh|rsa|auto)$|^tp2 sp cp2 ulysses$|^pp2 interleaved cp2 mesh$|cp4 usp"

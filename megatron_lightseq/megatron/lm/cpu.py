@@ -1,6 +1,6 @@
 """Megatron-LM's training program on a machine without a GPU, over gloo.
 
-:mod:`megatron_lightseq.megatron.cpu_platform` serves megatron.core; the same is done here for the training
+:mod:`megatron_lightseq.megatron.cpu.platform` serves megatron.core; the same is done here for the training
 modules of a checkout and for its script. It happens only where torch sees no CUDA device.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_lightseq.errors import ConfigError, explain
-from megatron_lightseq.megatron import cpu_platform
+from megatron_lightseq.megatron.cpu import platform as cpu_platform
 
 TRAINING_MODULES: dict[str, str] = {
     "megatron.training.arguments": "reads the compute capability of the device",
@@ -83,7 +83,7 @@ class _TrainingCuda(cpu_platform.CpuCuda):
 def activate() -> None:
     """Make megatron.core and megatron.training of the checkout on ``sys.path`` usable on this CPU.
 
-    Undone by :func:`megatron_lightseq.megatron.cpu_platform.deactivate`, but for the two environment variables.
+    Undone by :func:`megatron_lightseq.megatron.cpu.platform.deactivate`, but for the two environment variables.
 
     Raises:
         UnsupportedError: CUDA is available.

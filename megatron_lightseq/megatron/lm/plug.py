@@ -31,7 +31,7 @@ from megatron_lightseq.megatron.lm.refusals import (
 )
 from megatron_lightseq.megatron.lm.seams import Replacements, Seam
 from megatron_lightseq.megatron.lm.settings import core_attention_settings
-from megatron_lightseq.megatron.tiles import compute_in_tiles
+from megatron_lightseq.megatron.sequence_slices import compute_in_tiles
 
 Batch = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import Machine, PretrainConfig, with_values
-from megatron_lightseq.config.chosen import with_chosen_layout
+from megatron_lightseq.config.resolved import with_chosen_layout
 from megatron_lightseq.config.rules import broken, report
 from megatron_lightseq.config.rules_model import BOUNDS, CONTEXT
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings

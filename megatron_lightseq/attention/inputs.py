@@ -1,0 +1,82 @@
+"""What attention accepts, and the part of it that a plan depends on.
+
+Shape letters: S = local tokens, B = batch, H = query heads, G = key/value heads (query groups), D = head dim of
+queries and keys, Dv = head dim of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.errors import ConfigError, explain
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """All of the inputs that a plan depends on."""
+
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+        _check_inputs(q, k, v)
+        return Inputs(tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device)
+
+    def describe(self) -> str:
+        return f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}, {self.dtype}"
+
+
+def check_sink(sink: Tensor | None, q: Tensor) -> None:
+    if sink is not None and (tuple(sink.shape) != (q.shape[2],) or sink.device != q.device):
+        raise ConfigError(
+            explain(
+                got=f"a sink {tuple(sink.shape)} on {sink.device} for q {tuple(q.shape)} on {q.device}",
+                rule="a sink is one logit for each query head, on q's device",
+                remedy=f"Give a tensor of shape ({q.shape[2]},)",
+            )
+        )
+
+
+_RULES: tuple[tuple[str, Callable[[Tensor, Tensor, Tensor], bool]], ...] = (
+    (
+        "q, k and v have 4 dimensions: tokens, batch, heads, head dim",
+        lambda q, k, v: q.dim() == k.dim() == v.dim() == 4,
+    ),
+    (
+        "q, k and v have one dtype and one device",
+        lambda q, k, v: len({(x.dtype, x.device) for x in (q, k, v)}) == 1,
+    ),
+    ("the dtype is a floating-point type", lambda q, k, v: q.is_floating_point()),
+    ("q, k and v hold the same tokens and batch", lambda q, k, v: q.shape[:2] == k.shape[:2] == v.shape[:2]),
+    ("a shard holds at least one token", lambda q, k, v: q.shape[0] > 0),
+    ("k and v have the same heads", lambda q, k, v: k.shape[2] == v.shape[2]),
+    (
+        "the key/value heads divide the query heads",
+        lambda q, k, v: k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0,
+    ),
+    ("q and k have the same head dim", lambda q, k, v: q.shape[3] == k.shape[3]),
+)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for rule, holds in _RULES:
+        if not holds(q, k, v):
+            shown = ", ".join(
+                f"{name} {tuple(x.shape)} {x.dtype} on {x.device}"
+                for name, x in (("q", q), ("k", k), ("v", v))
+            )
+            raise ConfigError(
+                explain(
+                    got=shown,
+                    rule=rule,
+                    remedy="Give local shards as (S, B, H, D), (S, B, G, D), (S, B, G, Dv)",
+                )
+            )

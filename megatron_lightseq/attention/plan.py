@@ -1,0 +1,91 @@
+"""What attention runs in one direction: tiles by a schedule, alone or with heads exchanged around them.
+
+A *run* takes local shards to local results. All of them share one runtime; which of them a method needs is said by
+its :class:`schedule.Method`.
+
+Shapes: q (S, B, H, D), k (S, B, G, D), v (S, B, G, Dv), out and dout (S, B, H, Dv), lse and delta (B, H, S).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.attention.passes import BackwardPass, ForwardPass
+from megatron_lightseq.attention.runtime import BoundProgram, Runtime
+from megatron_lightseq.attention.stats import AttentionStats
+from megatron_lightseq.kernels.delta import attention_delta
+from megatron_lightseq.kernels.registry import Kernel, accumulator_dtype
+from megatron_lightseq.schedule import Payload
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Run(Protocol):
+    """Attention over a group, in the directions that it was made for."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """``out`` in q's dtype and ``lse`` in the accumulator dtype."""
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
+    ) -> Gradients:
+        """dq, dk, dv in the accumulator dtype or in the inputs'."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileRun:
+    """Tiles by a schedule: the program of one direction."""
+
+    program: BoundProgram
+    kernel: Kernel
+    runtime: Runtime
+    gradients_are_parts: bool = False
+    """Others will be added to them, so that they must not be rounded yet."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Follow the program from queries, keys and values to ``out`` and ``lse``."""
+        acc = accumulator_dtype(q.dtype)
+        dtype = q.dtype if self._is_rounded_by_kernel() else acc
+        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
+        lse = torch.empty((q.shape[1], q.shape[2], q.shape[0]), dtype=acc, device=q.device)
+        self.runtime.run(self.program, ForwardPass.over(q, k, v, out, lse, self.kernel, scale))
+        return out.to(q.dtype), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
+    ) -> Gradients:
+        """Follow the program to dq, dk, dv, in the inputs' dtype where nothing is added up."""
+        is_final = self._is_rounded_by_kernel() and not self.gradients_are_parts
+        dtype = q.dtype if is_final else accumulator_dtype(q.dtype)
+        dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        inputs = {Payload.QDO: (q, dout, lse, delta), Payload.KV: (k, v)}
+        grads = {Payload.DQ: (dq,), Payload.DKV: (dk, dv)}
+        self.runtime.run(self.program, BackwardPass.over(inputs, grads, self.kernel, scale))
+        return dq, dk, dv
+
+    def _is_rounded_by_kernel(self) -> bool:
+        return self.kernel.rounds_results and not self.program.program.merges
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Both directions, each with a run of its own; they may follow different methods."""
+
+    forward: Run
+    backward: Run
+    stats: AttentionStats
+
+    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """``out`` (S, B, H, Dv) in q's dtype and ``lse`` (B, H, S) in the accumulator dtype; collective."""
+        return self.forward.forward(q, k, v, scale)
+
+    def run_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> Gradients:
+        """dq, dk, dv in the inputs' shapes and dtypes, from the forward's ``out`` and ``lse``; collective."""
+        dq, dk, dv = self.backward.backward(dout, q, k, v, lse, attention_delta(out, dout), scale)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

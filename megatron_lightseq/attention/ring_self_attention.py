@@ -1,0 +1,172 @@
+"""Ring Self-Attention, the historical baseline (Li et al., arXiv 2105.13120, section 3.2; Colossal-AI).
+
+No online softmax: a first ring of keys fills a rank's full rows of scores, softmax follows, a second ring of values
+makes the output. The backward is the same the other way round, plus a ring that makes the scores again. Memory grows
+with S x P S, and everything travels twice: what the later methods are measured against. Here each ring is one pass
+of the runtime over the ring schedule.
+
+Shape letters: S = local tokens, N = P S tokens in all, B = batch, G = key/value heads, R = query heads for each of
+them, D = head dim. Rows are indexed by global key position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lightseq.attention.passes import Bundle
+from megatron_lightseq.attention.runtime import BoundProgram, Runtime
+from megatron_lightseq.kernels.reference import visible
+from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype
+from megatron_lightseq.schedule import Payload
+from megatron_lightseq.schedule.program import Call
+
+
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """Both directions of Ring Self-Attention, over the two programs of the ring."""
+
+    forward_program: BoundProgram
+    backward_program: BoundProgram
+    runtime: Runtime
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """One ring of keys for whole rows of scores, a softmax, one ring of values."""
+        scores_BGRSN = self._scores(q, k, scale)
+        lse_BGRS = scores_BGRSN.logsumexp(-1)
+        weights = _probabilities(scores_BGRSN, lse_BGRS)
+        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=weights.dtype, device=q.device)
+        self.runtime.run(self.forward_program, _Outputs.over(v, weights, out))
+        return out.to(q.dtype), lse_BGRS.flatten(1, 2)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows again from a ring of keys and ``lse``; then a ring of values, and one of keys, for gradients."""
+        acc, groups = accumulator_dtype(q.dtype), k.shape[2]
+        weights = _probabilities(self._scores(q, k, scale), lse.unflatten(1, (groups, -1)))
+        dq, dk, dv = (torch.empty(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
+        dweights = torch.zeros_like(weights)
+        self.runtime.run(self.backward_program, _ValueGradients.over(dout, v, weights, dweights, dv))
+        dscores = weights * (dweights - delta.unflatten(1, (groups, -1)).unsqueeze(-1)) * scale
+        self.runtime.run(self.backward_program, _KeyGradients.over(q, k, dscores, dq, dk))
+        return dq, dk, dv
+
+    def _scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Full rows (B, G, R, S, N) of scaled scores, -inf where masked; one ring of keys."""
+        (tokens, batch, heads, _), groups = q.shape, k.shape[2]
+        num_keys = tokens * (1 if self.runtime.transport is None else self.runtime.transport.size)
+        shape = (batch, groups, heads // groups, tokens, num_keys)
+        rows = torch.full(shape, float("-inf"), dtype=accumulator_dtype(q.dtype), device=q.device)
+        self.runtime.run(self.forward_program, _Scores.over(q, k, rows, scale))
+        return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RowPass:
+    """A ring that reads or writes full rows. Its query side stays at home; its results, if any, are sums of parts."""
+
+    own: dict[Payload, Bundle]
+    rows: Tensor
+
+    def part(self, rows: Tensor, call: Call) -> Tensor:
+        """(B, G, R, queries, keys) of a call."""
+        keys = call.k_positions
+        return rows[..., call.q.start : call.q.stop, keys.start : keys.stop : keys.step]
+
+    def add(self, call: Call, total: Tensor, part: Tensor) -> None:
+        total.copy_(part) if call.fresh else total.add_(part)
+
+    def clear(self, payload: Payload, bundle: Bundle) -> None:
+        for tensor in bundle:
+            tensor.zero_()
+
+    def absorb(self, payload: Payload, mine: Bundle, arrived: Bundle) -> None:
+        for total, part in zip(mine, arrived, strict=True):
+            total += part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scores(_RowPass):
+    scale: float
+
+    @staticmethod
+    def over(q: Tensor, k: Tensor, rows: Tensor, scale: float) -> _Scores:
+        return _Scores(own={Payload.Q: (q,), Payload.KV: (k,), Payload.OUT: ()}, rows=rows, scale=scale)
+
+    def compute(
+        self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
+    ) -> None:
+        (q,), (k,) = q_side, k_side
+        scores = (
+            torch.einsum("sbgrd,nbgd->bgrsn", _grouped(q, k.shape[2]), k.to(self.rows.dtype)) * self.scale
+        )
+        hidden = ~visible(mask, q.shape[0], k.shape[0], q.device)
+        self.part(self.rows, call).copy_(scores.masked_fill(hidden, float("-inf")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outputs(_RowPass):
+    @staticmethod
+    def over(v: Tensor, weights: Tensor, out: Tensor) -> _Outputs:
+        return _Outputs(own={Payload.Q: (), Payload.KV: (v,), Payload.OUT: (out,)}, rows=weights)
+
+    def compute(
+        self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
+    ) -> None:
+        (v,), ((out,),) = k_side, results
+        weights = self.part(self.rows, call)
+        self.add(call, out, torch.einsum("bgrsn,nbgd->sbgrd", weights, v.to(weights.dtype)).flatten(2, 3))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ValueGradients(_RowPass):
+    dweights: Tensor
+
+    @staticmethod
+    def over(dout: Tensor, v: Tensor, weights: Tensor, dweights: Tensor, dv: Tensor) -> _ValueGradients:
+        own = {Payload.QDO: (dout,), Payload.KV: (v,), Payload.DQ: (), Payload.DKV: (dv,)}
+        return _ValueGradients(own=own, rows=weights, dweights=dweights)
+
+    def compute(
+        self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
+    ) -> None:
+        (dout,), (v,), (_, (dv,)) = q_side, k_side, results
+        weights, grouped = self.part(self.rows, call), _grouped(dout, v.shape[2])
+        dweights = torch.einsum("sbgrd,nbgd->bgrsn", grouped, v.to(weights.dtype))
+        self.part(self.dweights, call).copy_(dweights)
+        self.add(call, dv, torch.einsum("bgrsn,sbgrd->nbgd", weights, grouped))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeyGradients(_RowPass):
+    @staticmethod
+    def over(q: Tensor, k: Tensor, dscores: Tensor, dq: Tensor, dk: Tensor) -> _KeyGradients:
+        own: dict[Payload, Bundle] = {
+            Payload.QDO: (q,),
+            Payload.KV: (k,),
+            Payload.DQ: (dq,),
+            Payload.DKV: (dk,),
+        }
+        return _KeyGradients(own=own, rows=dscores)
+
+    def compute(
+        self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
+    ) -> None:
+        (q,), (k,), ((dq,), (dk,)) = q_side, k_side, results
+        dscores = self.part(self.rows, call)
+        dq_part = torch.einsum("bgrsn,nbgd->sbgrd", dscores, k.to(dscores.dtype)).flatten(2, 3)
+        self.add(call, dq, dq_part)
+        self.add(call, dk, torch.einsum("bgrsn,sbgrd->nbgd", dscores, _grouped(q, k.shape[2])))
+
+
+def _grouped(x_SBHD: Tensor, groups: int) -> Tensor:
+    """(S, B, H, D) -> (S, B, G, R, D) in the accumulator dtype."""
+    return x_SBHD.to(accumulator_dtype(x_SBHD.dtype)).unflatten(2, (groups, -1))
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), and 0 in rows that see no key at all."""
+    return torch.where(lse.isneginf().unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())

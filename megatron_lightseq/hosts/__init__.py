@@ -1,6 +1,0 @@
-"""Ranks of a measurement: processes on this host, or in network namespaces that play hosts."""
-
-from megatron_lightseq.hosts.cluster import Answers, Cluster, Host, run_task
-from megatron_lightseq.hosts.seat import Seat
-
-__all__ = ["Answers", "Cluster", "Host", "Seat", "run_task"]

@@ -1,0 +1,1 @@
+"""Megatron-Core on CPUs: what stands in for CUDA, and collectives that gloo lacks."""

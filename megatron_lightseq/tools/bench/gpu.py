@@ -1,0 +1,174 @@
+"""Times the CUDA kernels against torch's on the GPU at hand: ``python -m megatron_lightseq.tools.bench.gpu --out DIR``.
+
+Useful operations: forward 4 * B * H * S^2 * D, backward 10 * B * H * S^2 * D, half of it under a causal mask.
+16k tokens in all and H * D = 2048, as in FlashAttention's papers. Medians of CUDA events after a warm-up, on random
+data. Both ceilings are measured in the same run: a large matrix product and a device-to-device copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_lightseq.kernels.cuda import CudaKernel
+from megatron_lightseq.tools.bench.gpu_contenders import (
+    BACKENDS,
+    RING_STEPS,
+    Contender,
+    Flex,
+    GpuCase,
+    Ours,
+    Sdpa,
+)
+from megatron_lightseq.tools.bench.gpu_report import Measured, Report, environment, write_report
+
+SEQ_LENGTHS = (16384, 2048, 4096, 8192, 32768)
+"""The most telling first: where the time runs out, it is the others that are left out."""
+LEFT_OUT = "left out: the time was up"
+Timer = Callable[[Callable[[], object]], float]
+
+
+def event_seconds(run: Callable[[], object], repetitions: int = 10) -> float:
+    """Median of one call by CUDA events, after three calls of warm-up."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repetitions):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """Where contenders run, and how long they may take in all."""
+
+    device: torch.device
+    timer: Timer = event_seconds
+    end: float = float("inf")
+    """On ``clock``: nothing new is started after it."""
+    clock: Callable[[], float] = time.monotonic
+
+    def measure(self, case: GpuCase, contender: Contender) -> Measured:
+        """Both directions of one contender on one case; what does not run is a note, not an end."""
+        seconds: dict[str, float | None] = {"forward": None, "backward": None}
+        note = ""
+        for direction in seconds:
+            if self.clock() > self.end:
+                note = note or LEFT_OUT
+                break
+            try:
+                with contender.settings():
+                    call = getattr(contender, direction)(case, case.tensors(self.device))
+                    seconds[direction] = self.timer(call)
+            except Exception as error:  # noqa: BLE001  backends and compilers refuse in their own ways
+                note = (
+                    note
+                    or f"{direction}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+                )
+        return Measured(
+            case=case,
+            contender=contender.name,
+            rival=not isinstance(contender, Ours),
+            forward_s=seconds["forward"],
+            backward_s=seconds["backward"],
+            note=note,
+        )
+
+    def measure_sdpa(self, case: GpuCase, backend: str) -> Measured:
+        """A backend of SDPA; where it does not know GQA, with keys and values repeated."""
+        found = self.measure(case, Sdpa(backend))
+        refused = found.forward_s is None and case.kv_share > 1 and found.note != LEFT_OUT
+        return self.measure(case, Sdpa(backend, repeat=True)) if refused else found
+
+    def ceilings(self, matrix: int = 8192, elements: int = 1 << 29) -> dict[str, float]:
+        """TFLOP/s of a large bfloat16 matrix product, TB/s of a copy (bytes read and written)."""
+        a, b = (torch.randn(matrix, matrix, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        source = torch.randn(elements, device=self.device)
+        target = torch.empty_like(source)
+        return {
+            "matmul_tflops": 2 * matrix**3 / self.timer(lambda: a @ b) / 1e12,
+            "copy_tbytes_per_s": 2 * source.nbytes / self.timer(lambda: target.copy_(source)) / 1e12,
+        }
+
+
+def cases(lengths: Sequence[int]) -> Iterator[GpuCase]:
+    """Every shape, in the order of the lengths; D = 128 first."""
+    for seq_length in lengths:
+        for head_dim in (128, 64):
+            for causal in (True, False):
+                for kv_share in (1, 4):
+                    yield GpuCase(seq_length=seq_length, head_dim=head_dim, causal=causal, kv_share=kv_share)
+
+
+def run(
+    benchmark: Benchmark,
+    shapes: Sequence[GpuCase],
+    ours: Ours,
+    compiled: Contender,
+    progress: Callable[[list[Measured]], None],
+) -> list[Measured]:
+    """Contenders of a case after one another, so that what disturbs one disturbs all.
+
+    The compiled one comes at the end: its compilations take longer than all the rest.
+    """
+    results: list[Measured] = []
+    ring = replace(ours, blocks=RING_STEPS)
+    for case in shapes:
+        results += [benchmark.measure(case, ours), benchmark.measure(case, ring)]
+        results += [benchmark.measure_sdpa(case, backend) for backend in BACKENDS]
+        progress(results)
+    for case in shapes:
+        results.append(benchmark.measure(case, compiled))
+        progress(results)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 where everything of ours ran; 1 where a case of ours failed; 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="megatron_lightseq.tools.bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
+    parser.add_argument("--seq-lengths", type=int, nargs="+", default=SEQ_LENGTHS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after these")
+    parser.add_argument("--commit", default="unknown", help="what the report says was measured")
+    parser.add_argument(
+        "--checks",
+        nargs="*",
+        default=[],
+        metavar="NAME=VERDICT",
+        help="what was checked before, for the report",
+    )
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(
+            "megatron_lightseq.tools.bench.gpu: torch sees no GPU here: there is nothing to time.",
+            file=sys.stderr,
+        )
+        return 2
+    benchmark = Benchmark(device=torch.device("cuda"), end=time.monotonic() + options.seconds)
+    report = Report(
+        environment=environment(options.commit), ceilings=benchmark.ceilings(), checks=tuple(options.checks)
+    )
+
+    def save(results: list[Measured]) -> None:
+        write_report(report, results, options.out)
+
+    results = run(benchmark, list(cases(options.seq_lengths)), Ours(CudaKernel()), Flex(), save)
+    summary, _, _ = (options.out / "gpu.md").read_text().partition("| D |")
+    print(f"{summary}The table: {options.out / 'gpu.md'}")
+    return int(any(not one.rival and one.note not in ("", LEFT_OUT) for one in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The GPU benchmark as JSON and Markdown: rates, ratios to torch's best, and whether the goals were reached."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from megatron_lightseq.tools.bench.gpu_contenders import RING_STEPS, GpuCase
+
+DIRECTIONS = ("forward", "backward")
+GOALS = {"forward": 0.9, "backward": 0.85}
+"""Least rate over that of torch's fastest backend, in every case of ``tokens`` tokens in all."""
+RING_GOAL = 1.05
+"""Most time of several blocks of keys over that of one call."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One contender on one case; seconds are medians, None where it does not run, with a note on why."""
+
+    case: GpuCase
+    contender: str
+    rival: bool
+    """Whether it is not ours."""
+    forward_s: float | None
+    backward_s: float | None
+    note: str = ""
+
+    def seconds(self, direction: str) -> float | None:
+        return self.forward_s if direction == "forward" else self.backward_s
+
+    def tflops(self, direction: str) -> float | None:
+        """Of useful operations; None where it did not run."""
+        seconds, factor = self.seconds(direction), 1.0 if direction == "forward" else 2.5
+        return None if seconds is None else factor * self.case.forward_flops / seconds / 1e12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What the figures were measured on."""
+
+    environment: dict[str, str]
+    ceilings: dict[str, float]
+    checks: tuple[str, ...]
+
+
+def environment(commit: str) -> dict[str, str]:
+    """What the numbers depend on."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def best_rival(results: Sequence[Measured], case: GpuCase, direction: str) -> float | None:
+    """The highest rate of torch's own backends on a case, TFLOP/s; Triton is shown, and is no goal."""
+    rates = [
+        one.tflops(direction)
+        for one in results
+        if one.case == case and one.rival and one.contender.startswith("sdpa")
+    ]
+    return max((rate for rate in rates if rate is not None), default=None)
+
+
+def table(results: Sequence[Measured], matmul_tflops: float) -> str:
+    """Markdown: a line for each case, direction and contender."""
+    lines = [
+        "| D | mask | heads | S | direction | contender | ms | TFLOP/s | of matmul | to torch's best |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(one.case for one in results):
+        heads = "MHA" if case.kv_share == 1 else f"GQA {case.kv_share}"
+        shape = (str(case.head_dim), "causal" if case.causal else "full", heads, str(case.seq_length))
+        for direction in DIRECTIONS:
+            best = best_rival(results, case, direction)
+            for one in results:
+                if one.case == case:
+                    cells = (*shape, direction, one.contender, *_figures(one, direction, matmul_tflops, best))
+                    lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _figures(
+    one: Measured, direction: str, matmul_tflops: float, best: float | None
+) -> tuple[str, str, str, str]:
+    seconds, rate = one.seconds(direction), one.tflops(direction)
+    if seconds is None or rate is None:
+        return "-", one.note.replace("|", "/") or "-", "-", "-"
+    ratio = "-" if best is None else f"{rate / best:.2f}"
+    return f"{seconds * 1e3:.3f}", f"{rate:.0f}", f"{rate / matmul_tflops:.0%}", ratio
+
+
+def goals(results: Sequence[Measured]) -> list[str]:
+    """A line for each goal: the range of what was measured, and whether all of it reaches the goal."""
+    return [*_rate_goals(results), *_ring_goals(results)]
+
+
+def _rate_goals(results: Sequence[Measured]) -> Iterator[str]:
+    counted = [one for one in results if one.contender == "ours" and one.case.seq_length <= one.case.tokens]
+    kinds = sorted({(one.case.head_dim, one.case.causal) for one in counted}, reverse=True)
+    for direction, goal in GOALS.items():
+        for head_dim, causal in kinds:
+            ratios = []
+            for one in counted:
+                rate, best = one.tflops(direction), best_rival(results, one.case, direction)
+                if (one.case.head_dim, one.case.causal) == (head_dim, causal) and rate and best:
+                    ratios.append(rate / best)
+            what = f"{direction}, D = {head_dim}, {'causal' if causal else 'full'}, to torch's best"
+            yield _verdict(what, ratios, f"at least {goal}", bool(ratios) and min(ratios) >= goal)
+
+
+def _ring_goals(results: Sequence[Measured]) -> Iterator[str]:
+    whole = {one.case: one for one in results if one.contender == "ours"}
+    for direction in DIRECTIONS:
+        ratios = []
+        for one in results:
+            parts = one.seconds(direction) if one.contender == f"ours, {RING_STEPS} blocks" else None
+            alone = whole[one.case].seconds(direction) if one.case in whole else None
+            if parts and alone and one.case.seq_length >= one.case.tokens:
+                ratios.append(parts / alone)
+        what = f"{direction}, time of {RING_STEPS} blocks to that of one call, long sequences"
+        yield _verdict(what, ratios, f"at most {RING_GOAL}", bool(ratios) and max(ratios) <= RING_GOAL)
+
+
+def _verdict(what: str, ratios: Sequence[float], wanted: str, reached: bool) -> str:
+    if not ratios:
+        return f"{what}: not measured ({wanted} wanted)"
+    found = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    return f"{what}: {found} ({wanted} wanted): {'reached' if reached else 'NOT reached'}"
+
+
+def write_report(report: Report, results: Sequence[Measured], folder: Path) -> None:
+    """Write gpu.json and gpu.md, over what an earlier call wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    verdicts = goals(results)
+    content = {**asdict(report), "goals": verdicts, "results": [asdict(one) for one in results]}
+    (folder / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
+    head = [f"- {name}: {value}" for name, value in {**report.environment, **report.ceilings}.items()]
+    checked = [f"- {check}" for check in report.checks] or ["- none"]
+    goal_lines = [f"- {line}" for line in verdicts]
+    body = table(results, report.ceilings["matmul_tflops"])
+    text = "\n".join([*head, "", "Checks:", *checked, "", "Goals:", *goal_lines, "", body])
+    (folder / "gpu.md").write_text(text + "\n")

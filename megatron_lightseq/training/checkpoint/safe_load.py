@@ -1,0 +1,216 @@
+"""Read torch.distributed checkpoints without executing what they contain.
+
+``torch.distributed.checkpoint`` unpickles ``.metadata`` with the plain unpickler, and stored objects with
+``weights_only=False``: either runs any code that the file asks for. :func:`no_code_execution` replaces both
+for the time of one load: ``.metadata`` may name only the dataclasses of a checkpoint's table of contents
+(:func:`load_metadata`), and every ``torch.load`` is held to ``weights_only=True``. What is read is not yet safe for
+modules that unpickle their own part of it: :func:`check_extra_state` comes before ``load_state_dict``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from types import ModuleType, SimpleNamespace
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import filesystem as dcp_filesystem
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.serialization import _get_layout
+
+from megatron_lightseq.errors import CheckpointError, explain
+from megatron_lightseq.training.checkpoint.manifest import check_relative
+
+_RECORDS: tuple[type, ...] = (
+    dcp_filesystem._StorageInfo,
+    dcp_metadata.BytesStorageMetadata,
+    dcp_metadata.ChunkStorageMetadata,
+    dcp_metadata.Metadata,
+    dcp_metadata.MetadataIndex,
+    dcp_metadata.StorageMeta,
+    dcp_metadata.TensorProperties,
+    dcp_metadata.TensorStorageMetadata,
+)
+
+
+class _MemoryFormats:
+    """Stands for the enumeration that a checkpoint names: its members by value, or by name through ``getattr``.
+
+    Python 3.11.2 (Debian 12) pickles members of enumerations in the second way, 3.11.7 in the first.
+    """
+
+    __slots__ = ()  # nothing for an unpickler to set
+
+    def __call__(self, value: int) -> dcp_metadata._MEM_FORMAT_ENCODING:
+        return dcp_metadata._MEM_FORMAT_ENCODING(value)
+
+
+def _member_by_name(owner: Any, name: Any) -> dcp_metadata._MEM_FORMAT_ENCODING:
+    if not isinstance(owner, _MemoryFormats) or name not in dcp_metadata._MEM_FORMAT_ENCODING.__members__:
+        raise _refusal(f".metadata asks for builtins.getattr of {name!r}")
+    return dcp_metadata._MEM_FORMAT_ENCODING[name]
+
+
+# Wrapped in functions of our own: the unpickler can set attributes on what find_class returns.
+_MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("pathlib", "PosixPath"): lambda *parts: PurePosixPath(*parts),
+    ("pathlib", "PurePosixPath"): lambda *parts: PurePosixPath(*parts),
+    ("builtins", "getattr"): _member_by_name,
+    ("torch", "Size"): lambda sizes: torch.Size(sizes),
+    ("torch.serialization", "_get_layout"): lambda name: _get_layout(name),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Resolves the names in a ``.metadata`` file from a closed list, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        for record in _RECORDS:
+            if (module, name) == (record.__module__, record.__qualname__):
+                return record
+        if (module, name) == (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"):
+            return _MemoryFormats()
+        if (module, name) in _MAKERS:
+            maker = _MAKERS[module, name]
+            return lambda *args: maker(*args)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise _refusal(f".metadata asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise _refusal(f".metadata refers to the persistent object {pid!r}")
+
+
+def load_metadata(stream: IO[bytes]) -> dcp_metadata.Metadata:
+    """A checkpoint's table of contents from its ``.metadata`` file.
+
+    Raises CheckpointError, with nothing executed, when the file is not a table of contents, names anything
+    else, or points outside the checkpoint.
+    """
+    before = [dict(vars(record)) for record in _RECORDS]
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(stream.read())).load()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _refusal(f".metadata cannot be read ({type(error).__name__}: {error})") from error
+    finally:
+        tampered = _restore_classes(before)
+    if tampered:
+        raise _refusal(f".metadata changes the class {tampered[0]}")
+    _check_contents(metadata)
+    return metadata
+
+
+def _restore_classes(before: list[dict[str, Any]]) -> list[str]:
+    """Undo what a BUILD opcode aimed at a class (not an instance) did to it; names of those it changed."""
+    tampered = []
+    for record, attributes in zip(_RECORDS, before, strict=True):
+        now = dict(vars(record))
+        if now == attributes:
+            continue
+        tampered.append(record.__qualname__)
+        for name in now.keys() - attributes.keys():
+            delattr(record, name)
+        for name in [name for name in attributes if now.get(name) is not attributes[name]]:
+            setattr(record, name, attributes[name])
+    return tampered
+
+
+def _check_contents(metadata: Any) -> None:
+    if not isinstance(metadata, dcp_metadata.Metadata):
+        raise _refusal(f".metadata holds a {type(metadata).__name__} and no table of contents")
+    storage = metadata.storage_data
+    if not isinstance(storage, dict) or not isinstance(metadata.state_dict_metadata, dict):
+        raise _refusal(".metadata has no table of stored tensors")
+    for info in storage.values():
+        if not isinstance(info, dcp_filesystem._StorageInfo) or not isinstance(info.relative_path, str):
+            raise _refusal(".metadata has a storage entry of an unknown kind")
+        try:
+            check_relative(info.relative_path)
+        except ValueError as error:
+            raise _refusal(str(error)) from None
+
+
+def check_extra_state(state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless every ``_extra_state`` of a model's state dict is blank.
+
+    Transformer Engine keeps FP8 scales there and unpickles them in ``set_extra_state``, bytes in a tensor included.
+    Nothing here trains in FP8, so that nothing honest is lost.
+    """
+    for name, value in state.items():
+        if name.endswith("_extra_state") and not _is_blank(value):
+            raise _refusal(f"{name} holds a pickle")
+
+
+def _is_blank(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 0
+    if not isinstance(value, io.BytesIO):
+        return value is None
+    content = value.getvalue()
+    try:  # older Transformer Engines write a pickled None
+        return not content or torch.load(io.BytesIO(content), weights_only=True) is None
+    except Exception:  # noqa: BLE001 - whatever it is, it is not None
+        return False
+
+
+def _refusal(got: str) -> CheckpointError:
+    return CheckpointError(
+        explain(
+            got=got,
+            rule="a checkpoint is data and may not contain code or point elsewhere",
+            remedy="Do not use this file; take a checkpoint from a source that you trust",
+        )
+    )
+
+
+@contextmanager
+def no_code_execution() -> Iterator[None]:
+    """Hold torch's checkpoint readers to data for the duration of the block, whoever calls them.
+
+    Process-wide while it lasts: a ``torch.load`` of another thread is held to ``weights_only=True`` as well.
+    """
+    unrestricted_load = torch.load
+
+    def weights_only_load(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pickle_module", None)
+        kwargs["weights_only"] = True
+        try:
+            return unrestricted_load(*args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise _refusal(f"{_file_name(args)} holds an object that is not plain data") from error
+
+    # `dump` stays: a save may run in another thread.
+    data_only_pickle = SimpleNamespace(load=load_metadata, dump=pickle.dump)
+    with (
+        _replaced(dcp_filesystem, "pickle", data_only_pickle),
+        _replaced(torch, "load", weights_only_load),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Give a module's global another value for a while.
+
+    Reading the old value first raises AttributeError should a later torch drop the name: the protection
+    cannot lapse in silence.
+    """
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _file_name(args: tuple[Any, ...]) -> str:
+    source = args[0] if args else None
+    if isinstance(source, (str, PurePosixPath)):
+        return str(source)
+    return str(getattr(source, "name", "a stored object"))

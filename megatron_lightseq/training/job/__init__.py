@@ -1,0 +1,1 @@
+"""Ranks as one job: how they start, agree before the first step, notice faults, and stop."""

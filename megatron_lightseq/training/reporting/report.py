@@ -1,0 +1,218 @@
+"""What is said about a run before its first step and after its last, and the pictures that go with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.config.resolved import attention_mask, methods
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.schedule import Direction, build
+from megatron_lightseq.training.checkpoint.save_load import Position
+from megatron_lightseq.training.data.datasets import Corpora
+from megatron_lightseq.training.job.join import Job, kernel_name
+from megatron_lightseq.training.reporting.metrics import TrainMetrics, ValidationMetrics, read_metrics
+from megatron_lightseq.training.reporting.progress import count, describe_sizes, duration, verdict
+from megatron_lightseq.training.setup import Training
+
+SUMMARY_NAME, LOSS_PICTURE, SCHEDULE_PICTURE = "summary.json", "loss.png", "schedule.png"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a run ended; the same on every rank but for ``metrics_path``."""
+
+    position: Position
+    resumed_from: int
+    """The step that the run began behind; 0 for a fresh one."""
+    stopped: str | None
+    """Why it ended before ``train_iters``, None if it did not."""
+    checkpoint: Path | None
+    metrics_path: Path | None
+    seconds: float
+    """From the first step to the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The end of a run in numbers."""
+
+    steps: int
+    first_loss: float
+    """Of the first step on record, which a resumed run's predecessor may have taken."""
+    last_loss: float
+    """Mean of the last ten steps."""
+    entropy: float | None
+    """Unigram entropy of the corpus, nats per token."""
+    validation_loss: float | None
+    tokens_per_second: float
+    """Median over the steps of this run."""
+    seconds: float
+    stopped: str | None
+    checkpoint: str | None
+
+
+def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, str]]:
+    """Model, ranks, attention, data and batch; collective, because parameters are spread over ranks."""
+    config, sizes = training.config, training.sizes
+    model, settings = config.model, config.training
+    parallel = describe_sizes(tp=sizes.tensor, pp=sizes.pipeline, cp=sizes.context, dp=sizes.data)
+    extras = [
+        "sequence parallel" if config.parallel.sequence_parallel else "",
+        "distributed optimizer" if config.parallel.use_distributed_optimizer else "",
+        _expert_ranks(config),
+    ]
+    attention = f"{config.context.cp_method}, kernel {kernel_name(config, job.device)}"
+    if config.context.cp_comm_type:
+        attention += f", replaced where cp_comm_type says so ({', '.join(config.context.cp_comm_type)})"
+    if sizes.context > 1:
+        overlap = "on" if config.context.cp_overlap else "off"
+        attention += f", {training.layout.name} layout over {sizes.context} ranks, overlap {overlap}"
+    attention += _scores(config)
+    tokens = sum(int(index.lengths.sum()) for index in corpora.indexes)
+    entropy = "unknown" if corpora.entropy is None else f"{corpora.entropy:.3f} nats"
+    batch = settings.seq_length * settings.global_batch_size
+    return [
+        (
+            "model",
+            f"{count(num_parameters(training))} parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
+            f"{_heads(config)}, vocabulary {corpora.vocab_size}, {'bf16' if settings.bf16 else 'fp32'}"
+            f"{_variants(config)}",
+        ),
+        (
+            "ranks",
+            ", ".join(
+                [f"{sizes.world_size} on {job.device.type}/{job.backend}: {parallel}", *filter(None, extras)]
+            ),
+        ),
+        ("attention", attention),
+        ("data", f"{count(tokens)} tokens, unigram entropy {entropy}"),
+        (
+            "steps",
+            f"{settings.train_iters} of {settings.global_batch_size} x {settings.seq_length} = {batch:,} tokens",
+        ),
+    ]
+
+
+def _heads(config: PretrainConfig) -> str:
+    model = config.model
+    if model.multi_latent_attention:
+        return f"{model.num_attention_heads} heads of {model.head_dim}:{model.value_head_dim} from latent vectors"
+    return f"{model.num_attention_heads} heads in {model.query_groups} groups"
+
+
+def _variants(config: PretrainConfig) -> str:
+    experts, found = config.experts, ""
+    if experts.num_experts is not None:
+        found += f", {experts.moe_router_topk} of {experts.num_experts} experts"
+        found += " and a shared one" if experts.moe_shared_expert_intermediate_size else ""
+    if config.model.mtp_num_layers is not None:
+        found += f", {config.model.mtp_num_layers} further token(s) predicted"
+    return found
+
+
+def _scores(config: PretrainConfig) -> str:
+    model, found = config.model, ""
+    if model.window_size:
+        layers = f"{model.num_window_layers} of {model.num_layers} layers"
+        found += f", a window of {model.window_size[0]} tokens back in {layers}"
+    return found if model.softmax_type == "vanilla" else f"{found}, {model.softmax_type} softmax"
+
+
+def _expert_ranks(config: PretrainConfig) -> str:
+    size = config.parallel.expert_model_parallel_size
+    return f"experts over {size} ranks" if size > 1 else ""
+
+
+def num_parameters(training: Training) -> int:
+    """Parameters of the whole model, each counted once; collective."""
+    groups = training.collection
+    tied = not training.config.model.untie_embeddings_and_output_weights
+    # The last pipeline stage has the embedding once more, as output layer and for multi-token prediction.
+    copies = ("embedding.word_embeddings.weight", *(["output_layer.weight"] if tied else []))
+    total = torch.zeros(2, dtype=torch.int64, device=training.device)
+    for model in training.models:
+        for name, parameter in model.named_parameters():
+            of_experts = ".experts." in name
+            tensor_ranks = groups.expt_tp if of_experts else groups.tp
+            sharded = getattr(parameter, "tensor_model_parallel", False)
+            is_copy = name in copies and not model.pre_process
+            if (sharded or tensor_ranks.rank() == 0) and not is_copy:
+                total[int(of_experts)] += parameter.numel()
+    dist.all_reduce(total)
+    dense, experts = total.tolist()
+    return int(dense) // groups.dp_cp.size() + int(experts) // groups.expt_dp.size()
+
+
+def finish(config: PretrainConfig, corpora: Corpora, outcome: Outcome) -> list[str]:
+    """Write summary and pictures into ``report_dir``; the lines that close a run. Rank 0 only."""
+    history = [] if outcome.metrics_path is None else read_metrics(outcome.metrics_path)
+    steps = [metrics for metrics in history if isinstance(metrics, TrainMetrics)]
+    checks = [metrics for metrics in history if isinstance(metrics, ValidationMetrics)]
+    lines = [] if outcome.stopped is None else [f"stopped early: {outcome.stopped}"]
+    if not steps:
+        return [*lines, *_files(config, outcome, [])]
+    summary = _summarise(steps, checks, corpora.entropy, outcome)
+    lines += [
+        f"{summary.steps} steps in {duration(summary.seconds)}, {summary.tokens_per_second:,.0f} tokens/s: "
+        f"loss {summary.first_loss:.2f} -> {summary.last_loss:.2f}"
+        + ("" if summary.validation_loss is None else f", validation {summary.validation_loss:.2f}"),
+        verdict(summary.last_loss, corpora.entropy),
+    ]
+    pictures = []
+    if config.logging.report_dir is not None:
+        pictures = _write(Path(config.logging.report_dir), config, summary, history)
+    return [*lines, *_files(config, outcome, pictures)]
+
+
+def _summarise(
+    steps: list[TrainMetrics], checks: list[ValidationMetrics], entropy: float | None, outcome: Outcome
+) -> Summary:
+    own = [metrics for metrics in steps if metrics.step > outcome.resumed_from] or steps
+    rates = sorted(metrics.tokens_per_second for metrics in own)
+    tail = [metrics.loss for metrics in steps[-10:]]
+    return Summary(
+        steps=outcome.position.iteration - outcome.resumed_from,
+        first_loss=steps[0].loss,
+        last_loss=sum(tail) / len(tail),
+        entropy=entropy,
+        validation_loss=checks[-1].loss if checks else None,
+        tokens_per_second=rates[len(rates) // 2],
+        seconds=outcome.seconds,
+        stopped=outcome.stopped,
+        checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
+    )
+
+
+def _write(
+    folder: Path, config: PretrainConfig, summary: Summary, history: list[Any]
+) -> list[tuple[str, Path]]:
+    from megatron_lightseq.plots import draw_loss, draw_schedule
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY_NAME).write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
+    written = [("summary", folder / SUMMARY_NAME), ("loss", folder / LOSS_PICTURE)]
+    draw_loss(history, summary.entropy, folder / LOSS_PICTURE)
+    if config.context.cp_method != "megatron":
+        layout = SequenceLayout(config.context.layout_name, config.parallel.context_parallel_size)
+        method = methods(config)[Direction.FORWARD]
+        schedule = build(method, layout, mask=attention_mask(config), seq_length=config.training.seq_length)
+        draw_schedule(schedule, folder / SCHEDULE_PICTURE)
+        written.append(("schedule", folder / SCHEDULE_PICTURE))
+    return written
+
+
+def _files(config: PretrainConfig, outcome: Outcome, pictures: list[tuple[str, Path]]) -> list[str]:
+    found = [
+        ("checkpoint", outcome.checkpoint),
+        ("metrics", outcome.metrics_path),
+        ("tensorboard", config.logging.tensorboard_dir),
+        *pictures,
+    ]
+    return [f"{name:<11} {path}" for name, path in found if path is not None]
