@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_lightseq.schedule.methods import METHODS
 from megatron_lightseq.schedule.network import Network
 
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
@@ -32,19 +33,11 @@ LRDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 TokenizerType = Literal["byte", "hf", "null"]
 Progress = Literal["auto", "live", "plain", "off"]
 
-LAYOUT_OF_METHOD: dict[str, str] = {
-    "lightseq": "contiguous",
-    "ring": "contiguous",
-    "zigzag": "zigzag",
-    "all_gather": "zigzag",
-    "mesh": "zigzag",
-    "ulysses": "contiguous",
-    "usp": "contiguous",
-    "rsa": "contiguous",
+_OTHER_DEFAULT_LAYOUTS = {
     "auto": "contiguous",
     "megatron": "zigzag",  # what Transformer Engine's context parallelism expects
 }
-"""The layout that `cp_layout: auto` stands for."""
+"""The default layout of each `cp_method` that is not a method of the schedule package."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,7 +254,10 @@ class ContextParallelConfig:
     @property
     def layout_name(self) -> str:
         """The layout, with auto resolved."""
-        return LAYOUT_OF_METHOD[self.cp_method] if self.cp_layout == "auto" else self.cp_layout
+        if self.cp_layout != "auto":
+            return self.cp_layout
+        method = METHODS.get(self.cp_method)
+        return _OTHER_DEFAULT_LAYOUTS[self.cp_method] if method is None else method.default_layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
