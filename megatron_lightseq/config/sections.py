@@ -352,6 +352,8 @@ class DataConfig:
     """byte: 256 bytes and end-of-document, hf: a `tokenizers` JSON file, null: text is token ids."""
     tokenizer_model: str | None = None
     """The `tokenizers` JSON file for hf."""
+    eod_token: str | None = None
+    """Name of the end-of-document token in that file; null: the first well-known name that it has."""
     vocab_size: int | None = None
     """Size of the vocabulary before padding; null: the tokenizer's."""
     data_cache_path: str | None = None
