@@ -11,19 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-<<<<<<< HEAD
-from megatron_lightseq.config import DataConfig, Machine, PretrainConfig
-from megatron_lightseq.config.rules import report
-from megatron_lightseq.config.rules_run import DATA
+from megatron_lightseq.config import DataConfig, PretrainConfig
+from megatron_lightseq.config.validate import DATA_RULES, validate
 from megatron_lightseq.training.data.corpus import CorpusFacts, check_index, file_of
 from megatron_lightseq.training.data.documents import ReadOptions
 from megatron_lightseq.training.data.prepare import counted, fingerprint, prepare, up_to_date
-=======
-from megatron_lightseq.config import DataConfig, PretrainConfig
-from megatron_lightseq.config.validate import DATA_RULES, validate
-from megatron_lightseq.training.data.corpus import CorpusFacts, check_index
-from megatron_lightseq.training.data.prepare import fingerprint, prepare, up_to_date
->>>>>>> main
 from megatron_lightseq.training.data.sources import SourceFile, find_files, find_stdlib_files
 from megatron_lightseq.training.data.tokenizers import Tokenizer, build_tokenizer
 
@@ -80,9 +72,8 @@ def summary(prefix: Path, facts: CorpusFacts, seq_length: int) -> Table:
     return table
 
 
-<<<<<<< HEAD
 def _data_config(options: argparse.Namespace) -> DataConfig:
-    """The settings of a run that reads the corpus; raises ConfigError where they break a rule."""
+    """The data settings of a run that reads the corpus; raises ConfigError if they break a rule."""
     data = DataConfig(
         data_path=(str(options.output),),
         tokenizer_type=options.tokenizer_type,
@@ -90,16 +81,8 @@ def _data_config(options: argparse.Namespace) -> DataConfig:
         eod_token=options.eod_token,
         vocab_size=options.vocab_size,
     )
-    config, machine = PretrainConfig(data=data), Machine()
-    broken = [rule.message(config, machine) for rule in DATA if not rule.holds(config, machine)]
-    if broken:
-        raise report(broken)
-    return data
-=======
-def _check(data: DataConfig) -> None:
-    """The rules of a run that concern data, so that a corpus can be trained on with the same settings."""
     validate(PretrainConfig(data=data), rule_sets=DATA_RULES)
->>>>>>> main
+    return data
 
 
 def _parser() -> argparse.ArgumentParser:
