@@ -29,11 +29,9 @@ from megatron_lightseq.schedule import (
     Direction,
     Method,
     Network,
-    Schedule,
-    TensorShape,
-    build,
+    Problem,
+    SchedulePair,
     compile_program,
-    rank_methods,
     resolve_method,
 )
 from megatron_lightseq.schedule.heads import HeadCut
@@ -115,11 +113,16 @@ class DistAttention:
         overlap: bool = True,
         stats: AttentionStats | None = None,
         network: Network | None = None,
+        schedules: SchedulePair | None = None,
     ) -> None:
         """Arguments as :func:`dist_attention`; ``stats`` is where to count, default a fresh one.
 
         ``network`` is what ``auto`` predicts with: default NVLink within nodes of 8 and 100 Gbps between them.
+        ``schedules`` has the methods, layout and mask already resolved; ``method``, ``layout`` and ``mask`` are then
+        not read.
         """
+        if schedules is not None:
+            layout, mask = schedules.problem.layout, schedules.problem.mask
         size = size_of(group)
         self.layout = SequenceLayout(layout, size) if isinstance(layout, str) else layout
         if self.layout.cp_size != size:
@@ -130,22 +133,19 @@ class DistAttention:
                     remedy="Build the layout with the group's size",
                 )
             )
-        self.method = None if method == "auto" else resolve_method(method)
-        """None: chosen when shapes are known."""
+        self._given = schedules
+        self._methods = _methods(method, schedules)
         self.network = network
-        if self.method is not None:
-            self.method.check_layout(self.layout)
+        for found in self._methods:
+            found.check_layout(self.layout)
         self.mask = Mask.causal() if mask is None else mask
         self.rank = rank_in(group)
         self.stats = AttentionStats() if stats is None else stats
-        if (
-            self.method is not None
-            and self.method.full_rows
-            and not (isinstance(kernel, str) and kernel in ("auto", "reference"))
-        ):
+        full_rows = any(found.full_rows for found in self._methods)
+        if full_rows and not (isinstance(kernel, str) and kernel in ("auto", "reference")):
             raise UnsupportedError(
                 explain(
-                    got=f"method {self.method.name!r} with kernel {kernel!r}",
+                    got=f"method {self._method_name!r} with kernel {kernel!r}",
                     rule="full rows of scores are computed without a kernel of ours",
                     remedy="Leave kernel='auto', or choose method='ring'",
                 )
@@ -223,48 +223,30 @@ class DistAttention:
         return self._plans[inputs]
 
     def _make_plan(self, inputs: Inputs, kernel: Kernel) -> Plan:
-        seq_length = inputs.q_shape[0] * self.layout.cp_size
-        shape = inputs.shape
-        methods = self._methods(shape, seq_length)
-        schedules = {
-            direction: build(
-                method,
-                self.layout,
-                mask=self.mask,
-                direction=direction,
-                seq_length=seq_length,
-                shape=shape,
-                network=self.network,
-            )
-            for direction, method in methods.items()
-        }
-        exchanges = [method.ulysses_size(self.layout.cp_size) for method in methods.values()]
-        texts = [*map(str, schedules.values()), f"heads over {exchanges}", kernel.name, inputs.describe()]
+        schedules = self._schedules(inputs)
+        methods = [schedules.method(direction) for direction in Direction]
+        exchanges = [method.ulysses_size(self.layout.cp_size) for method in methods]
+        plan = [str(schedules.schedule(direction)) for direction in Direction]
+        texts = [*plan, f"heads over {exchanges}", kernel.name, inputs.describe()]
         self._agree("\n".join(texts), inputs.describe())
-        runs = {
-            direction: self._make_run(method, schedules[direction], inputs, kernel)
-            for direction, method in methods.items()
-        }
-        return Plan(runs[Direction.FORWARD], runs[Direction.BACKWARD], self.stats)
+        forward, backward = (self._make_run(schedules, direction, inputs, kernel) for direction in Direction)
+        return Plan(forward, backward, self.stats)
 
-    def _methods(self, shape: TensorShape, seq_length: int) -> dict[Direction, Method]:
-        """The method of each direction: the one given, or with ``auto`` the two predicted to be the fastest."""
-        if self.method is not None:
-            return dict.fromkeys(Direction, self.method)
-        best, *_ = rank_methods(
-            self.layout.cp_size,
-            shape,
-            seq_length,
+    def _schedules(self, inputs: Inputs) -> SchedulePair:
+        """The schedules for these inputs: those given, of the method given, or with ``auto`` the fastest."""
+        problem = Problem(
+            layout=self.layout,
             mask=self.mask,
+            seq_length=inputs.q_shape[0] * self.layout.cp_size,
+            shape=inputs.shape,
             network=self.network,
-            layouts=[self.layout.name],
         )
-        return {
-            prediction.direction: resolve_method(prediction.method)
-            for prediction in (best.forward, best.backward)
-        }
+        if self._given is not None:
+            return self._given.fitted(problem)
+        return SchedulePair.of(self._methods[0], problem) if self._methods else SchedulePair.fastest(problem)
 
-    def _make_run(self, method: Method, schedule: Schedule, inputs: Inputs, kernel: Kernel) -> Run:
+    def _make_run(self, schedules: SchedulePair, direction: Direction, inputs: Inputs, kernel: Kernel) -> Run:
+        method, schedule = schedules.method(direction), schedules.schedule(direction)
         exchanged = method.ulysses_size(self.layout.cp_size)
         groups = UlyssesGroups.of(self.layout, exchanged, self.rank)
         runtime = self._runtime
@@ -274,7 +256,7 @@ class DistAttention:
         ring_rank = groups.ring.index(self.rank)
         program = BoundProgram.bind(compile_program(schedule, ring_rank), inputs.device)
         if method.full_rows:
-            rings = build(method, self.layout, mask=self.mask, seq_length=schedule.seq_length)
+            rings = schedules.schedule(Direction.FORWARD)
             return RowRun(
                 BoundProgram.bind(compile_program(rings, self.rank), inputs.device), program, runtime
             )
@@ -293,7 +275,7 @@ class DistAttention:
 
     @property
     def _method_name(self) -> str:
-        return "auto" if self.method is None else self.method.name
+        return " + ".join(dict.fromkeys(method.name for method in self._methods)) or "auto"
 
     def _agree(self, plan_text: str, shown: str) -> None:
         """Raise :class:`TransportError` unless every rank is about to run the same plan."""
@@ -311,6 +293,13 @@ class DistAttention:
                     remedy="Compare method, layout, mask, kernel, shapes, scale and package version of these ranks",
                 )
             )
+
+
+def _methods(method: str | Method, schedules: SchedulePair | None) -> tuple[Method, ...]:
+    """The methods that are known before any inputs are: none with ``auto``."""
+    if schedules is not None:
+        return schedules.forward_method, schedules.backward_method
+    return () if method == "auto" else (resolve_method(method),)
 
 
 _MAX_PLANS = 64
