@@ -1,4 +1,4 @@
-"""The fused C++ kernel for CPUs (csrc/cpu): blockwise online softmax, fp32 accumulation, no S x S anywhere."""
+"""The fused C++ kernel for CPUs (csrc/cpu): blockwise online softmax, fp32 accumulation, no S x S matrix."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.kernels.extension import load_extension, missing_extension
-from megatron_lightseq.kernels.registry import TileMask
-
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
+from megatron_lightseq.kernels.registry import TileMask, refusal_of
+from megatron_lightseq.kernels.specs import KERNELS
 
 
 class CpuKernel:
-    """float32 and bfloat16, any head dims and lengths, grouped heads; masked keys are skipped, not computed.
+    """float32 and bfloat16, any head dims and lengths, grouped heads; skips masked keys.
 
-    Bit for bit repeatable, on any number of threads (``torch.set_num_threads``).
+    Results are bit for bit reproducible, on any number of threads (``torch.set_num_threads``).
     """
 
-    name = "cpu"
+    spec = KERNELS["cpu"]
+    name = spec.name
     rounds_results = True
 
     @property
     def isa(self) -> str:
-        """The instruction-set variant in use, e.g. ``avx512``; the variable MLS_CPU_ISA overrides the choice.
+        """The instruction-set variant in use, e.g. ``avx512``; the environment variable MLS_CPU_ISA overrides it.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
@@ -31,11 +31,7 @@ class CpuKernel:
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot take these inputs, or None."""
-        if any(x.device.type != "cpu" for x in (q, k, v)):
-            return "it takes tensors on the CPU only"
-        if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-            return "it takes float32 or bfloat16, the same for q, k and v"
-        return missing_extension()
+        return refusal_of(self.spec, q, k, v) or missing_extension()
 
     def forward(
         self,
@@ -49,7 +45,7 @@ class CpuKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
-        """Merge one tile into ``(out, lse)`` in place. Shapes as in :class:`~.registry.Kernel`.
+        """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
@@ -76,7 +72,7 @@ class CpuKernel:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.

@@ -1,4 +1,4 @@
-"""The flash-attn package (FlashAttention-2), where it is installed, as a kernel."""
+"""Adapter to the flash-attn package (FlashAttention-2), if it is installed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megatron_lightseq.kernels.adapters import (
     store_gradients,
     tile_kind,
 )
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.registry import TileMask, refusal_of
+from megatron_lightseq.kernels.specs import KERNELS
 
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
 INTERFACE = "flash_attn.flash_attn_interface"
 
 
 @functools.cache
 def _probe() -> ModuleType | str:
-    """The package's interface, or why there is none; broken installations fail in many ways."""
+    """The package's interface, or why it cannot be used; broken installations raise all kinds of errors."""
     try:
         return importlib.import_module(INTERFACE)
     except Exception as error:  # noqa: BLE001
@@ -37,20 +37,18 @@ def _probe() -> ModuleType | str:
 class FlashAttnKernel:
     """Full, causal and window tiles; grouped heads; D = Dv up to 256, a multiple of 8.
 
-    A tile's partial output is rounded to the dtype of the inputs before it is merged, unlike that of our kernels.
+    A tile's partial output is rounded to the dtype of the inputs before it is merged; our own kernels merge in fp32.
     """
 
-    name = "flash_attn"
+    spec = KERNELS["flash_attn"]
+    name = spec.name
     rounds_results = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why flash-attn cannot take these inputs, or None."""
-        if q.device.type != "cuda":
-            return "it takes tensors on a CUDA device only"
-        if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-            return "it takes bfloat16 or float16, the same for q, k and v"
-        if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256 or q.shape[-1] % 8:
-            return f"it takes one head dim up to 256, a multiple of 8, not {q.shape[-1]}:{v.shape[-1]}"
+        reason = refusal_of(self.spec, q, k, v)
+        if reason is not None:
+            return reason
         interface = _probe()
         return interface if isinstance(interface, str) else None
 
@@ -66,10 +64,10 @@ class FlashAttnKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
-        """Merge one tile into ``(out, lse)``. Shapes as in :class:`~.registry.Kernel`.
+        """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
-            UnsupportedError: the tile's mask is none that flash-attn knows, or the package is not there.
+            UnsupportedError: flash-attn does not support the tile's mask, or is not installed.
         """
         window = _window(mask, q, k)
         if window is None:
@@ -86,7 +84,7 @@ class FlashAttnKernel:
             alibi_slopes=None,
             return_softmax=False,
         )
-        # Queries that see no key get lse = +inf from flash-attn.
+        # flash-attn returns lse = +inf for queries that see no key.
         tile_lse = torch.where(tile_lse.isposinf(), float("-inf"), tile_lse)
         store(out, lse, tile_out.transpose(0, 1), tile_lse, accumulate=accumulate)
 
@@ -106,10 +104,10 @@ class FlashAttnKernel:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
-            UnsupportedError: the tile's mask is none that flash-attn knows, or the package is not there.
+            UnsupportedError: flash-attn does not support the tile's mask, or is not installed.
         """
         window = _window(mask, q, k)
         if window is None:
@@ -145,7 +143,7 @@ def _interface() -> ModuleType:
 
 
 def _window(mask: TileMask, q: Tensor, k: Tensor) -> tuple[int, int] | None:
-    """flash-attn's window: query i sees keys i + Sk - Sq - left to i + Sk - Sq + right; -1 is no bound."""
+    """flash-attn's window: query i sees keys i + Sk - Sq - left to i + Sk - Sq + right; -1 means unbounded."""
     num_queries, num_keys = q.shape[0], k.shape[0]
     kind = tile_kind(mask, num_queries, num_keys, FlashAttnKernel.name)
     if kind is TileKind.EMPTY:
@@ -163,7 +161,7 @@ def _window(mask: TileMask, q: Tensor, k: Tensor) -> tuple[int, int] | None:
             explain(
                 got=f"kernel 'flash_attn' for {num_queries} queries, {num_keys} keys and the band "
                 f"[{mask.band_lo}, {mask.band_hi}]",
-                rule="its windows contain the diagonal that ends at the last query and key",
+                rule="its windows must contain the diagonal that ends at the last query and key",
                 remedy="Choose kernel='auto' for this mask",
             )
         )

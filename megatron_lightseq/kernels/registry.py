@@ -1,6 +1,6 @@
-"""The contract of a kernel, and how one is chosen.
+"""The interface of a kernel, and how one is chosen.
 
-A kernel computes one tile on one rank and accumulates: it knows neither ranks nor schedules.
+A kernel computes one tile on one rank and accumulates the result. It knows nothing of ranks or schedules.
 
 Shapes: S tokens, B batch, H query heads, G key/value heads (G divides H; query head h reads key/value head
 h // (H / G)), D and Dv head dims of queries/keys and of values.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.specs import AUTO, KERNELS, KernelSpec, kernel_names
 from megatron_lightseq.mask import Mask
 
 
@@ -49,12 +50,12 @@ class TileMask:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """Fused or naive attention over one tile. Inputs may have any strides with the last dimension contiguous."""
+    """Attention over one tile. Inputs may have any strides, if the last dimension is contiguous."""
 
     name: str
     rounds_results: bool
-    """Whether :meth:`forward` also takes an ``out`` of q's dtype where it does not accumulate, and :meth:`backward`
-    such gradients: a result that nothing will be added to then never exists in the accumulator dtype."""
+    """Whether :meth:`forward` accepts an ``out`` in q's dtype, and :meth:`backward` gradients in it, when they do not
+    accumulate, so that a final result is written in the input dtype without an fp32 copy."""
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot take these inputs, or None."""
@@ -76,9 +77,10 @@ class Kernel(Protocol):
         Args:
             q: (Sq, B, H, D). k: (Sk, B, G, D). v: (Sk, B, G, Dv). All of one dtype.
             out: (Sq, B, H, Dv), normalised partial output, in the accumulator dtype (see ``rounds_results``).
-            lse: (B, H, Sq), natural log-sum-exp of the scores seen so far, accumulator dtype; -inf for none.
-            mask: which keys each row sees; everything else is skipped.
-            softmax_scale: factor of the scores.
+            lse: (B, H, Sq), natural log-sum-exp of the scores of all keys seen so far, accumulator dtype; -inf for
+                rows that have seen none.
+            mask: which keys each row sees.
+            softmax_scale: factor for the scores.
             accumulate: False to overwrite ``out`` and ``lse``, which may then be uninitialised.
         """
 
@@ -102,87 +104,109 @@ class Kernel(Protocol):
 
         Args:
             dout: (Sq, B, H, Dv), gradient of the final output, q's dtype.
-            lse: (B, H, Sq), FINAL log-sum-exp over all tiles; rows of -inf contribute nothing.
-            delta: (B, H, Sq), sum of out * dout over Dv, accumulator dtype.
+            q, k, v: as in :meth:`forward`.
+            lse: (B, H, Sq), final log-sum-exp over all tiles; rows with -inf contribute nothing.
+            delta: (B, H, Sq), the final sum of out * dout over Dv, accumulator dtype.
+            mask, softmax_scale: as in :meth:`forward`.
             accumulate: False to overwrite ``dq, dk, dv``, which may then be uninitialised.
         """
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for fp32 and below, fp64 for fp64: partial results and gradients are merged in it."""
+    """The dtype in which partial results and gradients are accumulated: fp64 for fp64, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_KERNELS = {
-    "cuda": "megatron_lightseq.kernels.cuda:CudaKernel",
-    "cpu": "megatron_lightseq.kernels.cpu:CpuKernel",
-    "reference": "megatron_lightseq.kernels.reference:ReferenceKernel",
-    "flash_attn": "megatron_lightseq.kernels.flash_attn:FlashAttnKernel",
-    "sdpa": "megatron_lightseq.kernels.sdpa:SdpaKernel",
-}
-"""Name -> class. ``auto`` tries them in this order; reference takes anything, so what follows is chosen by name."""
-
-
 LONG_FOR_REFERENCE = 4096
-"""Tokens a rank from which the reference kernel's square score matrix is worth a warning."""
+"""Tokens per rank from which ``auto`` warns that the reference kernel holds a square score matrix."""
 
 
-def kernel_names() -> tuple[str, ...]:
-    """Every name that ``kernel=`` accepts."""
-    return ("auto", *_KERNELS)
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that kernel specs use for a dtype: ``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
-def _load(name: str) -> Kernel:
-    module, _, attribute = _KERNELS[name].partition(":")
-    kernel: Kernel = getattr(importlib.import_module(module), attribute)()
-    return kernel
-
-
-def _first_supported(q: Tensor, k: Tensor, v: Tensor) -> Kernel:
-    """What ``auto`` stands for; warns where only the reference is left and its score matrix gets large."""
-    reasons: list[str] = []
-    for name in _KERNELS:
-        candidate = _load(name)
-        reason = candidate.unsupported(q, k, v)
-        if reason is None:
-            if name == "reference" and q.shape[0] >= LONG_FOR_REFERENCE:
-                warnings.warn(
-                    f"kernel 'auto' has only the reference left for {q.shape[0]} tokens of {q.dtype} on {q.device}: "
-                    f"its memory grows with their square. {'; '.join(reasons)}.",
-                    stacklevel=2,
-                )
-            return candidate
-        reasons.append(f"{name}: {reason}")
-    raise AssertionError("the reference takes everything")
+def refusal_of(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why a spec excludes these inputs, as a clause about "it" (the kernel), or None."""
+    reason = spec.refusal(
+        device_type=q.device.type,
+        dtype=dtype_name(q.dtype),
+        head_dim=q.shape[-1],
+        v_head_dim=v.shape[-1],
+    )
+    if reason is not None:
+        return reason
+    if len({(x.device, x.dtype) for x in (q, k, v)}) > 1:
+        shown = ", ".join(f"{dtype_name(x.dtype)} on {x.device}" for x in (q, k, v))
+        return f"it takes q, k and v of one dtype on one device, not {shown}"
+    return None
 
 
 def resolve_kernel(kernel: str | Kernel, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
-    """The kernel of that name, or with ``auto`` the first that takes these inputs.
+    """The kernel of that name, or with ``auto`` the first that takes these inputs; a kernel object is returned as is.
 
     Raises:
         UnsupportedError: no kernel has that name, or the one named cannot take these inputs.
     """
     if not isinstance(kernel, str):
         return kernel
-    if kernel == "auto":
+    if kernel == AUTO:
         return _first_supported(q, k, v)
-    if kernel not in _KERNELS:
+    if kernel not in KERNELS:
         near = difflib.get_close_matches(kernel, kernel_names(), n=1)
         raise UnsupportedError(
             explain(
                 got=f"kernel {kernel!r}",
                 rule=f"the kernels are {', '.join(kernel_names())}",
-                remedy=f"Did you mean {near[0]!r}" if near else "Choose one of them",
+                remedy=f"The nearest name is {near[0]!r}" if near else "Choose one of them",
             )
         )
-    chosen = _load(kernel)
+    chosen = _load(KERNELS[kernel])
     reason = chosen.unsupported(q, k, v)
     if reason is not None:
-        raise UnsupportedError(
-            explain(
-                got=f"kernel {kernel!r} for {q.dtype} tensors on {q.device}",
-                rule=reason,
-                remedy="Choose kernel='auto' or 'reference'",
-            )
-        )
+        raise _refused(kernel, reason, q, k, v)
     return chosen
+
+
+def _load(spec: KernelSpec) -> Kernel:
+    module, _, attribute = spec.implementation.partition(":")
+    kernel: Kernel = getattr(importlib.import_module(module), attribute)()
+    return kernel
+
+
+def _first_supported(q: Tensor, k: Tensor, v: Tensor) -> Kernel:
+    """What ``auto`` stands for; warns if only the reference is left and its score matrix is large."""
+    reasons: dict[str, str] = {}
+    for spec in KERNELS.values():
+        if not spec.in_auto:
+            continue
+        candidate = _load(spec)
+        reason = candidate.unsupported(q, k, v)
+        if reason is None:
+            if spec.name == "reference" and q.shape[0] >= LONG_FOR_REFERENCE:
+                _warn_of_square_scores(q, reasons)
+            return candidate
+        reasons[spec.name] = reason
+    raise _refused(AUTO, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()), q, k, v)
+
+
+def _warn_of_square_scores(q: Tensor, reasons: dict[str, str]) -> None:
+    others = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    warnings.warn(
+        f"kernel 'auto' falls back to the reference kernel for {q.shape[0]} tokens of {q.dtype} on {q.device}: "
+        f"its memory grows with the square of the tokens. {others}.",
+        stacklevel=4,
+    )
+
+
+def _refused(kernel: str, reason: str, q: Tensor, k: Tensor, v: Tensor) -> UnsupportedError:
+    last_resort = refusal_of(KERNELS["reference"], q, k, v)
+    return UnsupportedError(
+        explain(
+            got=f"kernel {kernel!r} for {q.dtype} tensors on {q.device}",
+            rule=reason,
+            remedy="Choose kernel='auto' or 'reference'"
+            if last_resort is None
+            else "Cast q, k and v to float32 or bfloat16, on one device",
+        )
+    )

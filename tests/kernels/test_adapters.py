@@ -1,4 +1,4 @@
-"""Other people's kernels behind the contract: numbers on the CPU, argument mapping, and refusals by name."""
+"""Adapters to external kernels: results on the CPU, the arguments they pass on, and what they refuse."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from megatron_lightseq.kernels import flash_attn
 from megatron_lightseq.kernels.adapters import output_with_delta
 from megatron_lightseq.kernels.flash_attn import FlashAttnKernel
 from megatron_lightseq.kernels.reference import ReferenceKernel
-from megatron_lightseq.kernels.registry import Kernel, TileMask, kernel_names, resolve_kernel
+from megatron_lightseq.kernels.registry import Kernel, TileMask, resolve_kernel
 from megatron_lightseq.kernels.sdpa import SdpaKernel
+from megatron_lightseq.kernels.specs import kernel_names
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.transport import run_loopback
@@ -49,7 +50,7 @@ def test_sdpa_matches_fp64(case: Case, dtype: torch.dtype) -> None:
 
 
 def test_sdpa_accumulates_tiles() -> None:
-    """Two ring steps of a causal rank: its own chunk, then a whole earlier one; delta and lse are of both."""
+    """Two ring steps of a causal rank: its own chunk, then an earlier chunk, full; delta and lse are of both."""
     tensors = q, k, v, dout = inputs(replace(FULL, queries=45, keys=90, band_hi=45), torch.float32)
     case = replace(FULL, queries=45, keys=90, band_hi=45)
     out, lse = torch.full((45, 2, 4, 32), float("nan")), torch.full((2, 4, 45), float("nan"))
@@ -82,7 +83,9 @@ def test_packed_documents_are_refused(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_sdpa_refuses_windows_and_unequal_chunks() -> None:
     for case in (replace(SQUARE_CAUSAL, band_lo=-5), replace(FULL, band_hi=0)):
-        with pytest.raises(UnsupportedError, match="full tiles, and causal ones of as many keys as queries"):
+        with pytest.raises(
+            UnsupportedError, match="full tiles, and causal tiles with as many keys as queries"
+        ):
             run_kernel(case, inputs(case, torch.float32), SdpaKernel())
 
 
@@ -107,7 +110,7 @@ def _attend(group: Group | None, method: str, layout: SequenceLayout, whole: lis
     ],
 )
 def test_sdpa_serves_every_method_off_stripes(size: int, method: str, layout_name: str) -> None:
-    """What the configuration rule `kernel_knows_striped_tiles` lets through."""
+    """Every combination that the configuration rule `kernel_knows_striped_tiles` allows."""
     layout = SequenceLayout(layout_name, size)
     whole = attention_oracle.inputs(2 * size * 5, (4, 2), (8, 8), torch.float64)
     parts = run_loopback(size, lambda group: _attend(group, method, layout, whole))
@@ -119,7 +122,7 @@ def test_sdpa_serves_every_method_off_stripes(size: int, method: str, layout_nam
 def test_sdpa_refuses_stripes_by_name() -> None:
     layout = SequenceLayout.striped(2)
     whole = attention_oracle.inputs(20, (4, 2), (8, 8), torch.float64)
-    with pytest.raises(UnsupportedError, match="causal ones of as many keys as queries"):
+    with pytest.raises(UnsupportedError, match="causal tiles with as many keys as queries"):
         run_loopback(2, lambda group: _attend(group, "ring", layout, whole))
 
 
@@ -127,7 +130,7 @@ def test_sdpa_is_chosen_by_name_only() -> None:
     q = torch.randn(4, 1, 2, 16)
     assert resolve_kernel("sdpa", q, q, q).name == "sdpa"
     assert resolve_kernel("auto", q, q, q).name in ("cpu", "reference")
-    with pytest.raises(UnsupportedError, match="one head dim for q, k and v, not 16 and 8"):
+    with pytest.raises(UnsupportedError, match="it takes head dims D = Dv, not 16:8"):
         resolve_kernel("sdpa", q, q, q[..., :8])
 
 
