@@ -23,9 +23,35 @@ struct HopperBackwardState {
   float grads[T::kQueries / 8][4];           // dP^T, then dS^T
   uint32_t p_operand[T::kQueries / 16][4];   // P^T in 16 bits
   uint32_t ds_operand[T::kQueries / 16][4];  // dS^T in 16 bits
+  // K and V of its 64 keys, where registers hold them.
+  uint32_t keys[T::kHoldsKeys ? T::kHeadDim / 16 : 1][4];
+  uint32_t values[T::kHoldsKeys ? T::kHeadDim / 16 : 1][4];
 };
 
-// Starts sums = 64 rows of `a` times `b` transposed: K Q^T or V dO^T.
+// A warp's 16 rows of a tile, as operands in registers.
+template <class Tile, int kSteps>
+MLS_DEVICE void load_operands(uint32_t (&a)[kSteps][4], const Tile& tile, int first_row) {
+  const int lane = lane_id();
+  MLS_UNROLL
+  for (int step = 0; step < kSteps; ++step)
+    ldmatrix_x4(a[step], tile.chunk(first_row + (lane & 15), step * 2 + (lane >> 4)));
+}
+
+// Starts sums = 64 rows in registers times `b` transposed: K Q^T or V dO^T.
+template <class T, int kSteps>
+MLS_DEVICE void issue_transposed(float (&sums)[T::kQueries / 8][4], uint32_t (&a)[kSteps][4],
+                                 const typename T::QueryTile& b) {
+  hold(sums);
+  hold(a);
+  wgmma_fence();
+  MLS_UNROLL
+  for (int step = 0; step < kSteps; ++step)
+    Wgmma<typename T::Element, T::kQueries>::template from_registers<false>(
+        sums, a[step], b.along_columns(0, step * 16), step > 0);
+  wgmma_commit();
+}
+
+// The same for 64 rows in shared memory.
 template <class T>
 MLS_DEVICE void issue_transposed(float (&sums)[T::kQueries / 8][4], const typename T::KeyTile& a,
                                  int first_row, const typename T::QueryTile& b) {
@@ -72,11 +98,17 @@ struct HopperBackwardConsumer {
   float softmax_scale;
 
   MLS_DEVICE void issue_scores(HopperBackwardState<T>& state, int stage) const {
-    issue_transposed<T>(state.scores, shared.keys(), consumer * 64, shared.queries(stage));
+    if constexpr (T::kHoldsKeys)
+      issue_transposed<T>(state.scores, state.keys, shared.queries(stage));
+    else
+      issue_transposed<T>(state.scores, shared.keys(), consumer * 64, shared.queries(stage));
   }
 
   MLS_DEVICE void issue_probability_gradients(HopperBackwardState<T>& state, int stage) const {
-    issue_transposed<T>(state.grads, shared.values(), consumer * 64, shared.grads(stage));
+    if constexpr (T::kHoldsKeys)
+      issue_transposed<T>(state.grads, state.values, shared.grads(stage));
+    else
+      issue_transposed<T>(state.grads, shared.values(), consumer * 64, shared.grads(stage));
   }
 
   // S^T -> P^T
@@ -151,6 +183,10 @@ MLS_DEVICE void consume_queries(HopperBackwardState<T>& state, const HopperBackw
   auto& barriers = consumer.barriers;
   RingPosition<T::kStages> at;
   barrier_wait(&barriers.keys_full, 0);
+  if constexpr (T::kHoldsKeys) {
+    load_operands(state.keys, shared.keys(), consumer.warp_row);
+    load_operands(state.values, shared.values(), consumer.warp_row);
+  }
   for (int turn = 0;; turn ^= 1, at.advance()) {  // of the scores' two stages, and the parity of dQ's one
     barrier_wait(&barriers.queries_full[at.stage], at.parity);
     if (!any_lane(shared.rows(at.stage).any)) return;
