@@ -34,9 +34,10 @@ class CudaKernel:
     then copied) and never waits for the GPU, so that it can be captured in a CUDA graph.
 
     Args:
-        deterministic: compute dq without atomic additions, so that gradients repeat bit for bit, at 7 matrix
-            products a tile in place of 5. None: as ``torch.are_deterministic_algorithms_enabled()`` says at the
-            time of the call. Forward, dk and dv are always repeatable.
+        deterministic: compute gradients without atomic additions, so that they repeat bit for bit, at 7 matrix
+            products per tile in place of 5. None: as ``torch.are_deterministic_algorithms_enabled()`` says at the
+            time of the call. Otherwise dq is summed in no fixed order, and so are dk and dv where several blocks
+            share the query heads of one key/value head. Forward is always repeatable.
     """
 
     spec = KERNELS["cuda"]
