@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import torch
@@ -16,26 +17,26 @@ from megatron_lightseq.kernels.specs import KERNELS
 __all__ = ["HEAD_DIMS", "CudaKernel", "cannot_run", "missing_cuda", "runs_on"]
 
 SMALL_HEAD_DIM = 64
-"""The kernels for this head dim also fit 8.6, 8.9 and 12.x, whose multiprocessors have 100 KiB of shared memory."""
+"""The kernels of this head dim run on 8.6, 8.9 and 12.x too, whose multiprocessors have 100 KiB of shared memory."""
 SHARED_MEMORY = 164 << 10
-"""Bytes of shared memory per multiprocessor that larger head dims need: what compute capability 8.0 has."""
+"""Bytes a multiprocessor that the others were made for: what 8.0 has."""
 INPUT_ALIGNMENT = 16
-"""Bytes per copy: inputs and their strides must be aligned to this."""
+"""Bytes: the kernels copy inputs in pieces of this size."""
 
 
 class CudaKernel:
-    """bfloat16 and float16 on compute capability 8.0 and later; skips masked tiles.
+    """bfloat16 and float16 on compute capability 8.0 and later; masked tiles are skipped, not computed.
 
-    Hopper (9.0) has specialised kernels. Later GPUs run the kernels for 8.0, which the driver compiles for them from
-    PTX at the first call and then caches.
+    Hopper (9.0) has kernels of its own. GPUs later than that run those of 8.0, which the driver compiles for them
+    from PTX at the first call and then caches.
 
-    Runs on the current stream of the tensors' device, allocates nothing (except copies of misaligned inputs) and
-    never synchronises with the GPU, so it can be captured in a CUDA graph.
+    Runs on the current stream of the tensors' device, allocates nothing (unless an input is misaligned, which is
+    then copied) and never waits for the GPU, so that it can be captured in a CUDA graph.
 
     Args:
-        deterministic: compute dq without atomic additions, so that gradients are bit for bit reproducible, at 7
-            instead of 5 matrix products per tile. None: the value of
-            ``torch.are_deterministic_algorithms_enabled()`` at each call. Forward, dk and dv are always reproducible.
+        deterministic: compute dq without atomic additions, so that gradients repeat bit for bit, at 7 matrix
+            products a tile in place of 5. None: as ``torch.are_deterministic_algorithms_enabled()`` says at the
+            time of the call. Forward, dk and dv are always repeatable.
     """
 
     spec = KERNELS["cuda"]
@@ -65,7 +66,7 @@ class CudaKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
-        """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
+        """Merge one tile into ``(out, lse)`` in place. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
@@ -87,6 +88,7 @@ class CudaKernel:
                 accumulate,
                 torch.cuda.current_stream().cuda_stream,
             )
+        _warn_of_fallback()
 
     def backward(
         self,
@@ -104,14 +106,14 @@ class CudaKernel:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
             RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
         """
         load_extension(self.name)
-        begin_gradients((dq, dk, dv), accumulate=accumulate)  # the compiled kernels always accumulate
+        begin_gradients((dq, dk, dv), accumulate=accumulate)  # the compiled kernels only add
         wanted = self.deterministic
         with torch.cuda.device(q.device):
             torch.ops.mls.attention_backward(
@@ -132,23 +134,24 @@ class CudaKernel:
                 torch.cuda.current_stream().cuda_stream,
                 torch.are_deterministic_algorithms_enabled() if wanted is None else wanted,
             )
+        _warn_of_fallback()
 
 
 def missing_cuda() -> str | None:
-    """Why the compiled extension has no CUDA kernels, with the command that builds them; None if it has them."""
+    """Why the compiled kernels hold no CUDA part, with the command that builds it; None when they do."""
     missing = missing_extension()
     if missing is not None:
         return missing
     if load_extension().with_cuda:
         return None
     return (
-        "the compiled kernels were built without CUDA, because nvcc was not found or MLS_CUDA was 0 "
-        f"(install the CUDA toolkit and rebuild: MLS_CUDA=1 {BUILD_COMMAND})"
+        "the compiled kernels were built without CUDA, because nvcc was not found or not wanted "
+        f"(build them again with the CUDA toolkit installed: MLS_CUDA=1 {BUILD_COMMAND})"
     )
 
 
 class DeviceProperties(Protocol):
-    """The part of ``torch.cuda.get_device_properties`` that :func:`cannot_run` reads."""
+    """What is read of ``torch.cuda.get_device_properties``."""
 
     name: str
     major: int
@@ -157,29 +160,28 @@ class DeviceProperties(Protocol):
 
 
 def cannot_run(device: DeviceProperties, archs: str, head_dim: int) -> str | None:
-    """Why a build for ``archs`` (MLS_CUDA_ARCHS of setup.py) has no kernel for this GPU, or None."""
+    """Why a build for ``archs`` (setup.py's MLS_CUDA_ARCHS) has no kernel for a GPU, or None."""
     capability, name = (device.major, device.minor), f"{device.name} has {device.major}.{device.minor}"
     if capability < (8, 0):
         return f"it needs compute capability 8.0, {name}"
     if not any(runs_on(arch, capability) for arch in archs.split(";")):
         return (
             f"the compiled kernels were built for compute capabilities {archs}, {name} "
-            f"(rebuild them: MLS_CUDA_ARCHS='80+PTX;90a' {BUILD_COMMAND})"
+            f"(build them again: MLS_CUDA_ARCHS='80+PTX;90a' {BUILD_COMMAND})"
         )
     memory = device.shared_memory_per_multiprocessor
     if head_dim > SMALL_HEAD_DIM and memory < SHARED_MEMORY:
         return (
-            f"head dims above {SMALL_HEAD_DIM} need {SHARED_MEMORY >> 10} KiB of shared memory per multiprocessor, "
+            f"head dims above {SMALL_HEAD_DIM} need {SHARED_MEMORY >> 10} KiB of shared memory a multiprocessor, "
             f"{device.name} has {memory >> 10}"
         )
     return None
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for ``arch`` (one item of MLS_CUDA_ARCHS) runs on a compute capability.
+    """Whether code built for ``arch`` (a part of setup.py's MLS_CUDA_ARCHS) runs on a compute capability.
 
-    Native code also runs on later minor versions of the same major version, unless its name ends in ``a``; PTX runs
-    on all later versions.
+    Native code serves later minor versions of its major version; that of an ``a`` only its own; PTX all later ones.
     """
     number, ptx, _ = arch.partition("+PTX")
     built = divmod(int(number.rstrip("af")), 10)
@@ -188,10 +190,26 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return built <= capability and (bool(ptx) or built[0] == capability[0])
 
 
+def _warn_of_fallback() -> None:
+    """Warn, once per kernel, when Hopper's own kernel could not be started and a slower one ran in its place."""
+    if torch.compiler.is_compiling():
+        return
+    reason = load_extension("cuda").cuda_fallback()
+    if reason is not None:
+        warnings.warn(reason, RuntimeWarning, stacklevel=3)
+
+
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a contiguous copy if its address or strides are not aligned to INPUT_ALIGNMENT."""
+    """x, or a contiguous copy where its strides or its address do not suit the kernels' copies.
+
+    Dimensions that are expanded (stride 0) are copied too: CUDA does not document whether the tensor maps of Hopper's
+    kernels may have them.
+    """
     step = INPUT_ALIGNMENT // x.element_size()
-    strides_fit = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1])
+    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    strides_fit = x.stride(-1) == 1 and all(
+        stride % step == 0 and (stride != 0 or size == 1) for size, stride in outer
+    )
     if strides_fit and x.data_ptr() % INPUT_ALIGNMENT == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

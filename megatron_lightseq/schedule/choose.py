@@ -8,21 +8,20 @@ see the same shards, so one layout serves both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule.build import build, resolve_method
+from megatron_lightseq.schedule.build import solve
 from megatron_lightseq.schedule.heads import HeadCut
-from megatron_lightseq.schedule.ir import Direction, Payload
+from megatron_lightseq.schedule.ir import Direction
+from megatron_lightseq.schedule.method import Method
+from megatron_lightseq.schedule.methods import METHODS, SMALL_GROUP, default_layouts, resolve_method
 from megatron_lightseq.schedule.network import Device, Network, transfer_times
-from megatron_lightseq.schedule.place import mesh_rows
-from megatron_lightseq.schedule.simulate import Costs, Profile, TensorShape, simulate
+from megatron_lightseq.schedule.problem import Problem
+from megatron_lightseq.schedule.shape import TensorShape
+from megatron_lightseq.schedule.simulate import Costs, Profile, simulate
 
-CHOSEN_LAYOUTS = ("contiguous", "zigzag")
-"""Layouts considered where shards are not cut yet; stripes balance no better than zigzag, and lose locality."""
-SMALL_GROUP = 64
-"""Ranks up to which every candidate is simulated: a schedule over 256 takes seconds."""
 Message = tuple[int, int, int]  # source, destination, bytes
 
 
@@ -98,41 +97,42 @@ class Chooser:
     device: Device = field(default_factory=Device)
     overlap: bool = True
     """Whether transfers run beside kernels. An exchange of heads never does."""
-    _profiles: dict[tuple[str, str, Direction], Profile] = field(default_factory=dict)
+    _profiles: dict[tuple[Method, Problem], Profile] = field(default_factory=dict)
 
     def predict(
-        self, method: str, layout_name: str, direction: Direction, shape: TensorShape, network: Network
+        self,
+        method: str | Method,
+        layout_name: str,
+        direction: Direction,
+        shape: TensorShape,
+        network: Network,
     ) -> Prediction:
-        """What ``method`` takes on shards cut by ``layout_name``.
+        """How long ``method`` takes on shards cut by ``layout_name``.
 
         Raises:
             UnsupportedError: the method does not work on that layout.
         """
-        layout = SequenceLayout(layout_name, self.cp_size)
-        exchanged = resolve_method(method).ulysses_size(self.cp_size)
-        cut = HeadCut(shape.num_heads, shape.num_query_groups, exchanged)
-        share = replace(
-            shape,
-            num_heads=max(map(len, cut.heads)),
-            num_query_groups=max(map(len, cut.groups)),
-        )
+        found = resolve_method(method)
+        problem = self._problem(layout_name, direction, shape, network)
+        cut = HeadCut.of(shape, found.ulysses_size(self.cp_size))
+        share = cut.share_of(shape)
         played = simulate(
-            self._profile(method, layout, direction),
+            self._profile(found, problem),
             Costs(
                 seconds_per_pair=_seconds_per_pair(share, direction, self.device),
-                network=network.of_one_ring(exchanged),
+                network=network.of_one_ring(cut.size),
                 overlap=self.overlap,
             ),
             share,
         )
-        there, back = exchange_messages(layout, cut, shape, direction, self.seq_length)
+        there, back = exchange_messages(problem, cut)
         ready = [0.0] * self.cp_size
         around_s = sum(max(transfer_times(messages, ready, network)) for messages in (there, back))
         received = [0] * self.cp_size
         for _, dst, num_bytes in (*there, *back):
             received[dst] += num_bytes
         return Prediction(
-            method=method,
+            method=found.name,
             layout=layout_name,
             direction=direction,
             seconds=played.makespan_s + around_s,
@@ -141,20 +141,33 @@ class Chooser:
             exposed_s=played.exposed_s + around_s,
         )
 
-    def _profile(self, method: str, layout: SequenceLayout, direction: Direction) -> Profile:
-        key = (method, layout.name, direction)
-        if key not in self._profiles:
-            schedule = build(method, layout, mask=self.mask, direction=direction, seq_length=self.seq_length)
-            self._profiles[key] = Profile.of(schedule)
-        return self._profiles[key]
+    def _problem(
+        self, layout_name: str, direction: Direction, shape: TensorShape, network: Network
+    ) -> Problem:
+        return Problem(
+            layout=SequenceLayout(layout_name, self.cp_size),
+            mask=self.mask,
+            seq_length=self.seq_length,
+            direction=direction,
+            shape=shape,
+            network=network,
+        )
+
+    def _profile(self, method: Method, problem: Problem) -> Profile:
+        inner = method.inner_problem(problem)
+        if (method, inner) not in self._profiles:
+            self._profiles[method, inner] = Profile.of(solve(method, inner))
+        return self._profiles[method, inner]
 
     def rank(
-        self, shape: TensorShape, network: Network, layouts: Sequence[str] = CHOSEN_LAYOUTS
+        self, shape: TensorShape, network: Network, layouts: Sequence[str] | None = None
     ) -> list[Choice]:
-        """Every method on every one of ``layouts``, best first; and for each layout the best pair of methods."""
+        """Every method on every one of ``layouts`` (default: the methods' default layouts), best first; and for each
+        layout the best pair of methods.
+        """
         choices: list[Choice] = []
-        for layout in layouts:
-            if not self._fits(layout):
+        for layout in default_layouts() if layouts is None else layouts:
+            if not SequenceLayout(layout, self.cp_size).divides(self.seq_length):
                 continue
             forward, backward = (
                 self._predict_all(layout, direction, shape, network) for direction in Direction
@@ -173,7 +186,7 @@ class Chooser:
         """All candidates, those with few ranks to place tiles on first. A schedule over hundreds of ranks takes seconds
         to make: beyond SMALL_GROUP, stop when what has been found is as fast as the kernels alone would be.
         """
-        names = candidates(self.cp_size, shape, layout, network)
+        names = candidates(self._problem(layout, direction, shape, network))
         names.sort(key=lambda name: -resolve_method(name).ulysses_size(self.cp_size))
         whole = range(self.seq_length)
         pair_s = _seconds_per_pair(shape, direction, self.device)
@@ -185,70 +198,27 @@ class Chooser:
                 break
         return predictions
 
-    def _fits(self, layout: str) -> bool:
-        return self.seq_length % (self.cp_size * (2 if layout == "zigzag" else 1)) == 0
-
 
 def _preference(thing: Prediction | Choice) -> tuple[float, int]:
     """Less time; and where the model cannot tell times apart (three digits), fewer bytes."""
     return float(f"{thing.seconds:.3g}"), thing.bytes_received
 
 
-def candidates(cp_size: int, shape: TensorShape, layout: str, network: Network) -> list[str]:
-    """The methods worth a simulation on shards cut by ``layout``.
+def candidates(problem: Problem) -> list[str]:
+    """The names of the methods worth a simulation, in the order of ``METHODS``.
 
-    Left out, because another is never behind: the ring on shards that leave it unbalanced, rsa, a mesh of one column
-    (the ring again), and exchanges of heads among more ranks than there are heads. Among hundreds of ranks, also
-    exchanges that leave rings of more than SMALL_GROUP ranks, and meshes that neither move the least nor keep their
-    rows within nodes.
+    Each method says what of it is worth considering (:attr:`Method.auto_candidates`): left out is what another
+    candidate always equals or beats.
     """
-    names = {"contiguous": ["lightseq", "all_gather"], "zigzag": ["zigzag", "all_gather"]}.get(
-        layout, ["ring", "all_gather"]
-    )
-    if cp_size == 1:
-        return names
-    if layout != "contiguous":
-        names += _meshes(cp_size, shape, network)
-    names += [f"usp:{u}" for u in exchange_sizes(cp_size, shape.num_heads)]
-    return [*names, "ulysses"]
+    return [name for method in METHODS.values() for name in method.candidates(problem)]
 
 
-def exchange_sizes(cp_size: int, num_heads: int) -> list[int]:
-    """Sizes of the groups that usp may exchange heads within; 1 and ``cp_size`` are other methods."""
-    sizes = [u for u in range(2, min(cp_size - 1, num_heads) + 1) if cp_size % u == 0]
-    return [u for u in sizes if cp_size // u <= SMALL_GROUP]
-
-
-def _meshes(cp_size: int, shape: TensorShape, network: Network) -> list[str]:
-    if cp_size <= SMALL_GROUP:
-        rows = [rows for rows in range(1, cp_size + 1) if cp_size % rows == 0]
-    else:
-        rows = [_best_rows(cp_size, shape, direction) for direction in Direction]
-        if network.ranks_per_node and cp_size % network.ranks_per_node == 0:
-            rows.append(cp_size // network.ranks_per_node)
-    return [f"mesh:{a}x{cp_size // a}" for a in dict.fromkeys(rows) if a < cp_size]
-
-
-def _best_rows(cp_size: int, shape: TensorShape, direction: Direction) -> int:
-    inputs, results = (
-        ((Payload.Q, Payload.KV), (Payload.OUT, None))
-        if direction is Direction.FORWARD
-        else ((Payload.QDO, Payload.KV), (Payload.DQ, Payload.DKV))
-    )
-    row, column = (
-        shape.bytes_per_token(needed) + (shape.bytes_per_token(result) if result else 0)
-        for needed, result in zip(inputs, results, strict=True)
-    )
-    return mesh_rows(cp_size, row, column)
-
-
-def exchange_messages(
-    layout: SequenceLayout, cut: HeadCut, shape: TensorShape, direction: Direction, seq_length: int
-) -> tuple[list[Message], list[Message]]:
+def exchange_messages(problem: Problem, cut: HeadCut) -> tuple[list[Message], list[Message]]:
     """All that travels when heads are exchanged for tokens, and when they are exchanged back."""
-    tokens = seq_length // layout.cp_size * shape.batch
+    layout, shape = problem.layout, problem.shape
+    tokens = problem.seq_length // layout.cp_size * shape.batch
     dims, e = shape.head_dim + shape.value_dim, shape.element_bytes
-    if direction is Direction.FORWARD:
+    if problem.direction is Direction.FORWARD:
         head_there, head_back = shape.head_dim * e, shape.value_dim * e + 4
         group_back = 0
     else:
@@ -284,7 +254,7 @@ def rank_methods(
     mask: Mask | None = None,
     network: Network | None = None,
     device: Device | None = None,
-    layouts: Sequence[str] = CHOSEN_LAYOUTS,
+    layouts: Sequence[str] | None = None,
 ) -> list[Choice]:
     """Methods and pairs of methods with their predicted times, best first.
 
@@ -295,7 +265,8 @@ def rank_methods(
         mask: default causal.
         network: default NVLink within nodes of 8 and 100 Gbps between them.
         device: default an H100.
-        layouts: those to consider; where shards are cut already, theirs alone.
+        layouts: those to consider; default all that are some method's default. Where shards are already cut, give
+            their layout alone.
 
     Raises:
         LayoutError: no layout cuts ``seq_length`` over ``cp_size`` ranks.
@@ -303,7 +274,7 @@ def rank_methods(
     chooser = Chooser(cp_size, seq_length, mask or Mask.causal(), device or Device())
     choices = chooser.rank(shape, network or Network.parse("nvlink+100gbps"), layouts)
     if not choices:
-        SequenceLayout(layouts[0], cp_size).check_length(seq_length)
+        SequenceLayout((layouts or default_layouts())[0], cp_size).check_length(seq_length)
     return choices
 
 

@@ -6,48 +6,9 @@ become empty. Distances are counted in ranks: at *distance* t, rank r's queries 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from megatron_lightseq.errors import UnsupportedError, explain
-from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
-from megatron_lightseq.mask import Mask
+from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.schedule.ir import Placement, Tile
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A way to share attention among ranks: a placement, and the layouts it is right for.
-
-    Pass one as ``method=`` anywhere a name is accepted to use a placement of your own.
-    """
-
-    name: str
-    place: Callable[[SequenceLayout, Mask], Placement]
-    layouts: tuple[str, ...] = LAYOUT_NAMES
-    """Names of the layouts it accepts."""
-    splits: int = 1
-    """Adjacent chunks that each of a layout's pieces is addressed as; more than one allows finer tiles."""
-    ulysses_size: Callable[[int], int] = lambda cp_size: 1
-    """From P to u: ranks that exchange heads for tokens first (DeepSpeed-Ulysses, arXiv 2309.14509). Tiles are then
-    placed on the P / u ranks of a ring, each for its share of the heads."""
-    full_rows: bool = False
-    """Keep full rows of scores instead of merging partial softmaxes (Ring Self-Attention, arXiv 2105.13120)."""
-
-    def check_layout(self, layout: SequenceLayout) -> None:
-        """Raise :class:`UnsupportedError` unless this method computes from shards cut by ``layout``."""
-        if layout.name not in self.layouts:
-            raise UnsupportedError(
-                explain(
-                    got=f"method {self.name!r} on the {layout.name} layout",
-                    rule=f"{self.name} works on {' or '.join(self.layouts)} shards",
-                    remedy=f"Cut the sequence with layout={self.layouts[0]!r}, or choose method='ring'",
-                )
-            )
-
-    def inner_layout(self, layout: SequenceLayout) -> SequenceLayout:
-        """The layout on which tiles are placed: that of the ranks left after exchanging heads, finely addressed."""
-        return layout.merged(self.ulysses_size(layout.cp_size)).split(self.splits)
+from megatron_lightseq.schedule.problem import Problem
 
 
 def all_tiles(layout: SequenceLayout, q_rank: int, k_rank: int) -> list[Tile]:
@@ -67,28 +28,32 @@ def with_local_ends(layout: SequenceLayout, remote_steps: Placement) -> Placemen
     return [first, *remote_steps, last]
 
 
-def place_ring(layout: SequenceLayout, mask: Mask) -> Placement:
+def place_ring(problem: Problem) -> Placement:
     """Every rank computes its own queries against the keys of rank after rank (DistFlashAttn, Algorithm 1).
 
     Balanced if the layout is; on contiguous shards a causal mask leaves half of the ranks' time unused.
     """
-    size = layout.cp_size
+    layout, size = problem.layout, problem.layout.cp_size
     return with_local_ends(
         layout,
         [[all_tiles(layout, rank, (rank - t) % size) for rank in range(size)] for t in range(1, size)],
     )
 
 
-def place_lightseq(layout: SequenceLayout, mask: Mask) -> Placement:
+LIGHTSEQ_LAYOUTS = ("contiguous",)
+"""Layouts on which a rank's causal work grows with its number, as :func:`place_lightseq` assumes."""
+
+
+def place_lightseq(problem: Problem) -> Placement:
     """Ranks that have run out of keys compute for the ranks that have too many (DistFlashAttn, Algorithm 2).
 
     At distance t, rank r < t has no keys left that a causal mask allows; it takes over the queries of rank
     P + r - t, which meet its own keys. For even P the last distance P/2 has work for half of the ranks only:
     its queries are divided between owner and helper, so that the makespan is P/2 chunk tiles for every P.
     """
-    if not mask.is_causal:  # every rank has equal work: nothing to help with
-        return place_ring(layout, mask)
-    size = layout.cp_size
+    if not problem.mask.is_causal:  # every rank has equal work: nothing to help with
+        return place_ring(problem)
+    layout, size = problem.layout, problem.layout.cp_size
 
     def remote(rank: int, t: int) -> list[Tile]:
         if 2 * t == size:
@@ -104,13 +69,13 @@ def place_lightseq(layout: SequenceLayout, mask: Mask) -> Placement:
     return with_local_ends(layout, steps)
 
 
-def place_all_gather(layout: SequenceLayout, mask: Mask) -> Placement:
+def place_all_gather(problem: Problem) -> Placement:
     """Every rank receives all keys and values it may need at once, and computes its own queries against them.
 
     One transfer step, behind the local tiles, for any number of ranks: best where latency counts and memory for
     the whole sequence's keys is there (Llama 3's context parallelism, arXiv 2407.21783, 3.3.2).
     """
-    size = layout.cp_size
+    layout, size = problem.layout, problem.layout.cp_size
     remote = [
         [tile for k_rank in range(size) if k_rank != rank for tile in all_tiles(layout, rank, k_rank)]
         for rank in range(size)
@@ -128,7 +93,7 @@ def mesh_rows(size: int, row_cost: float = 3.0, column_cost: float = 2.0) -> int
     return min(shapes, key=lambda rows: row_cost * (size // rows - 1) + column_cost * (rows - 1))
 
 
-def place_mesh(layout: SequenceLayout, mask: Mask, rows: int | None = None) -> Placement:
+def place_mesh(problem: Problem, rows: int | None = None) -> Placement:
     """The P x P grid of rank pairs cut into P rectangles: a rank takes (queries of its row, keys of its column).
 
     Rank x b + y stands at (x, y) of an a x b mesh. It receives the queries of the b ranks of its row and the keys
@@ -138,7 +103,7 @@ def place_mesh(layout: SequenceLayout, mask: Mask, rows: int | None = None) -> P
     Keys stream in while the rank computes its own queries; from then on queries arrive, meet all keys of the
     column and leave, one rank's a step. A pair of its own is kept for the end, beside the last result on its way.
     """
-    size = layout.cp_size
+    layout, size = problem.layout, problem.layout.cp_size
     rows = rows or mesh_rows(size)
     columns = size // rows
 
@@ -156,55 +121,6 @@ def place_mesh(layout: SequenceLayout, mask: Mask, rows: int | None = None) -> P
     return [*own[:-1], *others, own[-1]]
 
 
-def mesh(rows: int, columns: int) -> Method:
-    """The ``mesh`` method on a process mesh of a shape of your own, for ``rows * columns`` ranks."""
-
-    def place(layout: SequenceLayout, mask: Mask) -> Placement:
-        if layout.cp_size != rows * columns:
-            raise UnsupportedError(
-                explain(
-                    got=f"a mesh of {rows} x {columns} for {layout.cp_size} ranks",
-                    rule="the mesh has one place for every rank",
-                    remedy="Choose factors of the number of ranks, or method='mesh'",
-                )
-            )
-        return place_mesh(layout, mask, rows)
-
-    return Method(f"mesh:{rows}x{columns}", place, layouts=_MESH_LAYOUTS)
-
-
-_MESH_LAYOUTS = ("zigzag", "striped", "contiguous")  # in order of balance
-
-
-def place_usp(layout: SequenceLayout, mask: Mask) -> Placement:
+def place_usp(problem: Problem) -> Placement:
     """What runs between the groups that exchange heads: lightseq on contiguous shards, the ring elsewhere."""
-    return (place_lightseq if layout.name == "contiguous" else place_ring)(layout, mask)
-
-
-def usp(ulysses_size: int | None = None) -> Method:
-    """Heads exchanged among ``ulysses_size`` ranks, lightseq or a ring between them (USP, arXiv 2405.07719).
-
-    Default: the largest divisor of the number of ranks up to its square root.
-    """
-
-    def nearly_square(cp_size: int) -> int:
-        return max(u for u in range(1, cp_size + 1) if cp_size % u == 0 and u * u <= cp_size)
-
-    if ulysses_size is None:
-        return Method("usp", place_usp, splits=2, ulysses_size=nearly_square)
-    return Method(f"usp:{ulysses_size}", place_usp, splits=2, ulysses_size=lambda cp_size: ulysses_size)
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("lightseq", place_lightseq, layouts=("contiguous",), splits=2),
-        Method("ring", place_ring),
-        Method("zigzag", place_ring, layouts=("zigzag",)),
-        Method("all_gather", place_all_gather),
-        Method("mesh", place_mesh, layouts=_MESH_LAYOUTS),
-        Method("ulysses", place_ring, ulysses_size=lambda cp_size: cp_size),
-        usp(),
-        Method("rsa", place_ring, full_rows=True),
-    )
-}
+    return (place_lightseq if problem.layout.name in LIGHTSEQ_LAYOUTS else place_ring)(problem)
