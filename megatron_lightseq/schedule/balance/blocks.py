@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import sub
 
 from megatron_lightseq.schedule.balance.rows import Row
 from megatron_lightseq.schedule.balance.solve import Assignment, Grant
@@ -121,23 +122,23 @@ def _continues(last: Grant, grant: Grant, assignment: Assignment) -> bool:
 
 def _by_key_piece(rows: Sequence[Row], start: int, stop: int, length: int) -> Iterator[Block]:
     """The rows against the keys of ``[start, stop)``, cut where the keys change their owner, and to what rows see."""
+    counted = [row.before(start) for row in rows]
     for piece in range(start // length, -(-stop // length)):
         a, b = max(start, piece * length), min(stop, (piece + 1) * length)
-        run: list[Row] = []
-        areas: list[int] = []
-        for row in rows:
-            pairs = row.pairs(a, b)
-            if pairs:
-                run.append(row)
-                areas.append(pairs)
-            elif run:
-                yield _block(run, areas, a, b)
-                run, areas = [], []
-        if run:
-            yield _block(run, areas, a, b)
+        count = [row.before(b) for row in rows]
+        first = 0
+        while first < len(rows):
+            last = first
+            while last < len(rows) and count[last] > counted[last]:
+                last += 1
+            if last > first:
+                areas = tuple(map(sub, count[first:last], counted[first:last]))
+                yield _block(rows[first:last], areas, a, b)
+            first = last + 1
+        counted = count
 
 
-def _block(rows: Sequence[Row], areas: Sequence[int], start: int, stop: int) -> Block:
-    a = max(start, min(row.edges[0] for row in rows))
-    b = min(stop, max(row.last_key for row in rows))
-    return Block((rows[0].start, *(row.stop for row in rows)), tuple(areas), a, b)
+def _block(rows: Sequence[Row], areas: tuple[int, ...], start: int, stop: int) -> Block:
+    a = max(start, min([row.edges[0] for row in rows]))
+    b = min(stop, max([row.edges[-1] for row in rows]))
+    return Block((rows[0].start, *[row.stop for row in rows]), areas, a, b)
