@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megatron_lightseq.kernels.adapters import begin_gradients
 from megatron_lightseq.kernels.extension import BUILD_COMMAND, load_extension, missing_extension
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.registry import TileMask, refusal_of
+from megatron_lightseq.kernels.specs import CUDA_HEAD_DIMS as HEAD_DIMS
+from megatron_lightseq.kernels.specs import KERNELS
 
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
-"""(D, Dv) of the kernels that exist."""
+__all__ = ["HEAD_DIMS", "CudaKernel", "cannot_run", "missing_cuda", "runs_on"]
+
 SMALL_HEAD_DIM = 64
 """The kernels of this head dim run on 8.6, 8.9 and 12.x too, whose multiprocessors have 100 KiB of shared memory."""
 SHARED_MEMORY = 164 << 10
@@ -37,7 +38,8 @@ class CudaKernel:
             time of the call. Forward, dk and dv are always repeatable.
     """
 
-    name = "cuda"
+    spec = KERNELS["cuda"]
+    name = spec.name
     rounds_results = False
 
     def __init__(self, deterministic: bool | None = None) -> None:
@@ -45,16 +47,9 @@ class CudaKernel:
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot take these inputs, or None."""
-        if any(x.device != q.device or x.device.type != "cuda" for x in (q, k, v)):
-            return "it takes tensors on one CUDA device only"
-        if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-            return "it takes bfloat16 or float16, the same for q, k and v"
-        if (q.shape[-1], v.shape[-1]) not in HEAD_DIMS:
-            dims = ", ".join(str(d) if d == dv else f"{d}:{dv}" for d, dv in HEAD_DIMS)
-            return f"it takes head dims {dims}, not {q.shape[-1]}:{v.shape[-1]}"
-        missing = missing_cuda()
-        if missing is not None:
-            return missing
+        reason = refusal_of(self.spec, q, k, v) or missing_cuda()
+        if reason is not None:
+            return reason
         properties = torch.cuda.get_device_properties(q.device)
         return cannot_run(properties, str(load_extension(self.name).cuda_archs), q.shape[-1])
 

@@ -82,7 +82,8 @@ def test_buffers_of_shapes_long_unused_are_given_up() -> None:
 def test_auto_warns_before_a_long_sequence_meets_the_reference() -> None:
     q = torch.empty(LONG_FOR_REFERENCE, 1, 1, 2, dtype=torch.float64)
     with pytest.warns(
-        UserWarning, match=r"only the reference left for 4096 tokens of torch.float64 on cpu.*cpu: "
+        UserWarning,
+        match=r"falls back to the reference kernel for 4096 tokens of torch.float64 on cpu.*cpu: ",
     ):
         assert resolve_kernel("auto", q, q, q).name == "reference"
     with warnings.catch_warnings():

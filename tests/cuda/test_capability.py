@@ -81,4 +81,4 @@ def test_the_build_refuses_what_is_no_architecture(archs: str) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "is no compute capability from 80 on. Write for example 80+PTX;90a" in done.stderr
+    assert "is not a compute capability of 80 or later. Write, for example, 80+PTX;90a" in done.stderr
