@@ -9,6 +9,8 @@ import pytest
 
 from megatron_lightseq.errors import ConfigError
 from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule.balance import plan
+from megatron_lightseq.schedule.balance.plan import BalanceOptions, plan_blocks, plan_in_python
 from megatron_lightseq.schedule.balance.rows import row_borders, rows_of
 from megatron_lightseq.schedule.balance.solve import Assignment, Prices, quantum_of, solve
 from megatron_lightseq.schedule.balance.steps import Steps, stage
@@ -186,6 +188,35 @@ def test_cuts_are_multiples_of_the_kernels_blocks() -> None:
         for blocks in row:
             for block in blocks:
                 assert not any(x % 64 for x in (block.q_start, block.q_stop, block.k_start, block.k_stop))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_both_solvers_make_the_same_plan(seed: int) -> None:
+    pytest.importorskip("megatron_lightseq._plan")
+    rng = random.Random(seed)
+    num_pieces, length = rng.choice([1, 2, 3, 4, 5, 8, 16]), rng.choice([16, 100, 1009, 8192])
+    seq_length = num_pieces * length
+    if length == 8192:
+        mask = Mask.documents(draw(rng.choice(tuple(DISTRIBUTIONS)), seq_length, seed))
+    else:
+        mask = random_mask(rng, seq_length)
+    options = BalanceOptions(
+        prices=Prices(
+            query=rng.choice([2.0, 2.03]), key=rng.choice([0.0, 0.25, 2.0]), far=rng.choice([1.0, 4.0])
+        ),
+        nodes=tuple(p // rng.choice([2, 4]) for p in range(num_pieces)),
+        grain=rng.choice([3, 8, 16]),
+        num_steps=rng.choice([3, 8, 10]),
+        target=rng.choice([1.0, 1.25]),
+    )
+    assert plan_blocks(mask, seq_length, options) == plan_in_python(mask, seq_length, options)
+
+
+def test_without_the_extension_plans_are_made_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = BalanceOptions(prices=CHEAP_KEYS, nodes=(0, 0))
+    expected = plan_blocks(Mask.causal(), 512, options)
+    monkeypatch.setattr(plan, "_native", lambda: None)
+    assert plan_blocks(Mask.causal(), 512, options) == expected
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
