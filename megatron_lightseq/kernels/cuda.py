@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import torch
@@ -87,6 +88,7 @@ class CudaKernel:
                 accumulate,
                 torch.cuda.current_stream().cuda_stream,
             )
+        _warn_of_fallback()
 
     def backward(
         self,
@@ -132,6 +134,7 @@ class CudaKernel:
                 torch.cuda.current_stream().cuda_stream,
                 torch.are_deterministic_algorithms_enabled() if wanted is None else wanted,
             )
+        _warn_of_fallback()
 
 
 def missing_cuda() -> str | None:
@@ -187,10 +190,26 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return built <= capability and (bool(ptx) or built[0] == capability[0])
 
 
+def _warn_of_fallback() -> None:
+    """Warn, once per kernel, when Hopper's own kernel could not be started and a slower one ran in its place."""
+    if torch.compiler.is_compiling():
+        return
+    reason = load_extension("cuda").cuda_fallback()
+    if reason is not None:
+        warnings.warn(reason, RuntimeWarning, stacklevel=3)
+
+
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a contiguous copy where the kernels could not read it in whole pieces."""
+    """x, or a contiguous copy where its strides or its address do not suit the kernels' copies.
+
+    Dimensions that are expanded (stride 0) are copied too: CUDA does not document whether the tensor maps of Hopper's
+    kernels may have them.
+    """
     step = INPUT_ALIGNMENT // x.element_size()
-    strides_fit = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1])
+    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    strides_fit = x.stride(-1) == 1 and all(
+        stride % step == 0 and (stride != 0 or size == 1) for size, stride in outer
+    )
     if strides_fit and x.data_ptr() % INPUT_ALIGNMENT == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -223,7 +223,7 @@ def test_hopper_gradients_use_its_tensor_cores(compiled: dict[tuple[str, str], C
 
 
 def exponentials_of_a_tile(name: str) -> int:
-    """Per thread of a consumer warpgroup: it exponentiates 64 rows by the tile's keys, or by its queries in backward."""
+    """Per thread of a consumer warpgroup, which has 64 rows: half of the tile's other side."""
     if "forward" in name:
         return int(re.findall(r"Li(\d+)E", name)[-1]) // 2
     return 128 // 2 if "backward_dq" in name else 64 // 2
