@@ -27,13 +27,21 @@ struct Row {
   int64_t length() const { return stop - start; }
 };
 
+// Tokens that all cuts are multiples of: the largest divisor of the piece up to 64, and less on short pieces.
+inline int64_t quantum_of(int64_t piece_length) {
+  int64_t quantum = std::max<int64_t>(1, std::min<int64_t>(64, piece_length / 64));
+  while (piece_length % quantum) --quantum;
+  return quantum;
+}
+
 // Where rows begin and end: every one of `num_pieces` equal pieces of the sequence cut into `grain` rows.
 inline std::vector<int64_t> row_borders(int64_t seq_length, int64_t num_pieces, int64_t grain) {
-  const int64_t length = seq_length / num_pieces;
+  const int64_t length = seq_length / num_pieces, quantum = quantum_of(length);
   std::vector<int64_t> borders;
   borders.reserve(num_pieces * grain + 1);
   for (int64_t piece = 0; piece < num_pieces; ++piece)
-    for (int64_t row = 0; row < grain; ++row) borders.push_back(piece * length + row * length / grain);
+    for (int64_t row = 0; row < grain; ++row)
+      borders.push_back(piece * length + row * (length / quantum) / grain * quantum);
   borders.push_back(seq_length);
   return borders;
 }

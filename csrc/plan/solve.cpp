@@ -152,21 +152,21 @@ class Solver {
     for (const int64_t number : numbers) density += rows_[number].density;
     const double ideal = key != 0 ? std::sqrt(query * want / key) : static_cast<double>(room);
     const int64_t there = room - missing(helper, begin, begin + room);
-    int64_t widths[3], num_widths = 0;
+    int64_t stops[3], num_stops = 0;
     for (const double wished : {static_cast<double>(there), ideal, static_cast<double>(room)}) {
       const double least = std::max({wished, want / density, static_cast<double>(quantum_)});
-      const int64_t width = whole(std::min(static_cast<double>(room), least));
-      if (std::find(widths, widths + num_widths, width) != widths + num_widths) continue;
-      widths[num_widths++] = width;
+      const int64_t stop = aligned(begin + std::min(static_cast<double>(room), least));
+      if (stop <= begin || std::find(stops, stops + num_stops, stop) != stops + num_stops) continue;
+      stops[num_stops++] = stop;
       int64_t moved = 0, tokens = 0;
-      const size_t count =
-          last_rows(numbers, want, moved, tokens, [&](const Row& row) { return row.density * width; });
-      double cost = query * tokens + key * missing(helper, begin, begin + width);
+      const size_t count = last_rows(numbers, want, moved, tokens,
+                                     [&](const Row& row) { return row.density * (stop - begin); });
+      double cost = query * tokens + key * missing(helper, begin, stop);
       if (count == numbers.size()) {
         const int64_t own = rows_[donor * plan_.grain].start;
-        cost -= key * std::max<int64_t>(0, std::min(begin + width, own) - begin);
+        cost -= key * std::max<int64_t>(0, std::min(stop, own) - begin);
       }
-      consider(cost / std::min(static_cast<double>(moved), want), count, begin + width);
+      consider(cost / std::min(static_cast<double>(moved), want), count, stop);
     }
   }
 
@@ -211,12 +211,12 @@ class Solver {
   int64_t move_prefix(int64_t helper, int64_t number, int64_t stop, double room) {
     Row& row = rows_[number];
     const int64_t first = row.first_key();
-    int64_t width = stop - first;
-    if (row.density && static_cast<double>(width) > room / row.density) width = whole(room / row.density);
-    const int64_t pairs = width > 0 ? row.pairs(first, first + width) : 0;
+    if (row.density && static_cast<double>(stop - first) > room / row.density)
+      stop = aligned(first + room / row.density);
+    const int64_t pairs = row.pairs(first, stop);
     if (!pairs) return 0;
-    grant(helper, number, first, first + width);
-    row.taken = first + width;
+    grant(helper, number, first, stop);
+    row.taken = stop;
     return pairs;
   }
 
@@ -225,7 +225,7 @@ class Solver {
     present_[helper].push_back({start, stop});
   }
 
-  int64_t whole(double tokens) const { return static_cast<int64_t>(tokens) / quantum_ * quantum_; }
+  int64_t aligned(double position) const { return static_cast<int64_t>(position) / quantum_ * quantum_; }
 
   Assignment& plan_;
   std::vector<Row>& rows_;

@@ -26,11 +26,6 @@ struct Assignment {
   int64_t piece_length() const { return rows.back().stop / static_cast<int64_t>(loads.size()); }
 };
 
-// Tokens that cuts within a piece are multiples of: the kernels' blocks, less on short pieces.
-inline int64_t quantum_of(int64_t piece_length) {
-  return std::max<int64_t>(1, std::min<int64_t>(64, piece_length / 64));
-}
-
 Assignment solve(std::vector<Row> rows, int64_t grain, const Prices& prices, std::vector<int64_t> nodes,
                  double target, double tolerance);
 

@@ -14,6 +14,9 @@ namespace {
 // to what rows see.
 void by_key_piece(const Row* first, size_t count, int64_t start, int64_t stop, int64_t length,
                   std::vector<Block>& out) {
+  const int64_t quantum = quantum_of(length);
+  start = start / quantum * quantum;
+  stop = (stop + quantum - 1) / quantum * quantum;
   for (int64_t piece = start / length; piece < (stop + length - 1) / length; ++piece) {
     const int64_t a = std::max(start, piece * length), b = std::min(stop, (piece + 1) * length);
     for (size_t i = 0; i < count;) {
@@ -30,8 +33,8 @@ void by_key_piece(const Row* first, size_t count, int64_t start, int64_t stop, i
         ++i;
         continue;
       }
-      block.k_start = std::max(a, block.k_start);
-      block.k_stop = std::min(b, block.k_stop);
+      block.k_start = std::max(a, block.k_start / quantum * quantum);
+      block.k_stop = std::min(b, (block.k_stop + quantum - 1) / quantum * quantum);
       out.push_back(std::move(block));
     }
   }

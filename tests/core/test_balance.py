@@ -11,8 +11,8 @@ from megatron_lightseq.errors import ConfigError
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.balance import plan
 from megatron_lightseq.schedule.balance.plan import BalanceOptions, plan_blocks, plan_in_python
-from megatron_lightseq.schedule.balance.rows import row_borders, rows_of
-from megatron_lightseq.schedule.balance.solve import Assignment, Prices, quantum_of, solve
+from megatron_lightseq.schedule.balance.rows import quantum_of, row_borders, rows_of
+from megatron_lightseq.schedule.balance.solve import Assignment, Prices, solve
 from megatron_lightseq.schedule.balance.steps import Steps, stage
 from megatron_lightseq.tools.lengths import DISTRIBUTIONS, PACKED, draw
 
@@ -78,7 +78,7 @@ def test_every_pair_is_computed_once(seed: int) -> None:
         mask,
         seq_length,
         num_pieces,
-        grain=rng.choice([1, 3, 4, 5]),
+        grain=rng.choice([1, 3, 4, 5, 16]),
         prices=rng.choice([CHEAP_KEYS, DEAR_KEYS]),
         per_node=rng.choice([2, 8]),
     )
@@ -183,8 +183,13 @@ def test_work_is_sought_in_the_own_node_first() -> None:
 def test_cuts_are_multiples_of_the_kernels_blocks() -> None:
     assert quantum_of(8192) == 64
     assert quantum_of(640) == 10
+    assert quantum_of(1000) == 10
+    assert quantum_of(8209) == 1  # a prime number
     assert quantum_of(8) == 1
-    for row in stage(solved(Mask.causal(), 8 * 8192, 8), num_steps=8):
+    borders = row_borders(2 * 1000, 2, 16)
+    assert not any(border % 10 for border in borders)
+    mask = Mask.documents(draw("bimodal", 8 * 8192, 1))
+    for row in stage(solved(mask, 8 * 8192, 8), num_steps=8):
         for blocks in row:
             for block in blocks:
                 assert not any(x % 64 for x in (block.q_start, block.q_stop, block.k_start, block.k_stop))

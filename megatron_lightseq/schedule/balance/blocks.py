@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import sub
 
-from megatron_lightseq.schedule.balance.rows import Row
+from megatron_lightseq.schedule.balance.rows import Row, quantum_of
 from megatron_lightseq.schedule.balance.solve import Assignment, Grant
 
 
@@ -122,6 +122,8 @@ def _continues(last: Grant, grant: Grant, assignment: Assignment) -> bool:
 
 def _by_key_piece(rows: Sequence[Row], start: int, stop: int, length: int) -> Iterator[Block]:
     """The rows against the keys of ``[start, stop)``, cut where the keys change their owner, and to what rows see."""
+    quantum = quantum_of(length)
+    start, stop = start // quantum * quantum, -(-stop // quantum) * quantum
     counted = [row.before(start) for row in rows]
     for piece in range(start // length, -(-stop // length)):
         a, b = max(start, piece * length), min(stop, (piece + 1) * length)
@@ -133,12 +135,12 @@ def _by_key_piece(rows: Sequence[Row], start: int, stop: int, length: int) -> It
                 last += 1
             if last > first:
                 areas = tuple(map(sub, count[first:last], counted[first:last]))
-                yield _block(rows[first:last], areas, a, b)
+                yield _block(rows[first:last], areas, a, b, quantum)
             first = last + 1
         counted = count
 
 
-def _block(rows: Sequence[Row], areas: tuple[int, ...], start: int, stop: int) -> Block:
-    a = max(start, min([row.edges[0] for row in rows]))
-    b = min(stop, max([row.edges[-1] for row in rows]))
+def _block(rows: Sequence[Row], areas: tuple[int, ...], start: int, stop: int, quantum: int) -> Block:
+    first, last = min([row.edges[0] for row in rows]), max([row.edges[-1] for row in rows])
+    a, b = max(start, first // quantum * quantum), min(stop, -(-last // quantum) * quantum)
     return Block((rows[0].start, *[row.stop for row in rows]), areas, a, b)

@@ -66,11 +66,25 @@ class Row:
         return 0 if self.given else self.sums[-1] - (self.before(self.taken) if self.taken else 0)
 
 
+_LONGEST_QUANTUM = 64
+"""Tokens of the kernels' blocks."""
+
+
+def quantum_of(piece_length: int) -> int:
+    """Tokens that all cuts are multiples of: the largest divisor of the piece up to 64, and less on short pieces."""
+    longest = max(1, min(_LONGEST_QUANTUM, piece_length // _LONGEST_QUANTUM))
+    return next(quantum for quantum in range(longest, 0, -1) if piece_length % quantum == 0)
+
+
 def row_borders(seq_length: int, num_pieces: int, grain: int) -> list[int]:
-    """Where rows begin and end: every one of ``num_pieces`` equal pieces of the sequence cut into ``grain`` rows."""
+    """Where rows begin and end: every one of ``num_pieces`` equal pieces of the sequence cut into ``grain`` rows.
+
+    A row is empty where a piece has fewer quanta than rows.
+    """
     length = seq_length // num_pieces
-    borders = [piece * length + row * length // grain for piece in range(num_pieces) for row in range(grain)]
-    return [*borders, seq_length]
+    quantum = quantum_of(length)
+    steps = [row * (length // quantum) // grain * quantum for row in range(grain)]
+    return [*(piece * length + step for piece in range(num_pieces) for step in steps), seq_length]
 
 
 def rows_of(mask: Mask, borders: Sequence[int]) -> list[Row]:

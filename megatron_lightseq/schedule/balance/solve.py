@@ -20,12 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
-from megatron_lightseq.schedule.balance.rows import Row
+from megatron_lightseq.schedule.balance.rows import Row, quantum_of
 
 DONORS_LOOKED_AT = 12
 """Donors that a helper weighs: those with the most surplus, and all of its own node. Bounds the time for many ranks."""
-_QUANTUM = 64
-"""Tokens that ranges of keys are multiples of, on long shards: the kernels' blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,12 +186,11 @@ class _Solver:
         density = sum(row.density for row in rows)
         ideal = sqrt(query * want / key) if key else float(room)
         there = room - self._missing(helper, begin, begin + room)
-        widths = [
-            self._whole(min(room, max(width, want / density, self.quantum))) for width in (there, ideal, room)
-        ]
-        for i, width in enumerate(widths):
-            if width not in widths[:i]:
-                offers.append(self._key_prefix(numbers, donor, helper, begin, width, want, query, key))
+        wished = [max(width, want / density, self.quantum) for width in (there, ideal, room)]
+        stops = [self._aligned(begin + min(room, width)) for width in wished]
+        for i, stop in enumerate(stops):
+            if stop > begin and stop not in stops[:i]:
+                offers.append(self._key_prefix(numbers, donor, helper, begin, stop, want, query, key))
         return offers
 
     def _last_rows(
@@ -218,7 +215,7 @@ class _Solver:
         donor: int,
         helper: int,
         begin: int,
-        width: int,
+        stop: int,
         want: float,
         query: float,
         key: float,
@@ -226,16 +223,16 @@ class _Solver:
         moved = tokens = count = 0
         for number in reversed(numbers):
             row = self.rows[number]
-            moved += row.density * width
+            moved += row.density * (stop - begin)
             tokens += row.stop - row.start
             count += 1
             if moved >= want:
                 break
-        cost = query * tokens + key * self._missing(helper, begin, begin + width)
+        cost = query * tokens + key * self._missing(helper, begin, stop)
         if count == len(numbers):  # the donor need not receive these keys
             own = self.rows[donor * self.grain].start
-            cost -= key * max(0, min(begin + width, own) - begin)
-        return _Offer(cost / min(float(moved), want), numbers[len(numbers) - count :], begin + width)
+            cost -= key * max(0, min(stop, own) - begin)
+        return _Offer(cost / min(float(moved), want), numbers[len(numbers) - count :], stop)
 
     def _missing(self, piece: int, start: int, stop: int) -> int:
         """About how many keys in ``[start, stop)`` a piece's rank neither has nor will receive (ranges may overlap)."""
@@ -268,27 +265,21 @@ class _Solver:
     def _move_prefix(self, helper: int, number: int, stop: int, room: float) -> int:
         row = self.rows[number]
         first = row.first_key
-        width = stop - first
-        if row.density and width > room / row.density:
-            width = self._whole(room / row.density)
-        pairs = row.pairs(first, first + width) if width > 0 else 0
+        if row.density and stop - first > room / row.density:
+            stop = self._aligned(first + room / row.density)
+        pairs = row.pairs(first, stop)
         if not pairs:
             return 0
-        self._grant(helper, number, first, first + width)
-        row.taken = first + width
+        self._grant(helper, number, first, stop)
+        row.taken = stop
         return pairs
 
-    def _whole(self, tokens: float) -> int:
-        return int(tokens) // self.quantum * self.quantum
+    def _aligned(self, position: float) -> int:
+        return int(position) // self.quantum * self.quantum
 
     def _grant(self, helper: int, number: int, start: int, stop: int) -> None:
         self.grants.append(Grant(helper, number, start, stop))
         self.present[helper].append((start, stop))
-
-
-def quantum_of(piece_length: int) -> int:
-    """Tokens that cuts within a piece are multiples of: the kernels' blocks, less on short pieces."""
-    return max(1, min(_QUANTUM, piece_length // _QUANTUM))
 
 
 def solve(

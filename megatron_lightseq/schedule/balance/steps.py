@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_lightseq.schedule.balance.blocks import Block, blocks_of
-from megatron_lightseq.schedule.balance.solve import Assignment, quantum_of
+from megatron_lightseq.schedule.balance.rows import quantum_of
+from megatron_lightseq.schedule.balance.solve import Assignment
 
 Steps = list[list[list[Block]]]
 """Blocks by step and piece."""
