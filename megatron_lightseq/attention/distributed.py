@@ -224,9 +224,18 @@ class DistAttention:
 
     def _make_plan(self, inputs: Inputs, kernel: Kernel) -> Plan:
         seq_length = inputs.q_shape[0] * self.layout.cp_size
-        methods = self._methods(inputs, seq_length)
+        shape = inputs.shape
+        methods = self._methods(shape, seq_length)
         schedules = {
-            direction: build(method, self.layout, mask=self.mask, direction=direction, seq_length=seq_length)
+            direction: build(
+                method,
+                self.layout,
+                mask=self.mask,
+                direction=direction,
+                seq_length=seq_length,
+                shape=shape,
+                network=self.network,
+            )
             for direction, method in methods.items()
         }
         exchanges = [method.ulysses_size(self.layout.cp_size) for method in methods.values()]
@@ -238,18 +247,10 @@ class DistAttention:
         }
         return Plan(runs[Direction.FORWARD], runs[Direction.BACKWARD], self.stats)
 
-    def _methods(self, inputs: Inputs, seq_length: int) -> dict[Direction, Method]:
+    def _methods(self, shape: TensorShape, seq_length: int) -> dict[Direction, Method]:
         """The method of each direction: the one given, or with ``auto`` the two predicted to be the fastest."""
         if self.method is not None:
             return dict.fromkeys(Direction, self.method)
-        shape = TensorShape(
-            batch=inputs.q_shape[1],
-            num_heads=inputs.q_shape[2],
-            num_query_groups=inputs.k_shape[2],
-            head_dim=inputs.q_shape[3],
-            v_head_dim=inputs.v_shape[3],
-            element_bytes=inputs.dtype.itemsize,
-        )
         best, *_ = rank_methods(
             self.layout.cp_size,
             shape,

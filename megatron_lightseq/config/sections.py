@@ -348,6 +348,8 @@ class DataConfig:
     """byte: 256 bytes and end-of-document; hf: a `tokenizers` JSON file; null: the text is token ids."""
     tokenizer_model: str | None = None
     """With hf: path of the `tokenizers` JSON file."""
+    eod_token: str | None = None
+    """With hf: name of the end-of-document token; null: the first well-known name in the file."""
     vocab_size: int | None = None
     """Vocabulary size before padding; null: the tokenizer's."""
     data_cache_path: str | None = None

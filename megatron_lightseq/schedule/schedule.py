@@ -6,13 +6,13 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from types import MappingProxyType
+from functools import cached_property
 
 from megatron_lightseq.errors import ScheduleError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.ir import Direction, Move, Payload, Step, Tile
+from megatron_lightseq.schedule.problem import work_of
 from megatron_lightseq.schedule.validate import find_fault
 
 _HEADER = re.compile(
@@ -99,25 +99,6 @@ class Schedule:
             seq_length=int(match["seq_length"]),
             steps=tuple(_parse_step(number, line) for number, line in enumerate(lines)),
         )
-
-
-@lru_cache(maxsize=8)
-def work_of(layout: SequenceLayout, mask: Mask, seq_length: int) -> Mapping[Tile, int]:
-    """Tiles with work and their areas, for ``seq_length`` tokens cut by ``layout`` under ``mask``; read-only."""
-    positions = [layout.chunk_positions(chunk, seq_length) for chunk in range(layout.num_chunks)]
-    # Without documents a tile's area depends on the distance of its queries and keys and on their lengths only.
-    areas: dict[tuple[int, int, int], int] = {}
-    work: dict[Tile, int] = {}
-    for q, queries in enumerate(positions):
-        q_start, q_length = queries.start, len(queries)
-        for k, keys in enumerate(positions):
-            like = (keys.start - q_start, q_length, len(keys))
-            area = None if mask.cu_seqlens else areas.get(like)
-            if area is None:
-                area = areas[like] = mask.area(queries, keys)
-            if area:
-                work[Tile(q, k)] = area
-    return MappingProxyType(work)
 
 
 def _parse_step(number: int, line: str) -> Step:

@@ -15,7 +15,7 @@ from megatron_lightseq.kernels.reference import ReferenceKernel
 from megatron_lightseq.kernels.registry import Kernel
 from megatron_lightseq.layout import LAYOUTS, SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import Method, Network, Tile
+from megatron_lightseq.schedule import Method, Network, Placement, Problem, Tile
 from megatron_lightseq.schedule.place import place_ring
 from megatron_lightseq.transport import run_loopback
 from megatron_lightseq.transport.group import Group
@@ -258,8 +258,9 @@ def test_softmax_scale_is_used() -> None:
 def test_a_placement_of_the_users_own_runs() -> None:
     """Whoever owns the keys computes: an owner-computes method in three lines."""
 
-    def place(layout: SequenceLayout, mask: Mask) -> list[list[list[Tile]]]:
-        return [[[Tile(q, k) for q in range(layout.num_chunks)] for k in range(layout.num_chunks)]]
+    def place(problem: Problem) -> Placement:
+        chunks = range(problem.layout.num_chunks)
+        return [[[Tile(q, k) for q in chunks] for k in chunks]]
 
     method, layout = Method("key_owner", place), SequenceLayout.contiguous(3)
     whole = oracle.inputs(3 * 6, (4, 2), (8, 8), torch.float64)
@@ -342,7 +343,10 @@ def test_exchanged_bytes_are_those_predicted(method: str, layout_name: str, head
     received = run_loopback(size, counted)
     exchanged = [0] * size
     for direction in Direction:
-        for messages in exchange_messages(layout, cut, shape, direction, seq_length):
+        problem = Problem(
+            layout=layout, mask=Mask.causal(), seq_length=seq_length, direction=direction, shape=shape
+        )
+        for messages in exchange_messages(problem, cut):
             for _, dst, num_bytes in messages:
                 exchanged[dst] += num_bytes
     if method == "ulysses":
@@ -484,4 +488,5 @@ def test_a_failing_rank_wakes_the_others() -> None:
 
 
 def test_ring_places_for_every_mask() -> None:
-    assert place_ring(SequenceLayout.contiguous(1), Mask.full()) == [[[Tile(0, 0)]]]
+    alone = Problem(layout=SequenceLayout.contiguous(1), mask=Mask.full(), seq_length=4)
+    assert place_ring(alone) == [[[Tile(0, 0)]]]

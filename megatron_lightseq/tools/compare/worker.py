@@ -21,7 +21,8 @@ from megatron_lightseq.tools.compare.sdpa import sdpa_layer_spec
 from megatron_lightseq.tools.compare.systems import SYSTEMS
 from megatron_lightseq.tools.compare.traffic import Traffic, watch_traffic
 from megatron_lightseq.tools.ranks import Seat
-from megatron_lightseq.training.data.sources import ReadCounts, find_stdlib_files, read_documents
+from megatron_lightseq.training.data.documents import ReadCounts, read_documents
+from megatron_lightseq.training.data.sources import find_stdlib_files
 from megatron_lightseq.training.reporting.memory import peak_resident_bytes
 from megatron_lightseq.training.setup import Training, build_training, initialize_parallel
 from megatron_lightseq.training.step import train_step
@@ -184,7 +185,7 @@ def _sequences(length: int) -> Iterator[torch.Tensor]:
     held = bytearray()
     while True:
         for document in read_documents(find_stdlib_files(), ReadCounts()):
-            held += document.encode()
+            held += document.text.encode()
             while len(held) >= length:
                 yield torch.frombuffer(held[:length], dtype=torch.uint8).long()
                 del held[:length]
