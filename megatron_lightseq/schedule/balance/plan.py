@@ -5,6 +5,7 @@ Both make the same plan, so ranks agree whichever they use.
 
 from __future__ import annotations
 
+import importlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +114,6 @@ def _without_empty_steps(blocks: list[PlannedBlock]) -> list[PlannedBlock]:
 
 def _native() -> ModuleType | None:
     try:
-        from megatron_lightseq import _plan
+        return importlib.import_module("megatron_lightseq._plan")
     except ImportError:
         return None
-    return _plan
