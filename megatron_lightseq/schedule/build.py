@@ -29,8 +29,8 @@ def build(
     """The schedule of one method in one direction: placed, routed and validated.
 
     Args:
-        method: a name that :func:`resolve_method` knows, or a :class:`Method`. If it exchanges heads among u ranks, the
-            schedule is that of one of the u rings of P / u ranks.
+        method: a name that :func:`resolve_method` knows, or a :class:`Method`. If it exchanges heads among u ranks,
+            the schedule is that of one of the u rings of P / u ranks.
         layout: how the sequence is cut over the ranks.
         mask: default causal.
         direction: ``forward`` or ``backward``.

@@ -1,8 +1,8 @@
-"""The vocabulary of schedules: tiles are computed, moves are sent, a step holds both.
+"""The vocabulary of schedules: tiles are computed, moves are sent, and a step holds both.
 
-A *tile* is one (query chunk, key chunk) block of the attention matrix. A *move* is one transfer; its two ends
-are the same record, so a send without its receive cannot be written. Moves of step t run beside the tiles of
-step t and have arrived when step t+1 begins.
+A *tile* is one (query chunk, key chunk) block of the attention matrix. A *move* is one transfer; both of its ends are
+in one record, so a send without its receive cannot be written. The moves of step t run concurrently with the tiles of
+step t and have arrived when step t + 1 begins.
 
 Standard library only, like everything in this package.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Direction(StrEnum):
-    """Which pass over the tiles a schedule describes."""
+    """The forward or the backward pass of attention."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -25,22 +25,22 @@ class Payload(StrEnum):
     """What a move carries."""
 
     Q = "q"
-    """Forward input: queries, from their owner to a helper."""
+    """Forward input: queries, sent by their owner to the rank that computes."""
     KV = "kv"
-    """Input of both passes: keys and values, from their owner to whoever computes."""
+    """Input of both passes: keys and values, sent by their owner to the rank that computes."""
     OUT = "out"
-    """Forward result: a helper's partial (out, lse), to the owner of the queries, merged there."""
+    """Forward result: a partial (out, lse), sent to the owner of the queries and merged there."""
     QDO = "qdo"
-    """Backward input: (q, dout, lse, delta), from the queries' owner to a helper."""
+    """Backward input: (q, dout, lse, delta), sent by the queries' owner to the rank that computes."""
     DQ = "dq"
-    """Backward result: gradient of the queries, to their owner, added there."""
+    """Backward result: gradient of the queries, sent to their owner and added there."""
     DKV = "dkv"
-    """Backward result: gradient of keys and values, to their owner, added there."""
+    """Backward result: gradient of keys and values, sent to their owner and added there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dataflow:
-    """What a tile needs and leaves behind in one direction, on its query side and on its key side."""
+    """What a tile reads and what it produces in one direction, on its query side and on its key side."""
 
     q_input: Payload
     k_input: Payload
@@ -58,7 +58,7 @@ RESULTS = frozenset({Payload.OUT, Payload.DQ, Payload.DKV})
 class Tile(NamedTuple):
     """Chunk ``q`` of the queries against chunk ``k`` of the keys. Text form: ``q3k1``.
 
-    A tuple, because a schedule over P ranks holds about 2 P^2 of them and every check hashes each.
+    A tuple, because a schedule over P ranks holds about 2 P^2 tiles and every check hashes each of them.
     """
 
     q: int
@@ -71,7 +71,7 @@ class Tile(NamedTuple):
 class Move(NamedTuple):
     """One transfer of one chunk. Text form: ``kv1:0>2`` (payload, chunk, source rank, destination rank).
 
-    An input is the chunk itself. A result is the sum over all that the source computed for that chunk.
+    An input is the chunk itself. A result combines everything that the source computed for that chunk.
     """
 
     payload: Payload
@@ -85,7 +85,7 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What happens side by side: ``tiles[rank]`` are computed while ``moves`` travel."""
+    """What happens concurrently: ``tiles[rank]`` are computed while ``moves`` travel."""
 
     tiles: tuple[tuple[Tile, ...], ...]
     moves: tuple[Move, ...] = ()

@@ -1,5 +1,5 @@
-"""Derives every transfer from a placement: an input travels just before its first use, a result just after its
-last contribution, each once. Where every tile of a chunk is computed in one step, two buffers are enough.
+"""Derives every transfer from a placement: an input travels in the step before its first use, a result in the step
+after its last contribution, each once. If all tiles of a chunk are computed in one step, two buffers are enough.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Direction, Move, Pa
 
 
 def route(owner: tuple[int, ...], placement: Placement, direction: Direction) -> tuple[Step, ...]:
-    """The steps of a placement with their moves.
+    """Add the moves to the steps of a placement.
 
     Args:
         owner: ``owner[chunk]`` is the rank that holds the chunk.
@@ -18,8 +18,8 @@ def route(owner: tuple[int, ...], placement: Placement, direction: Direction) ->
         direction: which inputs and results travel.
 
     Returns:
-        The steps; one without tiles comes first if the first tiles need remote inputs, and one comes last if
-        the last tiles leave results to send home.
+        The steps. If the first tiles need remote inputs, a step without tiles comes before them; if the last tiles
+        produce results for other ranks, one comes after them.
     """
     num_ranks = len(placement[0]) if placement else 0
     spans = _time_spans(owner, placement, direction)
@@ -43,7 +43,7 @@ def route(owner: tuple[int, ...], placement: Placement, direction: Direction) ->
 def _time_spans(
     owner: tuple[int, ...], placement: Placement, direction: Direction
 ) -> dict[Move, tuple[int, int]]:
-    """Every move that the placement takes, with the first and last step at which its chunk is worked on."""
+    """Every move that the placement needs, with the first and last steps that compute with its chunk."""
     spans: dict[Move, tuple[int, int]] = {}
     for t, row in enumerate(placement):
         for rank, tiles in enumerate(row):
@@ -54,7 +54,7 @@ def _time_spans(
 
 
 def _moves_of(tiles: list[Tile], rank: int, owner: tuple[int, ...], direction: Direction) -> Iterator[Move]:
-    """What has to travel for ``rank`` to compute ``tiles``."""
+    """The moves that are needed for ``rank`` to compute ``tiles``."""
     flow = DATAFLOW[direction]
     sides: tuple[tuple[set[int], Payload, Payload | None], ...] = (
         ({q for q, _ in tiles}, flow.q_input, flow.q_result),

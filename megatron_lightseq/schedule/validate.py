@@ -1,7 +1,7 @@
 """Finds the first reason why a schedule would lose, repeat or misplace work.
 
-The check replays the schedule on sets instead of tensors: what has arrived where, what has been computed, what
-still has to be sent home. Nothing in it knows how the schedule was made.
+The check replays the schedule with sets instead of tensors: which inputs have arrived where, which tiles have been
+computed, which results still have to be sent to their owners. It knows nothing about how the schedule was made.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Direction, Move, Payload, Step, Tile
 
-_Item = tuple[Payload, int, int]  # (payload, chunk, the rank that received or made it)
+_Item = tuple[Payload, int, int]  # (payload, chunk, the rank that received or produced it)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class Fault:
 
 @dataclass(slots=True)
 class _Replay:
+    """The state of a replay at one step."""
+
     direction: Direction
     owner: Sequence[int]
     work: Mapping[Tile, int]
@@ -34,11 +36,11 @@ class _Replay:
     arrived: set[_Item] = field(default_factory=set)
     used: set[_Item] = field(default_factory=set)
     to_send: set[_Item] = field(default_factory=set)
-    """Results that were made at an earlier step than the present one and have not been sent."""
+    """Results that were produced in an earlier step and have not been sent yet."""
     sent: set[_Item] = field(default_factory=set)
 
     def compute(self, rank: int, tile: Tile) -> tuple[str | None, set[_Item]]:
-        """The fault of computing ``tile`` now, or None; and the results it leaves for other ranks."""
+        """The fault of computing ``tile`` in this step, or None; and the results that it produces for other ranks."""
         flow = DATAFLOW[self.direction]
         if tile not in self.work:
             return f"rank {rank} computes {tile}, which holds no work", set()
@@ -55,24 +57,26 @@ class _Replay:
             self.used.add((needed, chunk, rank))
             if result is not None:
                 if (result, chunk, rank) in self.sent:
-                    return f"rank {rank} adds to {result}{chunk} after sending it", set()
+                    return f"rank {rank} adds to {result}{chunk} after having sent it", set()
                 made.add((result, chunk, rank))
         return None, made
 
     def send(self, move: Move) -> str | None:
-        """The fault of sending ``move`` now, or None."""
+        """The fault of sending ``move`` in this step, or None."""
         if move.payload not in _allowed_payloads(self.direction):
             return f"{move} is not a {self.direction} move"
         item = (move.payload, move.chunk, move.src if move.payload in RESULTS else move.dst)
         home = move.dst if move.payload in RESULTS else move.src
-        if not 0 <= move.chunk < len(self.owner) or self.owner[move.chunk] != home or move.src == move.dst:
-            return f"{move}: chunk {move.chunk} is not rank {home}'s to {'receive' if home == move.dst else 'send'}"
+        if not 0 <= move.chunk < len(self.owner) or self.owner[move.chunk] != home:
+            return f"{move}: rank {home} does not own chunk {move.chunk}"
+        if move.src == move.dst:
+            return f"{move}: a rank sends to itself"
         if item in self.sent:
             return f"{move} is sent twice"
         self.sent.add(item)
         if move.payload in RESULTS:
             if item not in self.to_send:
-                return f"{move}: rank {move.src} has no such result ready"
+                return f"{move}: rank {move.src} has not finished such a result"
             self.to_send.remove(item)
         return None
 
@@ -115,14 +119,15 @@ def find_fault(
 
 
 def _leftover(replay: _Replay, last_step: int) -> Fault | None:
+    """What is missing or unused at the end of a schedule."""
     missing = replay.work.keys() - replay.done
     if missing:
         return Fault(last_step, f"never computed: {' '.join(map(str, sorted(missing)[:8]))}")
     if replay.to_send:
         payload, chunk, rank = min(replay.to_send)
-        return Fault(last_step, f"{payload}{chunk} never leaves rank {rank}")
+        return Fault(last_step, f"{payload}{chunk} is never sent by rank {rank}")
     unused = replay.arrived - replay.used
     if unused:
         payload, chunk, rank = min(unused)
-        return Fault(last_step, f"{payload}{chunk} travels to rank {rank}, which never uses it")
+        return Fault(last_step, f"{payload}{chunk} is sent to rank {rank}, which never uses it")
     return None
