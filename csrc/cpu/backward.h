@@ -26,8 +26,14 @@
 //     void load_rows(const RowTile&);
 //     // Adds the gradients of these rows with keys [begin, end), which are in one panel of the chunk.
 //     void differentiate(const BackwardTile&, int64_t begin, int64_t end, const Gradients&);
+//     // Whether all values of K in the chunk, and of Q and dO in the row tile, are finite. Others were
+//     replaced by
+//     // zeros in the products with P and dS (isolation.h).
+//     bool keys_are_finite() const;
+//     bool rows_are_finite() const;
 //   };
 #pragma once
+#include "isolation.h"
 #include "pack.h"
 #include "row_tile.h"
 #include "softmax.h"
@@ -136,6 +142,29 @@ class BackwardChunk {
       const int64_t end = std::min(sums_.first_key + panel_end, rows.key_end);
       if (begin < end) engine_.differentiate(*tile_, begin, end, sums_);
     }
+    if (engine_.keys_are_finite() && engine_.rows_are_finite()) return;
+    p_.element_type == ElementType::kBFloat16 ? add_non_finite<BFloat16>() : add_non_finite<Float32>();
+  }
+
+  // Adds the values that the engine has replaced by zeros: those of K to dQ, of Q to dK, and of dO to dV.
+  template <class Element>
+  void add_non_finite() {
+    const int64_t begin = sums_.first_key, end = begin + num_keys_;
+    if (!engine_.keys_are_finite()) {
+      add_non_finite_keys<Element>(p_.k, at_, begin, end, shape_.head_dim, tile_->rows, sums_.dq_lanes,
+                                   Engine::lanes(width_));
+    }
+    if (engine_.rows_are_finite()) return;
+    const auto adder = [&](float* sums, int64_t width) {
+      return [=](int64_t key, int64_t d, Vec values) {
+        float* const sum = sums + Engine::sum_at(width, key - begin, d);
+        store(sum, load(sum) + values);
+      };
+    };
+    add_non_finite_rows<Element>(p_.q, group_, at_, begin, end, shape_.head_dim, tile_->rows,
+                                 adder(sums_.dk, width_));
+    add_non_finite_rows<Element>(p_.dout, group_, at_, begin, end, shape_.value_dim, tile_->rows,
+                                 adder(sums_.dv, value_width_));
   }
 
   void load_row_values() {
