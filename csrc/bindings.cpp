@@ -1,4 +1,4 @@
-// torch.ops.mls.*: schemas and argument checks, on torch's stable ABI so that one build serves later
+// torch.ops.mls.*: schemas and argument checks, on torch's stable ABI, so that one build works with later
 // versions.
 //
 // S = tokens (Sq queries, Sk keys), B = batch, H = query heads, G = key/value heads, D, Dv = head dims.
@@ -67,10 +67,10 @@ void check_dtype(const char* name, const Tensor& tensor, ScalarType want, const 
             dtype_text(want), why, ".");
 }
 
-// Of q, k, v and everything else in one call.
+// The device of all tensors of a call.
 struct Device {
   bool is_cuda;
-  int32_t index;  // of the GPU
+  int32_t index;  // which GPU
 };
 
 constexpr Device kCpu{false, 0};
@@ -98,7 +98,7 @@ void check_last_dim(const char* name, const Tensor& tensor) {
             " in its last dimension: it must be contiguous there (stride 1).");
 }
 
-// A tensor of tokens and heads, in any strides.
+// Checks a tensor of tokens and heads; all strides but the last are free.
 void check_tokens(const char* name, const Tensor& t, Device device, std::initializer_list<int64_t> want,
                   const char* axes) {
   check_shape(name, t, want, axes);
@@ -172,7 +172,7 @@ RowTensor<T> row_tensor(const Tensor& t) {
   return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// Whether results are final, rounded to q's dtype, and no fp32 sums.
+// The dtype of final results that are rounded by the kernel; otherwise results are fp32 accumulators.
 constexpr ScalarType kRounded = ScalarType::BFloat16;
 
 bool takes_rounded(Device device, const Tensor& q, const Tensor& result, bool accumulate) {
@@ -181,7 +181,7 @@ bool takes_rounded(Device device, const Tensor& q, const Tensor& result, bool ac
 
 void check_result_dtype(const char* name, const Tensor& result, bool is_rounded) {
   if (is_rounded) {
-    check_dtype(name, result, kRounded, ", as the results before it");
+    check_dtype(name, result, kRounded, ", the dtype of the call's other results");
   } else {
     check_dtype(name, result, ScalarType::Float, ", the accumulator dtype");
   }
@@ -231,7 +231,7 @@ ForwardParams forward_params(Device device, const Tensor& q, const Tensor& k, co
   };
 }
 
-// The tensors of a backward call, in the schema's order.
+// The tensors of a backward call, in the order of the schema.
 struct BackwardTensors {
   const Tensor &dout, &q, &k, &v, &lse, &delta, &dq, &dk, &dv;
 };
@@ -268,7 +268,7 @@ BackwardParams backward_params(Device device, const BackwardTensors& t, const Ma
   };
 }
 
-// out and dout may differ in type: out may still be the fp32 accumulator.
+// out and dout may have different types: out may still be the fp32 accumulator.
 DeltaParams delta_params(const Tensor& out, const Tensor& dout, const Tensor& delta) {
   MLS_CHECK(out.dim() == 4, "out has shape ", shape_text(out), ": it must have 4 dimensions (Sq, B, H, Dv).");
   const int64_t tokens = out.size(0), batch = out.size(1), heads = out.size(2), value_dim = out.size(3);
@@ -288,7 +288,7 @@ DeltaParams delta_params(const Tensor& out, const Tensor& dout, const Tensor& de
   };
 }
 
-// The CPU kernel has no streams and is always deterministic: it takes the last arguments and needs none.
+// The CPU kernel has no streams and is always deterministic, so it ignores the last arguments.
 void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t band_lo,
                  int64_t band_hi, std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate,
                  int64_t /*stream*/) {
@@ -361,8 +361,8 @@ PyMethodDef kFunctions[] = {{nullptr, nullptr, 0, nullptr}};
 }  // namespace
 }  // namespace mls
 
-// `stream` is a cudaStream_t of the current device, as an integer; `deterministic` asks for dq that repeats
-// bit for bit. Both concern the CUDA kernel only.
+// `stream` is a cudaStream_t of the current device, as an integer; `deterministic` asks for a dq that is bit
+// for bit reproducible. Only the CUDA kernel uses them.
 STABLE_TORCH_LIBRARY(mls, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int band_lo, int "
@@ -389,7 +389,8 @@ STABLE_TORCH_LIBRARY_IMPL(mls, CUDA, m) {
 }
 #endif
 
-// Importing the module runs the registrations above; its attributes say what was built and chosen.
+// Importing the module runs the registrations above. Its attributes tell what was built and which variant was
+// selected.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, mls::kFunctions, nullptr, nullptr, nullptr, nullptr};

@@ -1,5 +1,5 @@
-// Backward engine for vector units: panels of fp32 (to which bf16 is widened when keys are loaded) or of bf16
-// pairs, and the micro-kernel.
+// Backward engine for vector units, on the micro-kernel. Panels hold fp32 (bf16 is widened when keys are
+// loaded) or bf16 pairs.
 #pragma once
 #include "backward.h"
 #include "key_segments.h"
@@ -11,16 +11,17 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
-// All that does not depend on how words are loaded.
+// The part of the engine that does not depend on how words are loaded.
 template <class Words>
 class BackwardProducts {
  public:
-  static constexpr int kPanelKeys = kVectorPanelKeys * kMaxPanelsPerChunk;  // all of a chunk: cut by segments
+  // A whole chunk: segments cut it into panels.
+  static constexpr int kPanelKeys = kVectorPanelKeys * kMaxPanelsPerChunk;
   static int64_t width(int64_t dim) { return padded(dim); }
   static LaneLayout lanes(int64_t) { return kRowsOfLanes; }
   static int64_t sum_at(int64_t width, int64_t key, int64_t dim) { return key * width + dim; }
 
-  // Keys of a chunk. The shape alone decides, so that results do not depend on the number of threads.
+  // Depends only on the shape, so that results do not depend on the number of threads.
   static int64_t chunk_keys(const AttentionShape& shape) {
     const int64_t panel_bytes = kVectorPanelKeys * 2 * (padded(shape.head_dim) + padded(shape.value_dim)) *
                                 static_cast<int64_t>(sizeof(float));
@@ -61,7 +62,7 @@ class BackwardProducts {
   const int64_t width_, value_width_;  // padded(words of D), padded(words of Dv)
   float* const k_;                     // [chunk keys][width]
   float* const k_copy_;                // K in the order of copy_columns
-  PanelColumns k_columns_{};           // K, there or where it was loaded; a key of it is a word of keys
+  PanelColumns k_columns_{};           // K in k_copy_ or where it was loaded; its "keys" are words of keys
   float* const v_;                     // [chunk keys][value width]
   float* const q_lanes_;               // [width][kTileRows]
   float* const do_lanes_;              // [value width][kTileRows]
@@ -71,7 +72,7 @@ class BackwardProducts {
  private:
   static constexpr int64_t kRowWords = kTileRows / Words::kValues;
 
-  // Room for one more form of a panel's values, unless `values` is that form as well.
+  // Memory for a panel's values in another kind of words, or `values` where both kinds are the same.
   static float* panel_of_words(ScratchCursor& scratch, float* values) {
     return Words::kValues == 1 ? values : scratch.objects<float>(kVectorPanelKeys * kRowWords);
   }
@@ -131,7 +132,8 @@ class BackwardProducts {
     });
   }
 
-  // sum[key][d] += weights[key][row] * rows[row][d]; here d runs along the lanes, and words are of rows.
+  // sum[key][d] += weights[key][row] * rows[row][d]. Here d runs along the lanes, and words hold values of
+  // several rows.
   void add_product(const float* weights, const float* rows, int64_t width, int64_t num_rows, int64_t num_keys,
                    float* sum) {
     for_column_groups(width, [&]<int V>(int64_t d) __attribute__((always_inline)) {
@@ -163,9 +165,9 @@ class BackwardProducts {
   }
 
   float* const weights_;      // P^T: [kVectorPanelKeys][kTileRows]
-  float* const weight_rows_;  // words of rows of P^T: [kVectorPanelKeys][kRowWords]
-  float* const dscore_rows_;  // the same of dS^T
-  float* const dscore_keys_;  // words of keys of dS^T: [words of kVectorPanelKeys][kTileRows]
+  float* const weight_rows_;  // P^T in words of rows: [kVectorPanelKeys][kRowWords]
+  float* const dscore_rows_;  // dS^T in words of rows, the same shape
+  float* const dscore_keys_;  // dS^T in words of keys: [words of kVectorPanelKeys][kTileRows]
 };
 
 template <class Operands>
@@ -204,7 +206,7 @@ class VectorBackward : public BackwardProducts<typename Operands::Words> {
       Products::k_, Products::k_copy_, Products::k_columns_, Products::v_, Products::q_lanes_,
       Products::do_lanes_, Products::q_rows_, Products::do_rows_;
 
-  // Fills `lanes`; returns the rows in words of rows, which are `loaded` or `joined`.
+  // Fills `lanes`; returns the rows in words of rows: `loaded` or `joined`.
   const float* load_rows(const TokenTensor<const void>& tensor, const RowTile& tile, int64_t dim,
                          float* loaded, float* joined, float* lanes) {
     Operands::load_rows(tensor, p_.shape.heads_per_group(), at_, tile, dim, loaded);
@@ -214,10 +216,10 @@ class VectorBackward : public BackwardProducts<typename Operands::Words> {
 
   const BackwardParams& p_;
   const KeyHead at_;
-  // What join_rows makes of rows, where it makes anything, and rows as they were loaded:
+  // Rows as they were loaded, and as join_rows() joins them:
   float* const k_joined_;                      // [words of chunk keys][padded(D)]
   float *const q_loaded_, *const q_joined_;    // [kTileRows][width], [words of kTileRows][padded(D)]
-  float *const do_loaded_, *const do_joined_;  // the same of dO, with Dv
+  float *const do_loaded_, *const do_joined_;  // the same for dO, with Dv
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

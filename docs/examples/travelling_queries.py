@@ -7,13 +7,11 @@ written down: transfers, merging, the backward pass and the checks follow from t
 
 from __future__ import annotations
 
-from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import Method, Placement, Tile
+from megatron_lightseq.schedule import Method, Placement, Problem, Tile
 
 
-def place_travelling_queries(layout: SequenceLayout, mask: Mask) -> Placement:
-    size = layout.cp_size
+def place_travelling_queries(problem: Problem) -> Placement:
+    layout, size = problem.layout, problem.layout.cp_size
 
     def tiles(rank: int, distance: int) -> list[Tile]:
         visitor = (rank + distance) % size

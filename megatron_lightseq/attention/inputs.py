@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.schedule import TensorShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,18 @@ class Inputs:
     def of(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         _check_inputs(q, k, v)
         return Inputs(tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device)
+
+    @property
+    def shape(self) -> TensorShape:
+        """The shape as schedules know it."""
+        return TensorShape(
+            batch=self.q_shape[1],
+            num_heads=self.q_shape[2],
+            num_query_groups=self.k_shape[2],
+            head_dim=self.q_shape[3],
+            v_head_dim=self.v_shape[3],
+            element_bytes=self.dtype.itemsize,
+        )
 
     def describe(self) -> str:
         return f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}, {self.dtype}"

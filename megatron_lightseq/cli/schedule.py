@@ -47,6 +47,8 @@ def run(arguments: Sequence[str]) -> int:
         mask=Mask.parse(options.mask),
         direction=options.direction,
         seq_length=options.seq_length,
+        shape=shape,
+        network=Network.parse(options.network),
     )
     sys.stdout.write(f"{schedule}\n\n{figures(schedule, shape)}\n")
     if options.png is not None:

@@ -1,4 +1,4 @@
-"""Naive attention: the oracle of every kernel and schedule. Short, obvious, any device, fp64-capable, O(Sq Sk).
+"""Naive attention: the reference for every kernel and schedule. Any device, up to fp64, O(Sq Sk) memory.
 
 Shape letters: Q = query tokens, K = key tokens, B = batch, H = query heads, G = key/value heads,
 R = H / G query heads that share a key/value head, D = head dim.
@@ -15,7 +15,7 @@ from megatron_lightseq.kernels.specs import KERNELS
 
 
 class ReferenceKernel:
-    """Attention written as in a textbook, in the accumulator dtype."""
+    """Textbook attention, computed in the accumulator dtype."""
 
     spec = KERNELS["reference"]
     name = spec.name
@@ -37,7 +37,7 @@ class ReferenceKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
-        """Write one tile into ``(out, lse)``, or merge it there. Shapes as in :class:`~.registry.Kernel`."""
+        """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`."""
         scores_BGRQK = _scores(q, k, mask, softmax_scale)
         lse_BGRQ = scores_BGRQK.logsumexp(-1)
         weights = _probabilities(scores_BGRQK, lse_BGRQ)
@@ -65,7 +65,7 @@ class ReferenceKernel:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`."""
+        """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`."""
         groups, acc = k.shape[2], accumulator_dtype(q.dtype)
         q_grouped, dout_grouped = _grouped(q, groups), _grouped(dout, groups)
         weights = _probabilities(_scores(q, k, mask, softmax_scale), lse.unflatten(1, (groups, -1)))
@@ -93,7 +93,7 @@ def _scores(q: Tensor, k: Tensor, mask: TileMask, softmax_scale: float) -> Tenso
 
 
 def visible(mask: TileMask, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """The tile's mask as a dense boolean (Q, K): True where query may see key."""
+    """The tile's mask as a dense boolean (Q, K): True where the query may see the key."""
     i = torch.arange(num_queries, device=device)[:, None]
     j = torch.arange(num_keys, device=device)[None, :]
     seen = (j - i >= mask.band_lo) & (j - i <= mask.band_hi)

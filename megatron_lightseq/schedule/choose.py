@@ -8,15 +8,17 @@ see the same shards, so one layout serves both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule.build import build
+from megatron_lightseq.schedule.build import solve
 from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.schedule.ir import Direction
+from megatron_lightseq.schedule.method import Method
 from megatron_lightseq.schedule.methods import METHODS, SMALL_GROUP, default_layouts, resolve_method
 from megatron_lightseq.schedule.network import Device, Network, transfer_times
+from megatron_lightseq.schedule.problem import Problem
 from megatron_lightseq.schedule.shape import TensorShape
 from megatron_lightseq.schedule.simulate import Costs, Profile, simulate
 
@@ -95,41 +97,42 @@ class Chooser:
     device: Device = field(default_factory=Device)
     overlap: bool = True
     """Whether transfers run beside kernels. An exchange of heads never does."""
-    _profiles: dict[tuple[str, str, Direction], Profile] = field(default_factory=dict)
+    _profiles: dict[tuple[Method, Problem], Profile] = field(default_factory=dict)
 
     def predict(
-        self, method: str, layout_name: str, direction: Direction, shape: TensorShape, network: Network
+        self,
+        method: str | Method,
+        layout_name: str,
+        direction: Direction,
+        shape: TensorShape,
+        network: Network,
     ) -> Prediction:
-        """What ``method`` takes on shards cut by ``layout_name``.
+        """How long ``method`` takes on shards cut by ``layout_name``.
 
         Raises:
             UnsupportedError: the method does not work on that layout.
         """
-        layout = SequenceLayout(layout_name, self.cp_size)
-        exchanged = resolve_method(method).ulysses_size(self.cp_size)
-        cut = HeadCut(shape.num_heads, shape.num_query_groups, exchanged)
-        share = replace(
-            shape,
-            num_heads=max(map(len, cut.heads)),
-            num_query_groups=max(map(len, cut.groups)),
-        )
+        found = resolve_method(method)
+        problem = self._problem(layout_name, direction, shape, network)
+        cut = HeadCut.of(shape, found.ulysses_size(self.cp_size))
+        share = cut.share_of(shape)
         played = simulate(
-            self._profile(method, layout, direction),
+            self._profile(found, problem),
             Costs(
                 seconds_per_pair=_seconds_per_pair(share, direction, self.device),
-                network=network.of_one_ring(exchanged),
+                network=network.of_one_ring(cut.size),
                 overlap=self.overlap,
             ),
             share,
         )
-        there, back = exchange_messages(layout, cut, shape, direction, self.seq_length)
+        there, back = exchange_messages(problem, cut)
         ready = [0.0] * self.cp_size
         around_s = sum(max(transfer_times(messages, ready, network)) for messages in (there, back))
         received = [0] * self.cp_size
         for _, dst, num_bytes in (*there, *back):
             received[dst] += num_bytes
         return Prediction(
-            method=method,
+            method=found.name,
             layout=layout_name,
             direction=direction,
             seconds=played.makespan_s + around_s,
@@ -138,12 +141,23 @@ class Chooser:
             exposed_s=played.exposed_s + around_s,
         )
 
-    def _profile(self, method: str, layout: SequenceLayout, direction: Direction) -> Profile:
-        key = (method, layout.name, direction)
-        if key not in self._profiles:
-            schedule = build(method, layout, mask=self.mask, direction=direction, seq_length=self.seq_length)
-            self._profiles[key] = Profile.of(schedule)
-        return self._profiles[key]
+    def _problem(
+        self, layout_name: str, direction: Direction, shape: TensorShape, network: Network
+    ) -> Problem:
+        return Problem(
+            layout=SequenceLayout(layout_name, self.cp_size),
+            mask=self.mask,
+            seq_length=self.seq_length,
+            direction=direction,
+            shape=shape,
+            network=network,
+        )
+
+    def _profile(self, method: Method, problem: Problem) -> Profile:
+        inner = method.inner_problem(problem)
+        if (method, inner) not in self._profiles:
+            self._profiles[method, inner] = Profile.of(solve(method, inner))
+        return self._profiles[method, inner]
 
     def rank(
         self, shape: TensorShape, network: Network, layouts: Sequence[str] | None = None
@@ -172,7 +186,7 @@ class Chooser:
         """All candidates, those with few ranks to place tiles on first. A schedule over hundreds of ranks takes seconds
         to make: beyond SMALL_GROUP, stop when what has been found is as fast as the kernels alone would be.
         """
-        names = candidates(self.cp_size, shape, layout, network)
+        names = candidates(self._problem(layout, direction, shape, network))
         names.sort(key=lambda name: -resolve_method(name).ulysses_size(self.cp_size))
         whole = range(self.seq_length)
         pair_s = _seconds_per_pair(shape, direction, self.device)
@@ -190,23 +204,21 @@ def _preference(thing: Prediction | Choice) -> tuple[float, int]:
     return float(f"{thing.seconds:.3g}"), thing.bytes_received
 
 
-def candidates(cp_size: int, shape: TensorShape, layout: str, network: Network) -> list[str]:
-    """The names of the methods worth a simulation on shards cut by ``layout``, in the order of ``METHODS``.
+def candidates(problem: Problem) -> list[str]:
+    """The names of the methods worth a simulation, in the order of ``METHODS``.
 
     Each method says what of it is worth considering (:attr:`Method.auto_candidates`): left out is what another
     candidate always equals or beats.
     """
-    cut = SequenceLayout(layout, cp_size)
-    return [name for method in METHODS.values() for name in method.candidates(cut, shape, network)]
+    return [name for method in METHODS.values() for name in method.candidates(problem)]
 
 
-def exchange_messages(
-    layout: SequenceLayout, cut: HeadCut, shape: TensorShape, direction: Direction, seq_length: int
-) -> tuple[list[Message], list[Message]]:
+def exchange_messages(problem: Problem, cut: HeadCut) -> tuple[list[Message], list[Message]]:
     """All that travels when heads are exchanged for tokens, and when they are exchanged back."""
-    tokens = seq_length // layout.cp_size * shape.batch
+    layout, shape = problem.layout, problem.shape
+    tokens = problem.seq_length // layout.cp_size * shape.batch
     dims, e = shape.head_dim + shape.value_dim, shape.element_bytes
-    if direction is Direction.FORWARD:
+    if problem.direction is Direction.FORWARD:
         head_there, head_back = shape.head_dim * e, shape.value_dim * e + 4
         group_back = 0
     else:

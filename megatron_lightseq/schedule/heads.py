@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+
+from megatron_lightseq.schedule.shape import TensorShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,16 @@ class HeadCut:
     num_groups: int
     """Key/value heads G; G divides H."""
     size: int
+
+    @staticmethod
+    def of(shape: TensorShape, size: int) -> HeadCut:
+        """The heads of ``shape`` over ``size`` ranks."""
+        return HeadCut(shape.num_heads, shape.num_query_groups, size)
+
+    def share_of(self, shape: TensorShape) -> TensorShape:
+        """The shape that the rank with the most heads computes."""
+        heads, groups = (max(map(len, ranges)) for ranges in (self.heads, self.groups))
+        return replace(shape, num_heads=heads, num_query_groups=groups)
 
     @property
     def heads(self) -> tuple[range, ...]:

@@ -7,8 +7,8 @@ become empty. Distances are counted in ranks: at *distance* t, rank r's queries 
 from __future__ import annotations
 
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.ir import Placement, Tile
+from megatron_lightseq.schedule.problem import Problem
 
 
 def all_tiles(layout: SequenceLayout, q_rank: int, k_rank: int) -> list[Tile]:
@@ -28,12 +28,12 @@ def with_local_ends(layout: SequenceLayout, remote_steps: Placement) -> Placemen
     return [first, *remote_steps, last]
 
 
-def place_ring(layout: SequenceLayout, mask: Mask) -> Placement:
+def place_ring(problem: Problem) -> Placement:
     """Every rank computes its own queries against the keys of rank after rank (DistFlashAttn, Algorithm 1).
 
     Balanced if the layout is; on contiguous shards a causal mask leaves half of the ranks' time unused.
     """
-    size = layout.cp_size
+    layout, size = problem.layout, problem.layout.cp_size
     return with_local_ends(
         layout,
         [[all_tiles(layout, rank, (rank - t) % size) for rank in range(size)] for t in range(1, size)],
@@ -44,16 +44,16 @@ LIGHTSEQ_LAYOUTS = ("contiguous",)
 """Layouts on which a rank's causal work grows with its number, as :func:`place_lightseq` assumes."""
 
 
-def place_lightseq(layout: SequenceLayout, mask: Mask) -> Placement:
+def place_lightseq(problem: Problem) -> Placement:
     """Ranks that have run out of keys compute for the ranks that have too many (DistFlashAttn, Algorithm 2).
 
     At distance t, rank r < t has no keys left that a causal mask allows; it takes over the queries of rank
     P + r - t, which meet its own keys. For even P the last distance P/2 has work for half of the ranks only:
     its queries are divided between owner and helper, so that the makespan is P/2 chunk tiles for every P.
     """
-    if not mask.is_causal:  # every rank has equal work: nothing to help with
-        return place_ring(layout, mask)
-    size = layout.cp_size
+    if not problem.mask.is_causal:  # every rank has equal work: nothing to help with
+        return place_ring(problem)
+    layout, size = problem.layout, problem.layout.cp_size
 
     def remote(rank: int, t: int) -> list[Tile]:
         if 2 * t == size:
@@ -69,13 +69,13 @@ def place_lightseq(layout: SequenceLayout, mask: Mask) -> Placement:
     return with_local_ends(layout, steps)
 
 
-def place_all_gather(layout: SequenceLayout, mask: Mask) -> Placement:
+def place_all_gather(problem: Problem) -> Placement:
     """Every rank receives all keys and values it may need at once, and computes its own queries against them.
 
     One transfer step, behind the local tiles, for any number of ranks: best where latency counts and memory for
     the whole sequence's keys is there (Llama 3's context parallelism, arXiv 2407.21783, 3.3.2).
     """
-    size = layout.cp_size
+    layout, size = problem.layout, problem.layout.cp_size
     remote = [
         [tile for k_rank in range(size) if k_rank != rank for tile in all_tiles(layout, rank, k_rank)]
         for rank in range(size)
@@ -93,7 +93,7 @@ def mesh_rows(size: int, row_cost: float = 3.0, column_cost: float = 2.0) -> int
     return min(shapes, key=lambda rows: row_cost * (size // rows - 1) + column_cost * (rows - 1))
 
 
-def place_mesh(layout: SequenceLayout, mask: Mask, rows: int | None = None) -> Placement:
+def place_mesh(problem: Problem, rows: int | None = None) -> Placement:
     """The P x P grid of rank pairs cut into P rectangles: a rank takes (queries of its row, keys of its column).
 
     Rank x b + y stands at (x, y) of an a x b mesh. It receives the queries of the b ranks of its row and the keys
@@ -103,7 +103,7 @@ def place_mesh(layout: SequenceLayout, mask: Mask, rows: int | None = None) -> P
     Keys stream in while the rank computes its own queries; from then on queries arrive, meet all keys of the
     column and leave, one rank's a step. A pair of its own is kept for the end, beside the last result on its way.
     """
-    size = layout.cp_size
+    layout, size = problem.layout, problem.layout.cp_size
     rows = rows or mesh_rows(size)
     columns = size // rows
 
@@ -121,6 +121,6 @@ def place_mesh(layout: SequenceLayout, mask: Mask, rows: int | None = None) -> P
     return [*own[:-1], *others, own[-1]]
 
 
-def place_usp(layout: SequenceLayout, mask: Mask) -> Placement:
+def place_usp(problem: Problem) -> Placement:
     """What runs between the groups that exchange heads: lightseq on contiguous shards, the ring elsewhere."""
-    return (place_lightseq if layout.name in LIGHTSEQ_LAYOUTS else place_ring)(layout, mask)
+    return (place_lightseq if problem.layout.name in LIGHTSEQ_LAYOUTS else place_ring)(problem)

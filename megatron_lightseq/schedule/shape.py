@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lightseq.schedule.ir import Payload
+from megatron_lightseq.schedule.ir import DATAFLOW, Direction, Payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +42,14 @@ class TensorShape:
             Payload.DKV: kv * 4,
         }
         return per_batch[payload] * self.batch
+
+    def bytes_per_side(self, direction: Direction) -> tuple[int, int]:
+        """What it costs to compute one query token's tiles elsewhere, and one key token's: bytes of the input on its
+        way there and of the result, if any, on its way home.
+        """
+        flow = DATAFLOW[direction]
+        q_side, k_side = (
+            self.bytes_per_token(needed) + (self.bytes_per_token(result) if result is not None else 0)
+            for needed, result in ((flow.q_input, flow.q_result), (flow.k_input, flow.k_result))
+        )
+        return q_side, k_side

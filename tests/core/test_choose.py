@@ -4,11 +4,13 @@ import pytest
 
 from megatron_lightseq.errors import ConfigError, LayoutError
 from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import (
     NETWORKS,
     Chooser,
     Direction,
     Network,
+    Problem,
     TensorShape,
     rank_methods,
     reason,
@@ -95,7 +97,14 @@ def test_ranking_keeps_to_the_shards_that_are_there() -> None:
 def test_candidates_are_methods_that_can_run() -> None:
     for cp_size in (1, 2, 5, 12, 16):
         for layout in ("contiguous", "zigzag", "striped"):
-            names = candidates(cp_size, shape(4), layout, TWO_LEVELS)
+            problem = Problem(
+                layout=SequenceLayout(layout, cp_size),
+                mask=Mask.causal(),
+                seq_length=2 * cp_size,
+                shape=shape(4),
+                network=TWO_LEVELS,
+            )
+            names = candidates(problem)
             assert all(fits(name, cp_size) for name in names)
             assert len(names) == len(set(names))
 
@@ -156,10 +165,14 @@ def test_rings_side_by_side_share_the_card() -> None:
 @pytest.mark.parametrize("direction", Direction)
 def test_exchanged_bytes_balance(direction: Direction) -> None:
     """Heads that divide: every rank sends (u - 1) / u of its share, in both trades."""
-    layout, cut = SequenceLayout.contiguous(8), HeadCut(8, 8, 4)
-    there, back = exchange_messages(
-        layout, cut, TensorShape(num_heads=8, num_query_groups=8), direction, 8 * 16
+    problem = Problem(
+        layout=SequenceLayout.contiguous(8),
+        mask=Mask.causal(),
+        seq_length=8 * 16,
+        direction=direction,
+        shape=TensorShape(num_heads=8, num_query_groups=8),
     )
+    there, back = exchange_messages(problem, HeadCut.of(problem.shape, 4))
     for messages in (there, back):
         sent = {rank: sum(size for src, _, size in messages if src == rank) for rank in range(8)}
         assert len(set(sent.values())) == 1

@@ -14,6 +14,7 @@ from megatron_lightseq.schedule import (
     Method,
     Network,
     Placement,
+    Problem,
     Schedule,
     TensorShape,
     Tile,
@@ -192,9 +193,7 @@ def test_every_mutant_is_refused(method: str, layout: str, size: int, direction:
 
 def test_tiles_without_work_are_refused_and_dropped() -> None:
     layout = SequenceLayout.contiguous(2)
-    eager = Method(
-        "eager", lambda layout, mask: [[[Tile(0, 0)], [Tile(1, 0), Tile(1, 1)]], [[Tile(0, 1)], []]]
-    )
+    eager = Method("eager", lambda problem: [[[Tile(0, 0)], [Tile(1, 0), Tile(1, 1)]], [[Tile(0, 1)], []]])
     schedule = schedules.build(eager, layout)
     assert all(Tile(0, 1) not in tiles for step in schedule.steps for tiles in step.tiles)
     with pytest.raises(ScheduleError, match="q0k1, which holds no work"):
@@ -211,7 +210,8 @@ def test_an_input_used_twice_travels_once_and_is_kept() -> None:
     """A placement may keep an input over several steps: it arrives before the first, leaves after the last."""
     layout = SequenceLayout.contiguous(2)
 
-    def stretched(layout: SequenceLayout, mask: Mask) -> Placement:
+    def stretched(problem: Problem) -> Placement:
+        layout = problem.layout
         own = [all_tiles(layout, rank, rank) for rank in (0, 1)]
         other = [all_tiles(layout, rank, 1 - rank) for rank in (0, 1)]
         halves = [[[tile for tile in tiles if tile.q % 2 == half] for tiles in other] for half in (0, 1)]
@@ -305,7 +305,7 @@ def test_overlap_and_bandwidth_in_the_simulation() -> None:
             "schedule line",
         ),
         (
-            lambda: schedules.build(Method("idle", lambda layout, mask: []), SequenceLayout.contiguous(2)),
+            lambda: schedules.build(Method("idle", lambda problem: []), SequenceLayout.contiguous(2)),
             ScheduleError,
             "never computed: q0k0 q1k0 q1k1",
         ),

@@ -61,7 +61,7 @@ def test_the_default_build_serves_what_came_after_it(device: Device, head_dim: i
 def test_little_shared_memory_serves_small_heads(device: Device) -> None:
     assert cannot_run(device, DEFAULT, 64) is None
     reason = cannot_run(device, DEFAULT, 128)
-    assert reason == ("head dims above 64 need 164 KiB of shared memory a multiprocessor, Some GPU has 100")
+    assert reason == ("head dims above 64 need 164 KiB of shared memory per multiprocessor, Some GPU has 100")
 
 
 def test_gpus_without_code_are_told_what_to_build() -> None:

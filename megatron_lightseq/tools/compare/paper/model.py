@@ -16,8 +16,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import Costs, Method, Schedule, Simulation, TensorShape, build, simulate
+from megatron_lightseq.schedule import (
+    Costs,
+    Method,
+    Problem,
+    Schedule,
+    Simulation,
+    TensorShape,
+    build,
+    simulate,
+)
 from megatron_lightseq.schedule.ir import Direction, Payload, Placement
 from megatron_lightseq.schedule.network import Network
 from megatron_lightseq.schedule.place import all_tiles
@@ -158,10 +166,9 @@ class PaperShape(TensorShape):
         return sizes.get(payload, q)
 
 
-def place_paper(layout: SequenceLayout, mask: Mask) -> Placement:
+def place_paper(problem: Problem) -> Placement:
     """Algorithm 2 as published: for even P, half of the ranks are idle in the last step."""
-    del mask
-    size = layout.cp_size
+    layout, size = problem.layout, problem.layout.cp_size
 
     def remote(rank: int, t: int) -> list[tuple[int, int]]:
         if t <= rank:
