@@ -11,7 +11,6 @@ class AttentionStats:
 
     forwards: int = 0
     """Attention forwards that were computed (a reattached one is not)."""
-    backwards: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
     exposed_seconds: float = 0.0
@@ -19,5 +18,5 @@ class AttentionStats:
 
     def reset(self) -> None:
         """Set every count to zero."""
-        self.forwards = self.backwards = self.bytes_sent = self.bytes_received = 0
+        self.forwards = self.bytes_sent = self.bytes_received = 0
         self.exposed_seconds = 0.0

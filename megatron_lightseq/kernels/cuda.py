@@ -17,26 +17,27 @@ from megatron_lightseq.kernels.specs import KERNELS
 __all__ = ["HEAD_DIMS", "CudaKernel", "cannot_run", "missing_cuda", "runs_on"]
 
 SMALL_HEAD_DIM = 64
-"""The kernels of this head dim run on 8.6, 8.9 and 12.x too, whose multiprocessors have 100 KiB of shared memory."""
+"""The kernels for this head dim also fit 8.6, 8.9 and 12.x, whose multiprocessors have 100 KiB of shared memory."""
 SHARED_MEMORY = 164 << 10
-"""Bytes a multiprocessor that the others were made for: what 8.0 has."""
+"""Bytes of shared memory per multiprocessor that larger head dims need: what compute capability 8.0 has."""
 INPUT_ALIGNMENT = 16
-"""Bytes: the kernels copy inputs in pieces of this size."""
+"""Bytes per copy: inputs and their strides must be aligned to this."""
 
 
 class CudaKernel:
-    """bfloat16 and float16 on compute capability 8.0 and later; masked tiles are skipped, not computed.
+    """bfloat16 and float16 on compute capability 8.0 and later; skips masked tiles.
 
-    Hopper (9.0) has kernels of its own. GPUs later than that run those of 8.0, which the driver compiles for them
-    from PTX at the first call and then caches.
+    Hopper (9.0) has specialised kernels. Later GPUs run the kernels for 8.0, which the driver compiles for them from
+    PTX at the first call and then caches.
 
-    Runs on the current stream of the tensors' device, allocates nothing (unless an input is misaligned, which is
-    then copied) and never waits for the GPU, so that it can be captured in a CUDA graph.
+    Runs on the current stream of the tensors' device, allocates nothing (except copies of misaligned inputs) and
+    never synchronises with the GPU, so it can be captured in a CUDA graph.
 
     Args:
-        deterministic: compute dq without atomic additions, so that gradients repeat bit for bit, at 7 matrix
-            products a tile in place of 5. None: as ``torch.are_deterministic_algorithms_enabled()`` says at the
-            time of the call. Forward, dk and dv are always repeatable.
+        deterministic: compute gradients without atomic additions, so that they repeat bit for bit, at 7 matrix
+            products per tile in place of 5. None: as ``torch.are_deterministic_algorithms_enabled()`` says at the
+            time of the call. Otherwise dq is summed in no fixed order, and so are dk and dv where several blocks
+            share the query heads of one key/value head. Forward is always repeatable.
     """
 
     spec = KERNELS["cuda"]
@@ -66,7 +67,7 @@ class CudaKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
-        """Merge one tile into ``(out, lse)`` in place. Shapes as in :class:`~.registry.Kernel`.
+        """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
@@ -106,14 +107,14 @@ class CudaKernel:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
             RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
         """
         load_extension(self.name)
-        begin_gradients((dq, dk, dv), accumulate=accumulate)  # the compiled kernels only add
+        begin_gradients((dq, dk, dv), accumulate=accumulate)  # the compiled kernels always accumulate
         wanted = self.deterministic
         with torch.cuda.device(q.device):
             torch.ops.mls.attention_backward(
@@ -138,20 +139,20 @@ class CudaKernel:
 
 
 def missing_cuda() -> str | None:
-    """Why the compiled kernels hold no CUDA part, with the command that builds it; None when they do."""
+    """Why the compiled extension has no CUDA kernels, with the command that builds them; None if it has them."""
     missing = missing_extension()
     if missing is not None:
         return missing
     if load_extension().with_cuda:
         return None
     return (
-        "the compiled kernels were built without CUDA, because nvcc was not found or not wanted "
-        f"(build them again with the CUDA toolkit installed: MLS_CUDA=1 {BUILD_COMMAND})"
+        "the compiled kernels were built without CUDA, because nvcc was not found or MLS_CUDA was 0 "
+        f"(install the CUDA toolkit and rebuild: MLS_CUDA=1 {BUILD_COMMAND})"
     )
 
 
 class DeviceProperties(Protocol):
-    """What is read of ``torch.cuda.get_device_properties``."""
+    """The part of ``torch.cuda.get_device_properties`` that :func:`cannot_run` reads."""
 
     name: str
     major: int
@@ -160,28 +161,29 @@ class DeviceProperties(Protocol):
 
 
 def cannot_run(device: DeviceProperties, archs: str, head_dim: int) -> str | None:
-    """Why a build for ``archs`` (setup.py's MLS_CUDA_ARCHS) has no kernel for a GPU, or None."""
+    """Why a build for ``archs`` (MLS_CUDA_ARCHS of setup.py) has no kernel for this GPU, or None."""
     capability, name = (device.major, device.minor), f"{device.name} has {device.major}.{device.minor}"
     if capability < (8, 0):
         return f"it needs compute capability 8.0, {name}"
     if not any(runs_on(arch, capability) for arch in archs.split(";")):
         return (
             f"the compiled kernels were built for compute capabilities {archs}, {name} "
-            f"(build them again: MLS_CUDA_ARCHS='80+PTX;90a' {BUILD_COMMAND})"
+            f"(rebuild them: MLS_CUDA_ARCHS='80+PTX;90a' {BUILD_COMMAND})"
         )
     memory = device.shared_memory_per_multiprocessor
     if head_dim > SMALL_HEAD_DIM and memory < SHARED_MEMORY:
         return (
-            f"head dims above {SMALL_HEAD_DIM} need {SHARED_MEMORY >> 10} KiB of shared memory a multiprocessor, "
+            f"head dims above {SMALL_HEAD_DIM} need {SHARED_MEMORY >> 10} KiB of shared memory per multiprocessor, "
             f"{device.name} has {memory >> 10}"
         )
     return None
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for ``arch`` (a part of setup.py's MLS_CUDA_ARCHS) runs on a compute capability.
+    """Whether code built for ``arch`` (one item of MLS_CUDA_ARCHS) runs on a compute capability.
 
-    Native code serves later minor versions of its major version; that of an ``a`` only its own; PTX all later ones.
+    Native code also runs on later minor versions of the same major version, unless its name ends in ``a``; PTX runs
+    on all later versions.
     """
     number, ptx, _ = arch.partition("+PTX")
     built = divmod(int(number.rstrip("af")), 10)

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_lightseq.errors import TransportError, explain
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -46,3 +48,21 @@ class Transport(Protocol):
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
         """Every rank's ``digest`` (all of one length), in rank order; blocks until all have called."""
+
+
+def transfer_failed(rank: int, what: str, reason: object) -> TransportError:
+    """The error of a transfer that a peer's silence or end has stopped.
+
+    Args:
+        rank: this rank's number in the group.
+        what: the transfer, such as "receiving kv of chunk 3 (forward step 1) from rank 2".
+        reason: what the transport reports.
+    """
+    return TransportError(
+        explain(
+            got=f"rank {rank}, {what}: {str(reason).rstrip('. ')}",
+            rule="every rank of a group must make the same forward and backward calls in the same order, and its peers "
+            "wait for it until the group's timeout",
+            remedy="Look for an error on that rank; if there is none, check that it called backward as the others did",
+        )
+    )

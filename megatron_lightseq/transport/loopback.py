@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from megatron_lightseq.errors import TransportError
-from megatron_lightseq.transport.base import Message
+from megatron_lightseq.transport.base import Message, transfer_failed
 
 T = TypeVar("T")
 TIMEOUT_S = 60.0
@@ -44,7 +44,7 @@ class _Network:
         reason = (
             f"rank {self.failed_rank} failed" if self.failed_rank is not None else f"silent for {TIMEOUT_S} s"
         )
-        raise TransportError(f"rank {dst}, receiving {what} from rank {src}: {reason}")
+        raise transfer_failed(dst, f"receiving {what} from rank {src}", reason)
 
     def abort(self, rank: int) -> None:
         with self.changed:

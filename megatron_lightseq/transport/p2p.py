@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.errors import TransportError
-from megatron_lightseq.transport.base import Message
+from megatron_lightseq.transport.base import Message, transfer_failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class _Works:
                 if work is not None:  # None: this rank is not in the group, which torch answers so
                     work.wait()
             except RuntimeError as error:
-                raise TransportError(f"rank {self.rank}, {what}: {error}") from error
+                raise transfer_failed(self.rank, what, error) from error
 
 
 class P2PTransport:

@@ -27,6 +27,8 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = shutil.which("g++")
 FLAGS = ("-std=c++20", "-march=x86-64-v3", "-fPIC", "-pthread")
 KERNELS = "library.cpp"
+SMALL_LIMITS = ("-DMLS_BACKWARD_QUERY_TILES=3", "-DMLS_CACHED_BYTES=65536")
+"""So that small tests need several launches, and several sections of a launch's order."""
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -148,9 +150,7 @@ def cached_library() -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             unfinished = Path(scratch) / "library.so"
-            build_library(
-                CSRC, build_machine(CSRC, Path(scratch)), unfinished, "-O2", "-DMLS_BACKWARD_QUERY_TILES=3"
-            )
+            build_library(CSRC, build_machine(CSRC, Path(scratch)), unfinished, "-O2", *SMALL_LIMITS)
             unfinished.rename(library)
     return library
 

@@ -251,6 +251,12 @@ HOPPER_MUTANTS = (
         "kColumns / kSwizzleColumns",
         file="panels.h",
     ),
+    _hopper(
+        "the first tile of a section taken twice",
+        "within % width, within / width",
+        "within % width, larger(within / width, 1)",
+        file="work_order.h",
+    ),
     _hopper("columns beyond the panel's half multiplied", "k < T::kHeadDim", "k < 144"),
 )
 
@@ -332,7 +338,12 @@ HOPPER_BACKWARD_MUTANTS = (
         TILES,
     ),
     _backward("no word of the end", "rows.any = any;", "rows.any = true;", TILES),
-    _backward("last head of a group left out", "end_head = head + group;", "end_head = head + 1;", TILES),
+    _backward("last head of a group left out", "first_head + heads;", "first_head + larger(heads - 1, 1);"),
+    _backward(
+        "every part of a group takes the first heads",
+        "launch.head_parts + part) * heads",
+        "launch.head_parts) * heads",
+    ),
     _backward(
         "tiles that are seen in part left out", "== TileKind::kUnseen);", "!= TileKind::kWhole);", TILES
     ),
@@ -359,9 +370,8 @@ HOPPER_BACKWARD_MUTANTS = (
         "",
     ),
     _backward("delta forgotten", "- rows.delta[fragment_column(j, e)]", ""),
-    _backward(
-        "dK without the scale", "num_keys, 0,\n           params.softmax_scale);", "num_keys, 0, 1.0f);"
-    ),
+    _backward("dK without the scale", "num_keys, 0, params.softmax_scale);", "num_keys, 0, 1.0f);"),
+    _backward("shared dK without the scale", "num_keys, params.softmax_scale);", "num_keys, 1.0f);"),
     _backward("dS stored unswizzled", "(chunk % 8 ^ row % 8)", "(chunk % 8)", PANELS),
     _backward("rows of dQ meet in banks", "trades = row % 2;", "trades = false;", PANELS, slow=True),
     _backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,8 @@ HOPPER_TILES = (
     (Case(queries=90, keys=100, ranges="random"), 5),
     (Case(queries=5, keys=700, heads=1, amplitude=4.0), 6),
 )
+ONE_KEY_HEAD = (Case(queries=100, keys=150, heads=6, groups=1), 7)
+"""Two blocks of keys do not fill the multiprocessors: two more share the query heads of the group."""
 
 
 def run_with_gradients(case: Case, dtype: torch.dtype, kernel: Emulator) -> Results:
@@ -69,7 +72,7 @@ def test_hopper_matches_fp64(library: Path, case: Case, seed: int, dims: tuple[i
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("case", "seed"), HOPPER_TILES, ids=str)
+@pytest.mark.parametrize(("case", "seed"), [*HOPPER_TILES, ONE_KEY_HEAD], ids=str)
 def test_hopper_gradients_match_fp64(library: Path, case: Case, seed: int, head_dim: int) -> None:
     case = replace(case, head_dim=head_dim, value_dim=head_dim)
     dtype = torch.float16 if seed % 2 else torch.bfloat16
@@ -111,6 +114,30 @@ def test_order_of_warps_does_not_matter(library: Path, architecture: str, seed: 
     got = run_with_gradients(CAUSAL, torch.bfloat16, replace(kernel, seed=seed))
     for first, second in zip(want, got, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "units", "bytes_of_unit", "width"),
+    [(5, 4, 16384, 4), (5, 7, 16384, 4), (3, 5, 1 << 20, 1), (1, 9, 30000, 2), (4, 3, 0, 3)],
+)
+def test_every_place_of_the_order_is_taken_once(
+    library: Path, tiles: int, units: int, bytes_of_unit: int, width: int
+) -> None:
+    """Units that fit into the cache together go side by side, their tiles in turn; then the next ones."""
+    places = (ctypes.c_int * (2 * tiles * units))()
+    function = Emulator(library).library.mls_emu_order
+    function.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_void_p]
+    function.restype = ctypes.c_char_p
+    assert function(tiles, units, bytes_of_unit, places) is None
+    want = [
+        (unit, tile)
+        for first in range(0, units, width)
+        for tile in range(tiles)
+        for unit in range(first, min(first + width, units))
+    ]
+    assert list(zip(places[::2], places[1::2], strict=True)) == want
+    too_many = function(1 << 20, 1 << 11, bytes_of_unit, places)
+    assert too_many == b"B * H * Sq is too large for one launch: use fewer heads or sequences per call"
 
 
 def test_a_refused_tensor_map_is_reported_once_per_kernel(tmp_path: Path, library: Path) -> None:

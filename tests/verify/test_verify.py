@@ -50,7 +50,10 @@ def test_what_is_wrong_fails_and_what_follows_still_runs() -> None:
     assert lines["other weights"].startswith("False|(")
     assert lines["other average"].startswith("False|(")
     assert lines["impossible"].startswith("False|None|")
-    assert "ConfigError: cp_method lightseq, cp_layout zigzag: lightseq balances" in lines["impossible"]
+    expected = (
+        "ConfigError: cp_method lightseq, cp_layout zigzag, context_parallel_size 2: method 'lightseq' on"
+    )
+    assert expected in lines["impossible"]
     assert "num_attention_heads must be a multiple" in lines["no reference"], "which rank 1 must not wait for"
     assert lines["right"].startswith("True|(")
 

@@ -52,6 +52,19 @@ void mls_emu_configure(uint64_t seed, int threads, bool refuses_tensor_maps) {
   mls::emu::options() = {seed, threads, refuses_tensor_maps};
 }
 
+// The unit and the tile of every block of a launch, in the order of the blocks.
+const char* mls_emu_order(int64_t num_tiles, int64_t num_units, int64_t cached_bytes, int* places) {
+  mls::cuda::WorkOrder order;
+  const char* failure = mls::cuda::make_order(&order, num_tiles, num_units, cached_bytes);
+  if (failure != nullptr) return failure;
+  for (unsigned index = 0; index < order.blocks().x; ++index) {
+    const auto place = order.place(static_cast<int>(index));
+    *places++ = place.unit;
+    *places++ = place.tile;
+  }
+  return nullptr;
+}
+
 const char* mls_emu_fallback() {
   return mls::cuda::take_fallback();
 }

@@ -136,6 +136,11 @@ inline void atomic_add(float* target, float value) {
   } while (!__atomic_compare_exchange_n(bits, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
 
+// Few, so that small tests reach what happens when there is more work than multiprocessors, and when less.
+inline int multiprocessors() {
+  return 2;
+}
+
 template <class Kernel, class Params>
 const char* launch(Kernel kernel, Dim3 blocks, int threads, int shared_bytes, void*, const Params& params) {
   static thread_local std::string failure;

@@ -146,6 +146,14 @@ MLS_DEVICE void atomic_add(float* target, float value) {
   atomicAdd(target, value);
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Starts a kernel on a stream; null, or what CUDA said against it.
 template <class Kernel, class Params>
 const char* launch(Kernel kernel, Dim3 blocks, int threads, int shared_bytes, void* stream,

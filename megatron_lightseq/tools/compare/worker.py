@@ -20,7 +20,7 @@ from megatron_lightseq.tools.compare.padding import PaddedWeightNames
 from megatron_lightseq.tools.compare.sdpa import sdpa_layer_spec
 from megatron_lightseq.tools.compare.systems import SYSTEMS
 from megatron_lightseq.tools.compare.traffic import Traffic, watch_traffic
-from megatron_lightseq.tools.ranks import Seat
+from megatron_lightseq.tools.ranks import RankContext
 from megatron_lightseq.training.data.documents import ReadCounts, read_documents
 from megatron_lightseq.training.data.sources import find_stdlib_files
 from megatron_lightseq.training.reporting.memory import peak_resident_bytes
@@ -34,19 +34,19 @@ _CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
 _CEILING_SECONDS = 0.5
 
 
-def answer(request: str, seat: Seat) -> dict[str, Any]:
+def answer(request: str, context: RankContext) -> dict[str, Any]:
     """The task of :func:`megatron_lightseq.tools.ranks.run_task`: a :class:`Job` as text in, a measurement out."""
-    return dataclasses.asdict(run(Job.from_json(request), seat))
+    return dataclasses.asdict(run(Job.from_json(request), context))
 
 
-def run(job: Job, seat: Seat) -> Measurement:
+def run(job: Job, context: RankContext) -> Measurement:
     """Measure the job's system on this rank; collective over all ranks of the job."""
     torch.set_num_threads(job.threads)
     if job.pin:
-        seat.pin()
+        context.pin()
     if not torch.cuda.is_available():
         cpu_platform.activate()
-    seat.join()
+    context.join()
     dtype = torch.bfloat16 if job.common.training.bf16 else torch.float32
     ceiling = matmul_ceiling(dtype) if job.measure_ceiling else None
     stats, traffic = AttentionStats(), Traffic()
@@ -56,7 +56,7 @@ def run(job: Job, seat: Seat) -> Measurement:
     tensor_bytes: int | None = None
     with watch_traffic(traffic):
         for number in range(job.warmup_steps + job.steps):
-            steps.append(_timed_step(training, batches, stats, traffic, seat.interface))
+            steps.append(_timed_step(training, batches, stats, traffic, context.interface))
             steps[-1] = dataclasses.replace(steps[-1], warmup=number < job.warmup_steps)
         resident = peak_resident_bytes()
         if job.profile_memory:
