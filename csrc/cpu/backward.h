@@ -89,7 +89,7 @@ class BackwardChunk {
         width_(Engine::width(params.shape.head_dim)),
         value_width_(Engine::width(params.shape.value_dim)),
         chunk_keys_(Engine::chunk_keys(params.shape)),
-        dq_{params.dq, params.bf16_dq},
+        dq_{params.dq, params.rounded_dq},
         engine_(params, at, scratch),
         tile_(scratch.objects<BackwardTile>(1)),
         sums_{0, scratch.objects<float>(chunk_keys_ * width_),
@@ -118,8 +118,8 @@ class BackwardChunk {
       if (p_.accumulate) return;
       clear_sums();
     }
-    put_chunk(sums_.dk, width_, shape_.head_dim, p_.softmax_scale, {p_.dk, p_.bf16_dk});
-    put_chunk(sums_.dv, value_width_, shape_.value_dim, 1.0f, {p_.dv, p_.bf16_dv});
+    put_chunk(sums_.dk, width_, shape_.head_dim, p_.softmax_scale, {p_.dk, p_.rounded_dk});
+    put_chunk(sums_.dv, value_width_, shape_.value_dim, 1.0f, {p_.dv, p_.rounded_dv});
   }
 
  private:
@@ -183,7 +183,7 @@ class BackwardChunk {
   void accumulate_dq(int64_t t, int64_t chunk) {
     ChunkTurns& turns = state_.turns[t];
     const bool is_first = chunk == turns.first, is_last = chunk + 1 == turns.last;
-    const bool is_rounded = p_.bf16_dq.data != nullptr;
+    const bool is_rounded = p_.rounded_dq.data != nullptr;
     if (!is_rounded) dq_lanes_to_rows();
     // Workers take chunks in ascending order, so the chunk waited for is already running: this cannot
     // deadlock, whatever the number of threads.
@@ -264,7 +264,7 @@ Workload backward_workload(const BackwardParams& p) {
   const int64_t sums = tiles * kTileRows * Engine::width(p.shape.head_dim);
   ScratchCursor counting(nullptr);
   const BackwardChunk<Engine> chunk(p, KeyHead{}, counting, {});
-  return {heads * chunks, counting.used(), 0, tiles, chunks > 1 && p.bf16_dq.data != nullptr ? sums : 0};
+  return {heads * chunks, counting.used(), 0, tiles, chunks > 1 && p.rounded_dq.data != nullptr ? sums : 0};
 }
 
 // Sets the chunks that hold keys of each row tile; the first of them has the first turn. A row tile that sees

@@ -147,8 +147,8 @@ class ForwardBlock {
     }
     engine_.complete(t, out_lanes(t));
     const LaneLayout layout = Engine::lanes(width_);
-    if (p_.bf16_out.data != nullptr) {
-      store_tile_rows<BFloat16>(p_.bf16_out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim,
+    if (p_.rounded_out.data != nullptr) {
+      store_tile_rows<BFloat16>(p_.rounded_out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim,
                                 inverse);
     } else {
       store_tile_rows<Float32>(p_.out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim, inverse);
