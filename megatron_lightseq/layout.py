@@ -165,8 +165,7 @@ class SequenceLayout:
     @property
     def owner(self) -> tuple[int, ...]:
         """``owner[c]`` is the rank that holds chunk c."""
-        rank_of = {piece: rank for rank, pieces in enumerate(self._pieces) for piece in pieces}
-        return tuple(rank_of[chunk // self.splits] for chunk in range(self.num_chunks))
+        return _owners(self)
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
         """The chunks of a rank in the order in which its shard stores them."""
@@ -174,15 +173,17 @@ class SequenceLayout:
             piece * self.splits + part for piece in self._pieces[rank] for part in range(self.splits)
         )
 
-    def chunk_positions(self, chunk: int, seq_length: int) -> range:
-        """Global positions of a chunk's tokens, in a sequence of ``seq_length`` tokens."""
+    def chunk_positions(self, chunk: int, seq_length: int, chunks: int = 1) -> range:
+        """Global positions of the tokens of a chunk, or of several adjacent chunks of one piece."""
         piece, part = divmod(chunk, self.splits)
         if self._interleaved:
             positions = range(piece, seq_length, self._num_pieces)
         else:
             length = seq_length // self._num_pieces
             positions = range(piece * length, (piece + 1) * length)
-        return positions[part * len(positions) // self.splits : (part + 1) * len(positions) // self.splits]
+        return positions[
+            part * len(positions) // self.splits : (part + chunks) * len(positions) // self.splits
+        ]
 
     def positions(self, rank: int, seq_length: int) -> list[int]:
         """Global positions of the tokens of a rank's shard, in storage order.
@@ -335,3 +336,9 @@ class SequenceLayout:
         """The index of a rank's pieces in :meth:`_by_piece`."""
         pieces = self._pieces[rank]
         return (*(slice(None),) * dim, pieces[0] if len(pieces) == 1 else list(pieces))
+
+
+@lru_cache(maxsize=64)
+def _owners(layout: SequenceLayout) -> tuple[int, ...]:
+    rank_of = {piece: rank for rank, pieces in enumerate(layout._pieces) for piece in pieces}
+    return tuple(rank_of[piece] for piece in range(layout._num_pieces) for _ in range(layout.splits))

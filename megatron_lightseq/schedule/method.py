@@ -69,6 +69,8 @@ class Method:
     ulysses_size: Callable[[int], int] = no_exchange
     """From P to u: how many ranks exchange heads for tokens first (DeepSpeed-Ulysses, arXiv 2309.14509). Tiles are
     then placed on the P / u ranks of a ring, each for its share of the heads."""
+    relays: bool = False
+    """Whether any rank that holds keys or queries may send them on, and not only their owner."""
     full_rows: bool = False
     """Keep full rows of scores instead of merging partial softmaxes (Ring Self-Attention, arXiv 2105.13120)."""
     sized: SizedForm | None = None

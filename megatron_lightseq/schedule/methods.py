@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
+from megatron_lightseq.schedule.balance.place import place_balanced, splits_of
 from megatron_lightseq.schedule.ir import Direction, Placement
 from megatron_lightseq.schedule.method import Method, SizedForm
 from megatron_lightseq.schedule.place import (
@@ -103,6 +104,15 @@ def usp(ulysses_size: int) -> Method:
     return replace(USP, name=f"usp:{ulysses_size}", ulysses_size=lambda cp_size: ulysses_size)
 
 
+def balanced(num_steps: int, target_percent: int) -> Method:
+    """The ``balanced`` method in a number of steps, with ranks filled up to a percentage of the mean load."""
+
+    def place(problem: Problem) -> Placement:
+        return place_balanced(problem, num_steps, target_percent)
+
+    return replace(BALANCED, name=f"balanced:{num_steps}x{target_percent}", place=place)
+
+
 def nearly_square(cp_size: int) -> int:
     """The largest divisor of ``cp_size`` up to its square root."""
     return max(u for u in range(1, cp_size + 1) if cp_size % u == 0 and u * u <= cp_size)
@@ -118,6 +128,17 @@ MESH = Method(
     default_layout="zigzag",
     sized=SizedForm("ROWSxCOLUMNS", mesh),
     auto_candidates=mesh_candidates,
+)
+BALANCED = Method(
+    "balanced",
+    place_balanced,
+    summary="its own queries, except for rectangles of work that ranks with less take over; for any mask",
+    source="derived here",
+    only_layouts=("contiguous",),
+    splits=splits_of,
+    uses_shape=True,
+    relays=True,
+    sized=SizedForm("STEPSxPERCENT", balanced),
 )
 USP = Method(
     "usp",
@@ -163,6 +184,7 @@ METHODS: dict[str, Method] = {
             default_layout="zigzag",
         ),
         MESH,
+        BALANCED,
         Method(
             "ulysses",
             place_ring,

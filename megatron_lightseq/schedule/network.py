@@ -119,6 +119,7 @@ NETWORKS = {
         ),
     )
 }
+"""Networks by the names that ``--cp-network`` accepts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,26 +43,59 @@ class Problem:
 
     @property
     def work(self) -> Mapping[Tile, int]:
-        """Every tile that holds work, with its area: how many (query, key) pairs the mask allows in it. Computed when
-        it is first read, once for both directions; read-only.
+        """Every tile of single chunks that holds work, with its area: how many (query, key) pairs the mask allows in
+        it. Computed when it is first read, once for both directions; read-only.
         """
         return work_of(self.layout, self.mask, self.seq_length)
+
+    @property
+    def areas(self) -> TileAreas:
+        """The areas of tiles of any size, counted as they are asked for."""
+        return areas_of(self.layout, self.mask, self.seq_length)
+
+
+class TileAreas:
+    """How many (query, key) pairs the mask allows in tiles; counted when asked for, and remembered."""
+
+    def __init__(self, layout: SequenceLayout, mask: Mask, seq_length: int) -> None:
+        self._layout = layout
+        self._mask = mask
+        self._seq_length = seq_length
+        self._known: dict[tuple[int, int, int, int], int] = {}
+
+    def __call__(self, tile: Tile) -> int:
+        """Allowed pairs of a tile."""
+        return self.between(
+            self._layout.chunk_positions(tile.q, self._seq_length, tile.queries),
+            self._layout.chunk_positions(tile.k, self._seq_length, tile.keys),
+        )
+
+    def between(self, queries: range, keys: range) -> int:
+        """Allowed pairs of queries and keys at these positions of the sequence, which have one stride."""
+        # Without documents an area depends only on the lengths and on the distance from the queries to the keys.
+        at = 0 if self._mask.cu_seqlens is None else queries.start
+        like = (at, keys.start - queries.start, len(queries), len(keys))
+        area = self._known.get(like)
+        if area is None:
+            area = self._known[like] = self._mask.area(queries, keys)
+        return area
+
+    @property
+    def total(self) -> int:
+        """Allowed pairs of the whole sequence."""
+        return self.between(range(self._seq_length), range(self._seq_length))
+
+
+@lru_cache(maxsize=8)
+def areas_of(layout: SequenceLayout, mask: Mask, seq_length: int) -> TileAreas:
+    """The areas of tiles of ``seq_length`` tokens cut by ``layout`` under ``mask``; shared by both directions."""
+    return TileAreas(layout, mask, seq_length)
 
 
 @lru_cache(maxsize=8)
 def work_of(layout: SequenceLayout, mask: Mask, seq_length: int) -> Mapping[Tile, int]:
-    """Tiles with work and their areas, for ``seq_length`` tokens cut by ``layout`` under ``mask``; read-only."""
-    positions = [layout.chunk_positions(chunk, seq_length) for chunk in range(layout.num_chunks)]
-    # Without documents a tile's area depends only on its lengths and on the distance from its queries to its keys.
-    areas: dict[tuple[int, int, int], int] = {}
-    work: dict[Tile, int] = {}
-    for q, queries in enumerate(positions):
-        q_start, q_length = queries.start, len(queries)
-        for k, keys in enumerate(positions):
-            like = (keys.start - q_start, q_length, len(keys))
-            area = None if mask.cu_seqlens else areas.get(like)
-            if area is None:
-                area = areas[like] = mask.area(queries, keys)
-            if area:
-                work[Tile(q, k)] = area
-    return MappingProxyType(work)
+    """All tiles of one chunk by one chunk that hold work, with their areas; read-only."""
+    areas = areas_of(layout, mask, seq_length)
+    chunks = range(layout.num_chunks)
+    found = {tile: areas(tile) for q in chunks for k in chunks if areas(tile := Tile(q, k))}
+    return MappingProxyType(found)

@@ -7,10 +7,14 @@ a list of calls and transfers, without any arithmetic on ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
+from operator import attrgetter
 
+from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Dataflow, Direction, Move, Payload, Tile
 from megatron_lightseq.schedule.schedule import Schedule
@@ -67,11 +71,13 @@ class Transfer:
     peer: int
     """The other rank."""
     start: int
-    """Where the span begins in its owner's shard, in tokens."""
+    """Where the span begins in ``store``, in tokens; of a received input, in its owner's shard."""
     length: int
     """Tokens in the span."""
     tag: int
-    """Number of this transfer in its schedule: equal at both ends and unique."""
+    """Number of this transfer in its schedule; equal at both ends, and no other's."""
+    store: Span | None = OWN
+    """What an input is sent from: the rank's own shard, or the buffer of a received span that is sent on."""
 
     def __str__(self) -> str:
         chunks = f"{self.span.first}" + (
@@ -123,53 +129,60 @@ class Program:
         )
 
 
-@dataclass(frozen=True, slots=True)
 class _Geometry:
     """Where every chunk is, in the sequence and in its owner's shard."""
 
-    owner: tuple[int, ...]
-    positions: tuple[range, ...]
-    offset: tuple[int, ...]
-
-    @staticmethod
-    def of(schedule: Schedule) -> _Geometry:
-        layout = schedule.layout
-        positions = tuple(layout.chunk_positions(c, schedule.seq_length) for c in range(layout.num_chunks))
-        offset = [0] * layout.num_chunks
+    def __init__(self, layout: SequenceLayout, seq_length: int) -> None:
+        self.owner = layout.owner
+        self._layout = layout
+        self._seq_length = seq_length
+        self._piece_length = seq_length // (layout.num_chunks // layout.splits)
+        self._piece_offset = {}
         for rank in range(layout.cp_size):
-            filled = 0
-            for chunk in layout.chunks_of(rank):
-                offset[chunk] = filled
-                filled += len(positions[chunk])
-        return _Geometry(layout.owner, positions, tuple(offset))
+            for at, chunk in enumerate(layout.chunks_of(rank)[:: layout.splits]):
+                self._piece_offset[chunk // layout.splits] = at * self._piece_length
+
+    def offset(self, chunk: int) -> int:
+        """Where a chunk begins in its owner's shard, in tokens."""
+        piece, part = divmod(chunk, self._layout.splits)
+        return self._piece_offset[piece] + part * self._piece_length // self._layout.splits
+
+    def positions(self, chunk: int) -> range:
+        return self._layout.chunk_positions(chunk, self._seq_length)
 
     def adjacent(self, chunk: int) -> bool:
-        """Whether ``chunk`` directly follows ``chunk - 1``: of the same owner, in the sequence and in storage."""
-        before, after = self.positions[chunk - 1], self.positions[chunk]
+        """Whether ``chunk`` continues ``chunk - 1``: same owner, positions and storage without a gap."""
+        if chunk % self._layout.splits:
+            return True
+        before, after = self.positions(chunk - 1), self.positions(chunk)
         return (
             self.owner[chunk - 1] == self.owner[chunk]
             and before.start + len(before) * before.step == after.start
-            and self.offset[chunk - 1] + len(before) == self.offset[chunk]
+            and self.offset(chunk - 1) + len(before) == self.offset(chunk)
         )
 
-    def spans(self, chunks: Iterable[int]) -> list[Span]:
-        """The chunks, combined into as few spans as possible."""
+    def spans(self, parts: Iterable[tuple[int, int]]) -> list[Span]:
+        """Half-open ranges of chunks, joined to maximal spans."""
         spans: list[Span] = []
-        for chunk in sorted(chunks):
-            if spans and spans[-1].stop == chunk and self.adjacent(chunk):
-                spans[-1] = Span(spans[-1].first, chunk + 1)
+        for first, stop in sorted(parts):
+            if spans and spans[-1].stop == first and self.adjacent(first):
+                spans[-1] = Span(spans[-1].first, stop)
             else:
-                spans.append(Span(chunk, chunk + 1))
+                spans.append(Span(first, stop))
         return spans
 
     def length(self, span: Span) -> int:
-        """Tokens in a span."""
-        return sum(len(self.positions[chunk]) for chunk in range(span.first, span.stop))
+        last = span.stop - 1
+        return self.offset(last) + len(self.positions(last)) - self.offset(span.first)
 
     def joined_positions(self, span: Span) -> range:
-        """Global positions of the tokens of a span."""
-        first = self.positions[span.first]
+        first = self.positions(span.first)
         return range(first.start, first.start + self.length(span) * first.step, first.step)
+
+
+@lru_cache(maxsize=8)
+def _geometry_of(layout: SequenceLayout, seq_length: int) -> _Geometry:
+    return _Geometry(layout, seq_length)
 
 
 def compile_program(schedule: Schedule, rank: int) -> Program:
@@ -177,7 +190,7 @@ def compile_program(schedule: Schedule, rank: int) -> Program:
 
     Deterministic: every rank compiles its own program, and both ranks of a transfer give it the same tag.
     """
-    geometry = _Geometry.of(schedule)
+    geometry = _geometry_of(schedule.layout, schedule.seq_length)
     transfers = [_coalesce(step.moves, geometry) for step in schedule.steps]
     stores = _Stores(geometry, rank, transfers)
     tag = 0
@@ -188,8 +201,11 @@ def compile_program(schedule: Schedule, rank: int) -> Program:
         for payload, src, dst, span in transfers[t]:
             if rank in (src, dst):
                 peer, ends = (dst, sends) if rank == src else (src, receives)
-                start, length = geometry.offset[span.first], geometry.length(span)
-                ends.append(Transfer(payload, span, peer, start, length, tag))
+                start, length, store = geometry.offset(span.first), geometry.length(span), OWN
+                if rank == src and payload not in RESULTS:
+                    source = stores.operand(payload, span)
+                    start, store = source.start, source.store
+                ends.append(Transfer(payload, span, peer, start, length, tag, store))
             tag += 1
         calls = _calls(step.tiles[rank], schedule, geometry, stores)
         steps.append(ProgramStep(tuple(calls), tuple(sends), tuple(receives), ()))
@@ -214,11 +230,17 @@ def _coalesce(moves: tuple[Move, ...], geometry: _Geometry) -> list[_Message]:
     def ends(move: Move) -> tuple[Payload, int, int]:
         return move.payload, move.src, move.dst
 
-    return [
-        (*key, span)
-        for key, group in groupby(sorted(moves, key=ends), key=ends)
-        for span in geometry.spans(move.chunk for move in group)
-    ]
+    messages: list[_Message] = []
+    for key, group in groupby(sorted(moves, key=ends), key=ends):
+        parts = [(move.chunk, move.chunk + move.chunks) for move in group]
+        payload, src, _ = key
+        if payload not in RESULTS and geometry.owner[parts[0][0]] != src:
+            # What is sent on lies in a buffer of its own, which the next part need not.
+            spans = [Span(*part) for part in parts]
+        else:
+            spans = geometry.spans(parts)
+        messages += [(*key, span) for span in spans]
+    return messages
 
 
 class _Stores:
@@ -227,19 +249,33 @@ class _Stores:
     def __init__(self, geometry: _Geometry, rank: int, transfers: list[list[_Message]]) -> None:
         self._geometry = geometry
         self._rank = rank
-        self._span_of: dict[tuple[Payload, int], Span] = {}
+        self._spans: dict[Payload, list[Span]] = {payload: [] for payload in Payload}
         for payload, src, dst, span in (message for step in transfers for message in step):
             if rank == (src if payload in RESULTS else dst):
-                self._span_of.update({(payload, chunk): span for chunk in range(span.first, span.stop)})
+                self._spans[payload].append(span)
+        for spans in self._spans.values():
+            spans.sort()
 
     def store(self, payload: Payload, chunk: int) -> Span | None:
-        """The store of one chunk of a payload."""
-        return OWN if self._geometry.owner[chunk] == self._rank else self._span_of[payload, chunk]
+        if self._geometry.owner[chunk] == self._rank:
+            return OWN
+        spans = self._spans[payload]
+        return spans[bisect_right(spans, chunk, key=attrgetter("first")) - 1]
+
+    def parts(self, payloads: Iterable[Payload | None], chunks: range) -> Iterator[Span]:
+        """The chunks, cut where the store of one of the payloads ends."""
+        start = chunks.start
+        while start < chunks.stop:
+            stores = (self.store(payload, start) for payload in payloads if payload)
+            stop = min((store.stop for store in stores if store is not OWN), default=chunks.stop)
+            stop = min(stop, chunks.stop)
+            yield Span(start, stop)
+            start = stop
 
     def operand(self, payload: Payload, chunks: Span) -> Operand:
         """The tokens of adjacent chunks in their store."""
         store = self.store(payload, chunks.first)
-        start = self._geometry.offset[chunks.first] - (self._geometry.offset[store.first] if store else 0)
+        start = self._geometry.offset(chunks.first) - (self._geometry.offset(store.first) if store else 0)
         return Operand(store, start, start + self._geometry.length(chunks))
 
     def joined(self, payloads: Iterable[Payload | None], chunk: int) -> bool:
@@ -251,27 +287,45 @@ class _Stores:
 
 def _calls(
     tiles: tuple[Tile, ...], schedule: Schedule, geometry: _Geometry, stores: _Stores
-) -> Iterable[Call]:
+) -> Iterator[Call]:
     flow = DATAFLOW[schedule.direction]
-    for q_span, k_span in _rectangles(
-        set(tiles),
-        joined_q=lambda chunk: stores.joined((flow.q_input, flow.q_result), chunk),
-        joined_k=lambda chunk: stores.joined((flow.k_input, flow.k_result), chunk),
-        empty=lambda tile: tile not in schedule.work,
-    ):
-        yield Call(
-            q=stores.operand(flow.q_input, q_span),
-            k=stores.operand(flow.k_input, k_span),
-            q_result=stores.operand(flow.q_result, q_span),
-            k_result=stores.operand(flow.k_result, k_span) if flow.k_result else None,
-            q_positions=geometry.joined_positions(q_span),
-            k_positions=geometry.joined_positions(k_span),
-            area=sum(
-                schedule.work.get(Tile(q, k), 0)
-                for q in range(q_span.first, q_span.stop)
-                for k in range(k_span.first, k_span.stop)
-            ),
-        )
+    sides = ((flow.q_input, flow.q_result), (flow.k_input, flow.k_result))
+    for q_span, k_span in _kernel_rectangles(tiles, schedule, stores, sides):
+        q_positions, k_positions = geometry.joined_positions(q_span), geometry.joined_positions(k_span)
+        area = schedule.areas.between(q_positions, k_positions)
+        if area:
+            yield Call(
+                q=stores.operand(flow.q_input, q_span),
+                k=stores.operand(flow.k_input, k_span),
+                q_result=stores.operand(flow.q_result, q_span),
+                k_result=stores.operand(flow.k_result, k_span) if flow.k_result else None,
+                q_positions=q_positions,
+                k_positions=k_positions,
+                area=area,
+            )
+
+
+_Sides = tuple[tuple[Payload, Payload], tuple[Payload, Payload | None]]
+"""Input and result of the query side, and of the key side."""
+
+
+def _kernel_rectangles(
+    tiles: tuple[Tile, ...], schedule: Schedule, stores: _Stores, sides: _Sides
+) -> Iterator[tuple[Span, Span]]:
+    """Tiles of single chunks joined to rectangles, and rectangles cut where the stores of their chunks end."""
+    q_side, k_side = sides
+    singles = {tile for tile in tiles if tile.queries == tile.keys == 1}
+    yield from _rectangles(
+        singles,
+        joined_q=lambda chunk: stores.joined(q_side, chunk),
+        joined_k=lambda chunk: stores.joined(k_side, chunk),
+        empty=lambda tile: not schedule.areas(tile),
+    )
+    for tile in tiles:
+        if tile not in singles:
+            for q_span in stores.parts(q_side, tile.q_chunks):
+                for k_span in stores.parts(k_side, tile.k_chunks):
+                    yield q_span, k_span
 
 
 def _rectangles(
@@ -311,6 +365,7 @@ def _mark_last_uses(steps: list[ProgramStep], direction: Direction) -> tuple[Pro
             for payload, operand in ((flow.q_input, call.q), (flow.k_input, call.k))
             if operand.store is not OWN
         }
+        read |= {(send.payload, send.store) for send in step.sends if send.store is not OWN}
         marked.append(replace(step, last_uses=tuple(sorted(read - seen))))
         seen |= read
     return tuple(reversed(marked))

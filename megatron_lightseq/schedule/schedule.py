@@ -12,14 +12,14 @@ from megatron_lightseq.errors import ScheduleError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.ir import Direction, Move, Payload, Step, Tile
-from megatron_lightseq.schedule.problem import work_of
+from megatron_lightseq.schedule.problem import TileAreas, areas_of, work_of
 from megatron_lightseq.schedule.validate import find_fault
 
 _HEADER = re.compile(
     r"(?P<method>\S+) (?P<direction>forward|backward) (?P<layout>\S+) (?P<mask>\S+) (?P<seq_length>\d+) tokens"
 )
-_TILE = re.compile(r"q(\d+)k(\d+)")
-_MOVE = re.compile(rf"({'|'.join(Payload)})(\d+):(\d+)>(\d+)")
+_TILE = re.compile(r"q(\d+)(?:-(\d+))?k(\d+)(?:-(\d+))?")
+_MOVE = re.compile(rf"({'|'.join(Payload)})(\d+)(?:-(\d+))?:(\d+)>(\d+)")
 _CELL = rf"(-|{_TILE.pattern}(\+{_TILE.pattern})*)"
 _STEP = re.compile(rf"step (?P<number>\d+) *\|(?P<tiles>( +{_CELL})+) *\|(?P<moves>( {_MOVE.pattern})*)")
 
@@ -46,14 +46,19 @@ class Schedule:
     def __post_init__(self) -> None:
         self.layout.check_length(self.seq_length)
         self.mask.check_length(self.seq_length)
-        fault = find_fault(self.steps, direction=self.direction, owner=self.layout.owner, work=self.work)
+        fault = find_fault(self.steps, direction=self.direction, layout=self.layout, areas=self.areas)
         if fault is not None:
             raise ScheduleError(f"{fault}\n{self._draw(marked_step=fault.step)}")
 
     @cached_property
     def work(self) -> Mapping[Tile, int]:
-        """Every tile that holds work, with its area: how many (query, key) pairs the mask allows in it."""
+        """Every tile of single chunks that holds work, with its area: how many (query, key) pairs the mask allows."""
         return work_of(self.layout, self.mask, self.seq_length)
+
+    @property
+    def areas(self) -> TileAreas:
+        """The areas of tiles of any size."""
+        return areas_of(self.layout, self.mask, self.seq_length)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,10 +117,19 @@ def _parse_step(number: int, line: str) -> Step:
             )
         )
     tiles = tuple(
-        tuple(Tile(int(q), int(k)) for q, k in _TILE.findall(cell)) for cell in match["tiles"].split()
+        tuple(
+            Tile(int(q), int(k), _count(q, last_q), _count(k, last_k))
+            for q, last_q, k, last_k in _TILE.findall(cell)
+        )
+        for cell in match["tiles"].split()
     )
     moves = tuple(
-        Move(Payload(payload), int(chunk), int(src), int(dst))
-        for payload, chunk, src, dst in _MOVE.findall(match["moves"])
+        Move(Payload(payload), int(chunk), int(src), int(dst), _count(chunk, last))
+        for payload, chunk, last, src, dst in _MOVE.findall(match["moves"])
     )
     return Step(tiles, moves)
+
+
+def _count(first: str, last: str) -> int:
+    """Chunks from ``first`` to ``last``; an empty ``last`` means one chunk."""
+    return int(last) - int(first) + 1 if last else 1

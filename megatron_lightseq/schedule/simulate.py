@@ -75,16 +75,16 @@ class Profile:
 
     @staticmethod
     def of(schedule: Schedule) -> Profile:
-        """Count the work and the transfers of a schedule, step by step."""
-        layout, work = schedule.layout, schedule.work
-        lengths = [len(layout.chunk_positions(c, schedule.seq_length)) for c in range(layout.num_chunks)]
+        """Count a schedule's work and its transfers, step by step."""
+        layout = schedule.layout
         steps = []
         for step in schedule.steps:
             tokens: dict[tuple[Payload, int, int], int] = {}
-            for payload, chunk, src, dst in step.moves:
+            for payload, chunk, src, dst, chunks in step.moves:
                 key = (payload, src, dst)
-                tokens[key] = tokens.get(key, 0) + lengths[chunk]
-            pairs = tuple(sum(work[tile] for tile in tiles) for tiles in step.tiles)
+                length = len(layout.chunk_positions(chunk, schedule.seq_length, chunks))
+                tokens[key] = tokens.get(key, 0) + length
+            pairs = tuple(sum(map(schedule.areas, tiles)) for tiles in step.tiles)
             steps.append((pairs, tuple((*key, total) for key, total in tokens.items())))
         return Profile(layout.cp_size, schedule.seq_length / layout.cp_size, tuple(steps))
 

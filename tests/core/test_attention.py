@@ -25,7 +25,15 @@ from tests.core import oracle
 from tests.harness.ranks import RankError, run_ranks
 
 CASES = [("lightseq", "contiguous"), ("ring", "contiguous"), ("ring", "striped"), ("zigzag", "zigzag")]
-PLACED = [*CASES, ("all_gather", "zigzag"), ("mesh", "zigzag"), ("mesh", "striped"), ("mesh", "contiguous")]
+PLACED = [
+    *CASES,
+    ("all_gather", "zigzag"),
+    ("mesh", "zigzag"),
+    ("mesh", "striped"),
+    ("mesh", "contiguous"),
+    ("balanced", "contiguous"),
+    ("balanced:3x125", "contiguous"),
+]
 WRAPPED = [
     *(("ulysses", layout) for layout in LAYOUTS),
     *(("usp", layout) for layout in LAYOUTS),
