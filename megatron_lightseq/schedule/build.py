@@ -60,7 +60,7 @@ def build(
 
 
 def solve(method: Method, problem: Problem) -> Schedule:
-    """The schedule of a method for one of its :meth:`Method.inner_problem`.
+    """The schedule of a method for an :meth:`Method.inner_problem` of its own.
 
     Raises:
         ScheduleError: the placement loses, repeats or misplaces a tile.

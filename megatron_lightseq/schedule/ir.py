@@ -56,32 +56,32 @@ RESULTS = frozenset({Payload.OUT, Payload.DQ, Payload.DKV})
 
 
 class Tile(NamedTuple):
-    """Chunk ``q`` of the queries against chunk ``k`` of the keys, or a rectangle of chunks that begins there.
+    """Chunk ``q`` of the queries against chunk ``k`` of the keys, or a rectangle of chunks that starts there.
 
-    Text form: ``q3k1``, and of a rectangle the first and the last chunks: ``q3-6k0-15``. All queries of a tile belong
-    to one piece of the layout, and so do all keys. A tuple, because a schedule over P ranks holds about 2 P^2 of them
-    and every check hashes each.
+    Text form: ``q3k1``, or for a rectangle its first and last chunks: ``q3-6k0-15``. All queries of a tile belong
+    to one piece of the layout, and so do all keys. A tuple, because a schedule over P ranks holds about 2 P^2 tiles
+    and every check hashes each of them.
     """
 
     q: int
     k: int
     queries: int = 1
-    """Chunks of queries."""
+    """Number of query chunks."""
     keys: int = 1
-    """Chunks of keys."""
+    """Number of key chunks."""
 
     @property
     def q_chunks(self) -> range:
-        """The chunks of queries."""
+        """The query chunks."""
         return range(self.q, self.q + self.queries)
 
     @property
     def k_chunks(self) -> range:
-        """The chunks of keys."""
+        """The key chunks."""
         return range(self.k, self.k + self.keys)
 
     def overlaps(self, other: Tile) -> bool:
-        """Whether some chunk of queries against some chunk of keys is in both."""
+        """Whether both tiles contain the same pair of a query chunk and a key chunk."""
         return (
             self.q < other.q + other.queries
             and other.q < self.q + self.queries
@@ -94,10 +94,11 @@ class Tile(NamedTuple):
 
 
 class Move(NamedTuple):
-    """One transfer of adjacent chunks, usually one. Text form: ``kv1:0>2`` (payload, chunk, source rank, destination
-    rank), and of several chunks the first and the last: ``kv1-3:0>2``.
+    """One transfer of one chunk, or of several adjacent ones.
 
-    An input is the chunks themselves. A result is the sum over all that the source computed for those chunks.
+    Text form: ``kv1:0>2`` (payload, chunk, source rank, destination rank), or with the first and last of several
+    chunks ``kv1-3:0>2``. An input is the chunks themselves. A result combines everything that the source computed
+    for them.
     """
 
     payload: Payload
@@ -105,7 +106,7 @@ class Move(NamedTuple):
     src: int
     dst: int
     chunks: int = 1
-    """How many adjacent chunks of one piece travel."""
+    """Number of adjacent chunks of one piece."""
 
     def __str__(self) -> str:
         return f"{self.payload}{chunks_text(self.chunk, self.chunks)}:{self.src}>{self.dst}"

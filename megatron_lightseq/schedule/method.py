@@ -51,7 +51,8 @@ class Method:
 
     name: str
     place: Callable[[Problem], Placement]
-    """Which rank computes which tile at which step. Tiles that the mask leaves empty may be named: they are dropped."""
+    """Which rank computes which tile at which step. Tiles that the mask leaves empty may be named: they are
+    dropped."""
     summary: str = ""
     """What a rank computes, in one line."""
     source: str = ""

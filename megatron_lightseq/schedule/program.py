@@ -71,13 +71,13 @@ class Transfer:
     peer: int
     """The other rank."""
     start: int
-    """Where the span begins in ``store``, in tokens; of a received input, in its owner's shard."""
+    """Where the span begins in ``store``, in tokens; for a received input, in its owner's shard."""
     length: int
     """Tokens in the span."""
     tag: int
-    """Number of this transfer in its schedule; equal at both ends, and no other's."""
+    """Number of this transfer in its schedule: equal at both ends and unique."""
     store: Span | None = OWN
-    """What an input is sent from: the rank's own shard, or the buffer of a received span that is sent on."""
+    """Where an input is sent from: the rank's own shard, or the buffer of a received span that is forwarded."""
 
     def __str__(self) -> str:
         chunks = f"{self.span.first}" + (
@@ -148,10 +148,11 @@ class _Geometry:
         return self._piece_offset[piece] + part * self._piece_length // self._layout.splits
 
     def positions(self, chunk: int) -> range:
+        """Global positions of a chunk's tokens."""
         return self._layout.chunk_positions(chunk, self._seq_length)
 
     def adjacent(self, chunk: int) -> bool:
-        """Whether ``chunk`` continues ``chunk - 1``: same owner, positions and storage without a gap."""
+        """Whether ``chunk`` directly follows ``chunk - 1``: of the same owner, in the sequence and in storage."""
         if chunk % self._layout.splits:
             return True
         before, after = self.positions(chunk - 1), self.positions(chunk)
@@ -162,7 +163,7 @@ class _Geometry:
         )
 
     def spans(self, parts: Iterable[tuple[int, int]]) -> list[Span]:
-        """Half-open ranges of chunks, joined to maximal spans."""
+        """Half-open ranges of chunks, combined into as few spans as possible."""
         spans: list[Span] = []
         for first, stop in sorted(parts):
             if spans and spans[-1].stop == first and self.adjacent(first):
@@ -172,10 +173,12 @@ class _Geometry:
         return spans
 
     def length(self, span: Span) -> int:
+        """Tokens in a span."""
         last = span.stop - 1
         return self.offset(last) + len(self.positions(last)) - self.offset(span.first)
 
     def joined_positions(self, span: Span) -> range:
+        """Global positions of the tokens of a span."""
         first = self.positions(span.first)
         return range(first.start, first.start + self.length(span) * first.step, first.step)
 
@@ -235,7 +238,7 @@ def _coalesce(moves: tuple[Move, ...], geometry: _Geometry) -> list[_Message]:
         parts = [(move.chunk, move.chunk + move.chunks) for move in group]
         payload, src, _ = key
         if payload not in RESULTS and geometry.owner[parts[0][0]] != src:
-            # What is sent on lies in a buffer of its own, which the next part need not.
+            # Forwarded parts may be in different buffers, so they are not combined.
             spans = [Span(*part) for part in parts]
         else:
             spans = geometry.spans(parts)
@@ -257,13 +260,14 @@ class _Stores:
             spans.sort()
 
     def store(self, payload: Payload, chunk: int) -> Span | None:
+        """The store of one chunk of a payload."""
         if self._geometry.owner[chunk] == self._rank:
             return OWN
         spans = self._spans[payload]
         return spans[bisect_right(spans, chunk, key=attrgetter("first")) - 1]
 
     def parts(self, payloads: Iterable[Payload | None], chunks: range) -> Iterator[Span]:
-        """The chunks, cut where the store of one of the payloads ends."""
+        """The chunks, cut where a store of one of the payloads ends."""
         start = chunks.start
         while start < chunks.stop:
             stores = (self.store(payload, start) for payload in payloads if payload)
@@ -312,7 +316,7 @@ _Sides = tuple[tuple[Payload, Payload], tuple[Payload, Payload | None]]
 def _kernel_rectangles(
     tiles: tuple[Tile, ...], schedule: Schedule, stores: _Stores, sides: _Sides
 ) -> Iterator[tuple[Span, Span]]:
-    """Tiles of single chunks joined to rectangles, and rectangles cut where the stores of their chunks end."""
+    """Tiles of single chunks, combined into rectangles; and rectangles, cut where the stores of their chunks end."""
     q_side, k_side = sides
     singles = {tile for tile in tiles if tile.queries == tile.keys == 1}
     yield from _rectangles(

@@ -75,7 +75,7 @@ class Profile:
 
     @staticmethod
     def of(schedule: Schedule) -> Profile:
-        """Count a schedule's work and its transfers, step by step."""
+        """Count the work and the transfers of a schedule, step by step."""
         layout = schedule.layout
         steps = []
         for step in schedule.steps:
