@@ -24,7 +24,7 @@ from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError,
 from megatron_lightseq.kernels.registry import Kernel, resolve_kernel
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import Direction, Method, Network, resolve_method
+from megatron_lightseq.schedule import Direction, Method, Network, SchedulePair, resolve_method
 from megatron_lightseq.transport import connect
 from megatron_lightseq.transport.group import Group, rank_in, size_of
 
@@ -112,14 +112,20 @@ class DistAttention:
         overlap: bool = True,
         stats: AttentionStats | None = None,
         network: Network | None = None,
+        schedules: SchedulePair | None = None,
     ) -> None:
-        """Arguments as for :func:`dist_attention`, and two more.
+        """Arguments as for :func:`dist_attention`, and three more.
 
         Args:
             stats: where to count; default a new one.
             network: what ``auto`` predicts with, and what placements may look at; default NVLink within nodes of 8 and
                 100 Gbps between them.
+            schedules: methods, layout and mask that were resolved before, and the schedules that follow; ``method``,
+                ``layout`` and ``mask`` are then not read.
         """
+        if schedules is not None:
+            method = (schedules.forward_method, schedules.backward_method)
+            layout, mask = schedules.problem.layout, schedules.problem.mask
         size = size_of(group)
         self.layout = SequenceLayout(layout, size) if isinstance(layout, str) else layout
         if self.layout.cp_size != size:
@@ -147,6 +153,7 @@ class DistAttention:
             methods=methods,
             mask=mask,
             network=network,
+            schedules=schedules,
             runtime=runtime,
             agreement=self._agreement,
         )

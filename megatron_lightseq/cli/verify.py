@@ -31,15 +31,15 @@ def run(arguments: Sequence[str]) -> int:
     from megatron_lightseq.tools.verify.ranks import launched_ranks, local_ranks, most_processes
 
     if launch.world_size > 1:
-        walk = launched_ranks(launch, select(options.cells, launch.world_size), extra)
+        verification = launched_ranks(launch, select(options.cells, launch.world_size), extra)
         if launch.rank > 0:
-            walk.follow()
+            verification.follow()
             return 0
-        return _print(walk.lead(), len(walk.cells), 0)
+        return _print(verification.lead(), len(verification.cells), 0)
     most = most_processes(options.processes)
     cells = select(options.cells, most)
-    with local_ranks(max(cell.world_size for cell in cells), cells, extra) as walk:
-        return _print(walk.lead(), len(cells), len(select(options.cells, sys.maxsize)) - len(cells))
+    with local_ranks(max(cell.world_size for cell in cells), cells, extra) as verification:
+        return _print(verification.lead(), len(cells), len(select(options.cells, sys.maxsize)) - len(cells))
 
 
 def _print(reports: Iterable[Any], total: int, left_out: int) -> int:
