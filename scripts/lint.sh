@@ -29,7 +29,7 @@ format_of_csrc() {
 check ruff ruff check --quiet .
 check ruff-format ruff format --quiet --check .
 check mypy mypy
-check mypy-scripts mypy scripts/*.py
+check mypy-scripts mypy scripts/*.py docs/site/conf.py
 check import-linter lint-imports
 check clang-format format_of_csrc
 check shellcheck shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*.sbatch .ci/run
