@@ -50,7 +50,7 @@ fi
 
 plan=$(python "$ROOT/scripts/launch_plan.py" "${recipes[@]}" "$@") || exit
 read -r processes threads device <<<"$plan"
-say "starting $processes process(es) on each of ${NNODES:-1} node(s), with $threads thread(s) each, on the $device"
+say "starting $processes process(es) per node on ${NNODES:-1} node(s), with $threads thread(s) each, on the $device"
 
 # Otherwise processes that torchrun restarts after a failure connect to addresses of ended ones, and most restarts fail
 # (with torch 2.13 and gloo, 13 of 15; with this variable, none of 10).
