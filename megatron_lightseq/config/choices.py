@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
+from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.kernels.specs import AUTO as AUTO_KERNEL
 from megatron_lightseq.kernels.specs import KERNELS, kernel_names
 from megatron_lightseq.layout import LAYOUTS
@@ -18,6 +19,10 @@ from megatron_lightseq.schedule import METHODS, method_names
 AUTO = "auto"
 MEGATRON = "megatron"
 """The `cp_method` that leaves attention to Megatron."""
+
+METHOD_OF_COMM_TYPE: Mapping[str, str] = {"all_gather": "all_gather", "a2a": "ulysses", "a2a+p2p": "usp"}
+"""The method that each of Megatron-LM's communication types stands for; p2p, its default, stands for `cp_method`."""
+COMM_TYPES = ("p2p", *METHOD_OF_COMM_TYPE)
 
 OTHER_DEFAULT_LAYOUTS: Mapping[str, str] = {
     AUTO: "contiguous",
@@ -39,6 +44,35 @@ def default_layout(cp_method: str) -> str:
     """The layout that `cp_layout: auto` stands for; raises KeyError for an unknown method."""
     method = METHODS.get(cp_method)
     return OTHER_DEFAULT_LAYOUTS[cp_method] if method is None else method.default_layout
+
+
+def sized_name(method: str, ulysses_size: int | None) -> str:
+    """The name of a method, with `cp_ulysses_size` where that applies."""
+    return f"usp:{ulysses_size}" if method == "usp" and ulysses_size is not None else method
+
+
+def method_of_comm_type(comm_type: str | None, method: str, ulysses_size: int | None) -> str:
+    """The method that a communication type of Megatron-LM stands for.
+
+    Args:
+        comm_type: Megatron-LM's cp_comm_type of one layer; None, as p2p, is its default.
+        method: what p2p stands for.
+        ulysses_size: with a2a+p2p, the ranks that exchange heads; None for usp's default.
+
+    Raises:
+        UnsupportedError: there is no such type.
+    """
+    if comm_type in (None, "p2p"):
+        return method
+    if comm_type not in METHOD_OF_COMM_TYPE:
+        raise UnsupportedError(
+            explain(
+                got=f"cp_comm_type {comm_type!r}",
+                rule=f"the types are {', '.join(COMM_TYPES)}",
+                remedy="Choose one of them, or leave it out and set cp_method",
+            )
+        )
+    return sized_name(METHOD_OF_COMM_TYPE[comm_type], ulysses_size)
 
 
 def _methods() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_lightseq.config.choices import CPKernel, CPLayout, CPMethod, default_layout
+from megatron_lightseq.config.choices import CPKernel, CPLayout, CPMethod, default_layout, sized_name
 from megatron_lightseq.schedule import Network
 
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
@@ -233,8 +233,7 @@ class ContextParallelConfig:
     @property
     def method_name(self) -> str:
         """The method as :mod:`megatron_lightseq.schedule` names it: usp with its size."""
-        sized = self.cp_method == "usp" and self.cp_ulysses_size is not None
-        return f"usp:{self.cp_ulysses_size}" if sized else self.cp_method
+        return sized_name(self.cp_method, self.cp_ulysses_size)
 
     @property
     def network(self) -> Network | None:

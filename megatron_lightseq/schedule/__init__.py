@@ -17,6 +17,7 @@ from megatron_lightseq.schedule.methods import (
     usp,
 )
 from megatron_lightseq.schedule.network import NETWORKS, Device, Network
+from megatron_lightseq.schedule.pair import SchedulePair
 from megatron_lightseq.schedule.problem import Problem
 from megatron_lightseq.schedule.program import Program, compile_program
 from megatron_lightseq.schedule.schedule import Schedule
@@ -39,6 +40,7 @@ __all__ = [
     "Problem",
     "Program",
     "Schedule",
+    "SchedulePair",
     "Simulation",
     "SizedForm",
     "Step",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from megatron_lightseq.config import Machine, parse_config, violations, with_values
-from megatron_lightseq.config.choices import default_layout
-from megatron_lightseq.config.sections import ContextParallelConfig
+from megatron_lightseq.config.choices import COMM_TYPES, default_layout, method_of_comm_type
+from megatron_lightseq.config.sections import ContextParallelConfig, CPCommType
 from megatron_lightseq.config.typed import choices, describe, field_docstrings, parser
 from megatron_lightseq.errors import ConfigError
 from megatron_lightseq.kernels.specs import KERNELS
@@ -61,7 +62,18 @@ def test_the_help_says_what_auto_stands_for() -> None:
     for name, method in METHODS.items():
         assert default_layout(name) == method.default_layout
         assert f"{name} ({method.summary})" in texts["cp_method"]
-    assert "contiguous for lightseq, ring, ulysses, usp and rsa;" in texts["cp_layout"]
+    assert "contiguous for lightseq, ring, balanced, ulysses, usp and rsa;" in texts["cp_layout"]
     assert "the first of cuda, cpu and reference that supports the inputs" in texts["cp_kernel"]
     for name, spec in KERNELS.items():
         assert f"{name} ({spec.summary})" in texts["cp_kernel"]
+
+
+def test_communication_types_are_megatrons() -> None:
+    assert get_args(CPCommType) == COMM_TYPES
+    assert [method_of_comm_type(name, "mine", 4) for name in (None, *COMM_TYPES)] == [
+        "mine",
+        "mine",
+        "all_gather",
+        "ulysses",
+        "usp:4",
+    ]

@@ -24,7 +24,7 @@ from megatron_lightseq.tools.ranks import RankContext
 from megatron_lightseq.training.data.documents import ReadCounts, read_documents
 from megatron_lightseq.training.data.sources import find_stdlib_files
 from megatron_lightseq.training.reporting.memory import peak_resident_bytes
-from megatron_lightseq.training.setup import Training, build_training, initialize_parallel
+from megatron_lightseq.training.setup import Training, build_training, initialize_parallel, resolve_here
 from megatron_lightseq.training.step import train_step
 
 _CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -70,13 +70,16 @@ def measure_rank(job: Job, context: RankContext) -> Measurement:
 
 def _build(job: Job, stats: AttentionStats) -> Training:
     system = SYSTEMS[job.system]
-    config = system.configure(job.common, job.world_size)
+    resolved = resolve_here(system.configure(job.common, job.world_size))
+    config = resolved.config
     sdpa = system.attention == "sdpa" and not use_transformer_engine()
-    groups = initialize_parallel(config)  # before the limit, because the stacks of its threads count
+    groups = initialize_parallel(
+        resolved
+    )  # before the limit: each group has threads, and threads have stacks
     if job.memory_budget_bytes is not None:
         limit_memory(job.memory_budget_bytes)
     return build_training(
-        config,
+        resolved,
         vocab_size=VOCAB_SIZE,
         groups=groups,
         stats=stats,

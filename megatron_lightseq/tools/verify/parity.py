@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.config import PretrainConfig, with_values
-from megatron_lightseq.config.resolved import with_chosen_layout
 from megatron_lightseq.tools.verify.cells import SMALL, Cell, Tolerance, Values
 from megatron_lightseq.tools.verify.gradients import Gradients, Piece, assemble, pieces_of
 from megatron_lightseq.training.setup import Training, build_training
@@ -57,8 +56,8 @@ class Verdict:
 
 
 def configure(values: Values, extra: Values) -> PretrainConfig:
-    """The configuration of the small model with ``values``; ``extra`` are the user's values for all cells."""
-    return with_chosen_layout(with_values(PretrainConfig(), **{**SMALL, **extra, **values}))
+    """The small model run with ``values``; ``extra`` is what the user adds to every cell."""
+    return with_values(PretrainConfig(), **{**SMALL, **extra, **values})
 
 
 def reference_values(cell: Cell) -> dict[str, Any]:
