@@ -11,6 +11,7 @@ KIND is one of
     commands                 the subcommands of `lightseq`
     schedule METHOD P [DIRECTION]  a schedule over P ranks, as it prints
     balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
+    balance_by_mask          the same on eight ranks, by method and mask
     traffic                  bytes sent by method and P
     seams                    what is replaced in Megatron-LM (megatron_lightseq/megatron/lm/seams.py)
     refusals                 arguments of Megatron-LM that are refused (megatron_lightseq/megatron/lm/refusals.py)
@@ -116,6 +117,23 @@ def balance() -> str:
         for size in SIZES
     ]
     return markdown_table(["ranks", *methods], rows)
+
+
+def balance_by_mask() -> str:
+    """The same under other masks, on eight ranks of 2,048 tokens."""
+    length, methods = 8 * 2048, ("ring", "zigzag", "lightseq", "balanced")
+    causal, ends = mls.Mask.causal(), (0, 0.14, 0.5, 0.52, 0.97, 1)
+    masks = {
+        "causal": causal,
+        "causal, window of 6,144": mls.Mask.window(6143),
+        "causal, five documents of unequal length": causal
+        & mls.Mask.documents([int(x * length) for x in ends]),
+    }
+    rows = []
+    for name, mask in masks.items():
+        built = [mls.schedule.build(m, layout_for(m, 8), mask=mask, seq_length=length) for m in methods]
+        rows.append([name, *(f"{simulate(one).busy:.0%}" for one in built)])
+    return markdown_table(["mask", *methods], rows)
 
 
 def traffic() -> str:
@@ -355,6 +373,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "schedule": schedule,
     "methods": methods,
     "balance": balance,
+    "balance_by_mask": balance_by_mask,
     "traffic": traffic,
     "seams": seams,
     "refusals": refusals,

@@ -2,6 +2,7 @@
 // bf16 values, the first in its lower half.
 #pragma once
 #include "amx_tile.h"
+#include "isolation.h"
 #include "pack.h"
 #include "row_tile.h"
 #include "simd.h"
@@ -204,6 +205,34 @@ template <class Element>
 MLS_INLINE AmxPartRows tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
                                  const RowTile& tile, int64_t dim, AmxParts<uint16_t> copy) {
   return padded_rows<Element>(tensor, group, at, tile.first_row, tile.num_rows, kTileRows, dim, copy);
+}
+
+// The rows with zeros instead of non-finite values: in `copy` if there are any, and then sets `is_finite` to
+// false.
+template <int kParts>
+inline AmxPartRows finite_rows(AmxPartRows rows, int64_t num_rows, int64_t width, AmxParts<uint16_t> copy,
+                               bool& is_finite) {
+  constexpr int kValues = 2;  // per word
+  const auto load = [&](int part, int64_t r, int64_t d) __attribute__((always_inline)) {
+    return reinterpret_cast<WordVec>(_mm512_loadu_si512(rows[part][r] + d));
+  };
+  // The first part of a value is finite exactly if the value is.
+  WordVec marks{};
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t d = 0; d < width; d += kAmxBlock) marks |= mark_non_finite<kValues>(load(0, r, d));
+  }
+  if (!any_non_finite<kValues>(marks)) return rows;
+  is_finite = false;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t d = 0; d < width; d += kAmxBlock) {
+      const WordVec cleared = non_finite_bits<kValues>(load(0, r, d));
+      for (int part = 0; part < kParts; ++part) {
+        _mm512_storeu_si512(copy[part] + r * width + d,
+                            reinterpret_cast<__m512i>(load(part, r, d) & ~cleared));
+      }
+    }
+  }
+  return {{copy.data, copy.size}, width};
 }
 
 // kAmxBlock rows, tile by tile: a tile is 16 rows of 32 values

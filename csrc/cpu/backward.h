@@ -26,8 +26,14 @@
 //     void load_rows(const RowTile&);
 //     // Adds the gradients of these rows with keys [begin, end), which are in one panel of the chunk.
 //     void differentiate(const BackwardTile&, int64_t begin, int64_t end, const Gradients&);
+//     // Whether all values of K in the chunk, and of Q and dO in the row tile, are finite. Others were
+//     replaced by
+//     // zeros in the products with P and dS (isolation.h).
+//     bool keys_are_finite() const;
+//     bool rows_are_finite() const;
 //   };
 #pragma once
+#include "isolation.h"
 #include "pack.h"
 #include "row_tile.h"
 #include "softmax.h"
@@ -83,7 +89,7 @@ class BackwardChunk {
         width_(Engine::width(params.shape.head_dim)),
         value_width_(Engine::width(params.shape.value_dim)),
         chunk_keys_(Engine::chunk_keys(params.shape)),
-        dq_{params.dq, params.bf16_dq},
+        dq_{params.dq, params.rounded_dq},
         engine_(params, at, scratch),
         tile_(scratch.objects<BackwardTile>(1)),
         sums_{0, scratch.objects<float>(chunk_keys_ * width_),
@@ -112,8 +118,8 @@ class BackwardChunk {
       if (p_.accumulate) return;
       clear_sums();
     }
-    put_chunk(sums_.dk, width_, shape_.head_dim, p_.softmax_scale, {p_.dk, p_.bf16_dk});
-    put_chunk(sums_.dv, value_width_, shape_.value_dim, 1.0f, {p_.dv, p_.bf16_dv});
+    put_chunk(sums_.dk, width_, shape_.head_dim, p_.softmax_scale, {p_.dk, p_.rounded_dk});
+    put_chunk(sums_.dv, value_width_, shape_.value_dim, 1.0f, {p_.dv, p_.rounded_dv});
   }
 
  private:
@@ -136,6 +142,29 @@ class BackwardChunk {
       const int64_t end = std::min(sums_.first_key + panel_end, rows.key_end);
       if (begin < end) engine_.differentiate(*tile_, begin, end, sums_);
     }
+    if (engine_.keys_are_finite() && engine_.rows_are_finite()) return;
+    p_.element_type == ElementType::kBFloat16 ? add_non_finite<BFloat16>() : add_non_finite<Float32>();
+  }
+
+  // Adds the values that the engine has replaced by zeros: those of K to dQ, of Q to dK, and of dO to dV.
+  template <class Element>
+  void add_non_finite() {
+    const int64_t begin = sums_.first_key, end = begin + num_keys_;
+    if (!engine_.keys_are_finite()) {
+      add_non_finite_keys<Element>(p_.k, at_, begin, end, shape_.head_dim, tile_->rows, sums_.dq_lanes,
+                                   Engine::lanes(width_));
+    }
+    if (engine_.rows_are_finite()) return;
+    const auto adder = [&](float* sums, int64_t width) {
+      return [=](int64_t key, int64_t d, Vec values) {
+        float* const sum = sums + Engine::sum_at(width, key - begin, d);
+        store(sum, load(sum) + values);
+      };
+    };
+    add_non_finite_rows<Element>(p_.q, group_, at_, begin, end, shape_.head_dim, tile_->rows,
+                                 adder(sums_.dk, width_));
+    add_non_finite_rows<Element>(p_.dout, group_, at_, begin, end, shape_.value_dim, tile_->rows,
+                                 adder(sums_.dv, value_width_));
   }
 
   void load_row_values() {
@@ -154,7 +183,7 @@ class BackwardChunk {
   void accumulate_dq(int64_t t, int64_t chunk) {
     ChunkTurns& turns = state_.turns[t];
     const bool is_first = chunk == turns.first, is_last = chunk + 1 == turns.last;
-    const bool is_rounded = p_.bf16_dq.data != nullptr;
+    const bool is_rounded = p_.rounded_dq.data != nullptr;
     if (!is_rounded) dq_lanes_to_rows();
     // Workers take chunks in ascending order, so the chunk waited for is already running: this cannot
     // deadlock, whatever the number of threads.
@@ -235,7 +264,7 @@ Workload backward_workload(const BackwardParams& p) {
   const int64_t sums = tiles * kTileRows * Engine::width(p.shape.head_dim);
   ScratchCursor counting(nullptr);
   const BackwardChunk<Engine> chunk(p, KeyHead{}, counting, {});
-  return {heads * chunks, counting.used(), 0, tiles, chunks > 1 && p.bf16_dq.data != nullptr ? sums : 0};
+  return {heads * chunks, counting.used(), 0, tiles, chunks > 1 && p.rounded_dq.data != nullptr ? sums : 0};
 }
 
 // Sets the chunks that hold keys of each row tile; the first of them has the first turn. A row tile that sees

@@ -56,16 +56,17 @@ class AmxBackward {
 
   void load_chunk(int64_t first, int64_t last) {
     const AttentionShape& shape = p_.shape;
+    keys_are_finite_ = true;
     for (int64_t key = first; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
       const int64_t next = key + kAmxBlock, next_end = std::min(next + kAmxBlock, last);
       prefetch_key_rows<Element>(p_.k, at_, next, next_end, shape.head_dim);
       prefetch_key_rows<Element>(p_.v, at_, next, next_end, shape.value_dim);
       const AmxPartRows k = key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
-      for (int part = 0; part < kParts; ++part) {
-        rows_to_tiles(k[part], width_, k_[part] + to * width_);
-        keys_to_column_tiles(k[part], width_, k_columns_[part] + to * width_);
-      }
+      for (int part = 0; part < kParts; ++part) rows_to_tiles(k[part], width_, k_[part] + to * width_);
+      const AmxPartRows finite = finite_rows<kParts>(k, kAmxBlock, width_, rows_, keys_are_finite_);
+      for (int part = 0; part < kParts; ++part)
+        keys_to_column_tiles(finite[part], width_, k_columns_[part] + to * width_);
       const AmxPartRows v = key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
       for (int part = 0; part < kParts; ++part)
         rows_to_tiles(v[part], value_width_, v_[part] + to * value_width_);
@@ -73,6 +74,7 @@ class AmxBackward {
   }
 
   void load_rows(const RowTile& tile) {
+    rows_are_finite_ = true;
     load_rows(p_.q, tile, p_.shape.head_dim, q_lanes_, q_pairs_);
     load_rows(p_.dout, tile, p_.shape.value_dim, do_lanes_, do_pairs_);
     prefetch_rows(tile);
@@ -93,6 +95,9 @@ class AmxBackward {
     advance(current, {}, {}, tile, sums);
     products_.finish();
   }
+
+  bool keys_are_finite() const { return keys_are_finite_; }
+  bool rows_are_finite() const { return rows_are_finite_; }
 
  private:
   // With one part, there are too few products to interleave the other work with.
@@ -125,10 +130,11 @@ class AmxBackward {
   void load_rows(const TokenTensor<const void>& tensor, const RowTile& tile, int64_t dim,
                  AmxParts<uint32_t> lanes, AmxParts<uint32_t> pairs) {
     const AmxPartRows rows = tile_rows<Element>(tensor, p_.shape.heads_per_group(), at_, tile, dim, rows_);
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kParts; ++part)
       rows_to_word_tiles(rows[part], kTileRows, amx_width(dim), lanes[part]);
-      rows_to_pair_tiles(rows[part], kTileRows, amx_width(dim), pairs[part]);
-    }
+    const AmxPartRows finite = finite_rows<kParts>(rows, kTileRows, amx_width(dim), rows_, rows_are_finite_);
+    for (int part = 0; part < kParts; ++part)
+      rows_to_pair_tiles(finite[part], kTileRows, amx_width(dim), pairs[part]);
   }
 
   // Prefetches what the end of this row tile and the start of the next need from memory: rows of one head are
@@ -270,11 +276,14 @@ class AmxBackward {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const uint64_t from = i * kAmxRow + x * kRight;
-          Vec score = load(s + from);
-          if constexpr (kMasked) score = mask_scores(tile_->rows, first_key_ + 2 * pair + i, vector, score);
-          const Vec weight = weight_exp2<kParts>(score * scale_ - lse);
+          Vec weight = weight_exp2<kParts>(load(s + from) * scale_ - lse);
+          Vec dscore = weight * load(dp + from);
+          if constexpr (kMasked) {
+            const IntVec seen = sees(tile_->rows, first_key_ + 2 * pair + i, vector);
+            weight = select(seen, weight, Vec{}), dscore = select(seen, dscore, Vec{});
+          }
           p[i][x] = split<kParts>(weight);
-          ds[i][x] = split<kParts>(weight * load(dp + from));
+          ds[i][x] = split<kParts>(dscore);
         }
         store_pairs(AmxParts<uint32_t>{key_pairs + x * kRight / 2, kStepWords}, ds[0][x], ds[1][x]);
       }
@@ -309,6 +318,7 @@ class AmxBackward {
   const AmxParts<uint32_t> do_lanes_, do_pairs_;  // the same for dO, with value_width
   Scores* const scores_;                          // of the steps in flight
   const AmxParts<uint16_t> rows_;                 // staging
+  bool keys_are_finite_ = true, rows_are_finite_ = true;
   alignas(MLS_VEC_BYTES) float minus_delta_[kTileRows];
 };
 

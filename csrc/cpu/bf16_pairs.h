@@ -63,7 +63,7 @@ struct PairWords {
   static constexpr int64_t joined_words(int64_t count, int64_t dim) {
     return words<PairWords>(count) * padded(dim);
   }
-  static const float* join_rows(const float* rows, int64_t count, int64_t dim, float* joined) {
+  static float* join_rows(float* rows, int64_t count, int64_t dim, float* joined) {
     const int64_t stride = padded(words<PairWords>(dim));
     for (int64_t pair = 0; pair < words<PairWords>(count); ++pair) {
       const float *const low = rows + 2 * pair * stride, *const high = low + stride;

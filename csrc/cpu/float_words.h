@@ -18,7 +18,7 @@ struct FloatWords {
 
   // Rows already are the operand of a product whose depth is rows.
   static constexpr int64_t joined_words(int64_t, int64_t) { return 0; }
-  static const float* join_rows(const float* rows, int64_t, int64_t, float*) { return rows; }
+  static float* join_rows(float* rows, int64_t, int64_t, float*) { return rows; }
 
   // Stores values of keys, with query rows in the lanes, as the operand of products whose depth is query rows
   // ...

@@ -23,6 +23,8 @@
 //     out);
 //     // Completes the products that attend() has left pending.
 //     void finish_panel();
+//     // Whether all values of the panel are finite. Others were replaced by zeros (isolation.h).
+//     bool values_are_finite() const;
 //
 //     // The driver calls prefetch_keys_later() before the last kPrefetchRowTiles row tiles of a panel: the
 //     engine
@@ -34,6 +36,7 @@
 // Panels begin at multiples of panel_keys() whatever keys a block sees, so that a row tile goes through the
 // same steps of its softmax in any block.
 #pragma once
+#include "isolation.h"
 #include "pack.h"
 #include "row_tile.h"
 #include "softmax.h"
@@ -117,6 +120,19 @@ class ForwardBlock {
       if (from < to) engine_.attend(t, tiles_[t], states_[t], first, from, to, out_lanes(t));
     }
     engine_.finish_panel();
+    if (engine_.values_are_finite()) return;
+    for (int t = 0; t < num_tiles; ++t) {
+      const bool is_bf16 = p_.element_type == ElementType::kBFloat16;
+      is_bf16 ? add_non_finite_values<BFloat16>(t, begin, end)
+              : add_non_finite_values<Float32>(t, begin, end);
+    }
+  }
+
+  template <class Element>
+  void add_non_finite_values(int t, int64_t begin, int64_t end) {
+    engine_.complete(t, out_lanes(t));
+    add_non_finite_keys<Element>(p_.v, at_, begin, end, shape_.value_dim, tiles_[t], out_lanes(t),
+                                 Engine::lanes(width_));
   }
 
   void finish_tile(int t) {
@@ -131,8 +147,8 @@ class ForwardBlock {
     }
     engine_.complete(t, out_lanes(t));
     const LaneLayout layout = Engine::lanes(width_);
-    if (p_.bf16_out.data != nullptr) {
-      store_tile_rows<BFloat16>(p_.bf16_out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim,
+    if (p_.rounded_out.data != nullptr) {
+      store_tile_rows<BFloat16>(p_.rounded_out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim,
                                 inverse);
     } else {
       store_tile_rows<Float32>(p_.out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim, inverse);

@@ -114,11 +114,16 @@ inline void fill_row_tile(const AttentionShape& shape, const KeyMask& mask, int6
   }
 }
 
-// Scores of `key` (one row of S^T), with -inf in the lanes that may not see it.
-MLS_INLINE Vec mask_scores(const RowTile& tile, int64_t key, int vec, Vec scores) {
+// The lanes of a vector of rows that may see `key`.
+MLS_INLINE IntVec sees(const RowTile& tile, int64_t key, int vec) {
   const IntVec k = splat_int(static_cast<int32_t>(key));
   const IntVec begin = load_int(tile.begin + vec * kLanes), end = load_int(tile.end + vec * kLanes);
-  return select((k >= begin) & (k < end), scores, splat(-kInfinity));
+  return (k >= begin) & (k < end);
+}
+
+// Scores of `key` (one row of S^T), with -inf in the lanes that may not see it.
+MLS_INLINE Vec mask_scores(const RowTile& tile, int64_t key, int vec, Vec scores) {
+  return select(sees(tile, key, vec), scores, splat(-kInfinity));
 }
 
 }  // namespace mls::cpu::MLS_VARIANT

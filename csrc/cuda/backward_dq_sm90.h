@@ -171,6 +171,11 @@ MLS_DEVICE void consume_keys(float (&dq)[T::kHeadDim / 8][4], const HopperDqShar
 }
 
 template <class T>
+MLS_DEVICE GradientRows gradient_of(const BackwardParams& params, const HopperDqWork& work) {
+  return {params.dq, params.rounded_dq, work.batch, work.head, params.shape.num_queries, params.accumulate};
+}
+
+template <class T>
 MLS_DEVICE void dq_block_sm90(const HopperDqLaunch& launch, unsigned char* memory) {
   const BackwardParams& params = launch.params;
   const HopperDqShared<T> shared{memory};
@@ -182,7 +187,9 @@ MLS_DEVICE void dq_block_sm90(const HopperDqLaunch& launch, unsigned char* memor
   work.batch = place.unit / static_cast<int>(params.shape.num_heads);
   work.kv_head = work.head / static_cast<int>(params.shape.num_heads / params.shape.num_kv_heads);
   const KeyBounds bounds = bounds_of_queries<T::kQueries>(visibility, work.first_query);
-  if (bounds.any_first >= bounds.any_end) return;
+  if (bounds.any_first >= bounds.any_end)
+    return write_empty_rows<T::kQueries, T::kHeadDim, T::kThreads>(gradient_of<T>(params, work),
+                                                                   work.first_query);
   work.first_tile = bounds.any_first / T::kKeys;
   work.end_tile = (bounds.any_end + T::kKeys - 1) / T::kKeys;
   if (thread_index().x == 0) shared.init();
@@ -199,8 +206,7 @@ MLS_DEVICE void dq_block_sm90(const HopperDqLaunch& launch, unsigned char* memor
     float dq[T::kHeadDim / 8][4];
     set_zero(dq);
     consume_keys<T>(dq, shared, work, rows, bounds);
-    add_rows(params.dq, dq, work.batch, work.head, warp_query, visibility.num_queries, 0,
-             params.softmax_scale);
+    write_rows<typename T::Element>(gradient_of<T>(params, work), dq, warp_query, 0, params.softmax_scale);
   }
 }
 

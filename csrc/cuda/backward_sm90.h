@@ -216,18 +216,18 @@ MLS_DEVICE void consume_queries(HopperBackwardState<T>& state, const HopperBackw
   }
 }
 
-// As add_rows, for rows that other blocks add to concurrently.
+// As write_rows, for rows that other blocks add to concurrently.
 template <int kTiles>
-MLS_DEVICE void add_shared_rows(const TokenTensor<float>& tensor, const float (&grad)[kTiles][4], int batch,
-                                int head, int first_row, int num_rows, float scale) {
+MLS_DEVICE void add_shared_rows(const GradientRows& target, const float (&grad)[kTiles][4], int first_row,
+                                float scale) {
   MLS_UNROLL
   for (int e = 0; e < 4; e += 2) {
     const int row = first_row + fragment_row(e);
-    if (row >= num_rows) continue;
-    float* target = gradient_row(tensor, batch, head, row);
+    if (row >= target.num_rows) continue;
+    float* sums = target.sums + row * target.stride;
     MLS_UNROLL
     for (int j = 0; j < kTiles; ++j)
-      atomic_add_pair(target + fragment_column(j, 0), grad[j][e] * scale, grad[j][e + 1] * scale);
+      atomic_add_pair(sums + fragment_column(j, 0), grad[j][e] * scale, grad[j][e + 1] * scale);
   }
 }
 
@@ -236,8 +236,7 @@ MLS_DEVICE void consume(const HopperBackwardLaunch& launch, const HopperBackward
                         const HopperBackwardWork& work) {
   const BackwardParams& params = launch.params;
   take_registers<T::kConsumerRegisters>();
-  const int warp_row = (warpgroup_id() - 1) * 64 + warp_id() % 4 * 16,
-            num_keys = static_cast<int>(params.shape.num_keys);
+  const int warp_row = (warpgroup_id() - 1) * 64 + warp_id() % 4 * 16;
   HopperBackwardState<T> state;
   set_zero(state.dk);
   set_zero(state.dv);
@@ -245,12 +244,12 @@ MLS_DEVICE void consume(const HopperBackwardLaunch& launch, const HopperBackward
       state, {shared, shared.barriers(), warpgroup_id() - 1, warp_row, work.first_key, params.softmax_scale});
   const int first_row = work.first_key + warp_row;
   if (launch.head_parts > 1) {
-    add_shared_rows(params.dk, state.dk, work.batch, work.kv_head, first_row, num_keys, params.softmax_scale);
-    add_shared_rows(params.dv, state.dv, work.batch, work.kv_head, first_row, num_keys, 1.0f);
+    add_shared_rows(work.dk(launch), state.dk, first_row, params.softmax_scale);
+    add_shared_rows(work.dv(launch), state.dv, first_row, 1.0f);
     return;
   }
-  add_rows(params.dk, state.dk, work.batch, work.kv_head, first_row, num_keys, 0, params.softmax_scale);
-  add_rows(params.dv, state.dv, work.batch, work.kv_head, first_row, num_keys, 0, 1.0f);
+  write_rows<typename T::Element>(work.dk(launch), state.dk, first_row, 0, params.softmax_scale);
+  write_rows<typename T::Element>(work.dv(launch), state.dv, first_row, 0, 1.0f);
 }
 
 // The keys, heads and sequence of this block.
@@ -280,7 +279,11 @@ MLS_DEVICE void backward_block_sm90(const HopperBackwardLaunch& launch, unsigned
   work.first_tile = larger(work.first_key - visibility.band_hi, 0) / T::kQueries;
   work.end_tile =
       (smaller(end_key - visibility.band_lo, visibility.num_queries) + T::kQueries - 1) / T::kQueries;
-  if (work.first_tile >= work.end_tile) return;
+  if (work.first_tile >= work.end_tile) {
+    write_empty_rows<T::kKeys, T::kHeadDim, T::kThreads>(work.dk(launch), work.first_key);
+    write_empty_rows<T::kKeys, T::kHeadDim, T::kThreads>(work.dv(launch), work.first_key);
+    return;
+  }
   if (thread_index().x == 0) shared.barriers().init();
   classify_tiles<T>(shared.kinds(), visibility, work);
   sync_threads();
@@ -301,11 +304,12 @@ attention_backward_sm90(const MLS_GRID_CONSTANT HopperBackwardLaunch launch) {
 // Queries first_query.. of a tile, at most `most`, with the same keys.
 inline BackwardParams queries_from(const BackwardParams& params, int64_t first_query, int64_t most) {
   BackwardParams part = params;
+  part.accumulate = params.accumulate || first_query > 0;
   const int64_t left = params.shape.num_queries - first_query;
   part.shape.num_queries = left < most ? left : most;
   for (TokenTensor<const void>* input : {&part.q, &part.dout})
     input->data = static_cast<const uint16_t*>(input->data) + first_query * input->token_stride;
-  part.dq.data += first_query * part.dq.token_stride;
+  if (part.dq.data != nullptr) part.dq.data += first_query * part.dq.token_stride;
   part.lse.data += first_query * part.lse.query_stride;
   part.delta.data += first_query * part.delta.query_stride;
   part.mask.band_lo += first_query;
@@ -316,6 +320,9 @@ inline BackwardParams queries_from(const BackwardParams& params, int64_t first_q
   }
   return part;
 }
+
+constexpr const char* kRoundedTooLong =
+    "dk and dv must be fp32 where the queries take several launches, which add up";
 
 template <class T>
 bool HopperBackwardLaunch::describe() {
@@ -330,34 +337,23 @@ bool HopperBackwardLaunch::describe() {
          (!T::kWithDq || make_tensor_map(&dq, params.dq, queries, T::kQueries));
 }
 
-// How many blocks share the query heads of a group. One block for all of them needs no atomic additions to dK
-// and dV. Where that leaves multiprocessors without work, as with one key/value head per rank, several share
-// them, unless gradients must repeat bit for bit.
-template <class T>
-int head_parts(const AttentionShape& shape) {
-  if (!T::kWithDq) return 1;
-  const int64_t blocks = (shape.num_keys + T::kKeys - 1) / T::kKeys * shape.num_kv_heads * shape.batch,
-                group = shape.heads_per_group();
-  int64_t parts = 1;
-  while (parts < group && blocks * parts < 2 * multiprocessors()) {
-    do ++parts;
-    while (group % parts != 0);
-  }
-  return static_cast<int>(parts);
-}
-
 // As launch_hopper, in as many launches as a block's shared memory makes necessary.
 template <class T>
-bool launch_backward_sm90(const BackwardParams& params, void* stream, const char** failure) {
+bool launch_backward_sm90(const BackwardParams& params, const BackwardOptions& options, void* stream,
+                          const char** failure) {
   constexpr int64_t kMost = static_cast<int64_t>(T::kMaxTiles) * T::kQueries;
   const auto& shape = params.shape;
-  const int parts = head_parts<T>(shape);
+  if (shape.num_queries > kMost && (params.dk.data == nullptr || params.dv.data == nullptr)) {
+    *failure = kRoundedTooLong;
+    return true;
+  }
   WorkOrder order;
   // A block goes through one query head after another: it uses one head's queries at a time.
   *failure = make_order(&order, (shape.num_keys + T::kKeys - 1) / T::kKeys,
-                        shape.num_kv_heads * shape.batch * parts, query_bytes_of_head(shape));
+                        shape.num_kv_heads * shape.batch * options.head_parts, query_bytes_of_head(shape));
   for (int64_t first = 0; first < shape.num_queries && *failure == nullptr; first += kMost) {
-    HopperBackwardLaunch arguments{queries_from(params, first, kMost), order, parts, {}, {}, {}, {}, {}};
+    HopperBackwardLaunch arguments{
+        queries_from(params, first, kMost), order, options.head_parts, {}, {}, {}, {}, {}};
     // Strides and alignment decide, so that the first launch is refused if any is.
     if (!launch_hopper<T>(&attention_backward_sm90<T>, order.blocks(), HopperBackwardShared<T>::kBytes,
                           stream, arguments, failure))

@@ -106,7 +106,7 @@ struct HopperBackwardShared {
 struct HopperBackwardLaunch {
   BackwardParams params;
   WorkOrder order;
-  int head_parts;  // blocks that share the query heads of a group: more than one add to dK and dV atomically
+  int head_parts;  // see BackwardOptions
   TensorMap q, k, v, dout, dq;
   template <class T>
   bool describe();  // makes the maps; false where CUDA cannot
@@ -117,6 +117,23 @@ struct HopperBackwardWork {
   int first_key, kv_head, batch;
   int first_head, end_head;  // of queries
   int first_tile, end_tile;
+
+  MLS_DEVICE GradientRows rows(const HopperBackwardLaunch& launch, const TokenTensor<float>& sums,
+                               const TokenTensor<uint16_t>& rounded) const {
+    // Blocks that share keys add to zeros.
+    return {sums,
+            rounded,
+            batch,
+            kv_head,
+            launch.params.shape.num_keys,
+            launch.params.accumulate || launch.head_parts > 1};
+  }
+  MLS_DEVICE GradientRows dk(const HopperBackwardLaunch& launch) const {
+    return rows(launch, launch.params.dk, launch.params.rounded_dk);
+  }
+  MLS_DEVICE GradientRows dv(const HopperBackwardLaunch& launch) const {
+    return rows(launch, launch.params.dv, launch.params.rounded_dv);
+  }
 };
 
 // All warps of the block: which of its query tiles see its keys. A barrier must follow.

@@ -266,8 +266,8 @@ MLS_DEVICE void forward_block_sm90(const HopperForwardLaunch& launch, unsigned c
     const HopperConsumer<T> consumer{shared, visibility, bounds, warp_query, params.softmax_scale * kLog2e};
     if (any) consume_keys<T>(state, consumer, work, first_row);
     const OutputRows target(params, work.batch, work.head);
-    store_row(target, state.out, state.rows, 0, warp_query + fragment_row(0));
-    store_row(target, state.out, state.rows, 1, warp_query + fragment_row(2));
+    store_row<typename T::Element>(target, state.out, state.rows, 0, warp_query + fragment_row(0));
+    store_row<typename T::Element>(target, state.out, state.rows, 1, warp_query + fragment_row(2));
   }
 }
 

@@ -54,7 +54,7 @@ struct ForwardParams {
   KeyMask mask;
   float softmax_scale;
   bool accumulate;  // (out, lse) hold a partial result to merge with; otherwise they are uninitialised
-  TokenTensor<uint16_t> bf16_out;  // CPU only: the final output, rounded; out is then null
+  TokenTensor<uint16_t> rounded_out;  // the final output, in the inputs' type; out is then null
 };
 
 struct BackwardParams {
@@ -65,9 +65,9 @@ struct BackwardParams {
   TokenTensor<float> dq, dk, dv;
   KeyMask mask;
   float softmax_scale;
-  bool accumulate;  // add to dq, dk and dv; otherwise they are uninitialised
-  // CPU only: the final gradients, rounded; dq, dk and dv are then null.
-  TokenTensor<uint16_t> bf16_dq, bf16_dk, bf16_dv;
+  bool accumulate;  // add to dq, dk and dv; otherwise they are uninitialised (on CUDA see cuda/run.h)
+  // The final gradients, in the inputs' type. Where one of them is given, its fp32 counterpart is null.
+  TokenTensor<uint16_t> rounded_dq, rounded_dk, rounded_dv;
 };
 
 // delta, the sums of out * dout over Dv. Both are (Sq, B, H, Dv), and may have different types.

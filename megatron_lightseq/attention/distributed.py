@@ -47,17 +47,17 @@ def dist_attention(
 ) -> Tensor:
     """Attention over a sequence that is cut over the ranks of ``group`` (DistFlashAttn, arXiv 2310.03294).
 
-    Collective: every rank of the group calls it with its own shards, and every rank calls backward on the result, in
-    the same order as the other ranks. A rank that skips a call leaves its peers waiting until the group's timeout, when
-    they raise :class:`TransportError` (over NCCL, torch's watchdog ends the process). This includes a rank whose loss
-    does not depend on its output: give it a zero gradient instead of skipping its backward.
+    Collective: every rank of the group calls it with its own shards, and every rank calls backward on the result,
+    in the same order as the other ranks. A rank that skips a call leaves its peers waiting until the group's
+    timeout, when they raise :class:`TransportError` (over NCCL, torch's watchdog ends the process). This includes a
+    rank whose loss does not depend on its output: give it a zero gradient instead of skipping its backward.
 
     The first call with new settings or shapes compares a fingerprint of the whole plan across ranks, so ranks that
-    disagree stop with a message instead of computing a wrong result. Shapes may change from call to call, on all ranks
-    together.
+    disagree stop with a message instead of computing a wrong result. Shapes may change from call to call, on all
+    ranks together.
 
     Args:
-        q: (S, B, H, D), this rank's queries; fp32, bf16, fp16 or fp64, as far as the kernel takes them.
+        q: (S, B, H, D), this rank's queries; fp32, bf16, fp16 or fp64, if the kernel supports it.
         k: (S, B, G, D), this rank's keys, q's dtype; G divides H.
         v: (S, B, G, Dv), this rank's values, q's dtype.
         group: torch ProcessGroup of the context-parallel ranks; None for one rank.
@@ -67,7 +67,7 @@ def dist_attention(
             direction, the one predicted to be the fastest (schedule/choose.py).
         mask: which keys a query may see; default causal.
         softmax_scale: factor of the scores, positive; default 1 / sqrt(D).
-        kernel: one of ``kernels.registry.kernel_names()`` or a Kernel; ``auto`` is the fastest that takes these inputs.
+        kernel: one of ``kernels.specs.kernel_names()``, or a Kernel; ``auto`` is the first that supports the inputs.
         overlap: transfer data for the next step while computing the present one.
 
     Returns:
@@ -120,8 +120,8 @@ class DistAttention:
             stats: where to count; default a new one.
             network: what ``auto`` predicts with, and what placements may look at; default NVLink within nodes of 8 and
                 100 Gbps between them.
-            schedules: methods, layout and mask that were resolved before, and the schedules that follow; ``method``,
-                ``layout`` and ``mask`` are then not read.
+            schedules: methods, layout, mask and schedules that are already resolved; ``method``, ``layout`` and ``mask``
+                are then ignored.
         """
         if schedules is not None:
             method = (schedules.forward_method, schedules.backward_method)

@@ -59,7 +59,7 @@ EXTRAS = {
         module="flash_attn",
         adds="`--cp-kernel flash_attn` on GPUs",
     ),
-    "docs": Extra(packages=("mkdocs-material",), adds="the tools that build the documentation site"),
+    "docs": Extra(packages=("sphinx",), adds="the tools that build the documentation site"),
     "dev": Extra(packages=("pytest", "ruff", "mypy", "import-linter"), adds="tests and linters"),
 }
 """The extras in pyproject.toml."""

@@ -33,18 +33,18 @@ def run(arguments: Sequence[str]) -> int:
     if launch.world_size > 1:
         from megatron_lightseq.training.job.leave import leave_store
 
-        walk = launched_ranks(launch, select(options.cells, launch.world_size), extra)
+        verification = launched_ranks(launch, select(options.cells, launch.world_size), extra)
         status = 0
         if launch.rank > 0:
-            walk.follow()
+            verification.follow()
         else:
-            status = _print(walk.lead(), len(walk.cells), 0)
-        leave_store(walk.store, rank=launch.rank, world_size=launch.world_size)
+            status = _print(verification.lead(), len(verification.cells), 0)
+        leave_store(verification.store, rank=launch.rank, world_size=launch.world_size)
         return status
     most = most_processes(options.processes)
     cells = select(options.cells, most)
-    with local_ranks(max(cell.world_size for cell in cells), cells, extra) as walk:
-        return _print(walk.lead(), len(cells), len(select(options.cells, sys.maxsize)) - len(cells))
+    with local_ranks(max(cell.world_size for cell in cells), cells, extra) as verification:
+        return _print(verification.lead(), len(cells), len(select(options.cells, sys.maxsize)) - len(cells))
 
 
 def _print(reports: Iterable[Any], total: int, left_out: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_lightseq.kernels.cuda import delta_on_gpu
 from megatron_lightseq.kernels.extension import missing_extension
 from megatron_lightseq.kernels.registry import accumulator_dtype, dtype_name
 from megatron_lightseq.kernels.specs import KERNELS
@@ -13,8 +14,8 @@ from megatron_lightseq.kernels.specs import KERNELS
 def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
     """The sums of ``out * dout`` over Dv. Not differentiable.
 
-    On CPUs, a compiled kernel reads both tensors once. Inputs that it does not take are left to torch, which makes
-    copies in the accumulator dtype.
+    On CPUs and on GPUs with the compiled CUDA kernels, a compiled kernel reads both tensors once. Inputs that it does
+    not take are left to torch, which makes copies in the accumulator dtype.
 
     Args:
         out: (S, B, H, Dv), the attention's output, in the dtype of the inputs or of the accumulator.
@@ -23,6 +24,9 @@ def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
     Returns:
         (B, H, S), contiguous, in the accumulator dtype.
     """
+    fused = delta_on_gpu(out, dout) if out.device.type == dout.device.type == "cuda" else None
+    if fused is not None:
+        return fused
     if not (_is_fusible(out) and _is_fusible(dout)) or missing_extension() is not None:
         acc = accumulator_dtype(torch.promote_types(out.dtype, dout.dtype))
         return (out.to(acc) * dout).sum(-1).permute(1, 2, 0).contiguous()

@@ -29,8 +29,8 @@ def build(
     """The schedule of one method in one direction: placed, routed and validated.
 
     Args:
-        method: a name that :func:`resolve_method` knows, or a :class:`Method`. If it exchanges heads among u ranks, the
-            schedule is that of one of the u rings of P / u ranks.
+        method: a name that :func:`resolve_method` knows, or a :class:`Method`. If it exchanges heads among u ranks,
+            the schedule is that of one of the u rings of P / u ranks.
         layout: how the sequence is cut over the ranks.
         mask: default causal.
         direction: ``forward`` or ``backward``.
@@ -60,7 +60,7 @@ def build(
 
 
 def solve(method: Method, problem: Problem) -> Schedule:
-    """The schedule of a method for one of its :meth:`Method.inner_problem`.
+    """The schedule of a method for an :meth:`Method.inner_problem` of its own.
 
     Raises:
         ScheduleError: the placement loses, repeats or misplaces a tile.

@@ -62,7 +62,7 @@ def test_the_help_says_what_auto_stands_for() -> None:
     for name, method in METHODS.items():
         assert default_layout(name) == method.default_layout
         assert f"{name} ({method.summary})" in texts["cp_method"]
-    assert "contiguous for lightseq, ring, ulysses, usp and rsa;" in texts["cp_layout"]
+    assert "contiguous for lightseq, ring, balanced, ulysses, usp and rsa;" in texts["cp_layout"]
     assert "the first of cuda, cpu and reference that supports the inputs" in texts["cp_kernel"]
     for name, spec in KERNELS.items():
         assert f"{name} ({spec.summary})" in texts["cp_kernel"]

@@ -155,8 +155,8 @@ def _hopper(name: str, old: str, new: str, file: str = HOPPER) -> Mutant:
 HOPPER_MUTANTS = (
     _hopper(
         "scores used before they are done",
-        "wgmma_wait<1>();  // the scores",
-        "wgmma_wait<2>();  // the scores",
+        "wgmma_wait<1>();  // for the scores",
+        "wgmma_wait<2>();  // for the scores",
     ),
     _hopper(
         "values used before they landed",
@@ -340,6 +340,9 @@ HOPPER_BACKWARD_MUTANTS = (
     _backward("no word of the end", "rows.any = any;", "rows.any = true;", TILES),
     _backward("last head of a group left out", "first_head + heads;", "first_head + larger(heads - 1, 1);"),
     _backward(
+        "the second launch writes over the first", "params.accumulate || first_query > 0", "params.accumulate"
+    ),
+    _backward(
         "every part of a group takes the first heads",
         "launch.head_parts + part) * heads",
         "launch.head_parts) * heads",
@@ -370,8 +373,16 @@ HOPPER_BACKWARD_MUTANTS = (
         "",
     ),
     _backward("delta forgotten", "- rows.delta[fragment_column(j, e)]", ""),
-    _backward("dK without the scale", "num_keys, 0, params.softmax_scale);", "num_keys, 0, 1.0f);"),
-    _backward("shared dK without the scale", "num_keys, params.softmax_scale);", "num_keys, 1.0f);"),
+    _backward(
+        "dK without the scale",
+        "state.dk, first_row, 0, params.softmax_scale);",
+        "state.dk, first_row, 0, 1.0f);",
+    ),
+    _backward(
+        "shared dK without the scale",
+        "state.dk, first_row, params.softmax_scale);",
+        "state.dk, first_row, 1.0f);",
+    ),
     _backward("dS stored unswizzled", "(chunk % 8 ^ row % 8)", "(chunk % 8)", PANELS),
     _backward("rows of dQ meet in banks", "trades = row % 2;", "trades = false;", PANELS, slow=True),
     _backward(

@@ -49,7 +49,7 @@ def test_one_node_without_gpus(machine: FakeMachine, recipe: Path) -> None:
         *["-m", "megatron_lightseq", "pretrain", str(recipe)],
     ]
     assert not any("prepare-data" in call.arguments for call in machine.calls("python"))
-    assert "starting 2 processes on 1 node(s)" in done.stdout
+    assert "starting 2 process(es) per node on 1 node(s)" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ if os.environ["RANK"] != "1":
     time.sleep(60)
 sys.exit(print("its own words") or 7)
 """
-LAST_WORDS = "[lightseq] error: rank 1 ended first, with exit code 7; what it had to say is above"
+LAST_WORDS = "[lightseq] error: rank 1 failed first, with exit code 7; see its messages above"
 
 
 def start(folder: Path, program: str, *options: str) -> subprocess.Popen[str]:
@@ -85,5 +85,5 @@ def test_a_failed_rank_is_named_below_its_own_words(tmp_path: Path) -> None:
     assert "Traceback" not in printed
     assert "its own words" in printed
     assert printed.rstrip().endswith(
-        "[lightseq] error: rank 1 ended first, with exit code 7; what it had to say is above"
+        "[lightseq] error: rank 1 failed first, with exit code 7; see its messages above"
     )

@@ -1,9 +1,11 @@
 // The kernels of csrc/cuda for the CPU, as a library that tests load: one C function per entry point.
 #include <cstring>
 
+#include "cuda/argument_checks.h"
 #include "cuda/backward_sm80_instances.h"
 #include "cuda/backward_sm90_instances.h"
 #include "cuda/calibration.h"
+#include "cuda/delta.h"
 #include "cuda/emulation/machine.h"
 #include "cuda/forward_sm80_instances.h"
 #include "cuda/sm90_instances.h"
@@ -88,18 +90,28 @@ const char* mls_emu_forward_sm90(const mls::ForwardParams* params) {
       });
 }
 
-const char* mls_emu_backward_sm80(const mls::BackwardParams* params, bool deterministic) {
+const char* mls_emu_backward_sm80(const mls::BackwardParams* params,
+                                  const mls::cuda::BackwardOptions* options) {
+  if (mls::cuda::no_gradients(params->shape)) return nullptr;
+  if (const char* failure = mls::cuda::check_options(*params, *options)) return failure;
   return mls::cuda::with_kernel(
       params->shape, params->element_type, [&]<class Element, int kHeadDim, int kValueDim>() {
-        return mls::cuda::backward_sm80<Element, kHeadDim, kValueDim>(*params, deterministic, nullptr);
+        return mls::cuda::backward_sm80<Element, kHeadDim, kValueDim>(*params, *options, nullptr);
       });
 }
 
-const char* mls_emu_backward_sm90(const mls::BackwardParams* params, bool deterministic) {
+const char* mls_emu_backward_sm90(const mls::BackwardParams* params,
+                                  const mls::cuda::BackwardOptions* options) {
+  if (mls::cuda::no_gradients(params->shape)) return nullptr;
+  if (const char* failure = mls::cuda::check_options(*params, *options)) return failure;
   return mls::cuda::with_hopper_backward(
       params->shape, params->element_type, [&]<class Element, int kHeadDim, int kValueDim>() {
-        return mls::cuda::backward_sm90<Element, kHeadDim, kValueDim>(*params, deterministic, nullptr);
+        return mls::cuda::backward_sm90<Element, kHeadDim, kValueDim>(*params, *options, nullptr);
       });
+}
+
+const char* mls_emu_delta(const mls::DeltaParams* params) {
+  return mls::cuda::run_delta(*params, nullptr);
 }
 
 const char* mls_emu_calibrate(mls::cuda::PrimitiveGroup group, mls::ElementType type, const uint16_t* input,

@@ -78,6 +78,16 @@ inline uint32_t pack(float low, float high) {
          static_cast<uint32_t>(emu::from_float(Element::kFormat, high)) << 16;
 }
 
+template <class Element>
+inline float unpack_low(uint32_t pair) {
+  return emu::to_float(Element::kFormat, static_cast<uint16_t>(pair));
+}
+
+template <class Element>
+inline float unpack_high(uint32_t pair) {
+  return emu::to_float(Element::kFormat, static_cast<uint16_t>(pair >> 16));
+}
+
 inline void emulate_ldmatrix(uint32_t (&r)[4], const void* row, emu::Operation operation) {
   emu::Block& block = emu::Block::current();
   block.lane().address = row;
