@@ -72,7 +72,8 @@ ATTENTION: tuple[Option, ...] = (
     ),
     refused("qk_clip log_max_attention_logit", "kernels keep the log-sum-exp of a row, not its maximum"),
     refused(
-        "fp8_dot_product_attention fp8_multi_head_attention", "attention takes fp32, bf16 and fp16 inputs only"
+        "fp8_dot_product_attention fp8_multi_head_attention",
+        "attention takes fp32, bf16 and fp16 inputs only",
     ),
     row(
         "attention_backend",

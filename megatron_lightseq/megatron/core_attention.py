@@ -17,6 +17,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_lightseq.attention import AttentionStats, DistAttention
+from megatron_lightseq.config.choices import method_of_comm_type
+from megatron_lightseq.config.resolved import ResolvedAttention
 from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
@@ -60,6 +62,8 @@ class CoreAttentionSettings:
     """Transfer the next step's inputs while this step's tiles are computed."""
     network: Network | None = None
     """The network that method ``auto`` simulates; None for its default."""
+    resolved: ResolvedAttention | None = None
+    """Methods and schedules that were worked out at the start; None: layers work them out from their inputs."""
     keep_on_recompute: bool = True
     """Keep (out, lse) across activation recomputation instead of running attention again."""
     stats: AttentionStats = field(default_factory=AttentionStats)
@@ -76,24 +80,17 @@ class CoreAttentionSettings:
 
     def method_of(self, comm_type: str | None) -> str:
         """The method for one of Megatron's communication types; p2p, its default, means the configured method."""
-        if comm_type in (None, "p2p"):
-            return self.method
-        if comm_type == "a2a+p2p":
-            return "usp" if self.ulysses_size is None else f"usp:{self.ulysses_size}"
-        if comm_type not in _METHOD_OF_COMM_TYPE:
-            raise UnsupportedError(
-                explain(
-                    got=f"cp_comm_type {comm_type!r}",
-                    rule=f"the types are p2p, a2a+p2p, {', '.join(_METHOD_OF_COMM_TYPE)}",
-                    remedy="Choose one of them, or leave it out and set cp_method",
-                )
-            )
-        return _METHOD_OF_COMM_TYPE[comm_type]
+        return method_of_comm_type(comm_type, self.method, self.ulysses_size)
 
     def attention(
-        self, group: torch.distributed.ProcessGroup | None, mask: Mask, method: str
+        self, group: torch.distributed.ProcessGroup | None, mask: Mask, method: str, layer_number: int
     ) -> DistAttention:
         """The attention that all layers with these settings share, with its plans and receive buffers."""
+        schedules = None if self.resolved is None else self.resolved.of_layer(layer_number)
+        if schedules is not None and (
+            schedules.problem.mask != mask or method not in ("auto", schedules.name)
+        ):
+            schedules = None  # this layer was built with another mask or method than the configuration says
 
         def make() -> DistAttention:
             return DistAttention(
@@ -104,6 +101,7 @@ class CoreAttentionSettings:
                 kernel=self.kernel,
                 overlap=self.overlap,
                 network=self.network,
+                schedules=schedules,
                 stats=self.stats,
             )
 
@@ -119,9 +117,6 @@ class CoreAttentionSettings:
     ) -> Mask:
         """The mask that a dense one stands for (:meth:`DenseMasks.read`); layers share what was read."""
         return self._dense_masks.read(hidden, layout, group, causal=causal)
-
-
-_METHOD_OF_COMM_TYPE = {"all_gather": "all_gather", "a2a": "ulysses"}
 
 
 class LightSeqCoreAttention(MegatronModule):
@@ -218,7 +213,7 @@ class LightSeqCoreAttention(MegatronModule):
                 )
             )
         mask = self._mask(attn_mask_type or self.attn_mask_type, attention_mask)
-        attention = self.settings.attention(self.group, mask, self.method)
+        attention = self.settings.attention(self.group, mask, self.method, self.layer_number)
         out = self._attend(attention, query, key, value)
         return out.reshape(*out.shape[:2], -1)
 

@@ -30,6 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import ContextParallelConfig, PretrainConfig
+from megatron_lightseq.config.resolved import ResolvedAttention, resolve_attention
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
 from megatron_lightseq.megatron.fixes.latent_attention import LatentDotProductAttention
@@ -47,18 +48,19 @@ def gpt_layer_spec(
     context: ContextParallelConfig | None = None,
     keep_attention_on_recompute: bool | None = None,
     stats: AttentionStats | None = None,
+    resolved: ResolvedAttention | None = None,
 ) -> ModuleSpec:
     """The specification of one decoder layer with LightSeq attention.
 
     Args:
         config: the configuration of the layer: Megatron's TransformerConfig, or this package's PretrainConfig.
         context: method, layout, kernel and overlap; default: those of a PretrainConfig, else the defaults.
-            ``cp_method="megatron"`` returns Megatron's specification unchanged, for a baseline. Latent attention
-            without
-            Transformer Engine is the exception: Megatron has no core attention for it, and gets one that pads values.
+            ``cp_method="megatron"`` returns Megatron's specification unchanged, for a baseline, except that latent
+            attention without Transformer Engine gets a core attention that pads its values, as Megatron has none.
         keep_attention_on_recompute: whether attention results survive activation recomputation; default: the value in a
             PretrainConfig, else True.
         stats: counters of forwards, bytes and waiting time that all layers share; default: new ones.
+        resolved: layout, methods and schedules of a PretrainConfig, if they are known already.
 
     Returns:
         A ModuleSpec for ``GPTModel(transformer_layer_spec=...)``. Pass the built model to
@@ -68,7 +70,9 @@ def gpt_layer_spec(
         ConfigError: MLS_TRANSFORMER_IMPL names an implementation that is unknown or cannot be imported.
     """
     if isinstance(config, PretrainConfig):
-        context = context or config.context
+        if context is None:
+            context = config.context
+            resolved = resolved or resolve_attention(config)
         if keep_attention_on_recompute is None:
             keep_attention_on_recompute = config.recompute.keep_attention_on_recompute
     context = context or ContextParallelConfig()
@@ -81,10 +85,11 @@ def gpt_layer_spec(
         method=context.method_name,
         comm_types=context.cp_comm_type,
         ulysses_size=context.cp_ulysses_size or _inner_size(config),
-        layout=context.layout_name,
+        layout=context.layout_name if resolved is None else resolved.layout.name,
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
         network=context.network,
+        resolved=resolved,
         keep_on_recompute=keep,
         stats=AttentionStats() if stats is None else stats,
     )

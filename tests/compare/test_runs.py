@@ -1,4 +1,4 @@
-"""Systems that really run, on ranks of their own; sizes are tiny and nothing is timed."""
+"""Systems that run on real ranks, with tiny sizes; no times are checked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def job(system: str = "lightseq", config: PretrainConfig = THREE_HEADS, **more: 
     return Job(system=system, common=common, world_size=2, steps=1, measure_ceiling=False, **more)
 
 
-def test_padded_megatron_and_lightseq_train_alike() -> None:
+def test_padded_megatron_and_lightseq_have_the_same_losses() -> None:
     names = ("megatron-tp-sp", "lightseq", "megatron-tp-sp-stored", "lightseq-plain-recompute")
     found = run_comparison(
         job(), [SYSTEMS[name] for name in names], baseline="megatron-tp-sp", cluster=CLUSTER
@@ -69,9 +69,9 @@ def test_padded_megatron_and_lightseq_train_alike() -> None:
 
 def test_a_broken_job_is_reported_with_its_log() -> None:
     with_unknown_kernel = with_values(THREE_HEADS, cp_kernel="warp")
-    outcome = measure(job(config=with_unknown_kernel), CLUSTER)
-    assert outcome.ranks == ()
-    assert "kernel 'warp'" in (outcome.failure or "")
+    result = measure(job(config=with_unknown_kernel), CLUSTER)
+    assert result.ranks == ()
+    assert "kernel 'warp'" in (result.failure or "")
 
 
 def test_a_host_that_is_not_there_is_named() -> None:
@@ -80,8 +80,8 @@ def test_a_host_that_is_not_there_is_named() -> None:
 
 
 def test_a_stuck_job_is_ended() -> None:
-    outcome = measure(job(), Cluster(timeout_s=0.01))
-    assert (outcome.failure or "").startswith("rank ")
+    result = measure(job(), Cluster(timeout_s=0.01))
+    assert (result.failure or "").startswith("rank ")
 
 
 def test_longest_sequence_ends_at_the_limit() -> None:
@@ -99,7 +99,7 @@ def test_longest_sequence_ends_at_the_limit() -> None:
     )
 
 
-def test_running_out_of_memory_is_told_from_other_failures() -> None:
+def test_running_out_of_memory_is_distinguished_from_other_failures() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: not enough memory")
@@ -113,7 +113,7 @@ def test_the_command_compares_and_says_so(tmp_path: Path, capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert status == 0
     assert "losses agree" in shown
-    assert "exists in" in shown
+    assert "is implemented in" in shown
     record = json.loads((tmp_path / "compare.json").read_text())
     assert [row["system"] for row in record["figures"]] == ["megatron-tp-sp", "ring", "megatron-cp"]
 

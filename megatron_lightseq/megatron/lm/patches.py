@@ -29,6 +29,7 @@ from megatron_lightseq.megatron.lm.refusals import refusals, replace_kernels
 from megatron_lightseq.megatron.lm.settings import core_attention_settings, violated_rules
 from megatron_lightseq.megatron.notes import note_once, note_replaced_kernels
 from megatron_lightseq.megatron.options import raise_refusals
+from megatron_lightseq.megatron.rope import allow_any_number_of_ranks
 from megatron_lightseq.megatron.sequence_mixers import check_other_mixers, other_mixers
 from megatron_lightseq.megatron.sequence_slices import compute_in_slices
 
@@ -124,6 +125,7 @@ class Patches:
         Raises:
             UnsupportedError: this Megatron lacks a patch point.
         """
+        allow_any_number_of_ranks()
         self._replacements.replace(patch_points.LOCAL_ATTENTION, self._core_attention)
         if _importable(patch_points.TE_ATTENTION):
             self._replacements.replace(patch_points.TE_ATTENTION, self._core_attention)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import PretrainConfig, with_values
-from megatron_lightseq.config.resolved import with_chosen_layout
+from megatron_lightseq.config.resolved import resolve_attention
 from megatron_lightseq.config.validate import CONTEXT_RULES, violations
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings
 from megatron_lightseq.megatron.lm.options import LmOptions
@@ -44,16 +44,18 @@ def core_attention_settings(
         arguments: Megatron-LM's namespace.
         stats: counters that all layers share.
     """
-    context = with_chosen_layout(as_config(options, arguments)).context
+    config = as_config(options, arguments)
+    context, resolved = config.context, resolve_attention(config)
     inner = getattr(arguments, "hierarchical_context_parallel_sizes", None)
     return CoreAttentionSettings(
         method=context.method_name,
         comm_types=context.cp_comm_type,
         ulysses_size=context.cp_ulysses_size or (inner[0] if inner else None),
-        layout=context.layout_name,
+        layout=context.layout_name if resolved is None else resolved.layout.name,
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
         network=context.network,
+        resolved=resolved,
         keep_on_recompute=options.keep_attention_on_recompute,
         stats=stats,
     )
