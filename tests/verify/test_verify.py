@@ -167,3 +167,28 @@ def test_in_bf16_the_error_may_be_twice_that_of_megatron() -> None:
     for factor, passes in ((1.019, True), (0.981, True), (1.022, False)):
         cell = outcome({"a": torch.full((4,), factor), "b": torch.full((4,), 2.0)}, loss=4.002)
         assert compare(cell, exact, allowed).passed is passes
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_launched_ranks_leave_the_store_together(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0's process may hold the store: it must not end while another rank still waits for the next cell."""
+    from types import SimpleNamespace
+
+    from megatron_lightseq.tools.verify import ranks
+    from megatron_lightseq.training.job import leave
+
+    events: list[object] = []
+    walk = SimpleNamespace(
+        store="store",
+        cells=(),
+        follow=lambda: events.append("follow"),
+        lead=lambda: events.append("lead") or (),
+    )
+    monkeypatch.setattr(ranks, "launched_ranks", lambda *_: walk)
+    monkeypatch.setattr(leave, "leave_store", lambda store, **facts: events.append((store, facts)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    assert run([]) == 0
+    assert events == ["follow" if rank else "lead", ("store", {"rank": rank, "world_size": 2})]
