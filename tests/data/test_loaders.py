@@ -284,6 +284,18 @@ def test_a_cache_that_points_elsewhere_is_named(name: str, tmp_path: Path) -> No
         list(train_iterator(config, open_and_build(config)[1], DataShare()))
 
 
+def test_a_sample_of_another_length_is_refused_whether_shorter_or_longer(tmp_path: Path) -> None:
+    prefix, _ = make_corpus(tmp_path)
+    config = config_for(str(prefix), split="1,0,0")
+    corpora, _ = open_and_build(config)
+    (path,) = corpora.cache.glob("*-sample_index.npy")
+    np.save(path, shifted(np.load(path)).astype(np.load(path).dtype))
+    train = open_and_build(config)[1].train
+    for number in range(len(train)):
+        with pytest.raises(DataError, match=rf"sample {number} does not have 32 tokens"):
+            train[number]
+
+
 @pytest.mark.parametrize(
     ("kind", "text"), [("dataset", "beyond the 2 corpora"), ("dataset_sample", "beyond the samples")]
 )
