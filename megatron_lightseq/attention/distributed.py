@@ -120,8 +120,8 @@ class DistAttention:
             stats: where to count; default a new one.
             network: what ``auto`` predicts with, and what placements may look at; default NVLink within nodes of 8 and
                 100 Gbps between them.
-            schedules: methods, layout, mask and schedules that are already resolved; ``method``, ``layout`` and ``mask``
-                are then ignored.
+            schedules: methods, layout, mask and schedules that are already resolved; ``method``, ``layout`` and
+                ``mask`` are then ignored.
         """
         if schedules is not None:
             method = (schedules.forward_method, schedules.backward_method)

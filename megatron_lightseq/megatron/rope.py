@@ -67,7 +67,8 @@ class LayoutRotaryEmbedding(torch.nn.Module):
                 )
         key = (max_seq_len, offset)
         if key not in self._shards:
-            self._shards[key] = self._angles(max_seq_len, offset)
+            with torch.inference_mode(False):  # or training could not use what an evaluation has left here
+                self._shards[key] = self._angles(max_seq_len, offset)
         return self._shards[key]
 
     def get_cached_cos_sin(self, *args: Any, **kwargs: Any) -> Any:

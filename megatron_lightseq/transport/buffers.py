@@ -26,7 +26,11 @@ class BufferPool:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous, uninitialised tensor."""
         free = self._free.get((shape, dtype, device))
-        return free.pop() if free else torch.empty(shape, dtype=dtype, device=device)
+        if free:
+            return free.pop()
+        # A tensor that is allocated in inference mode may not be written to outside it, when it is reused in training.
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype, device=device)
 
     def give(self, tensor: Tensor) -> None:
         """Return a tensor from :meth:`take` that is no longer read or written."""
