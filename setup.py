@@ -1,15 +1,18 @@
 """Builds megatron_lightseq._C: the CPU kernel always, the CUDA kernel where nvcc is found.
 
-Three machines are all well: a C++ compiler only; nvcc without a GPU; nvcc and a GPU. CUDA sources are compiled
-by nvcc directly, because torch's CUDAExtension refuses to work under a CPU-only torch.
+Supported build machines: a C++ compiler only; nvcc without a GPU; nvcc and a GPU. CUDA sources are compiled by
+calling nvcc directly, because torch's CUDAExtension does not work with a CPU-only torch.
 
 Environment:
     MLS_CUDA        auto (default) | 0 (never) | 1 (fail without nvcc)
-    MLS_CUDA_ARCHS  compute capabilities, default "80+PTX;90a": native code of the first, which also serves 8.6 and
-                    8.9, with PTX that drivers compile for what comes after 9.0; native code for Hopper alone
+    MLS_CUDA_ARCHS  compute capabilities, default "80+PTX;90a". 80: native code that also runs on 8.6 and 8.9;
+                    +PTX: code that drivers compile for GPUs later than 9.0; 90a: native code for Hopper only
     MAX_JOBS        parallel compilations, default: one per core
 """
 
+from __future__ import annotations
+
+import importlib.util
 import os
 import re
 import shutil
@@ -18,19 +21,20 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, ExecError, LinkError
-from torch.utils.cpp_extension import CppExtension
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+OLDEST_SETUPTOOLS = 77  # the first that reads the license fields of pyproject.toml (PEP 639)
 # The oldest torch whose stable ABI we use: 2.11.0.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
-    "-g0",  # setuptools asks for -g; debug information would be most of the file
+    "-g0",  # setuptools passes -g; debug information would be most of the file
     "-Wall",
     "-Wno-psabi",  # vectors wider than the default target are passed only between inlined functions
     "-fvisibility=hidden",
@@ -38,18 +42,30 @@ CXX_FLAGS = [
     "-DPy_LIMITED_API=0x030b0000",
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC"]
+CUDA_RUNTIME = "libcudart_static.a"
+
+
+def check_setuptools() -> None:
+    """Exit with the remedy where setuptools is too old; it would fail later, in words that name a license."""
+    if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+        sys.exit(
+            f"megatron_lightseq: this environment has setuptools {setuptools.__version__}, and building needs "
+            f"{OLDEST_SETUPTOOLS} or later. Run: python -m pip install --upgrade 'setuptools>={OLDEST_SETUPTOOLS}'"
+        )
 
 
 def max_jobs() -> int:
+    """How many compilations may run in parallel."""
     return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def relative(paths: list[Path]) -> list[str]:
+    """Paths relative to the repository, sorted."""
     return [str(path.relative_to(ROOT)) for path in sorted(paths)]
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler, or None when it is absent or not wanted."""
+    """The CUDA compiler, or None if there is none or MLS_CUDA=0."""
     choice = os.environ.get("MLS_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         sys.exit(f"MLS_CUDA={choice}: it must be auto, 0 or 1.")
@@ -57,24 +73,60 @@ def find_nvcc() -> str | None:
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home]
-    for path in [*candidates, shutil.which("nvcc") or ""]:
+    for path in [*candidates, shutil.which("nvcc") or "", *pip_installed_nvcc()]:
         if os.path.isfile(path):
             return path
     if choice == "1":
         sys.exit(
-            "MLS_CUDA=1: no nvcc in CUDA_HOME, /usr/local/cuda or PATH. Install the CUDA toolkit or unset it."
+            "MLS_CUDA=1: no nvcc in CUDA_HOME, CUDA_PATH, /usr/local/cuda, PATH or Python's packages. Install the CUDA "
+            "toolkit, or unset MLS_CUDA. From PyPI: pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt "
+            "nvidia-cuda-cccl nvidia-nvvm."
         )
     return None
 
 
+def pip_installed_nvcc() -> list[str]:
+    """nvcc of pip's nvidia-cuda-nvcc, e.g. site-packages/nvidia/cu13/bin/nvcc; the newest first."""
+    namespace = importlib.util.find_spec("nvidia")
+    folders = [] if namespace is None else namespace.submodule_search_locations or []
+    found = [str(path) for folder in folders for path in Path(folder).glob("*/bin/nvcc")]
+    return sorted(found, reverse=True)
+
+
+def cuda_root(nvcc: str) -> Path:
+    """The toolkit's folder as nvcc itself sees it: the nvcc that was found may be a wrapper script elsewhere."""
+    command = [nvcc, "--dryrun", "-E", os.devnull, "-x", "cu"]
+    report = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", report, flags=re.MULTILINE)
+    return Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parent.parent
+
+
+def cuda_library_dirs(root: Path) -> list[str]:
+    """Folders of a toolkit (a full one, a distribution's, or pip's) that hold the static CUDA runtime."""
+    folders = [
+        root / "lib64",
+        root / "lib",
+        *sorted(root.glob("targets/*-linux/lib")),
+        root.parent / "cuda_runtime/lib",
+    ]
+    found = [str(folder) for folder in folders if (folder / CUDA_RUNTIME).is_file()]
+    if not found:
+        sys.exit(
+            f"megatron_lightseq: nvcc was found, but {CUDA_RUNTIME} is not in {', '.join(map(str, folders))}. "
+            "Install the CUDA runtime (pip: nvidia-cuda-runtime), set CUDA_HOME to a full toolkit, or set MLS_CUDA=0."
+        )
+    return found
+
+
 class BuildKernels(build_ext):
-    """Compiles sources side by side, CUDA ones with nvcc, and says in one line what was built."""
+    """Compiles sources in parallel, CUDA ones with nvcc, and reports in one line what was built."""
 
     def build_extensions(self) -> None:
+        """Compile everything, then let setuptools link."""
         extension = self.extensions[0]
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
         nvcc = find_nvcc() if cuda_sources else None
-        if nvcc:  # objects of another build must not be taken for this one's
+        if nvcc:  # so that objects of another build are not mistaken for this one's
             self.build_temp = os.path.join(self.build_temp, "cuda-" + "-".join(CUDA_ARCHS))
         os.makedirs(self.build_temp, exist_ok=True)
         try:
@@ -87,14 +139,14 @@ class BuildKernels(build_ext):
         except (CompileError, ExecError, LinkError) as error:
             sys.exit(
                 f"megatron_lightseq: the C++ kernel was not built, because this failed: {str(error)[:200]} ... "
-                "Its own words are above. It needs a C++20 compiler (g++ 12 or later; Debian and Ubuntu: "
+                "The compiler's own message is above. A C++20 compiler is needed (g++ 12 or later; Debian and Ubuntu: "
                 "apt-get install g++)."
             )
         cuda = f"CUDA ({';'.join(CUDA_ARCHS)})" if nvcc else f"no CUDA ({why_no_cuda(cuda_sources)})"
         print(f"megatron_lightseq: built the CPU kernel; {cuda}", file=sys.stderr)
 
     def compile_in_parallel(self, extension: Extension) -> None:
-        """Objects are compiled here and handed to the linker; distutils alone takes one source at a time."""
+        """Compile here and hand the objects to the linker: setuptools itself compiles one source at a time."""
         headers = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), Path(__file__)])
         flags = [
             *extension.extra_compile_args,
@@ -114,10 +166,14 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(max_jobs()) as pool:
             extension.extra_objects += list(pool.map(compile_one, extension.sources))
-        extension.depends = extension.extra_objects  # else a module that exists is never linked again
+        extension.depends = (
+            extension.extra_objects
+        )  # otherwise an existing module would never be linked again
         extension.sources = []
 
     def add_cuda(self, extension: Extension, nvcc: str, sources: list[Path]) -> None:
+        """Compile the CUDA sources and add their objects, libraries and macros to the extension."""
+        library_dirs = cuda_library_dirs(cuda_root(nvcc))
         headers = max(
             path.stat().st_mtime for path in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), Path(__file__)]
         )
@@ -133,27 +189,27 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(max_jobs()) as pool:
             extension.extra_objects += list(pool.map(compile_one, sources))
-        home = Path(nvcc).resolve().parent.parent
-        extension.library_dirs += [str(home / name) for name in ("lib64", "lib") if (home / name).is_dir()]
-        # Static: the module then imports on machines without a driver.
+        extension.library_dirs += library_dirs
+        # Linked statically, so that the module can be imported on machines without a driver.
         extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
         extension.define_macros += [("MLS_WITH_CUDA", "1"), ("MLS_CUDA_ARCHS", f'"{";".join(CUDA_ARCHS)}"')]
 
 
 def cuda_archs() -> list[str]:
-    """What MLS_CUDA_ARCHS asks for, one compute capability each: 80, 80+PTX, 90a ..."""
+    """The compute capabilities in MLS_CUDA_ARCHS: 80, 80+PTX, 90a ..."""
     wanted = os.environ.get("MLS_CUDA_ARCHS", "80+PTX;90a").split(";")
     for arch in wanted:
         number = re.fullmatch(r"(\d+)[af]?(\+PTX)?", arch)
         if number is None or int(number[1]) < 80:
             sys.exit(
-                f"MLS_CUDA_ARCHS: {arch!r} is no compute capability from 80 on. Write for example 80+PTX;90a, "
+                f"MLS_CUDA_ARCHS: {arch!r} is not a compute capability of 80 or later. Write, for example, 80+PTX;90a, "
                 "where +PTX adds code that drivers compile for later GPUs."
             )
     return wanted
 
 
 def gencode(arch: str) -> str:
+    """nvcc's flag for one of MLS_CUDA_ARCHS."""
     number, ptx, _ = arch.partition("+PTX")
     code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
     return f"-gencode=arch=compute_{number},code={code}"
@@ -163,21 +219,31 @@ CUDA_ARCHS = cuda_archs()
 
 
 def why_no_cuda(sources: list[Path]) -> str:
+    """Why only the CPU kernel was built."""
     if not sources:
         return "this version has no CUDA sources"
     return "MLS_CUDA=0" if os.environ.get("MLS_CUDA") == "0" else "no nvcc found"
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "megatron_lightseq._C",
-            relative([CSRC / "bindings.cpp", *(CSRC / "cpu").glob("*.cpp")]),
-            include_dirs=[str(CSRC / "include"), str(CSRC)],
-            extra_compile_args=CXX_FLAGS,
-            py_limited_api=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+def main() -> None:
+    """What pip and ``python setup.py`` run."""
+    check_setuptools()
+    from torch.utils.cpp_extension import CppExtension
+
+    setup(
+        ext_modules=[
+            CppExtension(
+                "megatron_lightseq._C",
+                relative([CSRC / "bindings.cpp", *(CSRC / "cpu").glob("*.cpp")]),
+                include_dirs=[str(CSRC / "include"), str(CSRC)],
+                extra_compile_args=CXX_FLAGS,
+                py_limited_api=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildKernels},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )
+
+
+if __name__ == "__main__":
+    main()

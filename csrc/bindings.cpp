@@ -340,6 +340,22 @@ void cuda_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   check_launch(mls_cuda_backward(&params, deterministic, stream_handle(stream)));
 }
 
+PyObject* cuda_fallback(PyObject*, PyObject*) {
+  const char* reason = mls_cuda_fallback();
+  if (reason == nullptr) Py_RETURN_NONE;
+  return PyUnicode_FromString(reason);
+}
+
+PyMethodDef kFunctions[] = {
+    {"cuda_fallback", cuda_fallback, METH_NOARGS,
+     "Why the last CUDA call of this thread used a slower kernel than the GPU has; None when it did not, or "
+     "when that was reported before."},
+    {nullptr, nullptr, 0, nullptr}};
+
+#else
+
+PyMethodDef kFunctions[] = {{nullptr, nullptr, 0, nullptr}};
+
 #endif
 
 }  // namespace
@@ -376,7 +392,7 @@ STABLE_TORCH_LIBRARY_IMPL(mls, CUDA, m) {
 // Importing the module runs the registrations above; its attributes say what was built and chosen.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, mls::kFunctions, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   try {

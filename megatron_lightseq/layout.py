@@ -1,15 +1,16 @@
 """Which rank holds which tokens.
 
-A *layout* cuts a sequence of N tokens into chunks and gives every chunk to one of P context-parallel
-ranks. It is the only owner of the map token -> rank: batch slicing, rotary embedding, schedules and masks
-all ask it, so that data and attention cannot disagree by each doing the arithmetic themselves.
+A *layout* cuts a sequence of N tokens into pieces and gives each piece to one of P context-parallel ranks. It is the
+only owner of the map from tokens to ranks: batches, rotary embeddings, schedules and masks all ask it, so data and
+attention cannot disagree because each did its own arithmetic.
 
     contiguous   rank r holds tokens [r N/P, (r+1) N/P)             (DistFlashAttn, arXiv 2310.03294, 3.1)
     zigzag       2P pieces; rank r holds pieces r and 2P-1-r        (Megatron's and Transformer Engine's CP)
     striped      rank r holds tokens r, r+P, r+2P, ...              (Striped Attention, arXiv 2311.09431)
 
-A chunk's positions are a Python ``range``, whatever the layout; ``split(n)`` cuts every chunk into n adjacent
-ones, which changes what a schedule can address and not which rank holds which token.
+``LAYOUTS`` says which pieces each rank holds, and everything else here follows from it: a new layout is one entry.
+A schedule addresses *chunks*: every piece divided into ``splits`` parts. A chunk's positions are a Python ``range``
+in every layout.
 
 Standard library only: tensors are handled through their own methods.
 """
@@ -17,37 +18,77 @@ Standard library only: tensors are handled through their own methods.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from megatron_lightseq.errors import LayoutError, explain
 
-LAYOUT_NAMES = ("contiguous", "zigzag", "striped")
-_TEXT_FORM = re.compile(r"(?P<name>[a-z]+)\((?P<cp_size>\d+)\)(?:/(?P<splits>\d+))?")
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a layout cuts a sequence: into how many pieces, and which of them each rank holds."""
+
+    pieces_of: Callable[[int, int], tuple[int, ...]]
+    """From (rank, P) to the rank's pieces, in the order in which its shard stores them. All ranks hold equally many,
+    and each piece belongs to one rank."""
+    interleaved: bool = False
+    """Whether piece i of M is every M-th token starting at token i, instead of the i-th of M equal stretches."""
+
+    @lru_cache(maxsize=256)  # noqa: B019 - a Cut is one entry of a table and lives as long as the table
+    def pieces(self, cp_size: int) -> tuple[tuple[int, ...], ...]:
+        """The pieces of every rank, checked.
+
+        Raises:
+            LayoutError: a piece is missing or held twice, or ranks hold different numbers of pieces.
+        """
+        held = tuple(tuple(self.pieces_of(rank, cp_size)) for rank in range(cp_size))
+        if sorted(sum(held, ())) != list(range(cp_size * len(held[0]))) or len(set(map(len, held))) > 1:
+            raise LayoutError(
+                explain(
+                    got=f"pieces {held} of {cp_size} ranks",
+                    rule="every rank holds equally many pieces, and every piece is held by one rank",
+                    remedy="Correct the layout's entry in LAYOUTS",
+                )
+            )
+        return held
+
+
+LAYOUTS: dict[str, Cut] = {
+    "contiguous": Cut(lambda rank, cp_size: (rank,)),
+    "zigzag": Cut(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank)),
+    "striped": Cut(lambda rank, cp_size: (rank,), interleaved=True),
+}
+"""Every layout by name."""
+
+_TEXT_FORM = re.compile(r"(?P<name>\w+)\((?P<cp_size>\d+)\)(?:/(?P<splits>\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceLayout:
     """How a sequence is cut over the ranks of a context-parallel group.
 
-    Build one with :meth:`contiguous`, :meth:`zigzag` or :meth:`striped`. ``str()`` gives a short text form,
-    :meth:`parse` reads it back.
+    Build one by name, or with :meth:`contiguous`, :meth:`zigzag` or :meth:`striped`. ``str()`` gives a short text
+    form that :meth:`parse` reads back.
+
+    Raises:
+        LayoutError: an unknown name, a size below 1, or an entry of ``LAYOUTS`` whose pieces make up no sequence.
     """
 
     name: str
-    """``contiguous``, ``zigzag`` or ``striped``."""
+    """A name in ``LAYOUTS``."""
     cp_size: int
     """P, the number of context-parallel ranks."""
     splits: int = 1
     """Adjacent chunks that every piece is divided into; 1 unless a schedule needs finer tiles."""
 
     def __post_init__(self) -> None:
-        if self.name not in LAYOUT_NAMES:
+        if self.name not in LAYOUTS:
             raise LayoutError(
                 explain(
                     got=f"layout {self.name!r}",
-                    rule=f"a layout is one of {', '.join(LAYOUT_NAMES)}",
+                    rule=f"a layout is one of {', '.join(LAYOUTS)}",
                     remedy="Choose one of these names",
                 )
             )
@@ -59,6 +100,7 @@ class SequenceLayout:
                     remedy="Give the size of the context-parallel group",
                 )
             )
+        LAYOUTS[self.name].pieces(self.cp_size)  # raises if they do not make up a sequence
 
     @staticmethod
     def contiguous(cp_size: int) -> SequenceLayout:
@@ -72,17 +114,107 @@ class SequenceLayout:
 
     @staticmethod
     def striped(cp_size: int) -> SequenceLayout:
-        """Rank r holds every P-th token, starting at r."""
+        """Rank r holds every P-th token, starting at token r."""
         return SequenceLayout("striped", cp_size)
 
     def split(self, splits: int) -> SequenceLayout:
-        """The same tokens on the same ranks, every piece addressed as ``splits`` adjacent chunks."""
+        """The same tokens on the same ranks, with every piece addressed as ``splits`` adjacent chunks."""
         return replace(self, splits=splits)
 
-    # --- groups of ranks ----------------------------------------------------------------------------------
+    def __str__(self) -> str:
+        return f"{self.name}({self.cp_size})" + (f"/{self.splits}" if self.splits > 1 else "")
+
+    @staticmethod
+    def parse(text: str) -> SequenceLayout:
+        """Read the form that ``str()`` writes: ``contiguous(4)``, ``zigzag(2)``, ``contiguous(4)/2``.
+
+        Raises:
+            LayoutError: the text does not have that form.
+        """
+        match = _TEXT_FORM.fullmatch(text.strip())
+        if match is None:
+            raise LayoutError(
+                explain(
+                    got=f"layout text {text!r}",
+                    rule="the form is NAME(RANKS) or NAME(RANKS)/SPLITS",
+                    remedy="Write, for example, contiguous(4)",
+                )
+            )
+        return SequenceLayout(match["name"], int(match["cp_size"]), int(match["splits"] or 1))
+
+    # --- pieces and chunks ----------------------------------------------------------------------------------
+
+    @property
+    def _pieces(self) -> tuple[tuple[int, ...], ...]:
+        """The pieces of every rank, in storage order."""
+        return LAYOUTS[self.name].pieces(self.cp_size)
+
+    @property
+    def _interleaved(self) -> bool:
+        return LAYOUTS[self.name].interleaved
+
+    @property
+    def _num_pieces(self) -> int:
+        return self.cp_size * len(self._pieces[0])
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in the whole sequence; a piece's chunks are numbered one after the other."""
+        return self._num_pieces * self.splits
+
+    @property
+    def owner(self) -> tuple[int, ...]:
+        """``owner[c]`` is the rank that holds chunk c."""
+        rank_of = {piece: rank for rank, pieces in enumerate(self._pieces) for piece in pieces}
+        return tuple(rank_of[chunk // self.splits] for chunk in range(self.num_chunks))
+
+    def chunks_of(self, rank: int) -> tuple[int, ...]:
+        """The chunks of a rank in the order in which its shard stores them."""
+        return tuple(
+            piece * self.splits + part for piece in self._pieces[rank] for part in range(self.splits)
+        )
+
+    def chunk_positions(self, chunk: int, seq_length: int) -> range:
+        """Global positions of a chunk's tokens, in a sequence of ``seq_length`` tokens."""
+        piece, part = divmod(chunk, self.splits)
+        if self._interleaved:
+            positions = range(piece, seq_length, self._num_pieces)
+        else:
+            length = seq_length // self._num_pieces
+            positions = range(piece * length, (piece + 1) * length)
+        return positions[part * len(positions) // self.splits : (part + 1) * len(positions) // self.splits]
+
+    def positions(self, rank: int, seq_length: int) -> list[int]:
+        """Global positions of the tokens of a rank's shard, in storage order.
+
+        Raises:
+            LayoutError: the ranks cannot hold equal shards of ``seq_length`` tokens.
+        """
+        self.check_length(seq_length)
+        return [p for chunk in self.chunks_of(rank) for p in self.chunk_positions(chunk, seq_length)]
+
+    def divides(self, seq_length: int) -> bool:
+        """Whether ``seq_length`` tokens can be cut into equal pieces, each of one token or more."""
+        return seq_length >= self._num_pieces and seq_length % self._num_pieces == 0
+
+    def check_length(self, seq_length: int) -> None:
+        """Raise :class:`LayoutError` unless :meth:`divides`."""
+        if not self.divides(seq_length):
+            per_rank = len(self._pieces[0])
+            below = max(1, seq_length // self._num_pieces) * self._num_pieces
+            raise LayoutError(
+                explain(
+                    got=f"seq_length {seq_length} over cp_size {self.cp_size}",
+                    rule=f"the {self.name} layout needs a multiple of "
+                    f"{f'{per_rank} x ' if per_rank > 1 else ''}cp_size = {self._num_pieces}",
+                    remedy=f"Pad or cut the sequence, for example to {below} tokens",
+                )
+            )
+
+    # --- groups of ranks ------------------------------------------------------------------------------------
 
     def merged(self, size: int) -> SequenceLayout:
-        """The layout of P / ``size`` groups, each holding all that its ``size`` ranks held.
+        """The layout of P / ``size`` groups, each holding everything that its ``size`` ranks held.
 
         Raises:
             LayoutError: ``size`` does not divide P.
@@ -98,100 +230,53 @@ class SequenceLayout:
         return replace(self, cp_size=self.cp_size // size)
 
     def members(self, group: int, size: int) -> tuple[int, ...]:
-        """The ranks of a group of :meth:`merged`: adjacent ones, for stripes every (P / ``size``)-th."""
-        if self.name == "striped":
-            return tuple(range(group, self.cp_size, self.cp_size // size))
-        return tuple(range(group * size, (group + 1) * size))
-
-    def landing(self, member: int, size: int, shard_length: int) -> list[tuple[slice, slice]]:
-        """Where the shard of a group's ``member``-th rank lies in the group's: pairs of (there, here) slices."""
-        if self.name == "striped":
-            return [(slice(0, shard_length), slice(member, shard_length * size, size))]
-        if self.name == "contiguous":
-            return [(slice(0, shard_length), slice(member * shard_length, (member + 1) * shard_length))]
-        half = shard_length // 2  # late pieces follow each other in the opposite order
-        late = shard_length * size - (member + 1) * half
-        return [
-            (slice(0, half), slice(member * half, (member + 1) * half)),
-            (slice(half, shard_length), slice(late, late + half)),
-        ]
-
-    def __str__(self) -> str:
-        return f"{self.name}({self.cp_size})" + (f"/{self.splits}" if self.splits > 1 else "")
-
-    @staticmethod
-    def parse(text: str) -> SequenceLayout:
-        """Read the form that ``str()`` writes: ``contiguous(4)``, ``zigzag(2)``, ``contiguous(4)/2``.
+        """The ranks of one group of :meth:`merged`, in ascending order.
 
         Raises:
-            LayoutError: the text is not of that form.
+            LayoutError: no ``size`` ranks hold exactly what the group holds.
         """
-        match = _TEXT_FORM.fullmatch(text.strip())
-        if match is None:
+        merged = self.merged(size)
+        of_group = set(merged._pieces[group])
+        ranks = tuple(
+            rank
+            for rank, pieces in enumerate(self._pieces)
+            if of_group.issuperset(merged._whole_piece(piece, size) for piece in pieces)
+        )
+        if len(ranks) != size:
             raise LayoutError(
                 explain(
-                    got=f"layout text {text!r}",
-                    rule="the form is NAME(RANKS) or NAME(RANKS)/SPLITS",
-                    remedy="Write, for example, contiguous(4)",
+                    got=f"{len(ranks)} ranks of {self} inside group {group} of {merged}",
+                    rule=f"each of the layout's groups is made of {size} whole ranks",
+                    remedy="Choose a method that exchanges no heads, or another layout",
                 )
             )
-        return SequenceLayout(match["name"], int(match["cp_size"]), int(match["splits"] or 1))
+        return ranks
 
-    # --- chunks -----------------------------------------------------------------------------------------
+    def _whole_piece(self, part: int, size: int) -> int:
+        """The piece of this layout that contains piece ``part`` of a layout with ``size`` times as many pieces."""
+        return part % self._num_pieces if self._interleaved else part // size
 
-    @property
-    def _num_pieces(self) -> int:
-        return 2 * self.cp_size if self.name == "zigzag" else self.cp_size
+    def landing(self, rank: int, size: int, shard_length: int) -> list[tuple[slice, slice]]:
+        """Where the tokens of a rank's shard lie in the shard of its group of ``size`` ranks.
 
-    @property
-    def num_chunks(self) -> int:
-        """Chunks in the whole sequence, numbered in the order of their first token."""
-        return self._num_pieces * self.splits
-
-    @property
-    def owner(self) -> tuple[int, ...]:
-        """``owner[c]`` is the rank that holds chunk c."""
-        return tuple(self._piece_owner(chunk // self.splits) for chunk in range(self.num_chunks))
-
-    def _piece_owner(self, piece: int) -> int:
-        return min(piece, 2 * self.cp_size - 1 - piece) if self.name == "zigzag" else piece
-
-    def chunks_of(self, rank: int) -> tuple[int, ...]:
-        """The chunks of a rank in the order in which its shard stores them."""
-        pieces = (rank, 2 * self.cp_size - 1 - rank) if self.name == "zigzag" else (rank,)
-        return tuple(piece * self.splits + part for piece in pieces for part in range(self.splits))
-
-    def chunk_positions(self, chunk: int, seq_length: int) -> range:
-        """Global positions of a chunk's tokens, in a sequence of ``seq_length`` tokens."""
-        piece, part = divmod(chunk, self.splits)
-        if self.name == "striped":
-            positions = range(piece, seq_length, self.cp_size)
-        else:
-            length = seq_length // self._num_pieces
-            positions = range(piece * length, (piece + 1) * length)
-        return positions[part * len(positions) // self.splits : (part + 1) * len(positions) // self.splits]
-
-    def positions(self, rank: int, seq_length: int) -> list[int]:
-        """Global positions of the tokens of a rank's shard, in storage order.
-
-        Raises:
-            LayoutError: ``seq_length`` does not divide among the ranks.
+        Returns:
+            For each piece of the rank, (slice of the rank's shard, slice of the group's shard).
         """
-        self.check_length(seq_length)
-        return [p for chunk in self.chunks_of(rank) for p in self.chunk_positions(chunk, seq_length)]
-
-    def check_length(self, seq_length: int) -> None:
-        """Raise :class:`LayoutError` unless all shards of ``seq_length`` tokens are equally long."""
-        if seq_length < self._num_pieces or seq_length % self._num_pieces:
-            factor = "2 x cp_size" if self.name == "zigzag" else "cp_size"
-            below = max(1, seq_length // self._num_pieces) * self._num_pieces
-            raise LayoutError(
-                explain(
-                    got=f"seq_length {seq_length} over cp_size {self.cp_size}",
-                    rule=f"the {self.name} layout needs a multiple of {factor} = {self._num_pieces}",
-                    remedy=f"Pad or cut the sequence, for example to {below} tokens",
-                )
-            )
+        merged, length = self.merged(size), shard_length // len(self._pieces[rank])
+        stored_at = {
+            piece: at * length * size for pieces in merged._pieces for at, piece in enumerate(pieces)
+        }
+        places = []
+        for index, part in enumerate(self._pieces[rank]):
+            whole = merged._whole_piece(part, size)
+            begin = stored_at[whole]
+            if self._interleaved:
+                there = slice(begin + part // merged._num_pieces, begin + length * size, size)
+            else:
+                begin += (part - whole * size) * length
+                there = slice(begin, begin + length)
+            places.append((slice(index * length, (index + 1) * length), there))
+        return places
 
     # --- tensors ----------------------------------------------------------------------------------------
 
@@ -204,7 +289,7 @@ class SequenceLayout:
             dim: the sequence dimension; may be negative.
 
         Returns:
-            The shard, ``1/cp_size`` as long in ``dim``; a view where the layout allows one.
+            The shard, ``1/cp_size`` as long in ``dim``; a view if the rank holds one piece.
 
         Raises:
             LayoutError: the sequence does not divide among the ranks.
@@ -212,16 +297,14 @@ class SequenceLayout:
         dim %= len(x.shape)
         before, length, after = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
         self.check_length(length)
-        pieces = x.reshape(*before, *self._grid(length), *after)
-        return pieces[(slice(None),) * dim + self._index(rank)].reshape(
-            *before, length // self.cp_size, *after
-        )
+        held = self._by_piece(x, dim)[self._at(rank, dim)]
+        return held.reshape(*before, length // self.cp_size, *after)
 
     def unshard(self, parts: Sequence[Any], dim: int) -> Any:
-        """The inverse of :meth:`shard`: the whole tensor from all ranks' parts, in rank order.
+        """The inverse of :meth:`shard`: the whole tensor from the parts of all ranks, in rank order.
 
         Raises:
-            LayoutError: there is not one part a rank.
+            LayoutError: there is not one part per rank.
         """
         if len(parts) != self.cp_size:
             raise LayoutError(
@@ -233,21 +316,22 @@ class SequenceLayout:
             )
         shape = tuple(parts[0].shape)
         dim %= len(shape)
-        length = shape[dim] * self.cp_size
-        whole = parts[0].new_empty((*shape[:dim], *self._grid(length), *shape[dim + 1 :]))
+        whole = parts[0].new_empty((*shape[:dim], shape[dim] * self.cp_size, *shape[dim + 1 :]))
+        by_piece = self._by_piece(whole, dim)
         for rank, part in enumerate(parts):
-            index = (slice(None),) * dim + self._index(rank)
-            whole[index] = part.reshape(whole[index].shape)
-        return whole.reshape(*shape[:dim], length, *shape[dim + 1 :])
+            at = self._at(rank, dim)
+            by_piece[at] = part.reshape(by_piece[at].shape)
+        return whole
 
-    def _grid(self, length: int) -> tuple[int, int]:
-        """The two dimensions in which the pieces of a sequence lie along one of them."""
-        if self.name == "striped":
-            return length // self.cp_size, self.cp_size
-        return self._num_pieces, length // self._num_pieces
+    def _by_piece(self, x: Any, dim: int) -> Any:
+        """A view of ``x`` whose sequence dimension is replaced by two: pieces, and the tokens of a piece."""
+        shape, length = x.shape, x.shape[dim] // self._num_pieces
+        if self._interleaved:
+            view = x.reshape(*shape[:dim], length, self._num_pieces, *shape[dim + 1 :])
+            return view.swapaxes(dim, dim + 1)
+        return x.reshape(*shape[:dim], self._num_pieces, length, *shape[dim + 1 :])
 
-    def _index(self, rank: int) -> tuple[Any, ...]:
-        """Indices into the dimensions of :meth:`_grid` that select a rank's tokens."""
-        if self.name == "zigzag":
-            return ([rank, self._num_pieces - 1 - rank],)
-        return (slice(None), rank) if self.name == "striped" else (rank,)
+    def _at(self, rank: int, dim: int) -> tuple[Any, ...]:
+        """The index of a rank's pieces in :meth:`_by_piece`."""
+        pieces = self._pieces[rank]
+        return (*(slice(None),) * dim, pieces[0] if len(pieces) == 1 else list(pieces))

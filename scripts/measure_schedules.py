@@ -24,7 +24,7 @@ from megatron_lightseq.schedule import (
     resolve_method,
     simulate,
 )
-from megatron_lightseq.schedule.choose import exchange_sizes
+from megatron_lightseq.schedule.methods import exchange_sizes
 
 NUM_HEADS = 32
 TOKENS_PER_RANK = 8192

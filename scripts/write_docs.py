@@ -77,13 +77,22 @@ def commands() -> str:
 
 def layout_for(method: str, size: int) -> mls.SequenceLayout:
     """The layout a method is made for."""
-    return mls.SequenceLayout(METHODS[method].layouts[0], size)
+    return mls.SequenceLayout(METHODS[method].default_layout, size)
 
 
 def schedule(method: str, size: str, direction: str = "forward") -> str:
     """A schedule as it prints."""
     built = mls.schedule.build(method, layout_for(method, int(size)), direction=direction)
     return f"```text\n{built}\n```"
+
+
+def methods() -> str:
+    """Every method, as its entry in ``METHODS`` describes it."""
+    rows = [
+        [f"`{name}`", method.summary, ", ".join(method.layouts), method.source]
+        for name, method in METHODS.items()
+    ]
+    return markdown_table(["method", "a rank computes", "layouts, the default first", "source"], rows)
 
 
 def balance() -> str:
@@ -225,6 +234,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "flags": flags,
     "commands": commands,
     "schedule": schedule,
+    "methods": methods,
     "balance": balance,
     "traffic": traffic,
     "seams": seams,

@@ -146,22 +146,25 @@ MLS_DEVICE void consume_keys(float (&dq)[T::kHeadDim / 8][4], const HopperDqShar
   const int first_row = (warpgroup_id() - 1) * 64;
   RingPosition<T::kStages> at;
   barrier_wait(shared.queries_full(), 0);
-  for (int tile = work.first_tile; tile < work.end_tile; ++tile, at.advance()) {
-    const int first_key = tile * T::kKeys;
-    barrier_wait(shared.keys_full(at.stage), at.parity);
-    issue_rows<T>(scores, shared.queries(), first_row, shared.keys(at.stage));
-    issue_rows<T>(grads, shared.grads(), first_row, shared.values(at.stage));
-    wgmma_wait<1>();  // the scores
+  barrier_wait(shared.keys_full(at.stage), at.parity);
+  for (int tile = work.first_tile; tile < work.end_tile;) {
+    const int first_key = tile * T::kKeys, stage = at.stage;
+    issue_rows<T>(scores, shared.queries(), first_row, shared.keys(stage));
+    issue_rows<T>(grads, shared.grads(), first_row, shared.values(stage));
+    wgmma_wait<1>();  // for the scores; dP is computed concurrently with the probabilities
     hold(scores);
     rows.to_probabilities(scores, first_key, !bounds.covers(first_key, first_key + T::kKeys));
+    ++tile, at.advance();
+    // As in forward_sm90.h: without a branch here ptxas waits for dP before the probabilities.
+    if (tile < work.end_tile) barrier_wait(shared.keys_full(at.stage), at.parity);
     wgmma_wait<0>();
     hold(grads);
     rows.template to_operand<typename T::Element>(ds, grads, scores);
-    issue_dq<T>(dq, ds, shared.keys(at.stage));
+    issue_dq<T>(dq, ds, shared.keys(stage));
     wgmma_wait<0>();
     hold(dq);
     hold(ds);
-    arrive_as_warp(shared.keys_empty(at.stage));
+    arrive_as_warp(shared.keys_empty(stage));
   }
 }
 

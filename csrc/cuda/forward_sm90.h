@@ -205,22 +205,30 @@ MLS_DEVICE void consume_keys(HopperForwardState<T>& state, const HopperConsumer<
   consumer.softmax(state, rescale, work.first_tile);  // out is still zero: nothing to rescale
   consumer.pack_probabilities(state);
   at.advance();
-  if (work.first_tile + 1 < work.end_tile) Turn<T>::start();
-  for (int tile = work.first_tile + 1; tile < work.end_tile; ++tile, at.advance(), before.advance()) {
+  int tile = work.first_tile + 1;
+  if (tile < work.end_tile) {
+    Turn<T>::start();
     barrier_wait(shared.keys_full(at.stage), at.parity);
+  }
+  while (tile < work.end_tile) {
     barrier_wait(shared.values_full(before.stage), before.parity);
     Turn<T>::wait();
     issue_scores<T>(state, shared.queries(), shared.keys(at.stage), first_row);
     issue_output<T>(state, shared.values(before.stage));
     Turn<T>::pass(tile + 1 == work.end_tile);
-    wgmma_wait<1>();  // the scores; the output goes on beside the softmax
+    wgmma_wait<1>();  // for the scores; the output product runs concurrently with the softmax
     hold(state.scores);
     release_stage(shared.keys_empty(at.stage));
     consumer.softmax(state, rescale, tile);
+    ++tile, at.advance();
+    // The wait for the next keys must stay here. ptxas moves the wait for the output product as far up as the
+    // nearest branch, and this one is the only branch between that wait and the softmax.
+    if (tile < work.end_tile) barrier_wait(shared.keys_full(at.stage), at.parity);
     consumer.finish_output(state, shared.values_empty(before.stage));
     scale_row(state.out, 0, rescale[0]);
     scale_row(state.out, 1, rescale[1]);
     consumer.pack_probabilities(state);
+    before.advance();
   }
   barrier_wait(shared.values_full(before.stage), before.parity);
   issue_output<T>(state, shared.values(before.stage));

@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "cuda/dispatch.h"
+#include "cuda/hopper_launch.h"
 
 namespace mls::cuda {
 namespace {
@@ -60,4 +61,9 @@ const char* mls_cuda_backward(const mls::BackwardParams* params, bool determinis
   const cuda::KernelEntry* entry = cuda::choose(params->shape, params->element_type, &failure);
   return entry == nullptr ? failure : entry->backward(*params, deterministic, stream);
 }
+
+const char* mls_cuda_fallback() {
+  return mls::cuda::take_fallback();
 }
+
+}  // extern "C"

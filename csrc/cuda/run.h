@@ -9,4 +9,8 @@ extern "C" {
 // next call.
 const char* mls_cuda_forward(const mls::ForwardParams* params, void* stream);
 const char* mls_cuda_backward(const mls::BackwardParams* params, bool deterministic, void* stream);
+
+// Why this thread's last call used a slower kernel than the GPU has, for a warning: null when it did not, or
+// when that was reported before.
+const char* mls_cuda_fallback();
 }

@@ -281,7 +281,11 @@ class DistAttention:
             return TileRun(program, kernel, runtime)
         cut = HeadCut(inputs.q_shape[2], inputs.k_shape[2], exchanged)
         exchange = HeadExchange(
-            SubTransport(self._runtime.transport, groups.ulysses), self.layout, cut, self.stats
+            SubTransport(self._runtime.transport, groups.ulysses),
+            groups.ulysses,
+            self.layout,
+            cut,
+            self.stats,
         )
         parts = not cut.groups_are_disjoint
         return HeadRun(exchange, TileRun(program, kernel, runtime, gradients_are_parts=parts))

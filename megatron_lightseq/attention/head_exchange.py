@@ -29,10 +29,16 @@ class HeadExchange:
     """The two trades, for one kind of input over one group."""
 
     def __init__(
-        self, transport: Transport, layout: SequenceLayout, cut: HeadCut, stats: AttentionStats
+        self,
+        transport: Transport,
+        ranks: Sequence[int],
+        layout: SequenceLayout,
+        cut: HeadCut,
+        stats: AttentionStats,
     ) -> None:
-        """``transport`` connects the u ranks; ``layout`` is the one by which their shards were cut."""
+        """``transport`` connects the u ``ranks`` of ``layout``, by which their shards were cut."""
         self.cut = cut
+        self._ranks = tuple(ranks)
         self._transport = transport
         self._layout = layout
         self._stats = stats
@@ -96,7 +102,7 @@ class HeadExchange:
         dim, length = _token_dim(parts[0]), parts[0].shape[_token_dim(parts[0])]
         whole = parts[0].new_empty(_resized(parts[0], dim, length * len(parts)))
         for member, part in enumerate(parts):
-            for there, here in self._layout.landing(member, len(parts), length):
+            for there, here in self._layout.landing(self._ranks[member], len(parts), length):
                 whole[_at(dim, here)] = part[_at(dim, there)]
         return whole
 
@@ -105,7 +111,7 @@ class HeadExchange:
         size, dim = self._transport.size, _token_dim(whole)
         length = whole.shape[dim] // size
         part = whole.new_empty(_resized(whole, dim, length))
-        for there, here in self._layout.landing(member, size, length):
+        for there, here in self._layout.landing(self._ranks[member], size, length):
             part[_at(dim, there)] = whole[_at(dim, here)]
         return part
 

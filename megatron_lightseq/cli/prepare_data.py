@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_lightseq.config import DataConfig, Machine, PretrainConfig
-from megatron_lightseq.config.rules import report
-from megatron_lightseq.config.rules_run import DATA
+from megatron_lightseq.config import DataConfig, PretrainConfig
+from megatron_lightseq.config.validate import DATA_RULES, validate
 from megatron_lightseq.training.data.corpus import CorpusFacts, check_index
 from megatron_lightseq.training.data.prepare import fingerprint, prepare, up_to_date
 from megatron_lightseq.training.data.sources import SourceFile, find_files, find_stdlib_files
@@ -78,10 +77,7 @@ def summary(prefix: Path, facts: CorpusFacts, seq_length: int) -> Table:
 
 def _check(data: DataConfig) -> None:
     """The rules of a run that concern data, so that a corpus can be trained on with the same settings."""
-    config, machine = PretrainConfig(data=data), Machine()
-    broken = [rule.message(config, machine) for rule in DATA if not rule.holds(config, machine)]
-    if broken:
-        raise report(broken)
+    validate(PretrainConfig(data=data), rule_sets=DATA_RULES)
 
 
 def _parser() -> argparse.ArgumentParser:

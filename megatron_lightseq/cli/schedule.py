@@ -7,23 +7,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lightseq.config.sections import LAYOUT_OF_METHOD
 from megatron_lightseq.errors import ConfigError, explain
-from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
+from megatron_lightseq.layout import LAYOUTS, SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import (
-    METHODS,
     NETWORKS,
     Network,
     Schedule,
     TensorShape,
     build,
+    method_forms,
     rank_methods,
     reason,
     resolve_method,
     simulate,
 )
-from megatron_lightseq.schedule.choose import CHOSEN_LAYOUTS
 
 TOKENS_PER_RANK = 8192
 """With auto and without a sequence length."""
@@ -43,10 +41,9 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.write(ranking(options, shape))
         return 0
     method = resolve_method(options.method)
-    layout_name = options.layout or LAYOUT_OF_METHOD.get(method.name.partition(":")[0], "contiguous")
     schedule = build(
         method,
-        SequenceLayout(layout_name, options.cp),
+        SequenceLayout(options.layout or method.default_layout, options.cp),
         mask=Mask.parse(options.mask),
         direction=options.direction,
         seq_length=options.seq_length,
@@ -64,7 +61,7 @@ def ranking(options: argparse.Namespace, shape: TensorShape) -> str:
     """Every method with its predicted time on the network asked for, best first, and why the first is first."""
     network = Network.parse(options.network)
     seq_length = options.seq_length or options.cp * TOKENS_PER_RANK
-    layouts = CHOSEN_LAYOUTS if options.layout is None else (options.layout,)
+    layouts = None if options.layout is None else (options.layout,)
     mask = Mask.parse(options.mask)
     choices = rank_methods(options.cp, shape, seq_length, mask=mask, network=network, layouts=layouts)
     title = (
@@ -121,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--method",
         default="lightseq",
-        help=f"one of {', '.join(METHODS)}, mesh:ROWSxCOLUMNS, usp:SIZE; auto ranks them all (default: lightseq)",
+        help=f"one of {', '.join(method_forms())}; auto ranks them all (default: lightseq)",
     )
     made.add_argument(
         "--network",
@@ -130,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "nic_latency=10us (default: nvlink+100gbps)",
     )
     made.add_argument("--cp", type=int, default=4, metavar="P", help="context parallel ranks (default: 4)")
-    made.add_argument("--layout", choices=LAYOUT_NAMES, help="default: the method's own")
+    made.add_argument("--layout", choices=tuple(LAYOUTS), help="default: the method's own")
     made.add_argument("--direction", choices=("forward", "backward"), default="forward")
     made.add_argument("--mask", default="causal", help="text form of a mask (default: causal)")
     made.add_argument(

@@ -1,4 +1,4 @@
-"""Frozen configuration: YAML files and command-line flags both end here.
+"""The frozen configuration of a run, read from YAML files and command-line flags.
 
 Importing this package needs PyYAML and the standard library; jsonargparse is imported when a file or a command
 line is first read.

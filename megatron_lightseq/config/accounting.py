@@ -1,4 +1,4 @@
-"""The arithmetic of a step, counted from the configuration."""
+"""Floating-point operations of a step, computed from the configuration."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from megatron_lightseq.config.sections import PretrainConfig
 
 
 def step_flops(config: PretrainConfig, vocab_size: int) -> float:
-    """Floating-point operations that one step needs over all ranks: forward and backward.
+    """Floating-point operations that one step needs over all ranks, forward and backward.
 
-    Six for every weight of a matrix that a token meets (PaLM, arXiv 2204.02311, appendix B), of experts those it is
-    routed to; and causal attention at half of its square. No recomputation, and no padding but the vocabulary's.
+    Six per token and matrix weight (PaLM, arXiv 2204.02311, appendix B), of experts only those the token is routed to,
+    plus causal attention, which is half of the full square. Without recomputation, and without padding except that of
+    the vocabulary.
 
     Args:
         config: of the run.
@@ -25,21 +26,21 @@ def step_flops(config: PretrainConfig, vocab_size: int) -> float:
 
 
 def hardware_flops(config: PretrainConfig, vocab_size: int) -> float:
-    """Floating-point operations that one step executes over all ranks: :func:`step_flops`, and forwards run again.
+    """Floating-point operations that one step executes over all ranks: :func:`step_flops` and recomputation.
 
-    Those are of recomputed layers and modules, and of what is computed in tiles.
+    Recomputed are the layers and modules that the configuration names, and MLPs and losses computed in slices.
 
     Args:
         config: of the run.
         vocab_size: rows of the output layer.
     """
     tokens = config.training.seq_length * config.training.global_batch_size
-    again = _recomputed_weights(config) + _tiled_weights(config, vocab_size)
+    again = _recomputed_weights(config) + _sliced_weights(config, vocab_size)
     return step_flops(config, vocab_size) + 2.0 * tokens * again
 
 
 def _recomputed_weights(config: PretrainConfig) -> float:
-    """Multiplications for a token that recomputed layers and modules repeat, attention's products among them."""
+    """Multiplications per token that recomputed layers and modules repeat, including attention's products."""
     model, recompute = config.model, config.recompute
     products = 0.0 if _keeps_attention(config) else _attention_products(config)
     layers, depths = model.num_layers, model.mtp_num_layers or 0
@@ -52,19 +53,19 @@ def _recomputed_weights(config: PretrainConfig) -> float:
         of_chunk = config.parallel.num_layers_per_virtual_pipeline_stage
         of_chunk = of_chunk or layers // config.parallel.pipeline_model_parallel_size
         layers = layers // of_chunk * min(recompute.recompute_num_layers or 0, of_chunk)
-    # Tiles recompute an MLP in any case; a layer alone in its checkpoint leaves it to them.
-    leaves_mlp = config.recomputes_single_layers and _in_tiles(config, recompute.mlp_tile_tokens)
+    # Slices recompute their MLP in any case; a checkpoint of a single layer does not recompute it a second time.
+    leaves_mlp = config.recomputes_single_layers and _is_sliced(config, recompute.mlp_tile_tokens)
     layer = _attention_weights(config) + products + (0 if leaves_mlp else _mlp_weights(config))
     return (layers + depths) * layer + depths * 2 * model.hidden_size**2
 
 
-def _tiled_weights(config: PretrainConfig, vocab_size: int) -> float:
-    """Multiplications for a token that the backward of tiles repeats."""
+def _sliced_weights(config: PretrainConfig, vocab_size: int) -> float:
+    """Multiplications per token that the backward pass of slices repeats."""
     model, recompute = config.model, config.recompute
     depths = model.mtp_num_layers or 0
     mlps = (model.num_layers + depths) * _mlp_weights(config)
     outputs = (1 + depths) * model.hidden_size * vocab_size
-    return mlps * _in_tiles(config, recompute.mlp_tile_tokens) + outputs * _in_tiles(
+    return mlps * _is_sliced(config, recompute.mlp_tile_tokens) + outputs * _is_sliced(
         config, recompute.loss_tile_tokens
     )
 
@@ -73,15 +74,15 @@ def _keeps_attention(config: PretrainConfig) -> bool:
     return config.recompute.keep_attention_on_recompute and config.context.cp_method != "megatron"
 
 
-def _in_tiles(config: PretrainConfig, tile_tokens: int | None) -> bool:
-    """Whether a rank's micro-batch is longer than a tile."""
+def _is_sliced(config: PretrainConfig, slice_tokens: int | None) -> bool:
+    """Whether a rank's micro-batch is longer than one slice."""
     training = config.training
     held = training.seq_length // config.parallel.context_parallel_size * training.micro_batch_size
-    return tile_tokens is not None and held > tile_tokens
+    return slice_tokens is not None and held > slice_tokens
 
 
 def _attention_products(config: PretrainConfig) -> float:
-    """Multiplications of queries by keys and of probabilities by values, for a token of mean position and layer."""
+    """Multiplications per token of queries by keys and probabilities by values, averaged over positions and layers."""
     model, length = config.model, config.training.seq_length
     seen = length / 2
     if model.window_size:
@@ -92,7 +93,7 @@ def _attention_products(config: PretrainConfig) -> float:
 
 
 def _attention_weights(config: PretrainConfig) -> int:
-    """Weights of the projections around a layer's attention."""
+    """Weights of the projections before and after the attention of one layer."""
     model = config.model
     heads, hidden = model.num_attention_heads, model.hidden_size
     out = heads * model.value_head_dim * hidden
@@ -107,7 +108,7 @@ def _attention_weights(config: PretrainConfig) -> int:
 
 
 def _mlp_weights(config: PretrainConfig) -> int:
-    """Weights that one token meets behind a layer's attention: the MLP, or the router and its choice of experts."""
+    """Weights per token of one layer's MLP, or of its router and the experts that it chooses."""
     matrices = (3 if config.model.swiglu else 2) * config.model.hidden_size
     experts = config.experts
     if experts.num_experts is None:

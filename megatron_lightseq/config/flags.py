@@ -16,25 +16,25 @@ COMMAND_LINE = "command line"
 ACTIONS = ("help", "print_config")
 NO_VALUE = "(no value)"
 _SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0", "null", "none")
-"""Words after a switch that are meant as its value (only true and false are accepted), not as a file."""
+"""Words after a switch that are taken as its value, not as a file; only true and false are then accepted."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Invocation:
-    """What a command line asks for, before any name or type is checked."""
+    """The contents of a command line, before any name or type is checked."""
 
     files: list[Path] = field(default_factory=list)
     """Configuration files, in order."""
     entries: dict[str, Entry] = field(default_factory=dict)
-    """Values by key with underscores; unknown keys too. The last of two equal flags stands."""
+    """Values by key with underscores, including unknown keys. The last of two equal flags wins."""
     actions: set[str] = field(default_factory=set)
-    """Those of ACTIONS that were asked for."""
+    """The requested :data:`ACTIONS`."""
     problems: list[str] = field(default_factory=list)
-    """What is no flag, file or value at all."""
+    """Messages about words that are not a flag, a file or a value."""
 
 
 def read_flags(arguments: Sequence[str]) -> Invocation:
-    """Sort a command line into files, values and actions; `--a-b`, `--a_b`, `--a=v` and `--a v` are alike."""
+    """Sort a command line into files, values and actions; `--a-b v`, `--a_b v` and `--a-b=v` mean the same."""
     found = Invocation()
     position = 0
     while position < len(arguments):
@@ -72,12 +72,12 @@ def _read_flag(word: str, following: Sequence[str], found: Invocation) -> int:
 
 
 def _enter(key: str, value: object, name: str, found: Invocation) -> None:
-    found.entries.pop(key, None)  # the last of two equal flags stands, in its place
+    found.entries.pop(key, None)  # the last of two equal flags wins, at its own position
     found.entries[key] = Entry(value, f"{COMMAND_LINE}, --{name}")
 
 
 def _negates_switch(key: str) -> bool:
-    """Whether a key is `no_` before a switch of ours; `no_load_optim` is not, for there is no `load_optim`."""
+    """Whether a key is `no_` before a switch; `no_load_optim` is not, because there is no `load_optim`."""
     positive = key.removeprefix("no_")
     return positive != key and positive in key_types() and is_switch(positive)
 
@@ -93,7 +93,7 @@ def _values(key: str, following: Sequence[str]) -> list[str]:
         return words[:1]
     if key in MEGATRON_SPELLINGS and MEGATRON_SPELLINGS[key].refusal is None:
         return []
-    if key not in key_types() or is_list(key):  # an unknown flag's values are no files
+    if key not in key_types() or is_list(key):  # the values of an unknown flag are not files
         return words
     if is_switch(key):
         return [word for word in words[:1] if word.lower() in _SWITCH_WORDS]
@@ -113,8 +113,8 @@ def _value(key: str, values: list[str]) -> object:
 def _stray(word: str) -> str:
     return explain(
         got=f"{word!r} on the command line",
-        rule="flags have two dashes and a name",
-        remedy="Write --key value, or --help for the list of keys",
+        rule="a flag is two dashes and a name",
+        remedy="Write --key value; --help lists the keys",
     )
 
 

@@ -1,4 +1,4 @@
-"""The flat view of a configuration: every key of every section by its one name."""
+"""The flat view of a configuration: the keys of all sections, by their unique names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """From YAML files and command-line flags to one validated :class:`PretrainConfig`.
 
-jsonargparse converts and checks every value and writes the help. Around it: the strict YAML reader, Megatron-LM's
-spellings, nearest names for unknown keys, and one report of everything that is wrong.
+jsonargparse converts and checks every value and writes the help. Added here: the strict YAML reader, Megatron-LM's
+spellings, the nearest names for unknown keys, and one report of everything that is wrong.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
 
 
 def from_entries(layers: Iterable[Mapping[str, Entry]], problems: Sequence[str] = ()) -> PretrainConfig:
-    """The configuration of several layers of raw entries, the last one strongest."""
+    """The configuration of several layers of raw entries; later layers override earlier ones."""
     found = list(problems)
     merged: dict[str, Entry] = {}
     needed: dict[str, Entry] = {}
@@ -67,12 +67,12 @@ def from_entries(layers: Iterable[Mapping[str, Entry]], problems: Sequence[str] 
 
 
 def from_yaml(text: str) -> PretrainConfig:
-    """The configuration that :func:`to_yaml` wrote, without the rules between keys."""
+    """Read what :func:`to_yaml` wrote, without checking the rules between keys."""
     return from_entries([parse_mapping(text, "saved configuration")])
 
 
 def to_yaml(config: PretrainConfig) -> str:
-    """The whole configuration as YAML, by section; reading it gives an equal configuration."""
+    """The whole configuration as YAML, by section; reading it back gives an equal configuration."""
     values = to_flat(config)
     lines: list[str] = []
     for section in section_types():
@@ -86,11 +86,11 @@ def to_yaml(config: PretrainConfig) -> str:
 def _megatron_spelling(
     name: str, entry: Entry, merged: dict[str, Entry], needed: dict[str, Entry]
 ) -> list[str]:
-    """Enter what a Megatron-LM argument means here; returns the problems."""
+    """Enter the keys that a Megatron-LM argument stands for; returns the problems."""
     spelling = MEGATRON_SPELLINGS[name]
     if spelling.refusal is not None:
         got = f"{name} ({entry.origin}), an argument of Megatron-LM"
-        return [explain(got=got, rule="it is no key here", remedy=spelling.refusal)]
+        return [explain(got=got, rule="it is not a key of this package", remedy=spelling.refusal)]
     if entry.value is False:
         return []
     if entry.value is not True:
@@ -105,7 +105,7 @@ def _megatron_spelling(
 def _missing(key: str, entry: Entry) -> str:
     return explain(
         got=f"{entry.value} ({entry.origin}) without {key}",
-        rule=f"{key} says what {entry.value} asks for",
+        rule=f"{entry.value} needs {key}",
         remedy=f"Set {key}",
     )
 
@@ -117,9 +117,9 @@ def _unknown(name: str, entry: Entry) -> str:
         candidates += [f"no_{key}" for key in keys() if is_switch(key)]
     near = nearest(name, candidates)
     if name in section_types():
-        remedy = f"Keys are flat: remove the line {name!r} and the indentation below it"
+        remedy = f"Keys are flat: remove the line {name!r}, and the indentation below it"
     elif near is None:
-        remedy = "See lightseq pretrain --help for the list of keys"
+        remedy = "Run lightseq pretrain --help for the list of keys"
     else:
         remedy = f"Perhaps {'--' + near.replace('_', '-') if on_command_line else near} was meant"
     return explain(got=f"{name!r} ({entry.origin})", rule="there is no such key", remedy=remedy)

@@ -6,7 +6,6 @@ from megatron_lightseq.config.flat import with_values
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import Choice, Direction, TensorShape, rank_methods
-from megatron_lightseq.schedule.choose import CHOSEN_LAYOUTS
 
 
 def attention_shape(config: PretrainConfig) -> TensorShape:
@@ -31,7 +30,7 @@ def attention_mask(config: PretrainConfig) -> Mask:
 def ranked(config: PretrainConfig) -> list[Choice]:
     """All choices for this configuration, best first; on its layout where it names one."""
     context = config.context
-    layouts = CHOSEN_LAYOUTS if context.cp_layout == "auto" else (context.cp_layout,)
+    layouts = None if context.cp_layout == "auto" else (context.cp_layout,)
     return rank_methods(
         config.parallel.context_parallel_size,
         attention_shape(config),

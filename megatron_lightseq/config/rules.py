@@ -1,7 +1,9 @@
-"""Rules between configuration keys: named, enumerable, and reported all at once.
+"""Rules between configuration keys: named, enumerable, and reported together.
 
-Every rule says what must hold, and its message gives the values, the rule and the remedy. Rules of one key (bounds)
-run first; a rule whose keys are already out of bounds is not asked, so one mistake makes one message.
+Every rule says what must hold; its message gives the values, the rule and the remedy. A rule either states its
+condition here (:meth:`RuleSet.rule`) or asks the part of the package that knows it (:meth:`RuleSet.check`), so that
+no condition is written twice. Rules on a single number (bounds) come first, and a rule whose keys are out of bounds is
+skipped, so that one mistake gives one message.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from typing import Any
 
 from megatron_lightseq.config.flat import to_flat
 from megatron_lightseq.config.sections import PretrainConfig
-from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.errors import ConfigError, LightSeqError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What a run will find around it; None means not known, and rules that need it are not asked."""
+    """What a run finds on its machines; None means unknown, and rules that need an unknown fact are skipped."""
 
     world_size: int | None = None
     """Number of ranks that torchrun starts."""
@@ -31,6 +33,7 @@ class Machine:
 
 
 Predicate = Callable[[PretrainConfig, Machine], bool]
+Check = Callable[[PretrainConfig, Machine], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,23 +44,21 @@ class Rule:
     """Unique; tests have one failing configuration per name."""
     keys: tuple[str, ...]
     """The keys whose values the message shows."""
-    holds: Predicate
-    """Whether a configuration obeys."""
-    text: str
-    """What must hold, in words."""
-    remedy: str
-    """What to do; `{key}` stands for a key's value, also `{world_size}` and `{num_gpus}`."""
+    complaint: Callable[[PretrainConfig, Machine], str | None]
+    """What is wrong and what to do about it; None where the rule holds."""
     needs: str | None = None
-    """The field of :class:`Machine` without which the rule cannot be asked."""
+    """The field of :class:`Machine` without which the rule cannot be checked."""
 
-    def message(self, config: PretrainConfig, machine: Machine) -> str:
-        """Values, rule and remedy, for a configuration that breaks the rule."""
+    def message(self, config: PretrainConfig, machine: Machine) -> str | None:
+        """Values, rule and remedy where the configuration breaks the rule; None where it holds."""
+        complaint = self.complaint(config, machine)
+        if complaint is None:
+            return None
         values = to_flat(config)
         shown = [f"{key} {_shown(values[key])}" for key in self.keys]
         if self.needs is not None:
             shown.append(f"{self.needs.replace('_', ' ')} {_shown(getattr(machine, self.needs))}")
-        facts = {**values, "world_size": machine.world_size, "num_gpus": machine.num_gpus}
-        return explain(got=", ".join(shown), rule=self.text, remedy=self.remedy.format_map(facts))
+        return f"{', '.join(shown)}: {complaint}"
 
 
 def _shown(value: Any) -> str:
@@ -75,12 +76,12 @@ class Bound:
     low: float
     high: float = math.inf
     open_low: bool = False
-    """Whether `low` itself is outside."""
+    """Whether `low` itself is out of bounds."""
     open_high: bool = True
-    """Whether `high` itself is outside; infinity always is."""
+    """Whether `high` itself is out of bounds; infinity always is."""
 
     def contains(self, value: float | None) -> bool:
-        """Whether the value is inside; NaN never is."""
+        """Whether the value is in bounds; NaN never is."""
         if value is None:
             return True
         above = value > self.low if self.open_low else value >= self.low
@@ -94,19 +95,8 @@ class Bound:
         return f"{low} and {'<' if self.open_high else '<='} {self.high:g}"
 
 
-def bound_rule(key: str, bound: Bound) -> Rule:
-    """The rule that a key's value lies within a bound."""
-    return Rule(
-        name=f"{key}_in_bounds",
-        keys=(key,),
-        holds=lambda config, _: bound.contains(to_flat(config)[key]),
-        text=f"{key} must be {bound}",
-        remedy=f"Set {key} inside the bound",
-    )
-
-
-class RuleBook:
-    """A list of rules that refuses two of one name; tables of rules register theirs by decorator."""
+class RuleSet:
+    """An ordered set of rules with unique names; rules register themselves by decorator."""
 
     def __init__(self, rules: Iterable[Rule] = ()) -> None:
         self._rules: dict[str, Rule] = {}
@@ -127,28 +117,97 @@ class RuleBook:
     def rule(
         self, *keys: str, text: str, remedy: str, needs: str | None = None
     ) -> Callable[[Predicate], Predicate]:
-        """Register the decorated predicate, true where the rule holds, under its function name."""
+        """Register the decorated predicate, true where the rule holds, under its function name.
+
+        Args:
+            keys: whose values the message shows.
+            text: what must hold, in words.
+            remedy: what to do; `{key}` stands for a key's value, `{world_size}` and `{num_gpus}` for the machine's.
+            needs: the field of :class:`Machine` without which the rule is skipped.
+        """
 
         def register(holds: Predicate) -> Predicate:
-            name = holds.__name__
-            self.add(Rule(name=name, keys=keys, holds=holds, text=text, remedy=remedy, needs=needs))
+            def complaint(config: PretrainConfig, machine: Machine) -> str | None:
+                if holds(config, machine):
+                    return None
+                facts = {**to_flat(config), "world_size": machine.world_size, "num_gpus": machine.num_gpus}
+                return f"{text}. {remedy.format_map(facts)}."
+
+            self.add(Rule(name=holds.__name__, keys=keys, complaint=complaint, needs=needs))
             return holds
 
         return register
 
+    def check(self, *keys: str, needs: str | None = None) -> Callable[[Check], Check]:
+        """Register the decorated function, which raises a LightSeqError where the rule is broken.
 
-def broken(
-    config: PretrainConfig, machine: Machine, *, bounds: RuleBook, relations: Iterable[RuleBook]
-) -> list[Rule]:
-    """Every rule that the configuration breaks, in order of definition."""
-    out_of_bounds = [rule for rule in bounds if not rule.holds(config, machine)]
-    bad_keys = {key for rule in out_of_bounds for key in rule.keys}
-    found = list(out_of_bounds)
-    for rule in (rule for book in relations for rule in book):
-        unknown = rule.needs is not None and getattr(machine, rule.needs) is None
-        if not unknown and bad_keys.isdisjoint(rule.keys) and not rule.holds(config, machine):
-            found.append(rule)
+        For conditions that another part of the package knows and words itself; `keys` and `needs` as in :meth:`rule`.
+        """
+
+        def register(check: Check) -> Check:
+            def complaint(config: PretrainConfig, machine: Machine) -> str | None:
+                try:
+                    check(config, machine)
+                except LightSeqError as error:
+                    return str(error)
+                return None
+
+            self.add(Rule(name=check.__name__, keys=keys, complaint=complaint, needs=needs))
+            return check
+
+        return register
+
+
+def bound_rule(key: str, bound: Bound) -> Rule:
+    """The rule that a key's value lies within a bound."""
+
+    def complaint(config: PretrainConfig, _: Machine) -> str | None:
+        if bound.contains(to_flat(config)[key]):
+            return None
+        return f"{key} must be {bound}. Set {key} to a value in bounds."
+
+    return Rule(name=f"{key}_in_bounds", keys=(key,), complaint=complaint)
+
+
+def find_violations(
+    config: PretrainConfig,
+    machine: Machine,
+    *,
+    bounds: RuleSet,
+    relations: Iterable[RuleSet],
+    checked: Machine | None = None,
+) -> list[str]:
+    """A message for every rule that the configuration breaks, in order of definition.
+
+    Args:
+        config: to check.
+        machine: what is known of it.
+        bounds: rules on one key each; a key that breaks its rule is left out of all others.
+        relations: rules between keys.
+        checked: what was known when the rules were checked before; rules that could be checked then are skipped.
+    """
+    found: list[str] = []
+    out_of_bounds: set[str] = set()
+    for rule in () if checked is not None else bounds:
+        message = rule.message(config, machine)
+        if message is not None:
+            found.append(message)
+            out_of_bounds.update(rule.keys)
+    for rule in (rule for rule_set in relations for rule in rule_set):
+        if not _is_due(rule, machine, checked) or not out_of_bounds.isdisjoint(rule.keys):
+            continue
+        message = rule.message(config, machine)
+        if message is not None:
+            found.append(message)
     return found
+
+
+def _is_due(rule: Rule, machine: Machine, checked: Machine | None) -> bool:
+    """Whether a rule can be checked now, and could not be checked before."""
+    if rule.needs is None:
+        return checked is None
+    known_before = checked is not None and getattr(checked, rule.needs) is not None
+    return getattr(machine, rule.needs) is not None and not known_before
 
 
 def report(problems: Sequence[str]) -> ConfigError:

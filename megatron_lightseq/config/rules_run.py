@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from megatron_lightseq.config.rules import Machine, RuleBook
-from megatron_lightseq.config.rules_model import data_parallel_size
+from megatron_lightseq.config.rules import Machine, RuleSet
+from megatron_lightseq.config.rules_parallel import data_parallel_size
 from megatron_lightseq.config.sections import PretrainConfig
 
-RECOMPUTE, BATCH, DATA, CHECKPOINT = RuleBook(), RuleBook(), RuleBook(), RuleBook()
+RECOMPUTE, BATCH, DATA, CHECKPOINT = RuleSet(), RuleSet(), RuleSet(), RuleSet()
 
 BYTE_VOCABULARY = 257
-"""256 bytes and the end-of-document token."""
+"""Tokens of the byte tokenizer: 256 bytes and end-of-document."""
 
 
 # --- recompute --------------------------------------------------------------------------------------------------
@@ -21,7 +21,7 @@ BYTE_VOCABULARY = 257
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",
-    text="full recompute must be told which layers: recompute_method and recompute_num_layers",
+    text="full recompute needs recompute_method and recompute_num_layers, which select the layers",
     remedy="Set recompute_method to uniform and recompute_num_layers to 1",
 )
 def full_recompute_names_layers(c: PretrainConfig, _: Machine) -> bool:
@@ -33,7 +33,7 @@ def full_recompute_names_layers(c: PretrainConfig, _: Machine) -> bool:
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",
-    text="recompute_method and recompute_num_layers belong to full recompute",
+    text="recompute_method and recompute_num_layers apply only to full recompute",
     remedy="Set recompute_granularity to full, or both to null",
 )
 def layers_belong_to_full_recompute(c: PretrainConfig, _: Machine) -> bool:
@@ -46,7 +46,7 @@ def layers_belong_to_full_recompute(c: PretrainConfig, _: Machine) -> bool:
     "recompute_num_layers",
     "num_layers",
     "pipeline_model_parallel_size",
-    text="recompute_num_layers must not exceed the layers of a pipeline stage",
+    text="recompute_num_layers must not exceed the number of layers per pipeline stage",
     remedy="Lower recompute_num_layers",
 )
 def recompute_fits_stage(c: PretrainConfig, _: Machine) -> bool:
@@ -59,7 +59,7 @@ def recompute_fits_stage(c: PretrainConfig, _: Machine) -> bool:
 @RECOMPUTE.rule(
     "recompute_granularity",
     "recompute_modules",
-    text="selective recompute needs modules, each named once",
+    text="selective recompute needs one or more modules, each listed once",
     remedy="Set recompute_modules, for example to [core_attn]",
 )
 def selective_recompute_names_modules(c: PretrainConfig, _: Machine) -> bool:
@@ -71,7 +71,7 @@ def selective_recompute_names_modules(c: PretrainConfig, _: Machine) -> bool:
     "recompute_granularity",
     "recompute_modules",
     needs="has_transformer_engine",
-    text="Megatron-Core 0.16 asks Transformer Engine about FP8 when it recomputes a layernorm, and fails without it",
+    text="Megatron-Core 0.16 needs Transformer Engine to recompute a layernorm",
     remedy="Remove layernorm from recompute_modules, or install Transformer Engine",
 )
 def layernorm_recompute_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
@@ -82,8 +82,8 @@ def layernorm_recompute_needs_transformer_engine(c: PretrainConfig, m: Machine) 
 @RECOMPUTE.rule(
     "mlp_tile_tokens",
     "num_experts",
-    text="tiles are of dense MLPs: experts receive their tokens from the whole sequence and other ranks",
-    remedy="Set mlp_tile_tokens to null; loss_tile_tokens works with experts",
+    text="mlp_tile_tokens slices dense MLPs only: experts receive tokens from the whole sequence and from other ranks",
+    remedy="Set mlp_tile_tokens to null; loss_tile_tokens does work with experts",
 )
 def mlp_tiles_are_dense(c: PretrainConfig, _: Machine) -> bool:
     return c.recompute.mlp_tile_tokens is None or c.experts.num_experts is None
@@ -93,7 +93,7 @@ def mlp_tiles_are_dense(c: PretrainConfig, _: Machine) -> bool:
     "mlp_tile_tokens",
     "recompute_granularity",
     "recompute_modules",
-    text="an MLP in tiles is recomputed by its tiles, and recomputing it as a module too would run it once more",
+    text="mlp_tile_tokens already recomputes the MLP slice by slice, and selective recompute would run it once more",
     remedy="Remove mlp from recompute_modules",
 )
 def mlp_is_recomputed_once(c: PretrainConfig, _: Machine) -> bool:
@@ -115,7 +115,7 @@ def min_lr_is_below_lr(c: PretrainConfig, _: Machine) -> bool:
     "lr_warmup_iters",
     "lr_decay_iters",
     "train_iters",
-    text="warm-up must end before the decay does (lr_decay_iters, or train_iters where it is null)",
+    text="warm-up must be shorter than the decay (lr_decay_iters, or train_iters if that is null)",
     remedy="Lower lr_warmup_iters",
 )
 def warmup_ends_before_decay(c: PretrainConfig, _: Machine) -> bool:
@@ -144,20 +144,21 @@ def batch_divides_by_micro_batch(c: PretrainConfig, _: Machine) -> bool:
     "context_parallel_size",
     needs="world_size",
     text="global_batch_size must be a multiple of micro_batch_size * data parallel size, which is the world size "
-    "over the product of the parallel sizes",
+    "divided by the product of the parallel sizes",
     remedy="Change global_batch_size, or start fewer ranks",
 )
 def batch_divides_by_data_parallel(c: PretrainConfig, m: Machine) -> bool:
     sequences = c.training.micro_batch_size * data_parallel_size(c, m)
     if sequences == 0 or c.training.global_batch_size % c.training.micro_batch_size:
-        return True  # each has a rule of its own
+        return True  # both have their own rules
     return c.training.global_batch_size % sequences == 0
 
 
 @BATCH.rule(
     "eod_mask_loss",
     "calculate_per_token_loss",
-    text="with masked tokens the ranks count unequally, and only calculate_per_token_loss weighs them rightly",
+    text="with eod_mask_loss, ranks have different numbers of loss tokens; only calculate_per_token_loss weights them "
+    "correctly",
     remedy="Set calculate_per_token_loss to true",
 )
 def masked_loss_counts_tokens(c: PretrainConfig, _: Machine) -> bool:
@@ -169,7 +170,7 @@ def masked_loss_counts_tokens(c: PretrainConfig, _: Machine) -> bool:
 
 @DATA.rule(
     "data_path",
-    text="there is no corpus to train on",
+    text="training needs a corpus",
     remedy="Run `lightseq prepare-data FOLDER --output PREFIX`, then set data_path to [PREFIX]",
 )
 def data_is_given(c: PretrainConfig, _: Machine) -> bool:
@@ -178,8 +179,8 @@ def data_is_given(c: PretrainConfig, _: Machine) -> bool:
 
 @DATA.rule(
     "data_path",
-    text="several data prefixes must alternate with positive weights: weight, prefix, weight, prefix",
-    remedy="Write for example data_path: [0.3, data/a, 0.7, data/b]",
+    text="several data prefixes need a positive weight each, in the order weight, prefix, weight, prefix",
+    remedy="Write, for example, data_path: [0.3, data/a, 0.7, data/b]",
 )
 def data_weights_alternate(c: PretrainConfig, _: Machine) -> bool:
     if len(c.data.data_path) < 2:
@@ -195,7 +196,7 @@ def _is_weight(text: str) -> bool:
 
 
 def split_shares(split: str) -> tuple[float, float, float] | None:
-    """Shares of training, validation and test, summing to 1; None when the text is no such split."""
+    """Shares of training, validation and test, which sum to 1; None if the text is not such a split."""
     try:
         numbers = [float(part) for part in split.split(",")]
     except ValueError:
@@ -208,8 +209,8 @@ def split_shares(split: str) -> tuple[float, float, float] | None:
 
 @DATA.rule(
     "split",
-    text="a split is three numbers, none negative, and the first (training) above 0",
-    remedy="Write for example 969,30,1",
+    text="split must be three numbers (training, validation, test), none of them negative and the first above 0",
+    remedy="Write, for example, 969,30,1",
 )
 def split_is_three_shares(c: PretrainConfig, _: Machine) -> bool:
     shares = split_shares(c.data.split)
@@ -219,8 +220,8 @@ def split_is_three_shares(c: PretrainConfig, _: Machine) -> bool:
 @DATA.rule(
     "eval_interval",
     "split",
-    text="evaluation reads the validation share, which is 0",
-    remedy="Set eval_interval to null, or give validation a share such as 969,30,1",
+    text="evaluation needs validation data, and the validation share is 0",
+    remedy="Set eval_interval to null, or use a split with validation data, such as 969,30,1",
 )
 def evaluation_has_data(c: PretrainConfig, _: Machine) -> bool:
     shares = split_shares(c.data.split)
@@ -230,8 +231,8 @@ def evaluation_has_data(c: PretrainConfig, _: Machine) -> bool:
 @DATA.rule(
     "tokenizer_type",
     "tokenizer_model",
-    text="the hf tokenizer is read from tokenizer_model, and no other tokenizer has a model",
-    remedy="Set tokenizer_model to a `tokenizers` JSON file with tokenizer_type hf, to null with byte or null",
+    text="tokenizer_type hf needs tokenizer_model, and the other tokenizers do not have one",
+    remedy="Set tokenizer_model to a `tokenizers` JSON file with tokenizer_type hf, or to null with another type",
 )
 def tokenizer_model_belongs_to_hf(c: PretrainConfig, _: Machine) -> bool:
     return (c.data.tokenizer_type == "hf") == (c.data.tokenizer_model is not None)
@@ -240,7 +241,7 @@ def tokenizer_model_belongs_to_hf(c: PretrainConfig, _: Machine) -> bool:
 @DATA.rule(
     "tokenizer_type",
     "vocab_size",
-    text="the null tokenizer knows no vocabulary",
+    text="tokenizer_type null does not define a vocabulary size",
     remedy="Set vocab_size to one more than the largest token id",
 )
 def null_tokenizer_gives_vocabulary(c: PretrainConfig, _: Machine) -> bool:
@@ -263,7 +264,7 @@ def vocabulary_holds_bytes(c: PretrainConfig, _: Machine) -> bool:
 @CHECKPOINT.rule(
     "save_interval",
     "save",
-    text="save_interval says how often, and save does not say where",
+    text="save_interval needs save, the folder to save checkpoints in",
     remedy="Set save to a folder, or save_interval to null",
 )
 def save_interval_needs_save(c: PretrainConfig, _: Machine) -> bool:
@@ -273,7 +274,7 @@ def save_interval_needs_save(c: PretrainConfig, _: Machine) -> bool:
 @CHECKPOINT.rule(
     "finetune",
     "load",
-    text="finetune starts from the weights of a checkpoint, and load names none",
+    text="finetune starts from the weights of a checkpoint, which load must name",
     remedy="Set load to a checkpoint folder, or finetune to false",
 )
 def finetune_needs_load(c: PretrainConfig, _: Machine) -> bool:

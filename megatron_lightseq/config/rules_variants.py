@@ -1,11 +1,11 @@
-"""Rules on what a model may have beside the plain decoder: windows, latent attention, further tokens, experts."""
+"""Rules on model variants: sliding windows, latent attention, multi-token prediction, mixture of experts."""
 
 from __future__ import annotations
 
-from megatron_lightseq.config.rules import Machine, RuleBook
+from megatron_lightseq.config.rules import Machine, RuleSet
 from megatron_lightseq.config.sections import ExpertsConfig, ModelConfig, PretrainConfig
 
-WINDOWS, LATENT, MULTI_TOKEN, EXPERTS = RuleBook(), RuleBook(), RuleBook(), RuleBook()
+WINDOWS, LATENT, MULTI_TOKEN, EXPERTS = RuleSet(), RuleSet(), RuleSet(), RuleSet()
 
 _LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _EXPERT_KEYS = (
@@ -24,8 +24,8 @@ _EXPERT_KEYS = (
 
 @WINDOWS.rule(
     "window_size",
-    text="a window counts tokens back and tokens ahead, and a causal model's counts none ahead",
-    remedy="Write for example window_size: [1023, 0], or remove it",
+    text="window_size is two numbers, tokens back and tokens ahead, and a causal model sees no tokens ahead",
+    remedy="Write, for example, window_size: [1023, 0], or remove it",
 )
 def window_is_causal(c: PretrainConfig, _: Machine) -> bool:
     size = c.model.window_size
@@ -36,7 +36,7 @@ def window_is_causal(c: PretrainConfig, _: Machine) -> bool:
     "window_attn_skip_freq",
     "window_size",
     "num_layers",
-    text="window_attn_skip_freq says which layers do without the window of window_size, which some must have",
+    text="window_attn_skip_freq exempts every n-th layer from window_size, which at least one layer must keep",
     remedy="Set window_size and a window_attn_skip_freq of 2 or more, or remove window_attn_skip_freq",
 )
 def skipped_windows_are_there(c: PretrainConfig, _: Machine) -> bool:
@@ -44,25 +44,13 @@ def skipped_windows_are_there(c: PretrainConfig, _: Machine) -> bool:
 
 
 @WINDOWS.rule(
-    "cp_kernel",
-    "window_size",
-    "context_parallel_size",
-    text="windows cut tiles into bands, of which sdpa knows none, and flash_attn those on one rank",
-    remedy="Set cp_kernel to auto",
-)
-def kernel_knows_windows(c: PretrainConfig, _: Machine) -> bool:
-    unknown = ("sdpa",) if c.parallel.context_parallel_size == 1 else ("sdpa", "flash_attn")
-    return not c.model.window_size or c.context.cp_kernel not in unknown
-
-
-@WINDOWS.rule(
     "softmax_type",
     "cp_method",
     "tensor_model_parallel_size",
     needs="has_transformer_engine",
-    text="Megatron's local attention does not know that its learnable softmax is cut over tensor-parallel ranks: all "
-    "would start alike, and the gradient norm would count those of one",
-    remedy="Set tensor_model_parallel_size to 1, or cp_method to another method",
+    text="Megatron's local attention ignores that learnable softmax logits are split over tensor parallel ranks: all "
+    "ranks would start from the same values, and the gradient norm would count only those of one rank",
+    remedy="Set tensor_model_parallel_size to 1, or choose another cp_method",
 )
 def megatrons_sinks_are_whole(c: PretrainConfig, m: Machine) -> bool:
     cut = c.model.softmax_type == "learnable" and c.parallel.tensor_model_parallel_size > 1
@@ -75,8 +63,8 @@ def megatrons_sinks_are_whole(c: PretrainConfig, m: Machine) -> bool:
 @LATENT.rule(
     "multi_latent_attention",
     *_LATENT_KEYS,
-    text="ranks of latent vectors and their head dimensions belong to multi_latent_attention",
-    remedy="Set multi_latent_attention to true, or remove them; kv_channels is the head dimension without it",
+    text="the widths of latent vectors and their head dimensions apply only to multi_latent_attention",
+    remedy="Set multi_latent_attention to true, or remove them; without it, kv_channels is the head dimension",
 )
 def latent_keys_need_latent_attention(c: PretrainConfig, _: Machine) -> bool:
     defaults = ModelConfig()
@@ -88,7 +76,7 @@ def latent_keys_need_latent_attention(c: PretrainConfig, _: Machine) -> bool:
     "multi_latent_attention",
     "num_query_groups",
     "kv_channels",
-    text="latent attention gives every head keys and values of its own, with head dimensions of their own",
+    text="in latent attention every query head has its own key and value heads, and kv_channels does not apply",
     remedy="Remove num_query_groups and kv_channels; set qk_head_dim, qk_pos_emb_head_dim and v_head_dim",
 )
 def latent_attention_has_no_groups(c: PretrainConfig, _: Machine) -> bool:
@@ -100,12 +88,12 @@ def latent_attention_has_no_groups(c: PretrainConfig, _: Machine) -> bool:
     "multi_latent_attention",
     "position_embedding_type",
     "rotary_percent",
-    text="latent attention turns the whole of qk_pos_emb_head_dim by RoPE",
+    text="latent attention applies RoPE to all of qk_pos_emb_head_dim",
     remedy="Set position_embedding_type to rope and rotary_percent to 1.0",
 )
 def latent_attention_uses_rope(c: PretrainConfig, _: Machine) -> bool:
-    turned = c.model.position_embedding_type == "rope" and c.model.rotary_percent == 1
-    return not c.model.multi_latent_attention or turned
+    all_rotated = c.model.position_embedding_type == "rope" and c.model.rotary_percent == 1
+    return not c.model.multi_latent_attention or all_rotated
 
 
 @LATENT.rule(
@@ -114,7 +102,7 @@ def latent_attention_uses_rope(c: PretrainConfig, _: Machine) -> bool:
     "kv_lora_rank",
     "qk_pos_emb_head_dim",
     "tensor_model_parallel_size",
-    text="tensor parallelism shares the projections to latent vectors: q_lora_rank, and kv_lora_rank + "
+    text="tensor parallelism splits the projections to latent vectors: q_lora_rank, and kv_lora_rank + "
     "qk_pos_emb_head_dim, must be multiples of its size",
     remedy="Change them to multiples of {tensor_model_parallel_size}",
 )
@@ -130,7 +118,7 @@ def latent_vectors_divide_by_tensor_parallel(c: PretrainConfig, _: Machine) -> b
 @MULTI_TOKEN.rule(
     "mtp_num_layers",
     "mtp_loss_scaling_factor",
-    text="mtp_loss_scaling_factor weighs the losses of mtp_num_layers, of which there are none",
+    text="mtp_loss_scaling_factor needs mtp_num_layers, whose loss it weights",
     remedy="Set mtp_num_layers, or remove mtp_loss_scaling_factor",
 )
 def mtp_loss_needs_layers(c: PretrainConfig, _: Machine) -> bool:
@@ -141,7 +129,7 @@ def mtp_loss_needs_layers(c: PretrainConfig, _: Machine) -> bool:
 @MULTI_TOKEN.rule(
     "mtp_num_layers",
     "position_embedding_type",
-    text="multi-token prediction embeds tokens on the last pipeline stage too, which learns no positions",
+    text="multi-token prediction also embeds tokens on the last pipeline stage, which has no learned positions",
     remedy="Set position_embedding_type to rope or none",
 )
 def mtp_learns_no_positions(c: PretrainConfig, _: Machine) -> bool:
@@ -153,14 +141,14 @@ def mtp_learns_no_positions(c: PretrainConfig, _: Machine) -> bool:
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",
-    text="Megatron recomputes layers of multi-token prediction one by one, uniformly",
+    text="Megatron recomputes multi-token prediction layers only uniformly, one layer at a time",
     remedy="Set recompute_method to uniform and recompute_num_layers to 1",
 )
 def mtp_recomputes_uniformly(c: PretrainConfig, _: Machine) -> bool:
     if c.model.mtp_num_layers is None or c.recompute.recompute_granularity != "full":
         return True
     if c.recompute.recompute_method is None or c.recompute.recompute_num_layers is None:
-        return True  # which has a rule of its own
+        return True  # this has its own rule
     return c.recompute.recompute_method == "uniform" and c.recompute.recompute_num_layers == 1
 
 
@@ -172,7 +160,7 @@ def mtp_recomputes_uniformly(c: PretrainConfig, _: Machine) -> bool:
     *_EXPERT_KEYS,
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
-    text="what is said of experts needs experts",
+    text="expert options require num_experts",
     remedy="Set num_experts, or remove the other keys",
 )
 def expert_keys_need_experts(c: PretrainConfig, _: Machine) -> bool:
@@ -183,8 +171,8 @@ def expert_keys_need_experts(c: PretrainConfig, _: Machine) -> bool:
 @EXPERTS.rule(
     "moe_router_topk",
     "num_experts",
-    text="a token takes moe_router_topk different experts",
-    remedy="Use moe_router_topk of at most {num_experts}",
+    text="a token is routed to moe_router_topk different experts",
+    remedy="Use a moe_router_topk of at most {num_experts}",
 )
 def topk_is_within_experts(c: PretrainConfig, _: Machine) -> bool:
     return c.experts.num_experts is None or c.experts.moe_router_topk <= c.experts.num_experts
@@ -193,8 +181,8 @@ def topk_is_within_experts(c: PretrainConfig, _: Machine) -> bool:
 @EXPERTS.rule(
     "num_experts",
     "expert_model_parallel_size",
-    text="num_experts must be a multiple of expert_model_parallel_size, for every rank holds whole experts",
-    remedy="Use num_experts in multiples of {expert_model_parallel_size}",
+    text="num_experts must be a multiple of expert_model_parallel_size, because every rank holds whole experts",
+    remedy="Use a num_experts that is a multiple of {expert_model_parallel_size}",
 )
 def experts_divide_by_expert_parallel(c: PretrainConfig, _: Machine) -> bool:
     experts = c.experts.num_experts
@@ -212,7 +200,7 @@ def experts_divide_by_expert_parallel(c: PretrainConfig, _: Machine) -> bool:
 )
 def world_size_holds_experts(c: PretrainConfig, m: Machine) -> bool:
     if c.experts.num_experts is None or (m.world_size or 0) % c.parallel.model_parallel_size:
-        return True  # the latter has a rule of its own
+        return True  # the latter has its own rule
     return (m.world_size or 0) % c.parallel.expert_parallel_size == 0
 
 
@@ -220,8 +208,8 @@ def world_size_holds_experts(c: PretrainConfig, m: Machine) -> bool:
     "expert_tensor_parallel_size",
     "tensor_model_parallel_size",
     "expert_model_parallel_size",
-    text="tensor parallel ranks that hold copies of an expert must be known as its replicas, which Megatron's own "
-    "layers do with expert_model_parallel_size > 1 only: without, the copies would drift apart",
+    text="tensor parallel ranks that hold copies of an expert must be registered as its replicas, which Megatron's "
+    "layers do only with expert_model_parallel_size > 1; otherwise the copies would drift apart",
     remedy="Set expert_tensor_parallel_size to null, or expert_model_parallel_size to 2 or more",
 )
 def expert_copies_are_replicas(c: PretrainConfig, _: Machine) -> bool:
@@ -233,7 +221,7 @@ def expert_copies_are_replicas(c: PretrainConfig, _: Machine) -> bool:
     "num_experts",
     "tensor_model_parallel_size",
     "sequence_parallel",
-    text="with tensor parallelism the router must see every token once, which sequence_parallel sees to",
+    text="with tensor parallelism, the router sees every token exactly once only if sequence_parallel is on",
     remedy="Set sequence_parallel to true",
 )
 def experts_need_sequence_parallel(c: PretrainConfig, _: Machine) -> bool:
@@ -246,7 +234,7 @@ def experts_need_sequence_parallel(c: PretrainConfig, _: Machine) -> bool:
     "ffn_hidden_size",
     "expert_tensor_parallel_size",
     "tensor_model_parallel_size",
-    text="an expert's width (moe_ffn_hidden_size, or ffn_hidden_size) must be a multiple of "
+    text="the width of an expert (moe_ffn_hidden_size, or ffn_hidden_size) must be a multiple of "
     "expert_tensor_parallel_size (null: tensor_model_parallel_size)",
     remedy="Change moe_ffn_hidden_size to such a multiple",
 )
@@ -257,8 +245,8 @@ def experts_divide_by_tensor_parallel(c: PretrainConfig, _: Machine) -> bool:
 @EXPERTS.rule(
     "moe_shared_expert_intermediate_size",
     "tensor_model_parallel_size",
-    text="the shared expert's width must be a multiple of tensor_model_parallel_size",
-    remedy="Use moe_shared_expert_intermediate_size in multiples of {tensor_model_parallel_size}",
+    text="the width of the shared expert must be a multiple of tensor_model_parallel_size",
+    remedy="Use a moe_shared_expert_intermediate_size that is a multiple of {tensor_model_parallel_size}",
 )
 def shared_expert_divides_by_tensor_parallel(c: PretrainConfig, _: Machine) -> bool:
     width = c.experts.moe_shared_expert_intermediate_size
@@ -268,7 +256,7 @@ def shared_expert_divides_by_tensor_parallel(c: PretrainConfig, _: Machine) -> b
 @EXPERTS.rule(
     "num_experts",
     "add_bias_linear",
-    text="experts have no biases",
+    text="experts do not have biases",
     remedy="Set add_bias_linear to false",
 )
 def experts_have_no_bias(c: PretrainConfig, _: Machine) -> bool:
@@ -278,7 +266,7 @@ def experts_have_no_bias(c: PretrainConfig, _: Machine) -> bool:
 @EXPERTS.rule(
     "moe_aux_loss_coeff",
     "moe_router_load_balancing_type",
-    text="moe_aux_loss_coeff weighs a load balancing loss, and the type chosen has none",
+    text="moe_aux_loss_coeff weights a load balancing loss, which moe_router_load_balancing_type none lacks",
     remedy="Set moe_router_load_balancing_type to aux_loss or seq_aux_loss, or moe_aux_loss_coeff to 0",
 )
 def aux_loss_has_a_type(c: PretrainConfig, _: Machine) -> bool:
@@ -289,7 +277,7 @@ def aux_loss_has_a_type(c: PretrainConfig, _: Machine) -> bool:
     "moe_grouped_gemm",
     "num_experts",
     needs="has_transformer_engine",
-    text="the kernel that multiplies all local experts at once is Transformer Engine's",
+    text="the grouped GEMM over local experts comes from Transformer Engine, which is not available",
     remedy="Set moe_grouped_gemm to false, or install transformer_engine on a machine with GPUs",
 )
 def grouped_gemm_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
@@ -300,7 +288,7 @@ def grouped_gemm_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool
     "num_experts",
     "recompute_granularity",
     "recompute_modules",
-    text="selective recompute of mlp is for layers without experts, and Megatron would ignore it",
+    text="Megatron ignores selective recompute of mlp in layers with experts",
     remedy="Remove mlp from recompute_modules, or use full recompute",
 )
 def experts_are_not_recomputed_as_mlp(c: PretrainConfig, _: Machine) -> bool:

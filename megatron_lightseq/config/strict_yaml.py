@@ -1,7 +1,7 @@
-"""YAML for configuration files: the safe subset, read by the rules people expect (YAML 1.2 scalars).
+"""YAML for configuration files: a safe subset with the scalars that people expect (YAML 1.2).
 
 PyYAML reads YAML 1.1, where `off` is False, `1e-4` is a string, `010` is eight and `1:30` is ninety; it keeps the
-last of two equal keys and expands aliases without limit. Here scalars follow the YAML 1.2 core schema, and what a
+last of two equal keys, and expands aliases without limit. Here scalars follow the YAML 1.2 core schema, and what a
 flat configuration never needs is refused: duplicate keys, aliases, tags that build objects, deep nesting, several
 documents, files over 1 MB.
 """
@@ -21,7 +21,7 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 4
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: tuple[tuple[str, str, str], ...] = (
-    # tag, pattern, first characters (the empty string stands for an empty scalar)
+    # tag, pattern, possible first characters
     ("null", r"~|null|Null|NULL|", "~nN"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
@@ -31,7 +31,7 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (
 
 
 class Entry(NamedTuple):
-    """A value and where it was written, for messages."""
+    """A value and, for messages, the place where it was written."""
 
     value: Any
     origin: str
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the strings that :class:`_Loader` would read as something else."""
+    """Quotes exactly those strings that :class:`_Loader` would not read as strings."""
 
     yaml_implicit_resolvers = _resolvers()
 
@@ -88,14 +88,16 @@ _Loader.add_constructor(_TAG + "float", _construct_float)
 
 
 def parse_scalar(text: str) -> Any:
-    """One value as written after a flag or a colon; raises yaml.YAMLError (jsonargparse's loader interface)."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds no objects
+    """One value as written after a flag or a colon; raises yaml.YAMLError, as jsonargparse expects of a loader."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader, which builds no objects
 
 
 def dump_scalar(value: Any) -> str:
-    """One value on one line, such that :func:`parse_scalar` gives it back."""
+    """One value on one line, which :func:`parse_scalar` reads back."""
     items = value if isinstance(value, list) else [value]
-    readable = all(str(item).isprintable() for item in items)  # else escaped: PyYAML reads U+0085 as a blank
+    readable = all(
+        str(item).isprintable() for item in items
+    )  # else escaped, because PyYAML reads U+0085 as a blank
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**9, allow_unicode=readable)
     return text.removesuffix("\n").removesuffix("\n...")
 
@@ -106,7 +108,7 @@ def read_yaml(path: Path) -> dict[str, Entry]:
 
 
 def parse_mapping(text: str, name: str) -> dict[str, Entry]:
-    """The entries of a flat YAML mapping given as text; `name` stands for the file in messages."""
+    """The entries of a flat YAML mapping given as text; messages call the file `name`."""
     try:
         return _entries(_Loader(text), name)
     except ConfigError:
@@ -120,7 +122,7 @@ def _entries(loader: _Loader, name: str) -> dict[str, Entry]:
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
-        raise _RefusedError("the top level is no mapping", root.start_mark)
+        raise _RefusedError("the top level is not a mapping", root.start_mark)
     entries: dict[str, Entry] = {}
     for key_node, value_node in root.value:
         origin = f"{name} line {key_node.start_mark.line + 1}"
@@ -132,14 +134,16 @@ def _entries(loader: _Loader, name: str) -> dict[str, Entry]:
 def _checked_key(key: object, seen: Mapping[str, Entry], origin: str) -> str:
     if not isinstance(key, str):
         raise ConfigError(
-            explain(got=f"{origin} has the key {key!r}", rule="a key is a name", remedy="Remove the line")
+            explain(
+                got=f"{origin} has the key {key!r}", rule="a key must be a name", remedy="Remove the line"
+            )
         )
     key = key.replace("-", "_")
     if key in seen:
         raise ConfigError(
             explain(
                 got=f"{key} is given at {seen[key].origin} and again at {origin}",
-                rule="a key may appear once per file",
+                rule="a key may appear only once per file",
                 remedy="Remove one of the two lines",
             )
         )
@@ -153,7 +157,7 @@ def _read_text(path: Path) -> str:
             raise ConfigError(
                 explain(
                     got=f"{path} has {size} bytes",
-                    rule=f"a configuration has at most {MAX_BYTES}",
+                    rule=f"a configuration file has at most {MAX_BYTES}",
                     remedy="Give the path of a configuration file",
                 )
             )
@@ -164,7 +168,7 @@ def _read_text(path: Path) -> str:
         raise ConfigError(
             explain(
                 got=f"{path} cannot be read ({error.strerror})",
-                rule="a configuration is a YAML file",
+                rule="a configuration is a readable YAML file",
                 remedy="Check the path, for example configs/gpt_stdlib.yaml",
             )
         ) from error

@@ -1,4 +1,4 @@
-"""The type of every key: conversion, refusal and help, by jsonargparse."""
+"""The type of every key, from which jsonargparse converts values, refuses them and writes the help."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def is_list(key: str) -> bool:
 
 
 def takes_null(key: str) -> bool:
-    """Whether null is a value of a key."""
+    """Whether a key may be null."""
     return NoneType in _alternatives(key_types()[key])
 
 
 def choices(key: str) -> tuple[str, ...]:
-    """The words a key may take; empty where it takes anything else."""
+    """The words that a key may be set to; empty if its values are not a fixed list of words."""
     return tuple(
         choice
         for part in _alternatives(key_types()[key])
@@ -86,7 +86,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--print-config", action="store_true", help="Print the whole configuration and stop.")
     defaults = to_flat(from_flat({}))
     for name, cls in section_types().items():
-        group = made.add_argument_group(f"{name}: {inspect.getdoc(cls)}")
+        group = made.add_argument_group(name, inspect.getdoc(cls))
         texts = field_docstrings(cls)
         for key in (key for key, section in section_of_key().items() if section == name):
             group.add_argument(
@@ -107,10 +107,10 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 
 def coerce(entries: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
-    """Values in their types, and a message for every entry that is not of its key's type.
+    """Values converted to their types, and a message for every entry that does not have its key's type.
 
-    Strings stand for what they say, as flags always are strings; a boolean is never a number and a fraction
-    never an integer.
+    Strings are read like flags, which always are strings; a boolean is never taken for a number, nor a fraction for
+    an integer.
     """
     ready: dict[str, Any] = {}
     problems: dict[str, str] = {}
@@ -119,11 +119,11 @@ def coerce(entries: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
             ready[key] = _understood(key, entry.value)
         except (ValueError, yaml.YAMLError):
             problems[key] = _wrong_type(key, entry)
-    try:  # all at once is fast
+    try:  # one call for all is fast
         return _checked(ready), list(problems.values())
-    except Exception:  # noqa: BLE001  jsonargparse lets converters' own exceptions through
+    except Exception:  # noqa: BLE001 - jsonargparse passes on whatever a converter raises
         values: dict[str, Any] = {}
-    for key, value in ready.items():  # one by one finds every culprit
+    for key, value in ready.items():  # one by one finds every wrong value
         try:
             values.update(_checked({key: value}))
         except Exception:  # noqa: BLE001
@@ -132,7 +132,7 @@ def coerce(entries: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as jsonargparse converts them; text passes as it is, which jsonargparse would read once more."""
+    """Values as jsonargparse converts them; text is left alone, because jsonargparse would parse it again."""
     text = {key: value for key, value in values.items() if isinstance(value, str) and not choices(key)}
     others = {key: value for key, value in values.items() if key not in text}
     found = parser().parse_object(others, defaults=False)
@@ -140,10 +140,10 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _understood(key: str, value: Any) -> Any:
-    """What a raw value says for a key of this type; raises ValueError or YAMLError where it says nothing."""
+    """A raw value as one of the key's type; raises ValueError or YAMLError if it cannot be one."""
     if is_list(key):
         return _as_integers(value) if get_args(key_types()[key])[0] is int else _as_list(value)
-    if value is None and "null" in choices(key):  # a choice of that name
+    if value is None and "null" in choices(key):  # the word null is one of its choices
         return "null"
     if isinstance(value, str) and not choices(key) and str not in _alternatives(key_types()[key]):
         value = parse_scalar(value)
@@ -155,13 +155,13 @@ def _understood(key: str, value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    """Lists may hold numbers (weights between data prefixes); one item needs no brackets."""
+    """A list of texts: numbers in it (weights of data prefixes) become text, and a single item needs no brackets."""
     items = value if isinstance(value, list | tuple) else [value]
     return [dump_scalar(item) if type(item) in (int, float) else item for item in items]
 
 
 def _as_integers(value: Any) -> list[int]:
-    """A list of integers; flags may also be Megatron-LM's `1023,0` and `(1023, 0)`."""
+    """A list of integers; flags may also be written as in Megatron-LM, `1023,0` or `(1023, 0)`."""
     items = value if isinstance(value, list | tuple) else [value]
     texts = [part for item in items for part in str(item).strip("()[] ").split(",")]
     return [int(text) for text in texts if text.strip() or len(texts) > 1]
@@ -169,7 +169,7 @@ def _as_integers(value: Any) -> list[int]:
 
 def _wrong_type(key: str, entry: Entry) -> str:
     near = nearest(str(entry.value), choices(key))
-    remedy = f"Perhaps {near} was meant" if near else f"Write for example {key}: {_example(key)}"
+    remedy = f"Perhaps {near} was meant" if near else f"Write, for example, {key}: {_example(key)}"
     return explain(
         got=f"{key} {entry.value!r} ({entry.origin})", rule=f"{key} must be {describe(key)}", remedy=remedy
     )

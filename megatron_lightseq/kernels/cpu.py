@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.kernels.extension import load_extension, missing_extension
-from megatron_lightseq.kernels.registry import TileMask
-
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
+from megatron_lightseq.kernels.registry import TileMask, refusal_of
+from megatron_lightseq.kernels.specs import KERNELS
 
 
 class CpuKernel:
@@ -17,7 +16,8 @@ class CpuKernel:
     Bit for bit repeatable, on any number of threads (``torch.set_num_threads``).
     """
 
-    name = "cpu"
+    spec = KERNELS["cpu"]
+    name = spec.name
     rounds_results = True
 
     @property
@@ -31,11 +31,7 @@ class CpuKernel:
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot take these inputs, or None."""
-        if any(x.device.type != "cpu" for x in (q, k, v)):
-            return "it takes tensors on the CPU only"
-        if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-            return "it takes float32 or bfloat16, the same for q, k and v"
-        return missing_extension()
+        return refusal_of(self.spec, q, k, v) or missing_extension()
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from megatron_lightseq.kernels.adapters import begin_gradients
 from megatron_lightseq.kernels.extension import BUILD_COMMAND, load_extension, missing_extension
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.registry import TileMask, refusal_of
+from megatron_lightseq.kernels.specs import CUDA_HEAD_DIMS as HEAD_DIMS
+from megatron_lightseq.kernels.specs import KERNELS
 
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
-"""(D, Dv) of the kernels that exist."""
+__all__ = ["HEAD_DIMS", "CudaKernel", "cannot_run", "missing_cuda", "runs_on"]
+
 SMALL_HEAD_DIM = 64
 """The kernels of this head dim run on 8.6, 8.9 and 12.x too, whose multiprocessors have 100 KiB of shared memory."""
 SHARED_MEMORY = 164 << 10
@@ -37,7 +39,8 @@ class CudaKernel:
             time of the call. Forward, dk and dv are always repeatable.
     """
 
-    name = "cuda"
+    spec = KERNELS["cuda"]
+    name = spec.name
     rounds_results = False
 
     def __init__(self, deterministic: bool | None = None) -> None:
@@ -45,16 +48,9 @@ class CudaKernel:
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot take these inputs, or None."""
-        if any(x.device != q.device or x.device.type != "cuda" for x in (q, k, v)):
-            return "it takes tensors on one CUDA device only"
-        if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-            return "it takes bfloat16 or float16, the same for q, k and v"
-        if (q.shape[-1], v.shape[-1]) not in HEAD_DIMS:
-            dims = ", ".join(str(d) if d == dv else f"{d}:{dv}" for d, dv in HEAD_DIMS)
-            return f"it takes head dims {dims}, not {q.shape[-1]}:{v.shape[-1]}"
-        missing = missing_cuda()
-        if missing is not None:
-            return missing
+        reason = refusal_of(self.spec, q, k, v) or missing_cuda()
+        if reason is not None:
+            return reason
         properties = torch.cuda.get_device_properties(q.device)
         return cannot_run(properties, str(load_extension(self.name).cuda_archs), q.shape[-1])
 
@@ -92,6 +88,7 @@ class CudaKernel:
                 accumulate,
                 torch.cuda.current_stream().cuda_stream,
             )
+        _warn_of_fallback()
 
     def backward(
         self,
@@ -137,6 +134,7 @@ class CudaKernel:
                 torch.cuda.current_stream().cuda_stream,
                 torch.are_deterministic_algorithms_enabled() if wanted is None else wanted,
             )
+        _warn_of_fallback()
 
 
 def missing_cuda() -> str | None:
@@ -192,10 +190,26 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return built <= capability and (bool(ptx) or built[0] == capability[0])
 
 
+def _warn_of_fallback() -> None:
+    """Warn, once per kernel, when Hopper's own kernel could not be started and a slower one ran in its place."""
+    if torch.compiler.is_compiling():
+        return
+    reason = load_extension("cuda").cuda_fallback()
+    if reason is not None:
+        warnings.warn(reason, RuntimeWarning, stacklevel=3)
+
+
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a contiguous copy where the kernels could not read it in whole pieces."""
+    """x, or a contiguous copy where its strides or its address do not suit the kernels' copies.
+
+    Dimensions that are expanded (stride 0) are copied too: CUDA does not document whether the tensor maps of Hopper's
+    kernels may have them.
+    """
     step = INPUT_ALIGNMENT // x.element_size()
-    strides_fit = x.stride(-1) == 1 and all(stride % step == 0 for stride in x.stride()[:-1])
+    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    strides_fit = x.stride(-1) == 1 and all(
+        stride % step == 0 and (stride != 0 or size == 1) for size, stride in outer
+    )
     if strides_fit and x.data_ptr() % INPUT_ALIGNMENT == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

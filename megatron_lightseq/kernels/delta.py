@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_lightseq.kernels.cpu import SUPPORTED_DTYPES
 from megatron_lightseq.kernels.extension import missing_extension
-from megatron_lightseq.kernels.registry import accumulator_dtype
+from megatron_lightseq.kernels.registry import accumulator_dtype, dtype_name
+from megatron_lightseq.kernels.specs import KERNELS
 
 
 def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
@@ -29,6 +29,7 @@ def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
 
 
 def _is_fusible(x: Tensor) -> bool:
-    """Takes no gradient's broadcast from a sum, whose last dimension has stride 0."""
+    """Whether the compiled kernels take ``x``. Broadcast gradients (of ``.sum()``) have a last stride of 0: False."""
     contiguous = x.shape[-1] == 1 or x.stride(-1) == 1
-    return x.device.type == "cpu" and x.dtype in SUPPORTED_DTYPES and contiguous
+    refusal = KERNELS["cpu"].refusal(device_type=x.device.type, dtype=dtype_name(x.dtype))
+    return contiguous and refusal is None

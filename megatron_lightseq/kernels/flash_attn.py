@@ -19,9 +19,9 @@ from megatron_lightseq.kernels.adapters import (
     store_gradients,
     tile_kind,
 )
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.registry import TileMask, refusal_of
+from megatron_lightseq.kernels.specs import KERNELS
 
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
 INTERFACE = "flash_attn.flash_attn_interface"
 
 
@@ -40,17 +40,15 @@ class FlashAttnKernel:
     A tile's partial output is rounded to the dtype of the inputs before it is merged, unlike that of our kernels.
     """
 
-    name = "flash_attn"
+    spec = KERNELS["flash_attn"]
+    name = spec.name
     rounds_results = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why flash-attn cannot take these inputs, or None."""
-        if q.device.type != "cuda":
-            return "it takes tensors on a CUDA device only"
-        if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-            return "it takes bfloat16 or float16, the same for q, k and v"
-        if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256 or q.shape[-1] % 8:
-            return f"it takes one head dim up to 256, a multiple of 8, not {q.shape[-1]}:{v.shape[-1]}"
+        reason = refusal_of(self.spec, q, k, v)
+        if reason is not None:
+            return reason
         interface = _probe()
         return interface if isinstance(interface, str) else None
 

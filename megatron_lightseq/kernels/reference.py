@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.kernels.merge import merge_into
-from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype
+from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype, refusal_of
+from megatron_lightseq.kernels.specs import KERNELS
 
 
 class ReferenceKernel:
     """Attention written as in a textbook, in the accumulator dtype."""
 
-    name = "reference"
+    spec = KERNELS["reference"]
+    name = spec.name
     rounds_results = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        """Nothing: any floating dtype, any device, any head dims."""
-        return None
+        """Why this kernel cannot take these inputs, or None."""
+        return refusal_of(self.spec, q, k, v)
 
     def forward(
         self,

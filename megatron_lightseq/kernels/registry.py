@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.specs import AUTO, KERNELS, KernelSpec, kernel_names
 from megatron_lightseq.mask import Mask
 
 
@@ -113,76 +114,96 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_KERNELS = {
-    "cuda": "megatron_lightseq.kernels.cuda:CudaKernel",
-    "cpu": "megatron_lightseq.kernels.cpu:CpuKernel",
-    "reference": "megatron_lightseq.kernels.reference:ReferenceKernel",
-    "flash_attn": "megatron_lightseq.kernels.flash_attn:FlashAttnKernel",
-    "sdpa": "megatron_lightseq.kernels.sdpa:SdpaKernel",
-}
-"""Name -> class. ``auto`` tries them in this order; reference takes anything, so what follows is chosen by name."""
-
-
 LONG_FOR_REFERENCE = 4096
-"""Tokens a rank from which the reference kernel's square score matrix is worth a warning."""
+"""Tokens per rank from which ``auto`` warns that the reference kernel holds a square score matrix."""
 
 
-def kernel_names() -> tuple[str, ...]:
-    """Every name that ``kernel=`` accepts."""
-    return ("auto", *_KERNELS)
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that kernel specs use for a dtype: ``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
-def _load(name: str) -> Kernel:
-    module, _, attribute = _KERNELS[name].partition(":")
-    kernel: Kernel = getattr(importlib.import_module(module), attribute)()
-    return kernel
-
-
-def _first_supported(q: Tensor, k: Tensor, v: Tensor) -> Kernel:
-    """What ``auto`` stands for; warns where only the reference is left and its score matrix gets large."""
-    reasons: list[str] = []
-    for name in _KERNELS:
-        candidate = _load(name)
-        reason = candidate.unsupported(q, k, v)
-        if reason is None:
-            if name == "reference" and q.shape[0] >= LONG_FOR_REFERENCE:
-                warnings.warn(
-                    f"kernel 'auto' has only the reference left for {q.shape[0]} tokens of {q.dtype} on {q.device}: "
-                    f"its memory grows with their square. {'; '.join(reasons)}.",
-                    stacklevel=2,
-                )
-            return candidate
-        reasons.append(f"{name}: {reason}")
-    raise AssertionError("the reference takes everything")
+def refusal_of(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why a spec excludes these inputs, as a clause about "it" (the kernel), or None."""
+    reason = spec.refusal(
+        device_type=q.device.type,
+        dtype=dtype_name(q.dtype),
+        head_dim=q.shape[-1],
+        v_head_dim=v.shape[-1],
+    )
+    if reason is not None:
+        return reason
+    if len({(x.device, x.dtype) for x in (q, k, v)}) > 1:
+        shown = ", ".join(f"{dtype_name(x.dtype)} on {x.device}" for x in (q, k, v))
+        return f"it takes q, k and v of one dtype on one device, not {shown}"
+    return None
 
 
 def resolve_kernel(kernel: str | Kernel, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
-    """The kernel of that name, or with ``auto`` the first that takes these inputs.
+    """The kernel of that name, or with ``auto`` the first that takes these inputs; a kernel object is returned as is.
 
     Raises:
         UnsupportedError: no kernel has that name, or the one named cannot take these inputs.
     """
     if not isinstance(kernel, str):
         return kernel
-    if kernel == "auto":
+    if kernel == AUTO:
         return _first_supported(q, k, v)
-    if kernel not in _KERNELS:
+    if kernel not in KERNELS:
         near = difflib.get_close_matches(kernel, kernel_names(), n=1)
         raise UnsupportedError(
             explain(
                 got=f"kernel {kernel!r}",
                 rule=f"the kernels are {', '.join(kernel_names())}",
-                remedy=f"Did you mean {near[0]!r}" if near else "Choose one of them",
+                remedy=f"The nearest name is {near[0]!r}" if near else "Choose one of them",
             )
         )
-    chosen = _load(kernel)
+    chosen = _load(KERNELS[kernel])
     reason = chosen.unsupported(q, k, v)
     if reason is not None:
-        raise UnsupportedError(
-            explain(
-                got=f"kernel {kernel!r} for {q.dtype} tensors on {q.device}",
-                rule=reason,
-                remedy="Choose kernel='auto' or 'reference'",
-            )
-        )
+        raise _refused(kernel, reason, q, k, v)
     return chosen
+
+
+def _load(spec: KernelSpec) -> Kernel:
+    module, _, attribute = spec.implementation.partition(":")
+    kernel: Kernel = getattr(importlib.import_module(module), attribute)()
+    return kernel
+
+
+def _first_supported(q: Tensor, k: Tensor, v: Tensor) -> Kernel:
+    """What ``auto`` stands for; warns if only the reference is left and its score matrix is large."""
+    reasons: dict[str, str] = {}
+    for spec in KERNELS.values():
+        if not spec.in_auto:
+            continue
+        candidate = _load(spec)
+        reason = candidate.unsupported(q, k, v)
+        if reason is None:
+            if spec.name == "reference" and q.shape[0] >= LONG_FOR_REFERENCE:
+                _warn_of_square_scores(q, reasons)
+            return candidate
+        reasons[spec.name] = reason
+    raise _refused(AUTO, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()), q, k, v)
+
+
+def _warn_of_square_scores(q: Tensor, reasons: dict[str, str]) -> None:
+    others = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    warnings.warn(
+        f"kernel 'auto' falls back to the reference kernel for {q.shape[0]} tokens of {q.dtype} on {q.device}: "
+        f"its memory grows with the square of the tokens. {others}.",
+        stacklevel=4,
+    )
+
+
+def _refused(kernel: str, reason: str, q: Tensor, k: Tensor, v: Tensor) -> UnsupportedError:
+    last_resort = refusal_of(KERNELS["reference"], q, k, v)
+    return UnsupportedError(
+        explain(
+            got=f"kernel {kernel!r} for {q.dtype} tensors on {q.device}",
+            rule=reason,
+            remedy="Choose kernel='auto' or 'reference'"
+            if last_resort is None
+            else "Cast q, k and v to float32 or bfloat16, on one device",
+        )
+    )

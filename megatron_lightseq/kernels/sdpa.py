@@ -18,10 +18,8 @@ from megatron_lightseq.kernels.adapters import (
     store_gradients,
     tile_kind,
 )
-from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype
-
-CUDA_DTYPES = (torch.bfloat16, torch.float16)
-CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype, refusal_of
+from megatron_lightseq.kernels.specs import KERNELS
 
 
 class SdpaKernel:
@@ -30,21 +28,13 @@ class SdpaKernel:
     A tile's partial output is rounded to the dtype of the inputs before it is merged, unlike that of our kernels.
     """
 
-    name = "sdpa"
+    spec = KERNELS["sdpa"]
+    name = spec.name
     rounds_results = True
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why torch's flash backend cannot take these inputs, or None."""
-        dtypes = {"cuda": CUDA_DTYPES, "cpu": CPU_DTYPES}.get(q.device.type)
-        if dtypes is None:
-            return "it takes tensors on a CPU or a CUDA device"
-        if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
-            return f"on {q.device.type} it takes {', '.join(str(d) for d in dtypes)}, the same for q, k and v"
-        if q.shape[-1] != v.shape[-1]:
-            return f"it takes one head dim for q, k and v, not {q.shape[-1]} and {v.shape[-1]}"
-        if q.is_cuda and (q.shape[-1] > 256 or q.shape[-1] % 8):
-            return f"on CUDA it takes head dims up to 256 that are multiples of 8, not {q.shape[-1]}"
-        return None
+        return refusal_of(self.spec, q, k, v)
 
     def forward(
         self,

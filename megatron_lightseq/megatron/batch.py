@@ -17,7 +17,7 @@ import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from megatron_lightseq.errors import ConfigError, LayoutError, explain
-from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
+from megatron_lightseq.layout import LAYOUTS, SequenceLayout
 from megatron_lightseq.megatron.core_attention import LightSeqCoreAttention
 from megatron_lightseq.megatron.fixes.apply import mend_gradients
 from megatron_lightseq.megatron.multi_token import adopt_rolls
@@ -167,7 +167,7 @@ class _LayoutCheck:
         return self._positions[key]
 
     def _recognise(self, position_ids: torch.Tensor, seq_length: int) -> str:
-        for name in LAYOUT_NAMES:
+        for name in LAYOUTS:
             layout = SequenceLayout(name, self.layout.cp_size)
             try:
                 expected = self._expected(layout, seq_length, position_ids.device)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from megatron_lightseq.schedule.build import build, resolve_method
+from megatron_lightseq.schedule.build import build
 from megatron_lightseq.schedule.choose import Choice, Chooser, rank_methods, reason
 from megatron_lightseq.schedule.ir import Direction, Move, Payload, Placement, Step, Tile
+from megatron_lightseq.schedule.method import Method, SizedForm
+from megatron_lightseq.schedule.methods import (
+    METHODS,
+    default_layouts,
+    mesh,
+    method_forms,
+    method_names,
+    register,
+    resolve_method,
+    usp,
+)
 from megatron_lightseq.schedule.network import NETWORKS, Device, Network
-from megatron_lightseq.schedule.place import METHODS, Method, mesh, usp
 from megatron_lightseq.schedule.program import Program, compile_program
 from megatron_lightseq.schedule.schedule import Schedule
-from megatron_lightseq.schedule.simulate import Costs, Simulation, TensorShape, simulate
+from megatron_lightseq.schedule.shape import TensorShape
+from megatron_lightseq.schedule.simulate import Costs, Simulation, simulate
 
 __all__ = [
     "METHODS",
@@ -27,14 +38,19 @@ __all__ = [
     "Program",
     "Schedule",
     "Simulation",
+    "SizedForm",
     "Step",
     "TensorShape",
     "Tile",
     "build",
     "compile_program",
+    "default_layouts",
     "mesh",
+    "method_forms",
+    "method_names",
     "rank_methods",
     "reason",
+    "register",
     "resolve_method",
     "simulate",
     "usp",

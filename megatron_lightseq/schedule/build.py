@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping
 
-from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.ir import Direction, Placement, Tile
-from megatron_lightseq.schedule.place import METHODS, Method, mesh, usp
+from megatron_lightseq.schedule.method import Method
+from megatron_lightseq.schedule.methods import resolve_method
 from megatron_lightseq.schedule.route import route
 from megatron_lightseq.schedule.schedule import Schedule, work_of
 
 NOMINAL_CHUNK_LENGTH = 1024
 """Tokens a chunk is taken to have when a schedule is looked at without a sequence length."""
-
-
-_WITH_SIZES = re.compile(r"(?:mesh:(?P<rows>[1-9]\d*)x(?P<columns>[1-9]\d*))|(?:usp:(?P<ulysses>[1-9]\d*))")
-
-
-def resolve_method(method: str | Method) -> Method:
-    """The method of that name; a :class:`Method` is returned as it is.
-
-    Beside the names in ``METHODS``: ``mesh:4x2`` for a process mesh of 4 rows and 2 columns, ``usp:4`` for heads
-    exchanged among 4 ranks.
-
-    Raises:
-        UnsupportedError: no method has that name; the message gives the nearest.
-    """
-    if isinstance(method, Method):
-        return method
-    if match := _WITH_SIZES.fullmatch(method):
-        if match["ulysses"]:
-            return usp(int(match["ulysses"]))
-        return mesh(int(match["rows"]), int(match["columns"]))
-    if method not in METHODS:
-        near = difflib.get_close_matches(method, METHODS, n=1)
-        raise UnsupportedError(
-            explain(
-                got=f"method {method!r}",
-                rule=f"the methods are {', '.join(METHODS)}, mesh:ROWSxCOLUMNS and usp:SIZE",
-                remedy=f"Did you mean {near[0]!r}"
-                if near
-                else "Choose one of them, or pass a schedule.Method",
-            )
-        )
-    return METHODS[method]
 
 
 def build(

@@ -12,17 +12,14 @@ from dataclasses import dataclass, field, replace
 
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule.build import build, resolve_method
+from megatron_lightseq.schedule.build import build
 from megatron_lightseq.schedule.heads import HeadCut
-from megatron_lightseq.schedule.ir import Direction, Payload
+from megatron_lightseq.schedule.ir import Direction
+from megatron_lightseq.schedule.methods import METHODS, SMALL_GROUP, default_layouts, resolve_method
 from megatron_lightseq.schedule.network import Device, Network, transfer_times
-from megatron_lightseq.schedule.place import mesh_rows
-from megatron_lightseq.schedule.simulate import Costs, Profile, TensorShape, simulate
+from megatron_lightseq.schedule.shape import TensorShape
+from megatron_lightseq.schedule.simulate import Costs, Profile, simulate
 
-CHOSEN_LAYOUTS = ("contiguous", "zigzag")
-"""Layouts considered where shards are not cut yet; stripes balance no better than zigzag, and lose locality."""
-SMALL_GROUP = 64
-"""Ranks up to which every candidate is simulated: a schedule over 256 takes seconds."""
 Message = tuple[int, int, int]  # source, destination, bytes
 
 
@@ -149,12 +146,14 @@ class Chooser:
         return self._profiles[key]
 
     def rank(
-        self, shape: TensorShape, network: Network, layouts: Sequence[str] = CHOSEN_LAYOUTS
+        self, shape: TensorShape, network: Network, layouts: Sequence[str] | None = None
     ) -> list[Choice]:
-        """Every method on every one of ``layouts``, best first; and for each layout the best pair of methods."""
+        """Every method on every one of ``layouts`` (default: the methods' default layouts), best first; and for each
+        layout the best pair of methods.
+        """
         choices: list[Choice] = []
-        for layout in layouts:
-            if not self._fits(layout):
+        for layout in default_layouts() if layouts is None else layouts:
+            if not SequenceLayout(layout, self.cp_size).divides(self.seq_length):
                 continue
             forward, backward = (
                 self._predict_all(layout, direction, shape, network) for direction in Direction
@@ -185,9 +184,6 @@ class Chooser:
                 break
         return predictions
 
-    def _fits(self, layout: str) -> bool:
-        return self.seq_length % (self.cp_size * (2 if layout == "zigzag" else 1)) == 0
-
 
 def _preference(thing: Prediction | Choice) -> tuple[float, int]:
     """Less time; and where the model cannot tell times apart (three digits), fewer bytes."""
@@ -195,51 +191,13 @@ def _preference(thing: Prediction | Choice) -> tuple[float, int]:
 
 
 def candidates(cp_size: int, shape: TensorShape, layout: str, network: Network) -> list[str]:
-    """The methods worth a simulation on shards cut by ``layout``.
+    """The names of the methods worth a simulation on shards cut by ``layout``, in the order of ``METHODS``.
 
-    Left out, because another is never behind: the ring on shards that leave it unbalanced, rsa, a mesh of one column
-    (the ring again), and exchanges of heads among more ranks than there are heads. Among hundreds of ranks, also
-    exchanges that leave rings of more than SMALL_GROUP ranks, and meshes that neither move the least nor keep their
-    rows within nodes.
+    Each method says what of it is worth considering (:attr:`Method.auto_candidates`): left out is what another
+    candidate always equals or beats.
     """
-    names = {"contiguous": ["lightseq", "all_gather"], "zigzag": ["zigzag", "all_gather"]}.get(
-        layout, ["ring", "all_gather"]
-    )
-    if cp_size == 1:
-        return names
-    if layout != "contiguous":
-        names += _meshes(cp_size, shape, network)
-    names += [f"usp:{u}" for u in exchange_sizes(cp_size, shape.num_heads)]
-    return [*names, "ulysses"]
-
-
-def exchange_sizes(cp_size: int, num_heads: int) -> list[int]:
-    """Sizes of the groups that usp may exchange heads within; 1 and ``cp_size`` are other methods."""
-    sizes = [u for u in range(2, min(cp_size - 1, num_heads) + 1) if cp_size % u == 0]
-    return [u for u in sizes if cp_size // u <= SMALL_GROUP]
-
-
-def _meshes(cp_size: int, shape: TensorShape, network: Network) -> list[str]:
-    if cp_size <= SMALL_GROUP:
-        rows = [rows for rows in range(1, cp_size + 1) if cp_size % rows == 0]
-    else:
-        rows = [_best_rows(cp_size, shape, direction) for direction in Direction]
-        if network.ranks_per_node and cp_size % network.ranks_per_node == 0:
-            rows.append(cp_size // network.ranks_per_node)
-    return [f"mesh:{a}x{cp_size // a}" for a in dict.fromkeys(rows) if a < cp_size]
-
-
-def _best_rows(cp_size: int, shape: TensorShape, direction: Direction) -> int:
-    inputs, results = (
-        ((Payload.Q, Payload.KV), (Payload.OUT, None))
-        if direction is Direction.FORWARD
-        else ((Payload.QDO, Payload.KV), (Payload.DQ, Payload.DKV))
-    )
-    row, column = (
-        shape.bytes_per_token(needed) + (shape.bytes_per_token(result) if result else 0)
-        for needed, result in zip(inputs, results, strict=True)
-    )
-    return mesh_rows(cp_size, row, column)
+    cut = SequenceLayout(layout, cp_size)
+    return [name for method in METHODS.values() for name in method.candidates(cut, shape, network)]
 
 
 def exchange_messages(
@@ -284,7 +242,7 @@ def rank_methods(
     mask: Mask | None = None,
     network: Network | None = None,
     device: Device | None = None,
-    layouts: Sequence[str] = CHOSEN_LAYOUTS,
+    layouts: Sequence[str] | None = None,
 ) -> list[Choice]:
     """Methods and pairs of methods with their predicted times, best first.
 
@@ -295,7 +253,8 @@ def rank_methods(
         mask: default causal.
         network: default NVLink within nodes of 8 and 100 Gbps between them.
         device: default an H100.
-        layouts: those to consider; where shards are cut already, theirs alone.
+        layouts: those to consider; default all that are some method's default. Where shards are already cut, give
+            their layout alone.
 
     Raises:
         LayoutError: no layout cuts ``seq_length`` over ``cp_size`` ranks.
@@ -303,7 +262,7 @@ def rank_methods(
     chooser = Chooser(cp_size, seq_length, mask or Mask.causal(), device or Device())
     choices = chooser.rank(shape, network or Network.parse("nvlink+100gbps"), layouts)
     if not choices:
-        SequenceLayout(layouts[0], cp_size).check_length(seq_length)
+        SequenceLayout((layouts or default_layouts())[0], cp_size).check_length(seq_length)
     return choices
 
 

@@ -6,48 +6,9 @@ become empty. Distances are counted in ranks: at *distance* t, rank r's queries 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from megatron_lightseq.errors import UnsupportedError, explain
-from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
+from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.ir import Placement, Tile
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A way to share attention among ranks: a placement, and the layouts it is right for.
-
-    Pass one as ``method=`` anywhere a name is accepted to use a placement of your own.
-    """
-
-    name: str
-    place: Callable[[SequenceLayout, Mask], Placement]
-    layouts: tuple[str, ...] = LAYOUT_NAMES
-    """Names of the layouts it accepts."""
-    splits: int = 1
-    """Adjacent chunks that each of a layout's pieces is addressed as; more than one allows finer tiles."""
-    ulysses_size: Callable[[int], int] = lambda cp_size: 1
-    """From P to u: ranks that exchange heads for tokens first (DeepSpeed-Ulysses, arXiv 2309.14509). Tiles are then
-    placed on the P / u ranks of a ring, each for its share of the heads."""
-    full_rows: bool = False
-    """Keep full rows of scores instead of merging partial softmaxes (Ring Self-Attention, arXiv 2105.13120)."""
-
-    def check_layout(self, layout: SequenceLayout) -> None:
-        """Raise :class:`UnsupportedError` unless this method computes from shards cut by ``layout``."""
-        if layout.name not in self.layouts:
-            raise UnsupportedError(
-                explain(
-                    got=f"method {self.name!r} on the {layout.name} layout",
-                    rule=f"{self.name} works on {' or '.join(self.layouts)} shards",
-                    remedy=f"Cut the sequence with layout={self.layouts[0]!r}, or choose method='ring'",
-                )
-            )
-
-    def inner_layout(self, layout: SequenceLayout) -> SequenceLayout:
-        """The layout on which tiles are placed: that of the ranks left after exchanging heads, finely addressed."""
-        return layout.merged(self.ulysses_size(layout.cp_size)).split(self.splits)
 
 
 def all_tiles(layout: SequenceLayout, q_rank: int, k_rank: int) -> list[Tile]:
@@ -77,6 +38,10 @@ def place_ring(layout: SequenceLayout, mask: Mask) -> Placement:
         layout,
         [[all_tiles(layout, rank, (rank - t) % size) for rank in range(size)] for t in range(1, size)],
     )
+
+
+LIGHTSEQ_LAYOUTS = ("contiguous",)
+"""Layouts on which a rank's causal work grows with its number, as :func:`place_lightseq` assumes."""
 
 
 def place_lightseq(layout: SequenceLayout, mask: Mask) -> Placement:
@@ -156,55 +121,6 @@ def place_mesh(layout: SequenceLayout, mask: Mask, rows: int | None = None) -> P
     return [*own[:-1], *others, own[-1]]
 
 
-def mesh(rows: int, columns: int) -> Method:
-    """The ``mesh`` method on a process mesh of a shape of your own, for ``rows * columns`` ranks."""
-
-    def place(layout: SequenceLayout, mask: Mask) -> Placement:
-        if layout.cp_size != rows * columns:
-            raise UnsupportedError(
-                explain(
-                    got=f"a mesh of {rows} x {columns} for {layout.cp_size} ranks",
-                    rule="the mesh has one place for every rank",
-                    remedy="Choose factors of the number of ranks, or method='mesh'",
-                )
-            )
-        return place_mesh(layout, mask, rows)
-
-    return Method(f"mesh:{rows}x{columns}", place, layouts=_MESH_LAYOUTS)
-
-
-_MESH_LAYOUTS = ("zigzag", "striped", "contiguous")  # in order of balance
-
-
 def place_usp(layout: SequenceLayout, mask: Mask) -> Placement:
     """What runs between the groups that exchange heads: lightseq on contiguous shards, the ring elsewhere."""
-    return (place_lightseq if layout.name == "contiguous" else place_ring)(layout, mask)
-
-
-def usp(ulysses_size: int | None = None) -> Method:
-    """Heads exchanged among ``ulysses_size`` ranks, lightseq or a ring between them (USP, arXiv 2405.07719).
-
-    Default: the largest divisor of the number of ranks up to its square root.
-    """
-
-    def nearly_square(cp_size: int) -> int:
-        return max(u for u in range(1, cp_size + 1) if cp_size % u == 0 and u * u <= cp_size)
-
-    if ulysses_size is None:
-        return Method("usp", place_usp, splits=2, ulysses_size=nearly_square)
-    return Method(f"usp:{ulysses_size}", place_usp, splits=2, ulysses_size=lambda cp_size: ulysses_size)
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("lightseq", place_lightseq, layouts=("contiguous",), splits=2),
-        Method("ring", place_ring),
-        Method("zigzag", place_ring, layouts=("zigzag",)),
-        Method("all_gather", place_all_gather),
-        Method("mesh", place_mesh, layouts=_MESH_LAYOUTS),
-        Method("ulysses", place_ring, ulysses_size=lambda cp_size: cp_size),
-        usp(),
-        Method("rsa", place_ring, full_rows=True),
-    )
-}
+    return (place_lightseq if layout.name in LIGHTSEQ_LAYOUTS else place_ring)(layout, mask)

@@ -133,11 +133,12 @@ class _Geometry:
     def of(schedule: Schedule) -> _Geometry:
         layout = schedule.layout
         positions = tuple(layout.chunk_positions(c, schedule.seq_length) for c in range(layout.num_chunks))
-        filled = [0] * layout.cp_size
-        offset = []
-        for chunk, rank in enumerate(layout.owner):
-            offset.append(filled[rank])
-            filled[rank] += len(positions[chunk])
+        offset = [0] * layout.num_chunks
+        for rank in range(layout.cp_size):
+            filled = 0
+            for chunk in layout.chunks_of(rank):
+                offset[chunk] = filled
+                filled += len(positions[chunk])
         return _Geometry(layout.owner, positions, tuple(offset))
 
     def adjacent(self, chunk: int) -> bool:
@@ -146,6 +147,7 @@ class _Geometry:
         return (
             self.owner[chunk - 1] == self.owner[chunk]
             and before.start + len(before) * before.step == after.start
+            and self.offset[chunk - 1] + len(before) == self.offset[chunk]
         )
 
     def spans(self, chunks: Iterable[int]) -> list[Span]:

@@ -25,7 +25,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import Machine, PretrainConfig
-from megatron_lightseq.config.validate import validate_training
+from megatron_lightseq.config.sizes import ParallelSizes
+from megatron_lightseq.config.validate import TRAINING_RULES, validate
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.batch import adopt_layout
@@ -36,7 +37,7 @@ from megatron_lightseq.megatron.fixes.torch_norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
 from megatron_lightseq.megatron.sequence_slices import compute_in_tiles
 from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec, use_transformer_engine
-from megatron_lightseq.training.parallel_groups import ParallelSizes, ProcessGroups
+from megatron_lightseq.training.parallel_groups import ProcessGroups
 from megatron_lightseq.training.translate import optimizer_config, transformer_config, virtual_stages
 from megatron_lightseq.transport.group import rank_in
 
@@ -127,7 +128,7 @@ def initialize_parallel(config: PretrainConfig) -> ProcessGroups:
             )
         )
     check_rules(config)
-    sizes = parallel_sizes(config)
+    sizes = ParallelSizes.of(config, dist.get_world_size())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             sizes.tensor,
@@ -150,29 +151,12 @@ def check_rules(config: PretrainConfig) -> None:
     Raises:
         ConfigError: every broken rule on the model, its sizes, recomputation and batches, on this machine.
     """
-    validate_training(
-        config,
-        Machine(
-            world_size=dist.get_world_size(),
-            num_gpus=torch.cuda.device_count(),
-            has_transformer_engine=use_transformer_engine(),
-        ),
-    )
-
-
-def parallel_sizes(config: PretrainConfig) -> ParallelSizes:
-    """The sizes of the configuration, checked against the world.
-
-    Raises:
-        ConfigError: the world size is no multiple of their product.
-    """
-    parallel = config.parallel
-    return ParallelSizes(
+    machine = Machine(
         world_size=dist.get_world_size(),
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        context=parallel.context_parallel_size,
+        num_gpus=torch.cuda.device_count(),
+        has_transformer_engine=use_transformer_engine(),
     )
+    validate(config, machine, rule_sets=TRAINING_RULES)
 
 
 def _gloo_groups_needed() -> bool:
@@ -214,7 +198,7 @@ def build_training(
     """
     groups = groups or initialize_parallel(config)
     check_rules(config)
-    sizes = parallel_sizes(config)
+    sizes = ParallelSizes.of(config, dist.get_world_size())
     groups.check(sizes)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     if config.parallel.sequence_parallel:

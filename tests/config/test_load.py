@@ -77,13 +77,13 @@ REFUSED: dict[str, str] = {
     "num_layers: 0x10": "num_layers '0x10'",
     "num_layers: 1_000": "num_layers '1_000'",
     "num_layers: 1:30": "num_layers '1:30'",
-    "num_layers: null": "num_layers must be an integer. Write for example num_layers: 4",
+    "num_layers: null": "num_layers must be an integer. Write, for example, num_layers: 4",
     "num_layers: [4]": "num_layers must be an integer",
     "num_layers:\n  a: 1": "num_layers must be an integer",
     "num_layers: 999999999999999999999999999999999999999x": "num_layers must be an integer",
     "kv_channels: false": "kv_channels must be an integer or null",
     "lr: true": "lr must be a number",
-    "lr: fast": "lr must be a number. Write for example lr: 0.003",
+    "lr: fast": "lr must be a number. Write, for example, lr: 0.003",
     "lr: [1.0]": "lr must be a number",
     "bf16: yes": "bf16 must be true or false",
     "bf16: 1": "bf16 must be true or false",
@@ -100,13 +100,13 @@ REFUSED: dict[str, str] = {
     "num_layers: 2\nnum_layers: 3": "num_layers is given at RECIPE line 1 and again at RECIPE line 2",
     "num_layers: 2\nnum-layers: 3": "Remove one of the two lines",
     "\tnum_layers: 2": "RECIPE line 1, column 1: found character '\\t' that cannot start any token",
-    "model:\n  num_layers: 2": "Keys are flat: remove the line 'model'",
+    "model:\n  num_layers: 2": "Keys are flat: remove the line 'model', and the indentation below it",
     "num_layer: 2": "'num_layer' (RECIPE line 1): there is no such key. Perhaps num_layers was meant",
-    "xyzzyxyzzy: 2": "See lightseq pretrain --help",
-    "3: 2": "has the key 3: a key is a name",
-    "? [a]\n: 2": "a key is a name",
-    "- num_layers": "the top level is no mapping",
-    "just words": "the top level is no mapping",
+    "xyzzyxyzzy: 2": "Run lightseq pretrain --help",
+    "3: 2": "has the key 3: a key must be a name",
+    "? [a]\n: 2": "a key must be a name",
+    "- num_layers": "the top level is not a mapping",
+    "just words": "the top level is not a mapping",
     "num_layers: 2\n---\nnum_layers: 3": "another document",
     "a: &x 1\nb: *x": "alias *x is refused",
     "a: [[[[[1]]]]]": "nesting is deeper than 4",
@@ -140,7 +140,7 @@ def test_nan_is_read_and_then_refused_by_its_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"save: " + b"x" * MAX_BYTES, "bytes: a configuration has at most 1000000"),
+        (b"save: " + b"x" * MAX_BYTES, "bytes: a configuration file has at most 1000000"),
         (b"save: \xff", "can't decode byte"),
     ],
 )
@@ -224,15 +224,15 @@ REFUSED_FLAGS: dict[str, str] = {
     "--num-layers --bf16": "num_layers '(no value)'",
     "--num-layers two": "num_layers must be an integer",
     "--num-layers true": "num_layers must be an integer",
-    "--window-size wide": "window_size must be a list of integers. Write for example window_size: [1, 0]",
+    "--window-size wide": "window_size must be a list of integers. Write, for example, window_size: [1, 0]",
     "--window-size 1.5 0": "window_size",
     "--softmax-type sinks": "softmax_type 'sinks'",
     "--bf16 1": "bf16 '1' (command line, --bf16): bf16 must be true or false",
     "--no-bf16=true": "--no-bf16=true on the command line: a negated switch takes no value. Write --no-bf16",
-    "-n 2": "'-n' on the command line: flags have two dashes and a name",
+    "-n 2": "'-n' on the command line: a flag is two dashes and a name",
     "--lr nan": "lr must be a number",
     "--group-query-attention": "group_query_attention (command line, --group-query-attention) without "
-    "num_query_groups: num_query_groups says what group_query_attention asks for. Set num_query_groups",
+    "num_query_groups: group_query_attention needs num_query_groups. Set num_query_groups",
     "--disable-bias-linear=no": "disable_bias_linear is true or false",
 }
 
@@ -274,7 +274,7 @@ def test_megatron_argument_is_refused_with_the_remedy(name: str, tmp_path: Path)
             parse_config(text)
         assert f"{name} (command line" in str(caught.value)
         assert str(MEGATRON_SPELLINGS[name].refusal) in str(caught.value)
-    with pytest.raises(ConfigError, match="an argument of Megatron-LM: it is no key here"):
+    with pytest.raises(ConfigError, match="an argument of Megatron-LM: it is not a key of this package"):
         read(tmp_path, f"{name}: 1")
 
 

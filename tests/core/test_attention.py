@@ -13,7 +13,7 @@ from megatron_lightseq.attention import DistAttention
 from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError
 from megatron_lightseq.kernels.reference import ReferenceKernel
 from megatron_lightseq.kernels.registry import Kernel
-from megatron_lightseq.layout import LAYOUT_NAMES, SequenceLayout
+from megatron_lightseq.layout import LAYOUTS, SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import Method, Network, Tile
 from megatron_lightseq.schedule.place import place_ring
@@ -25,8 +25,8 @@ from tests.harness.ranks import RankError, run_ranks
 CASES = [("lightseq", "contiguous"), ("ring", "contiguous"), ("ring", "striped"), ("zigzag", "zigzag")]
 PLACED = [*CASES, ("all_gather", "zigzag"), ("mesh", "zigzag"), ("mesh", "striped"), ("mesh", "contiguous")]
 WRAPPED = [
-    *(("ulysses", layout) for layout in LAYOUT_NAMES),
-    *(("usp", layout) for layout in LAYOUT_NAMES),
+    *(("ulysses", layout) for layout in LAYOUTS),
+    *(("usp", layout) for layout in LAYOUTS),
     ("rsa", "contiguous"),
     ("rsa", "striped"),
 ]
@@ -356,7 +356,7 @@ def test_exchanged_bytes_are_those_predicted(method: str, layout_name: str, head
             assert max(received) == sum(prediction.bytes_received for prediction in predicted)
 
 
-@pytest.mark.parametrize("layout_name", LAYOUT_NAMES)
+@pytest.mark.parametrize("layout_name", LAYOUTS)
 def test_auto_may_take_another_method_for_each_direction(layout_name: str) -> None:
     size = 4
     layout, mask = SequenceLayout(layout_name, size), Mask.causal()

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from megatron_lightseq.attention.stash import AttentionStash
+from megatron_lightseq.config.sizes import ParallelSizes
 from megatron_lightseq.errors import ConfigError, LightSeqError
 from megatron_lightseq.kernels.merge import merge_into
 from megatron_lightseq.kernels.registry import LONG_FOR_REFERENCE, resolve_kernel
-from megatron_lightseq.training.parallel_groups import ParallelSizes, ProcessGroups
+from megatron_lightseq.training.parallel_groups import ProcessGroups
 from megatron_lightseq.transport import BufferPool
 from megatron_lightseq.transport.buffers import MAX_SHAPES
 
@@ -82,7 +83,8 @@ def test_buffers_of_shapes_long_unused_are_given_up() -> None:
 def test_auto_warns_before_a_long_sequence_meets_the_reference() -> None:
     q = torch.empty(LONG_FOR_REFERENCE, 1, 1, 2, dtype=torch.float64)
     with pytest.warns(
-        UserWarning, match=r"only the reference left for 4096 tokens of torch.float64 on cpu.*cpu: "
+        UserWarning,
+        match=r"falls back to the reference kernel for 4096 tokens of torch.float64 on cpu.*cpu: ",
     ):
         assert resolve_kernel("auto", q, q, q).name == "reference"
     with warnings.catch_warnings():
@@ -93,7 +95,7 @@ def test_auto_warns_before_a_long_sequence_meets_the_reference() -> None:
 def test_parallel_sizes() -> None:
     assert ParallelSizes(world_size=24, tensor=2, pipeline=3, context=2).data == 2
     with pytest.raises(
-        ConfigError, match=r"world size 6 with tensor 2 x pipeline 1 x context 2 = 4.* Start 4 processes"
+        ConfigError, match=r"world size 6 with tensor 2 \* pipeline 1 \* context 2 = 4.* Start 4 ranks"
     ):
         ParallelSizes(world_size=6, tensor=2, context=2)
     with pytest.raises(ConfigError, match="context 0"):

@@ -292,9 +292,9 @@ def test_overlap_and_bandwidth_in_the_simulation() -> None:
     ("make", "error", "text"),
     [
         (lambda: build("mesh:2x2", "zigzag", 6), UnsupportedError, "a mesh of 2 x 2 for 6 ranks"),
-        (lambda: build("mesh:0x2", "zigzag", 2), UnsupportedError, "Did you mean 'mesh'"),
+        (lambda: build("mesh:0x2", "zigzag", 2), UnsupportedError, "The nearest name is 'mesh'"),
         (lambda: build("usp:3", "contiguous", 4), LayoutError, "groups of 3 among 4 context-parallel ranks"),
-        (lambda: build("lightsec", "contiguous", 2), UnsupportedError, "Did you mean 'lightseq'"),
+        (lambda: build("lightsec", "contiguous", 2), UnsupportedError, "The nearest name is 'lightseq'"),
         (lambda: build("lightseq", "zigzag", 2), UnsupportedError, "'lightseq' on the zigzag layout"),
         (lambda: build("zigzag", "contiguous", 2), UnsupportedError, "works on zigzag shards"),
         (lambda: build("ring", "contiguous", 3, seq_length=10), LayoutError, "seq_length 10 over cp_size 3"),

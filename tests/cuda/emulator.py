@@ -167,6 +167,8 @@ class Emulator:
     deterministic: bool = False
     seed: int = 1
     threads: int = 1
+    refuses_tensor_maps: bool = False
+    """As a driver that refuses to describe a tensor to Hopper's kernels."""
     name: str = "emulated-cuda"
     rounds_results: bool = False
 
@@ -177,7 +179,8 @@ class Emulator:
             for architecture in ("sm80", "sm90"):
                 if function := getattr(library, f"mls_emu_{direction}_{architecture}", None):
                     function.restype = ctypes.c_char_p
-        library.mls_emu_configure.argtypes = [ctypes.c_uint64, ctypes.c_int]
+        library.mls_emu_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_bool]
+        library.mls_emu_fallback.restype = ctypes.c_char_p
         return library
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -189,8 +192,13 @@ class Emulator:
         self.library.mls_emu_statistics(ctypes.byref(counts))
         return counts
 
+    def fallback(self) -> str | None:
+        """Why the last call ran a kernel of compute capability 8.0 on Hopper; said once per kernel."""
+        reason = self.library.mls_emu_fallback()
+        return None if reason is None else str(reason.decode())
+
     def _call(self, direction: str, params: ctypes.Structure, *arguments: object) -> None:
-        self.library.mls_emu_configure(self.seed, self.threads)
+        self.library.mls_emu_configure(self.seed, self.threads, self.refuses_tensor_maps)
         for architecture in dict.fromkeys(
             (self.architecture, "sm80")
         ):  # as the dispatch: the newest that there is

@@ -165,8 +165,13 @@ HOPPER_MUTANTS = (
     ),
     _hopper(
         "keys used before they landed",
-        "barrier_wait(shared.keys_full(at.stage), at.parity);",
+        "if (tile < work.end_tile) barrier_wait(shared.keys_full(at.stage), at.parity);",
         "",
+    ),
+    _hopper(
+        "keys of the second tile used before they landed",
+        "Turn<T>::start();\n    barrier_wait(shared.keys_full(at.stage), at.parity);",
+        "Turn<T>::start();",
     ),
     _hopper("keys overwritten while used", "barrier_wait(shared.keys_empty(at.stage), at.parity ^ 1);", ""),
     _hopper(
@@ -361,7 +366,7 @@ HOPPER_BACKWARD_MUTANTS = (
     _backward("rows of dQ meet in banks", "trades = row % 2;", "trades = false;", PANELS, slow=True),
     _backward(
         "deterministic dq: keys used before they landed",
-        "barrier_wait(shared.keys_full(at.stage), at.parity);",
+        "if (tile < work.end_tile) barrier_wait(shared.keys_full(at.stage), at.parity);",
         "",
         HOPPER_DQ,
     ),
@@ -392,8 +397,8 @@ HOPPER_BACKWARD_MUTANTS = (
     ),
     _backward(
         "deterministic dq: last keys left out",
-        "tile < work.end_tile; ++tile, at.advance()) {\n    const",
-        "tile < work.end_tile - 1; ++tile, at.advance()) {\n    const",
+        "tile < work.end_tile;) {\n",
+        "tile < work.end_tile - 1;) {\n",
         HOPPER_DQ,
     ),
     _backward("deterministic dq: delta forgotten", "- rows[i % 4 / 2].delta", "", HOPPER_DQ),

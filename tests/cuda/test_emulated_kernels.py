@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -110,6 +111,25 @@ def test_order_of_warps_does_not_matter(library: Path, architecture: str, seed: 
     got = run_with_gradients(CAUSAL, torch.bfloat16, replace(kernel, seed=seed))
     for first, second in zip(want, got, strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_refused_tensor_map_is_reported_once_per_kernel(tmp_path: Path, library: Path) -> None:
+    fresh = tmp_path / "library.so"  # so that nothing has been reported yet
+    shutil.copy(library, fresh)
+    kernel = Emulator(fresh, "sm90", refuses_tensor_maps=True)
+    for _ in range(2):
+        run_with_gradients(CAUSAL, torch.bfloat16, kernel)
+    counts = kernel.statistics()
+    assert counts.mma > 0
+    assert counts.wgmma == 0
+    reason = kernel.fallback()
+    assert reason is not None
+    assert reason.startswith(
+        "attention with head dim 64 runs the kernel for compute capability 8.0 on this Hopper"
+    )
+    assert reason.endswith("of Hopper's own: the emulated driver refuses tensor maps")
+    run_with_gradients(CAUSAL, torch.bfloat16, kernel)
+    assert kernel.fallback() is None
 
 
 def test_several_tiles_equal_one(library: Path) -> None:

@@ -20,12 +20,14 @@ import pytest
 
 from megatron_lightseq.kernels.cuda import HEAD_DIMS
 from tests.cuda.emulator import CSRC
+from tests.cuda.overlap import overlapped_exponentials
 from tests.cuda.roles import roles
 
 ARCHITECTURES = ("80", "90a")
 LATER = "120"
 """A GPU that has no native code here: drivers make it from the PTX of 80."""
 SOURCES = tuple(path.name for path in sorted((CSRC / "cuda").glob("*.cu")))
+HOPPER_SOURCES = ("forward_sm90_bf16.cu", "forward_sm90_fp16.cu", "backward_sm90.cu")
 BUILD_CPU_SECONDS = 240
 """Two minutes on two cores, for everything that setup.py compiles."""
 KERNEL = re.compile(
@@ -220,7 +222,42 @@ def test_hopper_gradients_use_its_tensor_cores(compiled: dict[tuple[str, str], C
     assert seen == {(head_dim, kernel): 2 for head_dim in (64, 128) for kernel in ("all", "keys", "dq")}
 
 
-@pytest.mark.parametrize("source", ["forward_sm90_bf16.cu", "forward_sm90_fp16.cu", "backward_sm90.cu"])
+def exponentials_of_a_tile(name: str) -> int:
+    """Per thread of a consumer warpgroup, which has 64 rows: half of the tile's other side."""
+    if "forward" in name:
+        return int(re.findall(r"Li(\d+)E", name)[-1]) // 2
+    return 128 // 2 if "backward_dq" in name else 64 // 2
+
+
+@pytest.mark.parametrize("source", HOPPER_SOURCES)
+def test_softmax_overlaps_with_a_product(compiled: dict[tuple[str, str], Compiled], source: str) -> None:
+    """Between the wait for the scores and the wait for the product that runs concurrently."""
+    functions = sass(compiled[source, "90a"].object_file).split("Function : ")[1:]
+    assert functions
+    for function in functions:
+        name = function.split()[0]
+        assert overlapped_exponentials(function) >= exponentials_of_a_tile(name), name
+
+
+def test_a_wait_before_the_exponentials_is_no_overlap() -> None:
+    lines = [
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+        "MUFU.EX2 R1, R2",
+        "MUFU.EX2 R3, R4",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+    ]
+    assert overlapped_exponentials(listing(lines)) == 2
+    assert overlapped_exponentials(listing([lines[0], lines[3], *lines[1:3]])) == 0
+    assert overlapped_exponentials(listing([lines[3], *lines[1:3], lines[3]])) == 0
+    assert overlapped_exponentials(listing(lines[:3])) == 0
+
+
+def listing(lines: list[str]) -> str:
+    """Instructions as cuobjdump prints them."""
+    return "".join(f"    /*{16 * number:04x}*/   {text} ;\n" for number, text in enumerate(lines))
+
+
+@pytest.mark.parametrize("source", HOPPER_SOURCES)
 def test_roles_keep_within_the_registers_they_ask_for(
     compiled: dict[tuple[str, str], Compiled], source: str
 ) -> None:

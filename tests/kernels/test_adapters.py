@@ -17,8 +17,9 @@ from megatron_lightseq.kernels import flash_attn
 from megatron_lightseq.kernels.adapters import output_with_delta
 from megatron_lightseq.kernels.flash_attn import FlashAttnKernel
 from megatron_lightseq.kernels.reference import ReferenceKernel
-from megatron_lightseq.kernels.registry import Kernel, TileMask, kernel_names, resolve_kernel
+from megatron_lightseq.kernels.registry import Kernel, TileMask, resolve_kernel
 from megatron_lightseq.kernels.sdpa import SdpaKernel
+from megatron_lightseq.kernels.specs import kernel_names
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.transport import run_loopback
@@ -127,7 +128,7 @@ def test_sdpa_is_chosen_by_name_only() -> None:
     q = torch.randn(4, 1, 2, 16)
     assert resolve_kernel("sdpa", q, q, q).name == "sdpa"
     assert resolve_kernel("auto", q, q, q).name in ("cpu", "reference")
-    with pytest.raises(UnsupportedError, match="one head dim for q, k and v, not 16 and 8"):
+    with pytest.raises(UnsupportedError, match="it takes head dims D = Dv, not 16:8"):
         resolve_kernel("sdpa", q, q, q[..., :8])
 
 

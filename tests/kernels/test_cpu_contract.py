@@ -297,9 +297,11 @@ def test_says_what_it_does_not_support() -> None:
     assert KERNEL.unsupported(x, x, x) is None
     assert KERNEL.unsupported(x.bfloat16(), x.bfloat16(), x.bfloat16()) is None
     assert KERNEL.unsupported(x.double(), x.double(), x.double()) == (
-        "it takes float32 or bfloat16, the same for q, k and v"
+        "it takes float32 or bfloat16, not float64"
     )
-    assert KERNEL.unsupported(x, x.bfloat16(), x) == "it takes float32 or bfloat16, the same for q, k and v"
+    assert KERNEL.unsupported(x, x.bfloat16(), x) == (
+        "it takes q, k and v of one dtype on one device, not float32 on cpu, bfloat16 on cpu, float32 on cpu"
+    )
     assert KERNEL.unsupported(x.to("meta"), x, x) == "it takes tensors on the CPU only"
 
 

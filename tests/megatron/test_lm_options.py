@@ -147,9 +147,9 @@ def test_settings_follow_method_and_megatrons_kinds() -> None:
 def test_auto_chooses_a_layout_from_megatrons_arguments() -> None:
     shape = {"hidden_size": 8192, "num_attention_heads": 64, "bf16": True, "context_parallel_size": 16}
     grouped = {**shape, "group_query_attention": True, "num_query_groups": 8, "seq_length": 2**20}
-    from megatron_lightseq.schedule.choose import CHOSEN_LAYOUTS
+    from megatron_lightseq.schedule import default_layouts
 
-    assert settings(parsed("--cp-method", "auto"), **grouped).layout in CHOSEN_LAYOUTS
+    assert settings(parsed("--cp-method", "auto"), **grouped).layout in default_layouts()
     assert settings(parsed("--cp-method", "auto", "--cp-layout", "striped"), **grouped).layout == "striped"
 
 

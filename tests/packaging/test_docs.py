@@ -15,7 +15,7 @@ import torch
 import megatron_lightseq as mls
 from docs.examples.travelling_queries import travelling_queries
 from megatron_lightseq.config import keys as configuration_keys
-from megatron_lightseq.kernels.registry import kernel_names
+from megatron_lightseq.kernels.specs import kernel_names
 from megatron_lightseq.schedule import Payload
 from megatron_lightseq.transport import run_loopback
 from tests.core import oracle

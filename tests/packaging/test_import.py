@@ -39,6 +39,7 @@ def imported_by(statement: str) -> set[str]:
         "import megatron_lightseq as mls; mls.schedule.build('lightseq', mls.SequenceLayout.contiguous(8))",
         "import megatron_lightseq.config",
         "import megatron_lightseq.errors",
+        "import megatron_lightseq.kernels.specs",
     ],
 )
 def test_light_imports(statement: str) -> None:

@@ -11,6 +11,7 @@ from importlib import util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from packaging.requirements import Requirement
 
 from tests.packaging.fakes import ROOT
@@ -20,7 +21,12 @@ BASH = shutil.which("bash") or "/bin/bash"
 
 def load(name: str) -> ModuleType:
     """A script as a module."""
-    spec = util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    return load_file(name, ROOT / "scripts" / f"{name}.py")
+
+
+def load_file(name: str, path: Path) -> ModuleType:
+    """A Python file as a module."""
+    spec = util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = util.module_from_spec(spec)
@@ -224,6 +230,88 @@ def test_each_phase_runs_once(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "tools")
     assert setup(tmp_path, programs, MLS_CUDA="1").returncode == 0
     assert (tmp_path / "pip").read_text().removeprefix(built).startswith("MLS_CUDA=1 ")
+
+
+@pytest.fixture
+def build() -> ModuleType:
+    """setup.py as a module; nothing is built."""
+    return load_file("setup", ROOT / "setup.py")
+
+
+def test_an_old_setuptools_is_named(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert f"setuptools>={build.OLDEST_SETUPTOOLS}" in project["build-system"]["requires"]
+    build.check_setuptools()
+    monkeypatch.setattr(build.setuptools, "__version__", "70.3.0")
+    with pytest.raises(
+        SystemExit, match=r"has setuptools 70\.3\.0, .* pip install --upgrade 'setuptools>=77'"
+    ):
+        build.main()
+
+
+def toolkit(root: Path, libraries: str) -> Path:
+    """A stand-in for a CUDA toolkit, whose nvcc reports its folder as the real one does."""
+    nvcc = root / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!{BASH}\necho '#$ TOP={root}/bin/..' >&2\n")
+    nvcc.chmod(0o755)
+    (root / libraries).mkdir(parents=True)
+    (root / libraries / "libcudart_static.a").touch()
+    return nvcc
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No toolkit but the test's own, whatever this machine has."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "MLS_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    is_file = os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: "usr/local" not in str(path) and is_file(path))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+
+
+@pytest.mark.usefixtures("without_cuda")
+def test_the_toolkit_of_pip_is_found(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert build.find_nvcc() is None
+    nvcc = toolkit(tmp_path / "nvidia" / "cu13", "lib")
+    toolkit(tmp_path / "nvidia" / "cu12", "lib")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build.find_nvcc() == str(nvcc)
+    root = build.cuda_root(str(nvcc))
+    assert root == (tmp_path / "nvidia" / "cu13").resolve()
+    assert build.cuda_library_dirs(root) == [str(root / "lib")]
+
+
+@pytest.mark.parametrize("libraries", ["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"])
+def test_the_toolkit_behind_a_wrapper_script_is_found(
+    build: ModuleType, tmp_path: Path, libraries: str
+) -> None:
+    nvcc = toolkit(tmp_path / "cuda", libraries)
+    wrapper = tmp_path / "usr" / "bin" / "nvcc"
+    wrapper.parent.mkdir(parents=True)
+    wrapper.write_text(f'#!{BASH}\nexec {nvcc} "$@"\n')
+    wrapper.chmod(0o755)
+    root = build.cuda_root(str(wrapper))
+    assert build.cuda_library_dirs(root) == [str((tmp_path / "cuda").resolve() / libraries)]
+
+
+def test_a_toolkit_without_the_runtime_is_named(build: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"libcudart_static\.a is not in .*pip: nvidia-cuda-runtime"):
+        build.cuda_library_dirs(tmp_path)
+
+
+@pytest.mark.usefixtures("without_cuda")
+def test_cuda_is_asked_for_where_there_is_none(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build, "pip_installed_nvcc", list)
+    monkeypatch.setenv("MLS_CUDA", "1")
+    with pytest.raises(
+        SystemExit, match="no nvcc in CUDA_HOME, CUDA_PATH, /usr/local/cuda, PATH or Python's"
+    ):
+        build.find_nvcc()
 
 
 def test_an_unknown_argument_is_refused() -> None:

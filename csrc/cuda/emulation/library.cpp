@@ -48,8 +48,12 @@ const char* with_hopper_backward(const AttentionShape& shape, ElementType type, 
 
 extern "C" {
 
-void mls_emu_configure(uint64_t seed, int threads) {
-  mls::emu::options() = {seed, threads};
+void mls_emu_configure(uint64_t seed, int threads, bool refuses_tensor_maps) {
+  mls::emu::options() = {seed, threads, refuses_tensor_maps};
+}
+
+const char* mls_emu_fallback() {
+  return mls::cuda::take_fallback();
 }
 
 void mls_emu_statistics(mls::emu::Statistics* copy) {

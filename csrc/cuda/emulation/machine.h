@@ -47,6 +47,7 @@ struct Statistics {
 struct Options {
   uint64_t seed = 1;
   int threads = 1;
+  bool refuses_tensor_maps = false;  // as a driver may
 };
 
 // One CUDA thread, and the operands it brought to the warp collective it waits in.

@@ -81,13 +81,17 @@ inline void proxy_fence() {
   hopper().proxy_fence();
 }
 
+inline const char* tensor_map_refusal() {
+  return "the emulated driver refuses tensor maps";
+}
+
 inline bool make_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor, const int64_t (&sizes)[4],
                             ElementType, int rows) {
   *map = {static_cast<const unsigned char*>(tensor.data),
           {sizes[0], sizes[1], sizes[2], sizes[3]},
           {2, tensor.token_stride * 2, tensor.head_stride * 2, tensor.batch_stride * 2},
           rows};
-  return true;
+  return !emu::options().refuses_tensor_maps;
 }
 
 inline bool make_tensor_map(TensorMap* map, const TokenTensor<float>& tensor, const int64_t (&sizes)[4],
@@ -96,7 +100,7 @@ inline bool make_tensor_map(TensorMap* map, const TokenTensor<float>& tensor, co
           {sizes[0], sizes[1], sizes[2], sizes[3]},
           {4, tensor.token_stride * 4, tensor.head_stride * 4, tensor.batch_stride * 4},
           rows};
-  return true;
+  return !emu::options().refuses_tensor_maps;
 }
 
 inline int warpgroup_id() {

@@ -4,6 +4,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <string>
+
 #include "attention_params.h"
 #include "cuda/primitives/wgmma_ptx.h"
 
@@ -119,25 +121,46 @@ inline void* find_tensor_map_encoder() {
   return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? entry : nullptr;
 }
 
-// A map of one (tokens, batch, heads, dim) tensor for boxes of 128 bytes x `rows` tokens; false where CUDA
-// cannot make one.
+// Why the last tensor map of this thread could not be made.
+inline std::string& tensor_map_refusal() {
+  static thread_local std::string text;
+  return text;
+}
+
+inline std::string describe_refusal(CUresult status, const void* data, const cuuint64_t (&dims)[4],
+                                    const cuuint64_t (&stride_bytes)[3]) {
+  std::string text = "the driver refused a tensor map with CUresult " + std::to_string(status) + " (sizes";
+  for (cuuint64_t size : dims) text += " " + std::to_string(size);
+  text += ", strides in bytes";
+  for (cuuint64_t stride : stride_bytes) text += " " + std::to_string(stride);
+  return text + ", address " + std::to_string(reinterpret_cast<uintptr_t>(data) % 128) + " modulo 128)";
+}
+
+// A map of one (tokens, batch, heads, dim) tensor for boxes of 128 bytes x `rows` tokens. False, with the
+// reason in tensor_map_refusal(), where the driver cannot make one.
 inline bool encode_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor,
                               const int64_t (&sizes)[4], CUtensorMapDataType type, int element_bytes,
                               int rows) {
   static void* const encode = find_tensor_map_encoder();
-  if (encode == nullptr) return false;
+  if (encode == nullptr) {
+    tensor_map_refusal() = "the driver has no cuTensorMapEncodeTiled";
+    return false;
+  }
   const int64_t strides[3] = {tensor.token_stride, tensor.head_stride, tensor.batch_stride};
   cuuint64_t dims[4], stride_bytes[3];
   for (int i = 0; i < 4; ++i) dims[i] = sizes[i];
-  // The stride of a dimension of size 1 means nothing, and may be one that CUDA refuses.
+  // The stride of a dimension of size 1 means nothing, and may be one that the driver refuses.
   for (int i = 0; i < 3; ++i) stride_bytes[i] = sizes[i + 1] == 1 ? 16 : strides[i] * element_bytes;
   const cuuint32_t steps[4] = {1, 1, 1, 1},
                    box[4] = {static_cast<cuuint32_t>(kSwizzleRowBytes / element_bytes),
                              static_cast<cuuint32_t>(rows), 1, 1};
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
-             map, type, 4, const_cast<void*>(tensor.data), dims, stride_bytes, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const CUresult status = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
+      map, type, 4, const_cast<void*>(tensor.data), dims, stride_bytes, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    tensor_map_refusal() = describe_refusal(status, tensor.data, dims, stride_bytes);
+  return status == CUDA_SUCCESS;
 }
 
 // Of 16-bit inputs: boxes of 64 columns.

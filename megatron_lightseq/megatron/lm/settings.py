@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_lightseq.attention import AttentionStats
-from megatron_lightseq.config import Machine, PretrainConfig, with_values
+from megatron_lightseq.config import PretrainConfig, with_values
 from megatron_lightseq.config.resolved import with_chosen_layout
-from megatron_lightseq.config.rules import broken, report
-from megatron_lightseq.config.rules_model import BOUNDS, CONTEXT
+from megatron_lightseq.config.validate import CONTEXT_RULES, validate
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings
 from megatron_lightseq.megatron.lm.options import KEYS, RECOMPUTE_KEYS, LmOptions
 
@@ -45,9 +44,7 @@ def core_attention_settings(
         ConfigError: options that do not fit together, or to the model and its parallel sizes.
     """
     config = as_config(options, arguments)
-    rules = broken(config, Machine(), bounds=BOUNDS, relations=(CONTEXT,))
-    if rules:
-        raise report([rule.message(config, Machine()) for rule in rules])
+    validate(config, rule_sets=CONTEXT_RULES)
     context = with_chosen_layout(config).context
     inner = getattr(arguments, "hierarchical_context_parallel_sizes", None)
     return CoreAttentionSettings(

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.attention import DistAttention
-from megatron_lightseq.config.sections import LAYOUT_OF_METHOD
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
@@ -49,11 +48,11 @@ class OverlapJob:
 
     def layout_of(self, method: str) -> str:
         """The layout that training uses with a method."""
-        return LAYOUT_OF_METHOD[method]
+        return METHODS[method].default_layout
 
     def check(self, ranks: int) -> None:
         """Raise a :class:`LightSeqError` for what cannot run on so many ranks."""
-        known = [name for name in LAYOUT_OF_METHOD if name in METHODS and not METHODS[name].full_rows]
+        known = [name for name, method in METHODS.items() if not method.full_rows]
         unknown = [name for name in self.methods if name not in known]
         if unknown or ranks < 2 or self.num_heads % max(1, self.num_query_groups):
             raise ConfigError(

@@ -94,14 +94,9 @@ def padded_heads(config: PretrainConfig) -> ModelConfig:
     )
 
 
-_BALANCED = {"all_gather": "zigzag", "usp": "zigzag"}
-"""Methods that take any layout and are balanced on this one; `ring` stays unbalanced, that is what it is for."""
-
-
 def _ours(method: str, **more: Any) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
-    layout = _BALANCED.get(method, METHODS[method].layouts[0])
-
     def changes(_: PretrainConfig, world_size: int) -> Mapping[str, Any]:
+        layout = METHODS[method].default_layout
         return {"cp_method": method, "cp_layout": layout, "context_parallel_size": world_size, **more}
 
     return changes

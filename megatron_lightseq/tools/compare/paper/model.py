@@ -173,10 +173,10 @@ def place_paper(layout: SequenceLayout, mask: Mask) -> Placement:
     return [[[tile for q, k in cell for tile in all_tiles(layout, q, k)] for cell in row] for row in pairs]
 
 
-PAPER_LIGHTSEQ = Method("paper-lightseq", place_paper, layouts=("contiguous",))
+PAPER_LIGHTSEQ = Method("paper-lightseq", place_paper, only_layouts=("contiguous",))
 
 
 @lru_cache(maxsize=32)
 def _schedule(method: Method, gpus: int, direction: Direction) -> Schedule:
-    layout = SequenceLayout(method.layouts[0], gpus)
+    layout = SequenceLayout(method.default_layout, gpus)
     return build(method, layout, direction=direction, seq_length=layout.num_chunks * _NOMINAL_CHUNK)

@@ -394,11 +394,11 @@ def balance(shop: Workshop) -> list[Row]:
 
 
 def _makespan(method: Method, size: int) -> float:
-    return simulate(build(method, SequenceLayout(method.layouts[0], size))).makespan_s
+    return simulate(build(method, SequenceLayout(method.default_layout, size))).makespan_s
 
 
 def _speedup(method: Method, size: int) -> float:
-    played = simulate(build(method, SequenceLayout(method.layouts[0], size)))
+    played = simulate(build(method, SequenceLayout(method.default_layout, size)))
     return played.busy * size
 
 
