@@ -37,6 +37,7 @@ def build(
     Raises:
         UnsupportedError: unknown method, or one that does not work on this layout.
         LayoutError: the sequence does not divide among the ranks.
+        ConfigError: the mask is for sequences of another length.
         ScheduleError: the placement loses, repeats or misplaces a tile.
     """
     method = resolve_method(method)
@@ -44,7 +45,7 @@ def build(
     layout = method.inner_layout(layout)
     mask = Mask.causal() if mask is None else mask
     if seq_length is None:
-        seq_length = mask.cu_seqlens[-1] if mask.cu_seqlens else layout.num_chunks * NOMINAL_CHUNK_LENGTH
+        seq_length = mask.length or layout.num_chunks * NOMINAL_CHUNK_LENGTH
     layout.check_length(seq_length)
     direction = Direction(direction)
     placement = drop_empty(method.place(layout, mask), work_of(layout, mask, seq_length))

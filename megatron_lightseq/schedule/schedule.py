@@ -105,14 +105,16 @@ class Schedule:
 def work_of(layout: SequenceLayout, mask: Mask, seq_length: int) -> Mapping[Tile, int]:
     """Tiles with work and their areas, for ``seq_length`` tokens cut by ``layout`` under ``mask``; read-only."""
     positions = [layout.chunk_positions(chunk, seq_length) for chunk in range(layout.num_chunks)]
-    # Without documents a tile's area depends on the distance of its queries and keys and on their lengths only.
+    mask.check_length(seq_length)
+    # In a window a tile's area depends on the distance of its queries and keys and on their lengths only.
+    is_window = mask.window_size is not None
     areas: dict[tuple[int, int, int], int] = {}
     work: dict[Tile, int] = {}
     for q, queries in enumerate(positions):
         q_start, q_length = queries.start, len(queries)
         for k, keys in enumerate(positions):
             like = (keys.start - q_start, q_length, len(keys))
-            area = None if mask.cu_seqlens else areas.get(like)
+            area = areas.get(like) if is_window else None
             if area is None:
                 area = areas[like] = mask.area(queries, keys)
             if area:
