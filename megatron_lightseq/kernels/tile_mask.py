@@ -44,7 +44,7 @@ class TileMask:
         tile = _Tile(queries, keys, common_stride(queries, keys))
         terms = mask.terms_over(max(queries[-1], keys[-1]) + 1)
         if len(terms) != 1:
-            terms = tuple(term for term in terms if term.area(queries, keys))
+            pass
         return tuple(tile.mask_of(term, device) for term in terms) or (TileMask(len(keys), len(keys)),)
 
 

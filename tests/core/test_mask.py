@@ -4,11 +4,11 @@ import copy
 import pickle
 import random
 from functools import reduce
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import assume, given, reject
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -115,19 +115,46 @@ def test_area_counts_the_allowed_pairs_of_every_tile(
             assert mask.area(queries, keys) == int(allowed[list(queries)][:, list(keys)].sum())
 
 
+CORNERS = [
+    "prefix(0,2,4,12;0,2,0)",
+    "prefix(0,2,5,12;2,0,7)",
+    "prefix(0,12;5)",
+    "runs(12;0:0..2,4:p-3..p-1,7:none,9:2..inf)",
+    "runs(12;0:none,2:p-2..p+2,6:0..p,10:9..inf)",
+    "window(2,3)&documents(0,1,2,3,7,12)",
+    "causal&padded(0,4,8,12;1,4,3)",
+    "window(2,0)|causal&sinks(3)",
+    "window(1,1)|globals(2)",
+    "sinks(0)",
+]
+"""Neighbouring pieces that a band could join by mistake: constant below, inside and above the keys of a tile."""
+
+
+def check_calls(mask: Mask, allowed: Tensor, layout: SequenceLayout) -> None:
+    """Every allowed pair of every tile is in one call, no other pair in any."""
+    length = len(allowed)
+    chunks = [layout.chunk_positions(chunk, length) for chunk in range(layout.num_chunks)]
+    for queries, keys in product(filter(None, chunks), repeat=2):
+        tiles = TileMask.of(mask, queries, keys, CPU)
+        shown = [visible(tile, len(queries), len(keys), CPU).int() for tile in tiles]
+        assert torch.equal(sum(shown), allowed[list(queries)][:, list(keys)].int()), (queries, keys)
+        assert all(part.any() for part in shown) or len(tiles) == 1
+
+
 @given(st.data(), layouts, st.integers(1, 3))
 def test_calls_of_a_tile_show_every_allowed_pair_once(
     data: st.DataObject, layout: SequenceLayout, scale: int
 ) -> None:
-    length = 2 * layout.cp_size * scale
-    mask, allowed = data.draw(combined(length))
-    chunk = st.integers(0, layout.num_chunks - 1)
-    queries, keys = (layout.chunk_positions(data.draw(chunk), length) for _ in range(2))
-    assume(queries and keys)
-    tiles = TileMask.of(mask, queries, keys, CPU)
-    shown = [visible(tile, len(queries), len(keys), CPU).int() for tile in tiles]
-    assert torch.equal(sum(shown), allowed[list(queries)][:, list(keys)].int())
-    assert all(part.any() for part in shown) or len(tiles) == 1
+    mask, allowed = data.draw(combined(2 * layout.cp_size * scale))
+    check_calls(mask, allowed, layout)
+
+
+@pytest.mark.parametrize("layout_name", sorted(LAYOUTS))
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("text", CORNERS)
+def test_calls_of_corner_cases(text: str, size: int, layout_name: str) -> None:
+    mask = Mask.parse(text)
+    check_calls(mask, dense(mask, 12), SequenceLayout(layout_name, size))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +226,16 @@ def test_strides_of_queries_and_keys_must_agree() -> None:
         (Mask.window(None, 0), Mask.causal()),
         (Mask.window(None, None), Mask.full()),
         (Mask.causal() & Mask.full(), Mask.causal()),
+        (Mask.full() & Mask.window(3, 2), Mask.window(3, 2)),
+        (Mask.sinks(2, causal=False) & Mask.window(3), Mask.parse("runs(0:0..p+1,2:0..2,4:p-3..2,5:none)")),
+        (
+            Mask.parse("runs(0:none,3:0..p-2)") & Mask.window(5),
+            Mask.parse("runs(0:none,3:0..p-2,6:p-5..p-2)"),
+        ),
+        (
+            Mask.causal() | Mask.parse("runs(0:5..8)"),
+            Mask.parse("runs(0:0..p+1,4:0..8,8:0..p+1)|runs(0:5..8,4:none)"),
+        ),
         (Mask.causal() | Mask.full(), Mask.full()),
         (Mask.window(3, 0) | Mask.window(0, 2), Mask.window(3, 2)),
         (Mask.documents((0, 4, 4, 9)), Mask.documents((0, 4, 9))),
