@@ -3,9 +3,9 @@
 #   docker build -t lightseq .                                         NVIDIA's PyTorch image: CUDA, Transformer Engine, apex
 #   docker build -t lightseq-cpu --build-arg BASE=python:3.11-slim .   plain Python, CPU only
 #
-# The torch, Transformer Engine and apex of NVIDIA's image stay as they are: scripts/dependencies.py pins what it finds.
-# On the plain image pip takes the torch build its configuration leads to; pass --build-arg PIP_EXTRA_INDEX_URL=... (the
-# address of an index with CPU builds) to spare yourself the CUDA libraries.
+# NVIDIA's image keeps its torch, Transformer Engine and apex: scripts/dependencies.py pins the versions that it finds.
+# On the plain image pip installs the torch build that it finds first. To avoid the CUDA libraries, pass
+# --build-arg PIP_EXTRA_INDEX_URL=... (the address of an index with CPU builds).
 ARG BASE=nvcr.io/nvidia/pytorch:26.05-py3
 # hadolint ignore=DL3006
 FROM ${BASE}
@@ -16,7 +16,7 @@ ARG RUN_TESTS=1
 # The image is the environment: no virtual environment inside it.
 ENV LIGHTSEQ_VENV=none PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
 
-# A compiler is all that is needed besides Python; NVIDIA's image has one.
+# Besides Python, only a compiler is needed; NVIDIA's image has one.
 # hadolint ignore=DL3008
 RUN command -v g++ >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*; }
@@ -25,6 +25,6 @@ WORKDIR /opt/lightseq
 COPY . .
 RUN bash scripts/setup_env.sh --dev && { [ "$RUN_TESTS" = 0 ] || bash scripts/run_tests.sh; }
 
-# After the tests: the environment is ready, nothing is to be checked at every start.
+# After the tests: the environment is ready and need not be checked at every start.
 ENV LIGHTSEQ_SETUP=0
 CMD ["bash", "scripts/pretrain_gpt.sh"]

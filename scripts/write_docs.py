@@ -11,6 +11,7 @@ KIND is one of
     commands                 the subcommands of `lightseq`
     schedule METHOD P [DIRECTION]  a schedule over P ranks, as it prints
     balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
+    balance_by_mask          the same on eight ranks, by method and mask
     traffic                  bytes sent by method and P
     seams                    what is replaced in Megatron-LM (megatron_lightseq/megatron/lm/seams.py)
     refusals                 arguments of Megatron-LM that are refused (megatron_lightseq/megatron/lm/refusals.py)
@@ -20,11 +21,19 @@ KIND is one of
     code FILE [FIRST | LAST] a file, or its lines from the one with FIRST to the next one with LAST
     megatron_options VERDICT what becomes of Megatron's options (megatron_lightseq/megatron/options.py)
     fresh_clone PART         what the README's commands did in a fresh clone (docs/results/fresh_clone.json)
+    kernels                  every attention kernel (megatron_lightseq/kernels/specs.py)
+    rooms                    the folders and modules of the package, by their docstrings
+    imports                  a diagram of which of them imports which
+    errors                   every exception, in the same way
+    reference MODULE [NAME ...] the public names of a module (its __all__), for Sphinx to document
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
+import inspect
 import json
 import re
 import sys
@@ -34,11 +43,13 @@ from pathlib import Path
 from typing import Any
 
 import megatron_lightseq as mls
+import megatron_lightseq.errors as mls_errors
 from megatron_lightseq.cli import COMMANDS
 from megatron_lightseq.config.flat import to_flat
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import dump_scalar
 from megatron_lightseq.config.typed import describe, field_docstrings, section_types
+from megatron_lightseq.kernels.specs import KERNELS
 from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
 from megatron_lightseq.megatron.lm.refusals import LOSS_TILE_REFUSALS, MLP_TILE_REFUSALS, REFUSALS
 from megatron_lightseq.megatron.lm.seams import DEFAULT_LAYERS, SEAMS
@@ -47,13 +58,16 @@ from megatron_lightseq.schedule import METHODS, TensorShape, simulate
 from megatron_lightseq.tools.markdown import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "megatron_lightseq"
 BLOCK = re.compile(r"(<!-- generated: (?P<what>.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+LANGUAGES = {".py": "python", ".mmd": "mermaid"}
 SIZES = (2, 3, 4, 5, 8, 16)
 
 
 def documents() -> list[Path]:
     """Files that may hold generated blocks."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "results"]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(pages)]
 
 
 def flags(*sections: str) -> str:
@@ -103,6 +117,23 @@ def balance() -> str:
         for size in SIZES
     ]
     return markdown_table(["ranks", *methods], rows)
+
+
+def balance_by_mask() -> str:
+    """The same under other masks, on eight ranks of 2,048 tokens."""
+    length, methods = 8 * 2048, ("ring", "zigzag", "lightseq", "balanced")
+    causal, ends = mls.Mask.causal(), (0, 0.14, 0.5, 0.52, 0.97, 1)
+    masks = {
+        "causal": causal,
+        "causal, window of 6,144": mls.Mask.window(6143),
+        "causal, five documents of unequal length": causal
+        & mls.Mask.documents([int(x * length) for x in ends]),
+    }
+    rows = []
+    for name, mask in masks.items():
+        built = [mls.schedule.build(m, layout_for(m, 8), mask=mask, seq_length=length) for m in methods]
+        rows.append([name, *(f"{simulate(one).busy:.0%}" for one in built)])
+    return markdown_table(["mask", *methods], rows)
 
 
 def traffic() -> str:
@@ -158,7 +189,7 @@ def code(path: str, *between: str) -> str:
         end = next(number for number, line in enumerate(lines) if number >= start and last in line)
         lines = lines[start : end + 1]
     body = textwrap.dedent("\n".join(lines)).strip("\n")
-    return f"```{'python' if path.endswith('.py') else 'yaml'}\n{body}\n```"
+    return f"```{LANGUAGES.get(Path(path).suffix, 'yaml')}\n{body}\n```"
 
 
 def fresh_clone(part: str) -> str:
@@ -170,15 +201,13 @@ def fresh_clone(part: str) -> str:
     if part == "output":
         return "```text\n" + "\n".join(recorded["commands"]["pretrain"]["lines"]) + "\n```"
     if part == "pictures":
-        loss = (
-            "![Training loss by step, falling below the unigram entropy of the corpus](docs/images/loss.png)"
-        )
-        return f"{loss}\n\n![The schedule of the attention that ran](docs/images/schedule.png)"
+        loss = "![Training loss by step, falling below the unigram entropy of the corpus](images/loss.png)"
+        return f"{loss}\n\n![The schedule of the attention that ran](images/schedule.png)"
     if part == "loss":
-        sentence = (
-            "From {first_loss:.2f} to {last_loss:.2f} nats a byte; guessing by frequency costs {entropy:.2f}."
+        falls = "Loss falls from {first_loss:.2f} to {last_loss:.2f} nats per byte".format(
+            **recorded["summary"]
         )
-        return sentence.format(**recorded["summary"])
+        return f"{falls}; a unigram model scores {recorded['summary']['entropy']:.2f}."
     return _times(recorded)
 
 
@@ -230,12 +259,121 @@ def image(path: str, *words: str) -> str:
     return f"![{' '.join(words)}]({Path(path).relative_to('docs')})"
 
 
+def kernels() -> str:
+    """Every kernel, as its spec describes it."""
+    rows = []
+    for spec in KERNELS.values():
+        takes = "; ".join(
+            f"{support.device_type}: {', '.join(support.dtypes)}; head dims {support.head_dims}"
+            for support in spec.devices
+        )
+        sources = ", ".join(f"`{source}`" for source in spec.sources)
+        in_auto = "yes" if spec.in_auto else "no"
+        rows.append([f"`{spec.name}`", spec.summary, takes, str(spec.masks), in_auto, sources])
+    header = ["name", "what it is", "devices, dtypes, head dims", "masks", "in `auto`", "where"]
+    return markdown_table(header, rows)
+
+
+def rooms() -> str:
+    """The package's folders and top-level modules, with the first sentence of each docstring."""
+    rows = []
+    for path in sorted(PACKAGE.rglob("__init__.py")) + sorted(PACKAGE.glob("[a-z]*.py")):
+        name = path.relative_to(PACKAGE).as_posix().removesuffix("__init__.py")
+        if name:
+            rows.append([f"`{name}`", _first_sentence(path)])
+    return markdown_table(["room", "what it holds"], sorted(rows))
+
+
+def _first_sentence(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    text = re.sub(r":\w+:`~?\.?([^`]+)`", r"`\1`", " ".join(text.split("\n\n")[0].split()))
+    return re.sub(r"``([^`]+)``", r"`\1`", re.split(r"(?<=\.) (?=[A-Z`])", text)[0])
+
+
+def imports() -> str:
+    """The imports between the package's rooms, less those that follow from others."""
+    direct = _imports_between_rooms()
+
+    def reached(room: str, skipped: str) -> set[str]:
+        found: set[str] = set()
+        left = direct[room] - {skipped}
+        while left:
+            found |= left
+            left = set().union(*(direct[other] for other in left)) - found
+        return found
+
+    edges = [
+        f"  {room} --> {other}"
+        for room in sorted(direct)
+        for other in sorted(direct[room])
+        if other not in reached(room, other)
+    ]
+    return "```mermaid\nflowchart TD\n" + "\n".join(edges) + "\n```"
+
+
+def _imports_between_rooms() -> dict[str, set[str]]:
+    prefix = f"{PACKAGE.name}."
+    names = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_") and _is_room(path)}
+    direct: dict[str, set[str]] = {name: set() for name in names}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = (
+                [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            )
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            used = {module.split(".")[1] for module in modules if module.startswith(prefix)} & names
+            if room in names:
+                direct[room] |= used - {room}
+    return direct
+
+
+def _is_room(path: Path) -> bool:
+    return path.suffix == ".py" or (path / "__init__.py").is_file()
+
+
+def reference(module: str, *names: str) -> str:
+    """Directives that make Sphinx document the public names of a module."""
+    public = names or importlib.import_module(module).__all__
+    return "```{eval-rst}\n" + "\n".join(_directive(module, name) for name in public) + "\n```"
+
+
+def _directive(module: str, name: str) -> str:
+    value = getattr(importlib.import_module(module), name)
+    if isinstance(value, type):
+        return f".. {'autoexception' if issubclass(value, Exception) else 'autoclass'}:: {module}.{name}"
+    if inspect.isroutine(value):
+        return f".. autofunction:: {module}.{name}"
+    # The docstring of a constant stands where it is defined.
+    return f".. autodata:: {_home_of(module, name)}.{name}\n   :no-value:"
+
+
+def _home_of(module: str, name: str) -> str:
+    """The module that defines a name, followed through imports."""
+    source = importlib.import_module(module).__file__
+    assert source is not None
+    for node in ast.walk(ast.parse(Path(source).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and name in {alias.name for alias in node.names}:
+            return _home_of(node.module, name)
+    return module
+
+
+def errors() -> str:
+    """Every exception of the package, for Sphinx to document."""
+    names = [
+        name for name, value in vars(mls_errors).items() if isinstance(value, type) and name.endswith("Error")
+    ]
+    return reference(mls_errors.__name__, *names)
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "flags": flags,
     "commands": commands,
     "schedule": schedule,
     "methods": methods,
     "balance": balance,
+    "balance_by_mask": balance_by_mask,
     "traffic": traffic,
     "seams": seams,
     "refusals": refusals,
@@ -245,11 +383,16 @@ KINDS: dict[str, Callable[..., str]] = {
     "image": image,
     "megatron_options": megatron_options,
     "fresh_clone": fresh_clone,
+    "kernels": kernels,
+    "rooms": rooms,
+    "imports": imports,
+    "reference": reference,
+    "errors": errors,
 }
 
 
 def rewritten(text: str) -> str:
-    """A document with its generated blocks made anew."""
+    """A document with its generated blocks written again."""
 
     def fill(match: re.Match[str]) -> str:
         kind, *arguments = match["what"].split()

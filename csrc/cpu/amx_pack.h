@@ -1,7 +1,8 @@
-// bf16 operands of AMX products: one bf16 part for each value of bf16, three for
-// fp32. A word is a pair of bf16 values, the first in its lower half.
+// Packs operands of AMX products: a bf16 value is one bf16 part, an fp32 value three. A word is a pair of
+// bf16 values, the first in its lower half.
 #pragma once
 #include "amx_tile.h"
+#include "isolation.h"
 #include "pack.h"
 #include "row_tile.h"
 #include "simd.h"
@@ -12,7 +13,7 @@ constexpr int64_t amx_width(int64_t dim) {
   return round_up(dim, kAmxBlock);
 }
 
-// Of lane_tiles(data, width).
+// The layout of lane_tiles(data, width).
 constexpr LaneLayout amx_lanes(int64_t width) {
   return {kLanes, width * kLanes};
 }
@@ -28,11 +29,11 @@ constexpr int kAmxParts<BFloat16> = 1;
 template <>
 constexpr int kAmxParts<Float32> = 3;
 
-// An operand in memory: its parts one behind the other.
+// An operand in memory, part after part.
 template <typename T>
 struct AmxParts {
   T* data;
-  int64_t size;  // of a part
+  int64_t size;  // elements per part
 
   MLS_INLINE T* operator[](int part) const { return data + part * size; }
   MLS_INLINE AmxParts<T> from(int64_t offset) const { return {data + offset, size}; }
@@ -48,15 +49,14 @@ MLS_INLINE AmxTiles<const T> packed_operand(AmxParts<T> operand, int64_t columns
   return packed_tiles<const T>(operand.data, columns, operand.size);
 }
 
-// Rounding to bf16 is an integer addition, ties away from zero: the upper half
-// of the sum is the bf16. vcvtne2ps2bf16 takes two cycles and leaves its values
-// side by side, where products want them in pairs.
+// Rounds to bf16, ties away from zero, by an integer addition; the upper half of the result is the bf16
+// value. vcvtne2ps2bf16 takes two cycles and does not leave its values in the pairs that products need.
 MLS_INLINE Vec round_to_bf16(Vec x) {
   constexpr int32_t kHalfOfBf16Ulp = 0x8000;
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) + kHalfOfBf16Ulp);
 }
 
-// The bf16 parts of values: the upper half of `of[i]` is part i.
+// The bf16 parts of a vector of values: the upper half of `of[i]` is part i.
 template <int kParts>
 struct Bf16Parts {
   Vec of[kParts];
@@ -69,8 +69,8 @@ template <>
 MLS_INLINE Bf16Parts<1> split(Vec x) {
   return {{round_to_bf16(x)}};
 }
-// Upper halves as they are, not rounded: what is left is exact then, and the third part holds all of it. It
-// also leaves the largest finite values finite.
+// Truncates instead of rounding: the remainders are then exact, the third part holds all of the last one, and
+// the largest finite values stay finite.
 template <>
 MLS_INLINE Bf16Parts<3> split(Vec x) {
   constexpr int32_t kUpperHalf = static_cast<int32_t>(0xffff0000);
@@ -81,8 +81,7 @@ MLS_INLINE Bf16Parts<3> split(Vec x) {
   return {{x, rest, below(rest)}};
 }
 
-// lane = the upper halves of (low, high): bytes 2 and 3 of `low` move below those of
-// `high`.
+// Each lane becomes the upper halves of (low, high): bytes 2 and 3 of `low` move below those of `high`.
 MLS_INLINE Vec pair_words(Vec low, Vec high) {
   constexpr __mmask64 kLowerHalves = 0x3333333333333333;
   const __m512i bytes = _mm512_set4_epi32(0x00000f0e, 0x00000b0a, 0x00000706, 0x00000302);
@@ -90,7 +89,7 @@ MLS_INLINE Vec pair_words(Vec low, Vec high) {
                                                         reinterpret_cast<__m512i>(low), bytes));
 }
 
-// The upper halves of `first`, then those of `second`.
+// The upper halves of all lanes of `first`, then those of `second`.
 MLS_INLINE Vec upper_halves(Vec first, Vec second) {
   alignas(MLS_VEC_BYTES) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                                23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
@@ -113,7 +112,7 @@ MLS_INLINE Vec interleave(const uint16_t* low, const uint16_t* high) {
   return reinterpret_cast<Vec>(lower | (upper << 16));
 }
 
-// Rows of bf16 values: of a tensor, or of one part in a copy.
+// Rows of bf16 values, in a tensor or in one part of a copy.
 struct AmxRows {
   const uint16_t* data;
   int64_t stride;
@@ -128,8 +127,8 @@ struct AmxPartRows {
   MLS_INLINE AmxRows operator[](int part) const { return {parts[part], stride}; }
 };
 
-// dst = src and zeros up to amx_width(dim). Not memcpy: inline loads of several
-// rows wait for memory together.
+// dst = src, then zeros up to amx_width(dim). Not by memcpy: with inline loads, cache misses of several rows
+// overlap.
 MLS_INLINE void split_row(const uint16_t* src, int64_t dim, AmxParts<uint16_t> dst) {
   int64_t d = 0;
   for (; d + kAmxBlock <= dim; d += kAmxBlock) _mm512_storeu_si512(dst.data + d, _mm512_loadu_si512(src + d));
@@ -138,7 +137,7 @@ MLS_INLINE void split_row(const uint16_t* src, int64_t dim, AmxParts<uint16_t> d
     _mm512_storeu_si512(dst.data + d, _mm512_maskz_loadu_epi16(tail, src + d));
   }
 }
-// The same in parts.
+// The same for fp32, split into parts.
 MLS_INLINE void split_row(const float* src, int64_t dim, AmxParts<uint16_t> dst) {
   const auto load_some = [&](int64_t d) __attribute__((always_inline)) {
     const int64_t left = std::clamp<int64_t>(dim - d, 0, kLanes);
@@ -154,8 +153,8 @@ MLS_INLINE void split_row(const float* src, int64_t dim, AmxParts<uint16_t> dst)
   }
 }
 
-// To the L2 cache. Rows of one head lie far apart: no processor fetches them by
-// itself.
+// Prefetches to the L2 cache. Rows of one head are far apart in memory, so hardware prefetchers do not fetch
+// them.
 MLS_INLINE void prefetch_row(const void* row, int64_t bytes) {
   constexpr int64_t kCacheLine = 64;
   for (int64_t i = 0; i < bytes; i += kCacheLine) {
@@ -169,7 +168,7 @@ inline void clear_rows(AmxParts<uint16_t> rows, int64_t first, int64_t last, int
     std::memset(rows[i] + first * width, 0, (last - first) * width * sizeof(uint16_t));
 }
 
-// Keys [first, last).
+// Prefetches keys [first, last).
 template <class Element>
 inline void prefetch_key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t last,
                               int64_t dim) {
@@ -177,8 +176,8 @@ inline void prefetch_key_rows(const TokenTensor<const void>& tensor, KeyHead at,
     prefetch_row(row_pointer(typed<Element>(tensor), 1, at, key), dim * sizeof(typename Element::Storage));
 }
 
-// Rows [first, first + count) and zero rows up to `capacity`, amx_width(dim) values each: of bf16 those of
-// the tensor itself if that is how they lie, else a copy in parts.
+// Rows [first, first + count), then rows of zeros up to `capacity`, with amx_width(dim) values each. Refers
+// to the tensor itself where it holds exactly that (bf16 only), otherwise to a copy in parts.
 template <class Element>
 MLS_INLINE AmxPartRows padded_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
                                    int64_t first, int64_t count, int64_t capacity, int64_t dim,
@@ -195,7 +194,8 @@ MLS_INLINE AmxPartRows padded_rows(const TokenTensor<const void>& tensor, int64_
   return {{copy.data, copy.size}, width};
 }
 
-// A block of keys. What is read past them meets weights of zero, and zero times stale memory could be NaN.
+// A block of keys. Rows past the last key are zeros: they are multiplied by weights of zero, and zero times
+// stale memory could be NaN.
 template <class Element>
 MLS_INLINE AmxPartRows key_rows(const TokenTensor<const void>& tensor, KeyHead at, int64_t first,
                                 int64_t count, int64_t dim, AmxParts<uint16_t> copy) {
@@ -205,6 +205,34 @@ template <class Element>
 MLS_INLINE AmxPartRows tile_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at,
                                  const RowTile& tile, int64_t dim, AmxParts<uint16_t> copy) {
   return padded_rows<Element>(tensor, group, at, tile.first_row, tile.num_rows, kTileRows, dim, copy);
+}
+
+// The rows with zeros instead of non-finite values: in `copy` if there are any, and then sets `is_finite` to
+// false.
+template <int kParts>
+inline AmxPartRows finite_rows(AmxPartRows rows, int64_t num_rows, int64_t width, AmxParts<uint16_t> copy,
+                               bool& is_finite) {
+  constexpr int kValues = 2;  // per word
+  const auto load = [&](int part, int64_t r, int64_t d) __attribute__((always_inline)) {
+    return reinterpret_cast<WordVec>(_mm512_loadu_si512(rows[part][r] + d));
+  };
+  // The first part of a value is finite exactly if the value is.
+  WordVec marks{};
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t d = 0; d < width; d += kAmxBlock) marks |= mark_non_finite<kValues>(load(0, r, d));
+  }
+  if (!any_non_finite<kValues>(marks)) return rows;
+  is_finite = false;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t d = 0; d < width; d += kAmxBlock) {
+      const WordVec cleared = non_finite_bits<kValues>(load(0, r, d));
+      for (int part = 0; part < kParts; ++part) {
+        _mm512_storeu_si512(copy[part] + r * width + d,
+                            reinterpret_cast<__m512i>(load(part, r, d) & ~cleared));
+      }
+    }
+  }
+  return {{copy.data, copy.size}, width};
 }
 
 // kAmxBlock rows, tile by tile: a tile is 16 rows of 32 values
@@ -218,8 +246,8 @@ inline void rows_to_tiles(AmxRows rows, int64_t width, uint16_t* tiles) {
   }
 }
 
-// words[d / 2][row] = (row's values d, d + 1), tile by tile: a B operand whose
-// columns are query rows. A tile is 32 values of 16 rows.
+// words[d / 2][row] = values (d, d + 1) of the row, tile by tile: a B operand whose columns are query rows. A
+// tile holds 32 values of 16 rows.
 inline void rows_to_word_tiles(AmxRows rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
   for (int64_t d = 0; d < width; d += kAmxDepth) {
     for (int64_t r = 0; r < num_rows; r += kAmxTile, tiles += kAmxTileWords) {
@@ -233,9 +261,8 @@ inline void rows_to_word_tiles(AmxRows rows, int64_t num_rows, int64_t width, ui
   }
 }
 
-// words[r][d] = values d of rows r and r + num_rows / 2, tile by tile: a B operand
-// whose depth is query rows, in the order in which pair_words leaves vectors of
-// the lower and the upper half of them.
+// words[r][d] = values d of rows (r, r + num_rows / 2), tile by tile: a B operand whose depth is query rows,
+// in the order in which pair_words() pairs vectors of the lower and upper half of the rows.
 inline void rows_to_pair_tiles(AmxRows rows, int64_t num_rows, int64_t width, uint32_t* tiles) {
   for (int64_t block = 0; block < num_rows / 2; block += kAmxTile) {
     for (int64_t d = 0; d < width; d += kAmxTile) {
@@ -247,8 +274,8 @@ inline void rows_to_pair_tiles(AmxRows rows, int64_t num_rows, int64_t width, ui
   }
 }
 
-// columns[d][key] = rows[key][d] for kAmxBlock keys, tile by tile: an A operand
-// whose depth is keys. A tile is 32 keys of 16 values.
+// columns[d][key] = rows[key][d] for kAmxBlock keys, tile by tile: an A operand whose depth is keys. A tile
+// holds 16 values of 32 keys.
 inline void keys_to_column_tiles(AmxRows rows, int64_t width, uint16_t* tiles) {
   for (int64_t d = 0; d < width; d += kAmxTile, tiles += kAmxTile * kAmxBlock) {
     Vec block[kLanes];

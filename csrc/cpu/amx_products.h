@@ -1,29 +1,29 @@
-// Products of matrices in tiles, C = start + A B, in blocks of 2 x 2 tiles of C; A and B are of kParts parts.
+// Products of matrices in tiles, C = start + A B, in blocks of 2 x 2 tiles of C; A and B have kParts parts.
 #pragma once
 #include "amx_tile.h"
 
 namespace mls::cpu::MLS_VARIANT {
 
-// What a block reads of an operand: step after step of the sum's depth, two tiles.
+// The tiles of an operand that a block reads: two per step along the depth.
 template <typename T>
 struct AmxPairs {
   const T* data;
-  int64_t second, step, part;  // elements to the second tile, the next step, the next part of a value
+  int64_t second, step, part;  // strides, in elements: to the second tile, the next step, the next part
 };
 
-// How often A is read: a matrix of the L1 cache once for every block of columns, one that streams by from the
-// L2 cache is better not kept.
+// Whether A should stay in the L1 cache, where it is read again for every block of columns, or is streamed
+// from the L2 cache without displacing other data.
 enum class AmxReuse { kCached, kStreamed };
 
-// The tile unit computes by itself: vector instructions between those of tiles cost hardly any time, if they
-// are spread evenly. So every product takes work to be done beside it, and calls its some() after each two
-// tile products.
-struct NothingBeside {
-  MLS_INLINE void some() {}
+// The tile unit works asynchronously: vector instructions between tile instructions take hardly any extra
+// time if they are spread evenly. So every product takes an object with interleaved work, and calls its
+// do_some() after every two tile products.
+struct NoInterleavedWork {
+  MLS_INLINE void do_some() {}
 };
 
-// Lines of memory that will be needed, fetched to the L2 cache a few at a time:
-// all at once they would keep the products from theirs.
+// Prefetches cache lines to the L2 cache, a few at a time: a burst of prefetches would delay the loads of the
+// products.
 class AmxPrefetch {
  public:
   AmxPrefetch() = default;
@@ -33,126 +33,126 @@ class AmxPrefetch {
   void add(const void* row, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += kCacheLine) lines_[end_++] = static_cast<const char*>(row) + i;
   }
-  MLS_INLINE void some() {
-    for (const int64_t last = std::min(next_ + kLinesAtOnce, end_); next_ < last; ++next_)
+  MLS_INLINE void do_some() {
+    for (const int64_t last = std::min(next_ + kLinesPerCall, end_); next_ < last; ++next_)
       _mm_prefetch(lines_[next_], _MM_HINT_T1);
   }
   static constexpr int64_t lines(int64_t bytes) { return ceil_div(bytes, kCacheLine); }
 
  private:
-  static constexpr int64_t kCacheLine = 64, kLinesAtOnce = 1;
+  static constexpr int64_t kCacheLine = 64, kLinesPerCall = 1;
   const char** lines_ = nullptr;
   int64_t next_ = 0, end_ = 0;
 };
 
-// A store waits for the last product of its tile, and products behind a store
-// wait for it. So the tiles of a block stay in their registers until the next
-// block, of the same or of another product, needs these, and are stored one by
-// one between its products. finish() stores the last ones.
+// A tile store waits for the last product of its tile, and delays the products issued after it. So the tiles
+// of a block stay in their registers until the next block, of this or another product, needs the registers,
+// and are stored one by one between its products. finish() stores the last block.
 template <int kParts>
 class AmxProducts {
  public:
-  // Of some() in a block, for each step of depth.
+  // Calls of do_some() in a block per step of its depth.
   static constexpr int kCallsPerStep = 2 * std::size(kAmxPartPairs<kParts>);
 
-  AmxProducts() { nothing_pends(); }
+  AmxProducts() { clear_pending(); }
   AmxProducts(const AmxProducts&) = delete;
   AmxProducts& operator=(const AmxProducts&) = delete;
 
-  // Two rows and two columns of tiles; `depth` is that of the sum, in steps.
-  template <AmxReuse kA, class Beside>
+  // Computes 2 x 2 tiles of C; `depth` is in steps.
+  template <AmxReuse kA, class Work>
   MLS_INLINE void block(AmxPairs<uint16_t> a, AmxPairs<uint32_t> b, int64_t depth, AmxTiles<float> c,
-                        Beside& beside) {
-    block<kA, true>(a, b, depth, AmxTiles<const float>{}, c, beside);
+                        Work& work) {
+    block<kA, true>(a, b, depth, AmxTiles<const float>{}, c, work);
   }
-  template <AmxReuse kA, class Beside>
+  template <AmxReuse kA, class Work>
   MLS_INLINE void block(AmxPairs<uint16_t> a, AmxPairs<uint32_t> b, int64_t depth,
-                        AmxTiles<const float> start, AmxTiles<float> c, Beside& beside) {
-    block<kA, false>(a, b, depth, start, c, beside);
+                        AmxTiles<const float> start, AmxTiles<float> c, Work& work) {
+    block<kA, false>(a, b, depth, start, c, work);
   }
 
-  // All blocks of a product; rows, columns and depth are multiples of kAmxBlock.
-  template <class Beside>
+  // Computes all blocks of a product; rows, columns and depth are multiples of kAmxBlock.
+  template <class Work>
   void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b, AmxTiles<float> c,
-                Beside& beside) {
-    multiply<true>(shape, a, b, {}, c, beside);
+                Work& work) {
+    multiply<true>(shape, a, b, {}, c, work);
   }
-  template <class Beside>
+  template <class Work>
   void multiply(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b,
-                AmxTiles<const float> start, AmxTiles<float> c, Beside& beside) {
-    multiply<false>(shape, a, b, start, c, beside);
+                AmxTiles<const float> start, AmxTiles<float> c, Work& work) {
+    multiply<false>(shape, a, b, start, c, work);
   }
-  template <class Beside>
+  template <class Work>
   void multiply_add(AmxShape shape, AmxTiles<const uint16_t> a, AmxTiles<const uint32_t> b, AmxTiles<float> c,
-                    Beside& beside) {
-    multiply<false>(shape, a, b, {c.data, c.down, c.right}, c, beside);
+                    Work& work) {
+    multiply<false>(shape, a, b, {c.data, c.down, c.right}, c, work);
   }
 
   void finish() {
     store_pending<0>(), store_pending<1>(), store_pending<2>(), store_pending<3>();
-    nothing_pends();
+    clear_pending();
   }
 
  private:
   static constexpr auto& kPairs = kAmxPartPairs<kParts>;
 
-  template <bool kFromZero, class Beside>
+  template <bool kFromZero, class Work>
   [[gnu::noinline]] void multiply(const AmxShape& shape, const AmxTiles<const uint16_t>& a,
                                   const AmxTiles<const uint32_t>& b, const AmxTiles<const float>& start,
-                                  const AmxTiles<float>& c, Beside& work) {
-    Beside beside = work;  // in registers; `work` itself would be read and written around every instruction
+                                  const AmxTiles<float>& c, Work& caller_work) {
+    // A copy, which stays in registers: the caller's would be loaded and stored at every use.
+    Work work = caller_work;
     const int64_t rows = shape.rows / kAmxTile, columns = shape.columns / kAmxTile;
     for (int64_t i = 0; i < rows; i += 2) {
       for (int64_t j = 0; j < columns; j += 2) {
         block<AmxReuse::kCached, kFromZero>({a.at(i, 0), a.down, a.right, a.part},
                                             {b.at(0, j), b.right, b.down, b.part}, shape.depth / kAmxDepth,
                                             {start.at(i, j), start.down, start.right, 0, start.row_bytes},
-                                            {c.at(i, j), c.down, c.right}, beside);
+                                            {c.at(i, j), c.down, c.right}, work);
       }
     }
-    work = beside;
+    caller_work = work;
   }
 
-  template <AmxReuse kA, bool kFromZero, class Beside>
+  template <AmxReuse kA, bool kFromZero, class Work>
   MLS_INLINE void block(AmxPairs<uint16_t> a, AmxPairs<uint32_t> b, int64_t depth,
-                        AmxTiles<const float> start, AmxTiles<float> c, Beside& beside) {
-    // A store keeps the tile unit from its products, so between these.
+                        AmxTiles<const float> start, AmxTiles<float> c, Work& work) {
+    // Pending stores are placed between the products, because each delays the tile unit.
     load_a<kA, 4, 0>(a, 0), load_b<6, 0>(b, 0);
     begin_tile<kFromZero, 0>(start);
     tile_dot<0, 4, 6>();
     load_b<7, 0>(b, b.second);
     begin_tile<kFromZero, 1>(start);
     tile_dot<1, 4, 7>();
-    beside.some();
+    work.do_some();
     load_a<kA, 5, 0>(a, a.second);
     begin_tile<kFromZero, 2>(start);
     tile_dot<2, 5, 6>();
     begin_tile<kFromZero, 3>(start);
     tile_dot<3, 5, 7>();
     pending_ = c;
-    beside.some();
-    add_pairs<kA, 1>(a, b, beside);
+    work.do_some();
+    add_pairs<kA, 1>(a, b, work);
     for (; depth > 1; --depth) {
       a.data += a.step, b.data += b.step;
-      add_pairs<kA, 0>(a, b, beside);
+      add_pairs<kA, 0>(a, b, work);
     }
   }
 
-  // The products of part pairs from kPair on.
-  template <AmxReuse kA, size_t kPair, class Beside>
-  static MLS_INLINE void add_pairs(const AmxPairs<uint16_t>& a, const AmxPairs<uint32_t>& b, Beside& beside) {
+  // Adds the products of part pairs from kPair on.
+  template <AmxReuse kA, size_t kPair, class Work>
+  static MLS_INLINE void add_pairs(const AmxPairs<uint16_t>& a, const AmxPairs<uint32_t>& b, Work& work) {
     if constexpr (kPair < std::size(kPairs)) {
       load_a<kA, 4, kPair>(a, 0), load_b<6, kPair>(b, 0);
       load_b<7, kPair>(b, b.second), load_a<kA, 5, kPair>(a, a.second);
-      beside.some();
+      work.do_some();
       tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>();
-      beside.some();
+      work.do_some();
       tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
-      add_pairs<kA, kPair + 1>(a, b, beside);
+      add_pairs<kA, kPair + 1>(a, b, work);
     }
   }
 
-  // If the pair of parts before has not left it in the register.
+  // Loads a tile of A, unless the previous pair of parts has left it in the register.
   template <AmxReuse kA, int kTile, size_t kPair>
   static MLS_INLINE void load_a(const AmxPairs<uint16_t>& a, int64_t tile) {
     if constexpr (kPair > 0 && kPairs[kPair].a == kPairs[std::max<size_t>(kPair, 1) - 1].a) return;
@@ -180,10 +180,10 @@ class AmxProducts {
     tile_store<kTile>(pending_.at(kTile / 2, kTile % 2), kAmxTileBytes);
   }
 
-  void nothing_pends() { pending_ = packed_tiles(nowhere_, 2); }
+  void clear_pending() { pending_ = packed_tiles(discarded_, 2); }
 
-  AmxTiles<float> pending_;  // where the block goes that registers 0 to 3 hold
-  alignas(kAmxTileBytes) float nowhere_[4 * kAmxTileWords];
+  AmxTiles<float> pending_;                                    // destination of the block in registers 0 to 3
+  alignas(kAmxTileBytes) float discarded_[4 * kAmxTileWords];  // destination while no block is pending
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,27 +1,39 @@
 // Backward driver: one chunk of keys against all query rows that see it.
 //
-// dK and dV of the chunk stay with the worker; dQ of a row tile is summed over chunks in memory, always in
-// the order of the chunks: workers take turns, so the sum is the same bit for bit on any number of cores and
-// no worker needs a dQ buffer of its own. The sum is dq itself, or lies apart until the last chunk rounds it.
-// Per (row tile, key panel), with P from the final lse:
+// dK and dV of the chunk stay with the worker. dQ of a row tile is summed over chunks in memory, always in
+// the order of the chunks: workers take turns, so that the sum is bit for bit the same on any number of cores
+// and workers need no dQ buffers of their own. The sum is accumulated in dq itself, or, if dq is to be
+// rounded, in a buffer until the last chunk rounds it. Per (row tile, key panel), with P from the final lse:
 //
 //   P^T = 2^(K Q^T - lse)   dP^T = V dO^T   dS^T = P^T (dP^T - delta)
 //   dV += P^T dO            dK += dS^T Q    dQ^T += K^T dS^T          (softmax_scale: once, at the end)
 //
-// Tile sums start from zero and are added to memory once: three times less fp32 error than one running sum.
+// The sums of a tile start from zero and are added to memory once, which gives a third of the fp32 error of
+// one running sum.
 //
 //   struct Engine {
-//     static int64_t width(int64_t dim);                 // dim padded as the engine's products want it
-//     static LaneLayout lanes(int64_t width);            // of dQ^T
-//     static int64_t sum_at(int64_t width, int64_t key, int64_t dim);  // of kLanes values of dK or dV
-//     static int64_t chunk_keys(const AttentionShape&);  // keys of a chunk
-//     static constexpr int kPanelKeys;                   // keys differentiated in one call, at most
+//     static int64_t width(int64_t dim);                 // dim, padded as the engine's products need it
+//     static LaneLayout lanes(int64_t width);            // layout of dQ^T
+//     static int64_t chunk_keys(const AttentionShape&);  // keys per chunk
+//     static constexpr int kPanelKeys;                   // most keys per call of differentiate()
+//     // Where kLanes values of dK or dV are, counted in floats.
+//     static int64_t sum_at(int64_t width, int64_t key, int64_t dim);
 //     Engine(params, at, scratch cursor);
-//     void load_chunk(int64_t first, int64_t last);      // K and V of these keys
-//     void load_rows(const RowTile&);                    // Q and dO
+//
+//     // Loads K and V of keys [first, last).
+//     void load_chunk(int64_t first, int64_t last);
+//     // Loads Q and dO of a row tile.
+//     void load_rows(const RowTile&);
+//     // Adds the gradients of these rows with keys [begin, end), which are in one panel of the chunk.
 //     void differentiate(const BackwardTile&, int64_t begin, int64_t end, const Gradients&);
-//   };                                                   // keys [begin, end) of a panel of the chunk
+//     // Whether all values of K in the chunk, and of Q and dO in the row tile, are finite. Others were
+//     replaced by
+//     // zeros in the products with P and dS (isolation.h).
+//     bool keys_are_finite() const;
+//     bool rows_are_finite() const;
+//   };
 #pragma once
+#include "isolation.h"
 #include "pack.h"
 #include "row_tile.h"
 #include "softmax.h"
@@ -35,21 +47,21 @@ struct BackwardTile {
   alignas(MLS_VEC_BYTES) float delta[kTileRows];
 };
 
-// Sums that an engine adds to. Keys count from first_key, the start of the chunk.
+// Sums that an engine adds to, without softmax_scale. Keys count from first_key, the start of the chunk.
 struct Gradients {
   int64_t first_key;
-  float* dk;        // of chunk keys and width(D), where sum_at() says; without softmax_scale
-  float* dv;        // the same with width(Dv)
-  float* dq_lanes;  // as lanes(width(D)) says, without softmax_scale
+  float* dk;        // chunk_keys x width(D) values, laid out by sum_at()
+  float* dv;        // chunk_keys x width(Dv) values, laid out by sum_at()
+  float* dq_lanes;  // laid out by lanes(width(D))
 };
 
-// One row of a gradient, of which one pointer is set.
+// One row of a gradient; one of the pointers is set.
 struct GradientRow {
   float* fp32;
   uint16_t* bf16;
 };
 
-// A gradient as the call wants it: fp32, or rounded.
+// A gradient tensor of the call: fp32 sums, or rounded to bf16.
 struct GradientTensor {
   TokenTensor<float> fp32;
   TokenTensor<uint16_t> bf16;
@@ -60,7 +72,7 @@ struct GradientTensor {
   }
 };
 
-// Rows of one head lie far apart, and no processor foresees them.
+// Rows of one head are far apart in memory, so hardware prefetchers do not fetch them.
 MLS_INLINE void prefetch_gradient(GradientRow row, int64_t dim) {
   row.bf16 != nullptr ? prefetch_for_write(row.bf16, dim) : prefetch_for_write(row.fp32, dim);
 }
@@ -68,7 +80,7 @@ MLS_INLINE void prefetch_gradient(GradientRow row, int64_t dim) {
 template <class Engine>
 class BackwardChunk {
  public:
-  // state: of this kv head
+  // `state` is that of this key/value head.
   BackwardChunk(const BackwardParams& params, KeyHead at, ScratchCursor& scratch, const BackwardState& state)
       : p_(params),
         shape_(params.shape),
@@ -77,7 +89,7 @@ class BackwardChunk {
         width_(Engine::width(params.shape.head_dim)),
         value_width_(Engine::width(params.shape.value_dim)),
         chunk_keys_(Engine::chunk_keys(params.shape)),
-        dq_{params.dq, params.bf16_dq},
+        dq_{params.dq, params.rounded_dq},
         engine_(params, at, scratch),
         tile_(scratch.objects<BackwardTile>(1)),
         sums_{0, scratch.objects<float>(chunk_keys_ * width_),
@@ -85,8 +97,8 @@ class BackwardChunk {
         dq_rows_(scratch.objects<float>(kTileRows * padded(params.shape.head_dim))),
         state_(state) {}
 
-  // Row tiles from the last to the first: a causal chunk always sees the last, so that neighbouring chunks
-  // walk one tile apart instead of waiting for each other at the start.
+  // Row tiles run from last to first. Under a causal mask every chunk sees the last tile, so chunks that run
+  // concurrently follow each other one tile apart instead of waiting for one another at the start.
   void run(int64_t chunk) {
     sums_.first_key = chunk * chunk_keys_;
     num_keys_ = std::min<int64_t>(chunk_keys_, shape_.num_keys - sums_.first_key);
@@ -100,14 +112,14 @@ class BackwardChunk {
         is_seen = true;
         process_tile();
       }
-      pass_on_dq(t, chunk);
+      accumulate_dq(t, chunk);
     }
     if (!is_seen) {
       if (p_.accumulate) return;
       clear_sums();
     }
-    put_chunk(sums_.dk, width_, shape_.head_dim, p_.softmax_scale, {p_.dk, p_.bf16_dk});
-    put_chunk(sums_.dv, value_width_, shape_.value_dim, 1.0f, {p_.dv, p_.bf16_dv});
+    put_chunk(sums_.dk, width_, shape_.head_dim, p_.softmax_scale, {p_.dk, p_.rounded_dk});
+    put_chunk(sums_.dv, value_width_, shape_.value_dim, 1.0f, {p_.dv, p_.rounded_dv});
   }
 
  private:
@@ -130,6 +142,29 @@ class BackwardChunk {
       const int64_t end = std::min(sums_.first_key + panel_end, rows.key_end);
       if (begin < end) engine_.differentiate(*tile_, begin, end, sums_);
     }
+    if (engine_.keys_are_finite() && engine_.rows_are_finite()) return;
+    p_.element_type == ElementType::kBFloat16 ? add_non_finite<BFloat16>() : add_non_finite<Float32>();
+  }
+
+  // Adds the values that the engine has replaced by zeros: those of K to dQ, of Q to dK, and of dO to dV.
+  template <class Element>
+  void add_non_finite() {
+    const int64_t begin = sums_.first_key, end = begin + num_keys_;
+    if (!engine_.keys_are_finite()) {
+      add_non_finite_keys<Element>(p_.k, at_, begin, end, shape_.head_dim, tile_->rows, sums_.dq_lanes,
+                                   Engine::lanes(width_));
+    }
+    if (engine_.rows_are_finite()) return;
+    const auto adder = [&](float* sums, int64_t width) {
+      return [=](int64_t key, int64_t d, Vec values) {
+        float* const sum = sums + Engine::sum_at(width, key - begin, d);
+        store(sum, load(sum) + values);
+      };
+    };
+    add_non_finite_rows<Element>(p_.q, group_, at_, begin, end, shape_.head_dim, tile_->rows,
+                                 adder(sums_.dk, width_));
+    add_non_finite_rows<Element>(p_.dout, group_, at_, begin, end, shape_.value_dim, tile_->rows,
+                                 adder(sums_.dv, value_width_));
   }
 
   void load_row_values() {
@@ -144,14 +179,14 @@ class BackwardChunk {
     }
   }
 
-  // Adds the chunk's part of dQ to those of the chunks before.
-  void pass_on_dq(int64_t t, int64_t chunk) {
+  // Adds this chunk's part of dQ to the sum of the chunks before it, when it is its turn.
+  void accumulate_dq(int64_t t, int64_t chunk) {
     ChunkTurns& turns = state_.turns[t];
     const bool is_first = chunk == turns.first, is_last = chunk + 1 == turns.last;
-    const bool is_rounded = p_.bf16_dq.data != nullptr;
+    const bool is_rounded = p_.rounded_dq.data != nullptr;
     if (!is_rounded) dq_lanes_to_rows();
-    // Workers take chunks in ascending order, so the one waited for is running: no deadlock on any thread
-    // count.
+    // Workers take chunks in ascending order, so the chunk waited for is already running: this cannot
+    // deadlock, whatever the number of threads.
     while (turns.next.load(std::memory_order_acquire) != chunk) std::this_thread::yield();
     if (!is_rounded) {
       put_dq_rows(p_.accumulate || !is_first);
@@ -191,7 +226,7 @@ class BackwardChunk {
     }
   }
 
-  // values(d): kLanes of them from dimension d on
+  // values(d) points to the kLanes values from dimension d on.
   template <class Values>
   static MLS_INLINE void put_row(Values values, int64_t dim, float factor, bool adds, GradientRow to) {
     for (int64_t d = 0; d < dim; d += kLanes) {
@@ -221,7 +256,7 @@ class BackwardChunk {
   const BackwardState state_;
 };
 
-// There is a task for the first chunk even if there is no key: it clears what no chunk adds to.
+// The first chunk has a task even if there are no keys: it clears the gradients that no chunk adds to.
 template <class Engine>
 Workload backward_workload(const BackwardParams& p) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads, tiles = heads * row_tiles(p.shape);
@@ -229,11 +264,11 @@ Workload backward_workload(const BackwardParams& p) {
   const int64_t sums = tiles * kTileRows * Engine::width(p.shape.head_dim);
   ScratchCursor counting(nullptr);
   const BackwardChunk<Engine> chunk(p, KeyHead{}, counting, {});
-  return {heads * chunks, counting.used(), 0, tiles, chunks > 1 && p.bf16_dq.data != nullptr ? sums : 0};
+  return {heads * chunks, counting.used(), 0, tiles, chunks > 1 && p.rounded_dq.data != nullptr ? sums : 0};
 }
 
-// The chunks that hold keys of each row tile; the first of them begins. One that sees no key is the first
-// chunk's, unless nothing is to be done.
+// Sets the chunks that hold keys of each row tile; the first of them has the first turn. A row tile that sees
+// no key is cleared by chunk 0, unless gradients are accumulated.
 template <class Engine>
 void init_turns(const BackwardParams& p, ChunkTurns* turns) {
   const int64_t chunk_keys = Engine::chunk_keys(p.shape), tiles = row_tiles(p.shape);
@@ -253,7 +288,8 @@ void init_turns(const BackwardParams& p, ChunkTurns* turns) {
   }
 }
 
-// Chunk-major: ascending chunks of one head, as the turns need, and independent heads side by side.
+// Tasks are chunk-major: chunks of one head in ascending order, as the turns require, and independent heads
+// concurrently.
 template <class Engine>
 void backward_task(const BackwardParams& p, int64_t task, void* scratch, const BackwardState& state) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads;

@@ -1,9 +1,9 @@
-// Backward engine for AMX: operands of one bf16 part (bf16; P and dS are rounded)
-// or of three (fp32), fp32 sums.
+// Backward engine for AMX: operands of one bf16 part (bf16; P and dS are rounded) or of three (fp32), with
+// fp32 sums.
 //
-// Keys come in steps. Of fp32 three are under way: while the vector units turn
-// S^T and dP^T of the current step into P^T and dS^T, the tile unit computes S^T
-// and dP^T of the next, and what the step before adds to dV, dK and dQ.
+// Keys are processed in steps. In fp32, three steps are in flight: while the vector units turn S^T and dP^T
+// of the current step into P^T and dS^T, the tile unit computes S^T and dP^T of the next step and adds the
+// previous step to dV, dK and dQ.
 #pragma once
 #include "amx_exp2.h"
 #include "amx_pack.h"
@@ -19,7 +19,7 @@ class AmxBackward {
   static constexpr int kParts = kAmxParts<Element>;
 
  public:
-  static constexpr int kPanelKeys = kAmxMaxChunkKeys;  // always a whole chunk
+  static constexpr int kPanelKeys = kAmxMaxChunkKeys;  // at least a whole chunk
   static int64_t width(int64_t dim) { return amx_width(dim); }
   static LaneLayout lanes(int64_t width) { return amx_lanes(width); }
   static int64_t sum_at(int64_t width, int64_t key, int64_t dim) {
@@ -46,7 +46,7 @@ class AmxBackward {
         q_pairs_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * width_ / 2)),
         do_lanes_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * value_width_ / 2)),
         do_pairs_(allocate_parts<kParts, uint32_t>(scratch, kTileRows * value_width_ / 2)),
-        scores_(scratch.objects<Scores>(kStepsUnderWay)),
+        scores_(scratch.objects<Scores>(kStepsInFlight)),
         rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))) {
     const int64_t row_lines = AmxPrefetch::lines(p_.shape.head_dim * sizeof(float)) +
                               AmxPrefetch::lines(p_.shape.head_dim * kElementBytes) +
@@ -56,16 +56,17 @@ class AmxBackward {
 
   void load_chunk(int64_t first, int64_t last) {
     const AttentionShape& shape = p_.shape;
+    keys_are_finite_ = true;
     for (int64_t key = first; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
       const int64_t next = key + kAmxBlock, next_end = std::min(next + kAmxBlock, last);
       prefetch_key_rows<Element>(p_.k, at_, next, next_end, shape.head_dim);
       prefetch_key_rows<Element>(p_.v, at_, next, next_end, shape.value_dim);
       const AmxPartRows k = key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
-      for (int part = 0; part < kParts; ++part) {
-        rows_to_tiles(k[part], width_, k_[part] + to * width_);
-        keys_to_column_tiles(k[part], width_, k_columns_[part] + to * width_);
-      }
+      for (int part = 0; part < kParts; ++part) rows_to_tiles(k[part], width_, k_[part] + to * width_);
+      const AmxPartRows finite = finite_rows<kParts>(k, kAmxBlock, width_, rows_, keys_are_finite_);
+      for (int part = 0; part < kParts; ++part)
+        keys_to_column_tiles(finite[part], width_, k_columns_[part] + to * width_);
       const AmxPartRows v = key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
       for (int part = 0; part < kParts; ++part)
         rows_to_tiles(v[part], value_width_, v_[part] + to * value_width_);
@@ -73,20 +74,20 @@ class AmxBackward {
   }
 
   void load_rows(const RowTile& tile) {
+    rows_are_finite_ = true;
     load_rows(p_.q, tile, p_.shape.head_dim, q_lanes_, q_pairs_);
     load_rows(p_.dout, tile, p_.shape.value_dim, do_lanes_, do_pairs_);
     prefetch_rows(tile);
   }
 
-  // Whole blocks of kAmxBlock keys are computed; those before `begin` or from
-  // `end` on are masked like any other.
+  // Computes whole blocks of kAmxBlock keys; keys outside [begin, end) are masked like any other.
   void differentiate(const BackwardTile& tile, int64_t begin, int64_t end, const Gradients& sums) {
     for (int x = 0; x < kTileRows; x += kLanes) store(minus_delta_ + x, -load(tile.delta + x));
     const int64_t last = round_up(end - sums.first_key, kAmxBlock);
     int64_t key = (begin - sums.first_key) / kAmxBlock * kAmxBlock;
     Step older, current;
     for (int n = 0; key < last; key += kStepKeys, ++n) {
-      const Step next{key, std::min<int64_t>(kStepKeys, last - key), scores_ + n % kStepsUnderWay};
+      const Step next{key, std::min<int64_t>(kStepKeys, last - key), scores_ + n % kStepsInFlight};
       advance(older, current, next, tile, sums);
       older = current, current = next;
     }
@@ -95,20 +96,23 @@ class AmxBackward {
     products_.finish();
   }
 
+  bool keys_are_finite() const { return keys_are_finite_; }
+  bool rows_are_finite() const { return rows_are_finite_; }
+
  private:
-  // One part leaves too few products to do the other work beside them.
+  // With one part, there are too few products to interleave the other work with.
   static constexpr bool kPipelined = kParts > 1;
-  static constexpr int kStepsUnderWay = kPipelined ? 3 : 1;
+  static constexpr int kStepsInFlight = kPipelined ? 3 : 1;
   static constexpr int kStepKeys = kPipelined ? kAmxBlock : 128;
   static constexpr int kStrips = kTileRows / kAmxBlock;
-  // Of a step in one vector of rows. Four lines are left free, so that the vectors and parts of a key do not
-  // all lie at the same place of a page: 3 % faster.
+  // Words per step and vector of rows. Four cache lines are left unused, so that the vectors and parts of a
+  // key are not all at the same offset within a page: 3 % faster.
   static constexpr int kVectorWords = (kStepKeys + 4) * kAmxRow;
-  static constexpr int kStepWords = kMicroVecs * kVectorWords / 2;  // of a part of dS^T in pairs of keys
+  static constexpr int kStepWords = kMicroVecs * kVectorWords / 2;  // per part of dS^T in pairs of keys
   static constexpr int64_t kElementBytes = sizeof(typename Element::Storage);
 
-  // S^T and dP^T - delta of a step, the tiles of a vector of rows one behind the other. P^T and dS^T in pairs
-  // of rows take their places: vectors x and x + kStrips become parts of a strip, a third part lies behind.
+  // S^T and dP^T - delta of a step; the tiles of a vector of rows are consecutive. P^T and dS^T in pairs of
+  // rows replace them: vectors x and x + kStrips become the first parts of a strip, and a third part follows.
   struct alignas(kAmxTileBytes) Scores {
     static constexpr int kVectors = std::max(kMicroVecs, kParts* kStrips);
     float s[kVectors * kVectorWords], dp[kVectors * kVectorWords];
@@ -126,15 +130,15 @@ class AmxBackward {
   void load_rows(const TokenTensor<const void>& tensor, const RowTile& tile, int64_t dim,
                  AmxParts<uint32_t> lanes, AmxParts<uint32_t> pairs) {
     const AmxPartRows rows = tile_rows<Element>(tensor, p_.shape.heads_per_group(), at_, tile, dim, rows_);
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kParts; ++part)
       rows_to_word_tiles(rows[part], kTileRows, amx_width(dim), lanes[part]);
-      rows_to_pair_tiles(rows[part], kTileRows, amx_width(dim), pairs[part]);
-    }
+    const AmxPartRows finite = finite_rows<kParts>(rows, kTileRows, amx_width(dim), rows_, rows_are_finite_);
+    for (int part = 0; part < kParts; ++part)
+      rows_to_pair_tiles(finite[part], kTileRows, amx_width(dim), pairs[part]);
   }
 
-  // What the end of this row tile, and the start of the next, will need from
-  // memory: rows of one head lie far apart, and no processor fetches them by
-  // itself.
+  // Prefetches what the end of this row tile and the start of the next need from memory: rows of one head are
+  // far apart, so hardware prefetchers do not fetch them.
   void prefetch_rows(const RowTile& tile) {
     prefetch_.clear();
     for (int64_t row = tile.first_row; row < tile.first_row + tile.num_rows; ++row) {
@@ -156,10 +160,10 @@ class AmxBackward {
     if constexpr (!kPipelined) {
       score_keys(next, prefetch_);
       products_.finish();
-      differentiate_beside(next, 0, tile, sums, [](auto&) {});
+      differentiate_interleaved(next, 0, tile, sums, [](auto&) {});
       add_products(next, sums, prefetch_);
     } else if (current.exists()) {
-      differentiate_beside(current, products(older, next), tile, sums, [&](auto& work) {
+      differentiate_interleaved(current, products(older, next), tile, sums, [&](auto& work) {
         score_keys(next, work);
         add_products(older, sums, work);
       });
@@ -170,10 +174,10 @@ class AmxBackward {
     }
   }
 
-  // S^T and dP^T of a step become P^T and dS^T while multiply(work) calls work.some() `calls` times.
+  // Turns S^T and dP^T of a step into P^T and dS^T while multiply(work) calls work.do_some() `calls` times.
   template <class F>
-  void differentiate_beside(const Step& step, int64_t calls, const BackwardTile& tile, const Gradients& sums,
-                            F multiply) {
+  void differentiate_interleaved(const Step& step, int64_t calls, const BackwardTile& tile,
+                                 const Gradients& sums, F multiply) {
     const int64_t first = sums.first_key + step.key;
     const auto differentiate = [&](auto work) {
       multiply(work);
@@ -186,53 +190,54 @@ class AmxBackward {
     }
   }
 
-  // S^T and dP^T of a step.
-  template <class Beside>
-  void score_keys(const Step& step, Beside& beside) {
+  // Computes S^T and dP^T of a step.
+  template <class Work>
+  void score_keys(const Step& step, Work& work) {
     if (!step.exists()) return;
     products_.multiply({step.num_keys, kTileRows, width_},
                        packed_operand(k_.from(step.key * width_), width_ / kAmxDepth),
-                       packed_operand(q_lanes_, kMicroVecs), score_tiles(step.scores->s), beside);
+                       packed_operand(q_lanes_, kMicroVecs), score_tiles(step.scores->s), work);
     products_.multiply({step.num_keys, kTileRows, value_width_},
                        packed_operand(v_.from(step.key * value_width_), value_width_ / kAmxDepth),
                        packed_operand(do_lanes_, kMicroVecs), {minus_delta_, 0, kAmxTile, 0, 0},
-                       score_tiles(step.scores->dp), beside);
+                       score_tiles(step.scores->dp), work);
   }
   static AmxTiles<float> score_tiles(float* data) { return {data, kAmxTileWords, kVectorWords}; }
 
-  // What a step adds to dV, dK and dQ.
-  template <class Beside>
-  void add_products(const Step& step, const Gradients& sums, Beside& beside) {
+  // Adds a step to dV, dK and dQ.
+  template <class Work>
+  void add_products(const Step& step, const Gradients& sums, Work& work) {
     if (!step.exists()) return;
     const int64_t key = step.key;
     products_.multiply_add({step.num_keys, value_width_, kTileRows}, row_pairs(step.scores->s),
                            packed_operand(do_pairs_, value_width_ / kAmxTile),
-                           packed_tiles(sums.dv + key * value_width_, value_width_ / kAmxTile), beside);
+                           packed_tiles(sums.dv + key * value_width_, value_width_ / kAmxTile), work);
     products_.multiply_add({step.num_keys, width_, kTileRows}, row_pairs(step.scores->dp),
                            packed_operand(q_pairs_, width_ / kAmxTile),
-                           packed_tiles(sums.dk + key * width_, width_ / kAmxTile), beside);
+                           packed_tiles(sums.dk + key * width_, width_ / kAmxTile), work);
     constexpr int64_t kColumnTile = kAmxTile * kAmxDepth;
     const AmxTiles<const uint16_t> k{k_columns_.data + key * width_, kColumnTile,
                                      width_ / kAmxTile * kColumnTile, k_columns_.size};
     const AmxTiles<const uint32_t> ds{step.scores->key_pairs, kAmxTileWords, kVectorWords / 2, kStepWords};
     products_.multiply_add({width_, kTileRows, step.num_keys}, k, ds, lane_tiles(sums.dq_lanes, width_),
-                           beside);
+                           work);
   }
 
-  // Pairs of rows, the depth of an A operand.
+  // An A operand whose depth is pairs of rows.
   static AmxTiles<const uint16_t> row_pairs(const float* words) {
     return {reinterpret_cast<const uint16_t*>(words), 2 * kAmxTileWords, 2 * kVectorWords,
             2 * kStrips * kVectorWords};
   }
 
-  // Calls from the products of two steps.
+  // Number of calls of do_some() by the products of two steps.
   int64_t products(const Step& older, const Step& next) const {
     const int64_t columns =
         next.num_keys * (width_ + value_width_) + older.num_keys * (2 * width_ + value_width_);
     return columns * kTileRows / (kAmxBlock * kAmxBlock * kAmxDepth) * AmxProducts<kParts>::kCallsPerStep;
   }
 
-  // P^T = 2^(S^T * scale * log2(e) - lse), dS^T = P^T (dP^T - delta), in units of two keys and two vectors.
+  // Computes P^T = 2^(S^T * scale * log2(e) - lse) and dS^T = P^T (dP^T - delta), in units of two keys and
+  // two vectors.
   template <bool kMasked>
   class Differentiation {
    public:
@@ -246,9 +251,9 @@ class AmxBackward {
           num_units_(step.num_keys / 2 * kStrips),
           scale_(splat(engine.log2_scale_)) {}
 
-    // As many units as keep pace with the products.
-    MLS_INLINE void some() {
-      prefetch_->some();
+    // Computes as many units as keep pace with the products.
+    MLS_INLINE void do_some() {
+      prefetch_->do_some();
       for (credit_ += num_units_; credit_ >= calls_; credit_ -= calls_) differentiate_unit();
     }
     void rest() {
@@ -258,7 +263,7 @@ class AmxBackward {
 
    private:
     MLS_INLINE void differentiate_unit() {
-      constexpr uint64_t kRight = kStrips * kVectorWords;  // from a vector to the one it is paired with
+      constexpr uint64_t kRight = kStrips * kVectorWords;  // from a vector to its partner in a pair
       const uint64_t strip = unit_ % kStrips, pair = unit_ / kStrips;
       const uint64_t at = strip * kVectorWords + 2 * pair * kAmxRow;
       float *const s = scores_->s + at, *const dp = scores_->dp + at;
@@ -271,11 +276,14 @@ class AmxBackward {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const uint64_t from = i * kAmxRow + x * kRight;
-          Vec score = load(s + from);
-          if constexpr (kMasked) score = mask_scores(tile_->rows, first_key_ + 2 * pair + i, vector, score);
-          const Vec weight = weight_exp2<kParts>(score * scale_ - lse);
+          Vec weight = weight_exp2<kParts>(load(s + from) * scale_ - lse);
+          Vec dscore = weight * load(dp + from);
+          if constexpr (kMasked) {
+            const IntVec seen = sees(tile_->rows, first_key_ + 2 * pair + i, vector);
+            weight = select(seen, weight, Vec{}), dscore = select(seen, dscore, Vec{});
+          }
           p[i][x] = split<kParts>(weight);
-          ds[i][x] = split<kParts>(weight * load(dp + from));
+          ds[i][x] = split<kParts>(dscore);
         }
         store_pairs(AmxParts<uint32_t>{key_pairs + x * kRight / 2, kStepWords}, ds[0][x], ds[1][x]);
       }
@@ -302,14 +310,15 @@ class AmxBackward {
   const int64_t width_, value_width_;
   const float log2_scale_;
   AmxProducts<kParts> products_;
-  AmxPrefetch prefetch_;  // beside the products
+  AmxPrefetch prefetch_;  // interleaved with the products
   // All in tiles:
   const AmxParts<uint16_t> k_, k_columns_;        // [chunk keys][width], and for each 32 keys [width][32]
   const AmxParts<uint16_t> v_;                    // [chunk keys][value_width]
   const AmxParts<uint32_t> q_lanes_, q_pairs_;    // [width / 2][kTileRows], [kTileRows / 2][width]
-  const AmxParts<uint32_t> do_lanes_, do_pairs_;  // the same of dO, with value_width
-  Scores* const scores_;                          // of the steps under way
+  const AmxParts<uint32_t> do_lanes_, do_pairs_;  // the same for dO, with value_width
+  Scores* const scores_;                          // of the steps in flight
   const AmxParts<uint16_t> rows_;                 // staging
+  bool keys_are_finite_ = true, rows_are_finite_ = true;
   alignas(MLS_VEC_BYTES) float minus_delta_[kTileRows];
 };
 

@@ -1,7 +1,8 @@
-// Backward engine for vector units: panels of fp32 (to which bf16 is widened when keys are loaded) or of bf16
-// pairs, and the micro-kernel.
+// Backward engine for vector units, on the micro-kernel. Panels hold fp32 (bf16 is widened when keys are
+// loaded) or bf16 pairs.
 #pragma once
 #include "backward.h"
+#include "isolation.h"
 #include "key_segments.h"
 #include "micro_kernel.h"
 #include "pack.h"
@@ -11,16 +12,17 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
-// All that does not depend on how words are loaded.
+// The part of the engine that does not depend on how words are loaded.
 template <class Words>
 class BackwardProducts {
  public:
-  static constexpr int kPanelKeys = kVectorPanelKeys * kMaxPanelsPerChunk;  // all of a chunk: cut by segments
+  // A whole chunk: segments cut it into panels.
+  static constexpr int kPanelKeys = kVectorPanelKeys * kMaxPanelsPerChunk;
   static int64_t width(int64_t dim) { return padded(dim); }
   static LaneLayout lanes(int64_t) { return kRowsOfLanes; }
   static int64_t sum_at(int64_t width, int64_t key, int64_t dim) { return key * width + dim; }
 
-  // Keys of a chunk. The shape alone decides, so that results do not depend on the number of threads.
+  // Depends only on the shape, so that results do not depend on the number of threads.
   static int64_t chunk_keys(const AttentionShape& shape) {
     const int64_t panel_bytes = kVectorPanelKeys * 2 * (padded(shape.head_dim) + padded(shape.value_dim)) *
                                 static_cast<int64_t>(sizeof(float));
@@ -54,14 +56,18 @@ class BackwardProducts {
     }
   }
 
+  bool keys_are_finite() const { return keys_are_finite_; }
+  bool rows_are_finite() const { return rows_are_finite_; }
+
  protected:
   const int64_t dim_, value_dim_;
   const float log2_scale_;
   const int64_t chunk_keys_;
+  bool keys_are_finite_ = true, rows_are_finite_ = true;
   const int64_t width_, value_width_;  // padded(words of D), padded(words of Dv)
   float* const k_;                     // [chunk keys][width]
   float* const k_copy_;                // K in the order of copy_columns
-  PanelColumns k_columns_{};           // K, there or where it was loaded; a key of it is a word of keys
+  PanelColumns k_columns_{};           // K in k_copy_ or where it was loaded; its "keys" are words of keys
   float* const v_;                     // [chunk keys][value width]
   float* const q_lanes_;               // [width][kTileRows]
   float* const do_lanes_;              // [value width][kTileRows]
@@ -71,7 +77,7 @@ class BackwardProducts {
  private:
   static constexpr int64_t kRowWords = kTileRows / Words::kValues;
 
-  // Room for one more form of a panel's values, unless `values` is that form as well.
+  // Memory for a panel's values in another kind of words, or `values` where both kinds are the same.
   static float* panel_of_words(ScratchCursor& scratch, float* values) {
     return Words::kValues == 1 ? values : scratch.objects<float>(kVectorPanelKeys * kRowWords);
   }
@@ -100,22 +106,30 @@ class BackwardProducts {
     for_row_groups<Words::kValues>(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
       multiply<Words, Order::kRowMajor>(k + r * stride, stride, q, kTileRows, depth, acc);
-      if (masked) {
-        acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
-          score = mask_scores(tile.rows, keys.begin + r + i, keys.first_vec + x, score);
-        });
-      }
-      acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
+      acc.for_each([&](int, int x, Vec& score) __attribute__((always_inline)) {
         score = exp2(score * scale - load(lse + x * kLanes));
-        store(weights + (r + i) * kTileRows + x * kLanes, score);
+      });
+      if (masked) clear_masked(tile.rows, keys, r, acc);
+      acc.for_each([&](int i, int x, Vec& weight) __attribute__((always_inline)) {
+        store(weights + (r + i) * kTileRows + x * kLanes, weight);
       });
       if constexpr (Words::kValues > 1) Words::store_row_words(acc, weight_rows + r * kRowWords);
     });
   }
 
-  // dS^T = P^T (V dO^T - delta)
+  // Zeros where rows may not see keys, which count from r in the segment.
+  template <int R, int V>
+  static MLS_INLINE void clear_masked(const RowTile& tile, const KeySegment& keys, int64_t r,
+                                      Accumulator<R, V>& acc) {
+    acc.for_each([&](int i, int x, Vec& value) __attribute__((always_inline)) {
+      value = select(sees(tile, keys.begin + r + i, keys.first_vec + x), value, Vec{});
+    });
+  }
+
+  // dS^T = P^T (V dO^T - delta), zero where masked
   template <int V>
   void score_gradients(const BackwardTile& tile, const KeySegment& keys, const float* v) {
+    const bool masked = needs_mask(tile.rows, keys);
     const float *const dout = do_lanes_ + keys.first_row(), *const delta = tile.delta + keys.first_row();
     const float* const weights = weights_;
     float *const dscore_rows = dscore_rows_, *const dscore_keys = dscore_keys_;
@@ -126,12 +140,14 @@ class BackwardProducts {
       acc.for_each([&](int i, int x, Vec& dp) __attribute__((always_inline)) {
         dp = load(weights + (r + i) * kTileRows + x * kLanes) * (dp - load(delta + x * kLanes));
       });
+      if (masked) clear_masked(tile.rows, keys, r, acc);
       Words::store_row_words(acc, dscore_rows + r * kRowWords);
       Words::store_key_words(acc, dscore_keys + words<Words>(r) * kTileRows);
     });
   }
 
-  // sum[key][d] += weights[key][row] * rows[row][d]; here d runs along the lanes, and words are of rows.
+  // sum[key][d] += weights[key][row] * rows[row][d]. Here d runs along the lanes, and words hold values of
+  // several rows.
   void add_product(const float* weights, const float* rows, int64_t width, int64_t num_rows, int64_t num_keys,
                    float* sum) {
     for_column_groups(width, [&]<int V>(int64_t d) __attribute__((always_inline)) {
@@ -163,9 +179,9 @@ class BackwardProducts {
   }
 
   float* const weights_;      // P^T: [kVectorPanelKeys][kTileRows]
-  float* const weight_rows_;  // words of rows of P^T: [kVectorPanelKeys][kRowWords]
-  float* const dscore_rows_;  // the same of dS^T
-  float* const dscore_keys_;  // words of keys of dS^T: [words of kVectorPanelKeys][kTileRows]
+  float* const weight_rows_;  // P^T in words of rows: [kVectorPanelKeys][kRowWords]
+  float* const dscore_rows_;  // dS^T in words of rows, the same shape
+  float* const dscore_keys_;  // dS^T in words of keys: [words of kVectorPanelKeys][kTileRows]
 };
 
 template <class Operands>
@@ -188,13 +204,21 @@ class VectorBackward : public BackwardProducts<typename Operands::Words> {
     const int64_t count = last - first;
     Operands::load_keys(p_.k, at_, first, count, dim_, k_);
     const float* const k = Words::join_rows(k_, count, dim_, k_joined_);
-    k_columns_ = is_narrow(p_.shape, p_.mask)
-                     ? columns_in_place(k, dim_)
-                     : copy_columns(k, words<Words>(count), dim_, words<Words>(chunk_keys_), k_copy_);
+    keys_are_finite_ = all_finite<Words>(k, words<Words>(count) * padded(dim_));
+    if (keys_are_finite_ && is_narrow(p_.shape, p_.mask)) {
+      k_columns_ = columns_in_place(k, dim_);
+    } else {
+      k_columns_ = copy_columns(k, words<Words>(count), dim_, words<Words>(chunk_keys_), k_copy_);
+    }
+    // Not in k_: scores need the values as they are.
+    if (!keys_are_finite_) {
+      clear_non_finite<Words>(k_copy_, words<Words>(chunk_keys_) * round_up(dim_, kMicroRows));
+    }
     Operands::load_keys(p_.v, at_, first, count, value_dim_, v_);
   }
 
   void load_rows(const RowTile& tile) {
+    rows_are_finite_ = true;
     q_rows_ = load_rows(p_.q, tile, dim_, q_loaded_, q_joined_, q_lanes_);
     do_rows_ = load_rows(p_.dout, tile, value_dim_, do_loaded_, do_joined_, do_lanes_);
   }
@@ -202,22 +226,26 @@ class VectorBackward : public BackwardProducts<typename Operands::Words> {
  private:
   using Products::dim_, Products::value_dim_, Products::chunk_keys_, Products::width_, Products::value_width_,
       Products::k_, Products::k_copy_, Products::k_columns_, Products::v_, Products::q_lanes_,
-      Products::do_lanes_, Products::q_rows_, Products::do_rows_;
+      Products::do_lanes_, Products::q_rows_, Products::do_rows_, Products::keys_are_finite_,
+      Products::rows_are_finite_;
 
-  // Fills `lanes`; returns the rows in words of rows, which are `loaded` or `joined`.
+  // Fills `lanes`; returns the rows in words of rows, `loaded` or `joined`, with zeros instead of non-finite
+  // values.
   const float* load_rows(const TokenTensor<const void>& tensor, const RowTile& tile, int64_t dim,
                          float* loaded, float* joined, float* lanes) {
     Operands::load_rows(tensor, p_.shape.heads_per_group(), at_, tile, dim, loaded);
     rows_to_lanes(loaded, words<Words>(dim), lanes);
-    return Words::join_rows(loaded, kTileRows, dim, joined);
+    float* const rows = Words::join_rows(loaded, kTileRows, dim, joined);
+    rows_are_finite_ &= clear_non_finite<Words>(rows, words<Words>(kTileRows) * padded(dim));
+    return rows;
   }
 
   const BackwardParams& p_;
   const KeyHead at_;
-  // What join_rows makes of rows, where it makes anything, and rows as they were loaded:
+  // Rows as they were loaded, and as join_rows() joins them:
   float* const k_joined_;                      // [words of chunk keys][padded(D)]
   float *const q_loaded_, *const q_joined_;    // [kTileRows][width], [words of kTileRows][padded(D)]
-  float *const do_loaded_, *const do_joined_;  // the same of dO, with Dv
+  float *const do_loaded_, *const do_joined_;  // the same for dO, with Dv
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,5 +1,5 @@
-// bf16 operands of vector products: a word is a pair of values, the first in its lower half, and one
-// instruction adds the products of two pairs to an fp32 sum.
+// bf16 operands of vector products: a word is a pair of values, the first in its lower half; one instruction
+// adds the products of two pairs to an fp32 sum.
 #pragma once
 #include "micro_kernel.h"
 #include "pack.h"
@@ -8,8 +8,8 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
-// Two half vectors side by side, and each of them again. The intrinsics for this warn in g++ 12.
-MLS_INLINE __m512i side_by_side(__m256i low, __m256i high) {
+// Joins two half vectors, and takes them apart. The intrinsics for this trigger warnings in g++ 12.
+MLS_INLINE __m512i join_halves(__m256i low, __m256i high) {
   return reinterpret_cast<__m512i>(__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7));
 }
 MLS_INLINE __m256i lower_half(__m512i halves) {
@@ -26,7 +26,7 @@ MLS_INLINE void store_half(float* words, __m256i half) {
   _mm256_storeu_si256(reinterpret_cast<__m256i_u*>(words), half);
 }
 
-// The values of two vectors rounded to bf16, side by side; ties to even.
+// The values of two vectors rounded to bf16 (ties to even): those of `low`, then those of `high`.
 MLS_INLINE __m512i round_to_bf16(Vec low, Vec high) {
   return reinterpret_cast<__m512i>(
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
@@ -58,24 +58,25 @@ struct PairWords {
     return pair_halves(round_to_bf16(values[0], values[1]));
   }
 
-  // Rows of padded(words(dim)) words along dim, as the operand of a product whose depth is rows:
-  // joined[r / 2][d] = value d of rows r and r + 1. An odd last row needs a row of zeros behind it.
+  // Turns rows of padded(words(dim)) words along dim into the operand of a product whose depth is rows:
+  // joined[r / 2][d] = value d of rows r and r + 1. If the number of rows is odd, a row of zeros must follow.
   static constexpr int64_t joined_words(int64_t count, int64_t dim) {
     return words<PairWords>(count) * padded(dim);
   }
-  static const float* join_rows(const float* rows, int64_t count, int64_t dim, float* joined) {
+  static float* join_rows(float* rows, int64_t count, int64_t dim, float* joined) {
     const int64_t stride = padded(words<PairWords>(dim));
     for (int64_t pair = 0; pair < words<PairWords>(count); ++pair) {
       const float *const low = rows + 2 * pair * stride, *const high = low + stride;
       for (int64_t d = 0; d < dim; d += kLanes) {
-        const __m512i halves = side_by_side(load_half(low + d / kValues), load_half(high + d / kValues));
+        const __m512i halves = join_halves(load_half(low + d / kValues), load_half(high + d / kValues));
         store(joined + pair * padded(dim) + d, pair_halves(halves));
       }
     }
     return joined;
   }
 
-  // Values of keys, with query rows in the lanes, as the operand of products whose depth is query rows ...
+  // Stores values of keys, with query rows in the lanes, as the operand of products whose depth is query rows
+  // ...
   template <int R, int V>
   static MLS_INLINE void store_row_words(const Accumulator<R, V>& values, float* words) {
     for_key_pairs(values, [&](int i, int x, __m512i halves) __attribute__((always_inline)) {
@@ -84,7 +85,7 @@ struct PairWords {
       store_half(at + kTileRows / kValues, upper_half(halves));
     });
   }
-  // ... and of those whose depth is keys.
+  // ... and of products whose depth is keys.
   template <int R, int V>
   static MLS_INLINE void store_key_words(const Accumulator<R, V>& values, float* words) {
     for_key_pairs(values, [&](int i, int x, __m512i halves) __attribute__((always_inline)) {
@@ -104,11 +105,11 @@ struct PairWords {
   }
 };
 
-// Loads elements as they are.
+// Loads bf16 elements without widening.
 struct Bf16Pairs {
   using Words = PairWords;
 
-  // Keys [first, first + count) of one kv head, and zeros behind an odd last one:
+  // Keys [first, first + count) of one key/value head, and a row of zeros if count is odd:
   // [round_up(count, 2)][padded(words(dim))]
   static void load_keys(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
                         int64_t dim, float* rows) {
@@ -117,7 +118,7 @@ struct Bf16Pairs {
     for (int64_t r = 0; r < count; ++r) copy_row(row_pointer(keys, 1, at, first + r), dim, rows + r * stride);
     if (count % Words::kValues != 0) std::memset(rows + count * stride, 0, stride * sizeof(float));
   }
-  // Rows of a tile, zeros past its end: [kTileRows][padded(words(dim))]
+  // Rows of a tile, then rows of zeros: [kTileRows][padded(words(dim))]
   static void load_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at, const RowTile& tile,
                         int64_t dim, float* rows) {
     const auto queries = typed<BFloat16>(tensor);
@@ -129,7 +130,7 @@ struct Bf16Pairs {
   }
 
  private:
-  // words = src[0..dim) and zeros up to padded(words(dim))
+  // words = src[0..dim), then zeros up to padded(words(dim))
   static MLS_INLINE void copy_row(const uint16_t* src, int64_t dim, float* words) {
     constexpr int64_t kVector = kLanes * Words::kValues;
     for (int64_t d = 0; d < dim; d += kVector) {

@@ -1,4 +1,4 @@
-// Picks the instruction-set variant, once.
+// Selects the instruction-set variant, once per process.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -28,8 +28,8 @@ bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
 
-// The processor has tiles for bf16, and the kernel lets this process use them: their 8 KiB of state are only
-// saved for processes that asked.
+// Whether the processor has AMX tiles with bf16 products and the operating system lets this process use them:
+// their 8 KiB of state are saved only for processes that have asked for it.
 bool has_amx() {
 #if defined(__linux__)
   constexpr unsigned kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24;
@@ -48,7 +48,7 @@ bool has_amx() {
 struct Variant {
   const KernelTable* table;
   bool runs_here;
-  bool by_itself = true;  // chosen unless MLS_CPU_ISA names another
+  bool automatic = true;  // may be selected without being named in MLS_CPU_ISA
 };
 
 // Fastest first.
@@ -57,7 +57,8 @@ std::vector<Variant> variants() {
 #if defined(__x86_64__)
       {&kAmxTable, has_avx512() && has_amx()},
       {&kAmxTilesTable, has_avx512() && has_amx(), false},
-      // AMD's processors multiply pairs of bf16 at twice the rate of fp32 values; Intel's at half that rate.
+      // AMD processors multiply bf16 pairs at twice the rate of fp32 values, Intel processors at half that
+      // rate.
       {&kAvx512Bf16Table, has_avx512_bf16(), __builtin_cpu_is("amd") != 0},
       {&kAvx512Table, has_avx512()},
       {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
@@ -72,7 +73,7 @@ const KernelTable& select() {
   std::string usable;
   for (const Variant& variant : variants()) {
     if (!variant.runs_here) continue;
-    if (wanted.empty() ? variant.by_itself : wanted == variant.table->name) return *variant.table;
+    if (wanted.empty() ? variant.automatic : wanted == variant.table->name) return *variant.table;
     usable += usable.empty() ? "" : ", ";
     usable += variant.table->name;
   }
@@ -83,8 +84,8 @@ const KernelTable& select() {
 }  // namespace
 
 const Kernel& KernelTable::of(ElementType type, const AttentionShape& shape, const KeyMask& mask) const {
-  // Fewer do not repay what it costs to load a row or a key, where that costs more than by vectors. The two
-  // were equally fast at about so many.
+  // Below about 256 visible keys per row (or rows per key), packing for AMX costs more than it saves.
+  // Measured crossover.
   constexpr int64_t kFewPairs = 256;
   if (type != ElementType::kFloat32) return bfloat16;
   const int64_t pairs = visible_pairs(shape, mask);

@@ -1,4 +1,4 @@
-// fp32 operands of vector products, whatever the element type: a word is one value.
+// fp32 operands of vector products, for any element type: a word is one value.
 #pragma once
 #include "micro_kernel.h"
 #include "pack.h"
@@ -16,11 +16,12 @@ struct FloatWords {
 
   static MLS_INLINE Vec join(const Vec (&values)[kValues]) { return values[0]; }
 
-  // Rows as the operand of a product whose depth is rows: they are.
+  // Rows already are the operand of a product whose depth is rows.
   static constexpr int64_t joined_words(int64_t, int64_t) { return 0; }
-  static const float* join_rows(const float* rows, int64_t, int64_t, float*) { return rows; }
+  static float* join_rows(float* rows, int64_t, int64_t, float*) { return rows; }
 
-  // Values of keys, with query rows in the lanes, as the operand of products whose depth is query rows ...
+  // Stores values of keys, with query rows in the lanes, as the operand of products whose depth is query rows
+  // ...
   template <int R, int V>
   static MLS_INLINE void store_row_words(const Accumulator<R, V>& values, float* words) {
 #pragma GCC unroll 16
@@ -29,22 +30,22 @@ struct FloatWords {
       for (int x = 0; x < V; ++x) store(words + i * kTileRows + x * kLanes, values.at[i][x]);
     }
   }
-  // ... and of those whose depth is keys: the same.
+  // ... and of products whose depth is keys: the same operand.
   template <int R, int V>
   static MLS_INLINE void store_key_words(const Accumulator<R, V>&, float*) {}
 };
 
-// Loads elements for products of fp32.
+// Loads elements widened to fp32.
 template <class Element>
 struct Widened {
   using Words = FloatWords;
 
-  // Keys [first, first + count) of one kv head: [count][padded(dim)]
+  // Keys [first, first + count) of one key/value head: [count][padded(dim)]
   static void load_keys(const TokenTensor<const void>& tensor, KeyHead at, int64_t first, int64_t count,
                         int64_t dim, float* rows) {
     load_key_panel<Element>(tensor, at, first, count, dim, rows);
   }
-  // Rows of a tile, zeros past its end: [kTileRows][padded(dim)]
+  // Rows of a tile, then rows of zeros: [kTileRows][padded(dim)]
   static void load_rows(const TokenTensor<const void>& tensor, int64_t group, KeyHead at, const RowTile& tile,
                         int64_t dim, float* rows) {
     load_tile_rows<Element>(tensor, group, at, tile, dim, rows);

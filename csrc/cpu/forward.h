@@ -1,29 +1,42 @@
 // Forward driver: one block of row tiles against all the keys it sees, by online softmax.
 //
-// Everything is transposed: S^T[key][row] = K Q^T and O^T[d][row] += V^T P^T, query rows in the SIMD lanes,
-// so maximum, sum and rescaling are lane-wise. How the two products are computed is the engine's business:
+// Everything is transposed: S^T[key][row] = K Q^T and O^T[d][row] += V^T P^T, with query rows in the SIMD
+// lanes, so that maximum, sum and rescaling are lane-wise. An engine computes the two products:
 //
 //   struct Engine {
-//     static int64_t width(int64_t dim);             // dim padded as the engine's products want it
-//     static LaneLayout lanes(int64_t width);        // of O^T
-//     static int64_t panel_keys(const AttentionShape&);  // loaded at a time
+//     static int64_t width(int64_t dim);                  // dim, padded as the engine's products need it
+//     static LaneLayout lanes(int64_t width);             // layout of O^T
+//     static int64_t panel_keys(const AttentionShape&);   // keys loaded together
 //     static int64_t most_block_tiles(const AttentionShape&);
 //     Engine(params, at, block tiles, scratch cursor);
-//     void load_rows(int t, const RowTile&);         // Q of row tile t
-//     void clear(int t, float* out);                 // O^T of row tile t, at `out`, is zero; perhaps not yet
-//     void complete(int t, float* out);              // in memory, which it is now
-//     void load_panel(int64_t first, int64_t begin, int64_t end);  // K and V of keys [begin, end) of the
-//                                                    // panel at `first`
-//     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
-//                 float* out);                       // these keys
-//     void finish_panel();                           // whatever attend() has left under way
-//     static constexpr int kLastTiles;               // before so many row tiles of a panel the next panel is
-//     void expect_keys(int64_t begin, int64_t end);  // announced, to be fetched beside their products
+//
+//     // Loads Q of row tile t.
+//     void load_rows(int t, const RowTile&);
+//     // Starts O^T of row tile t, at `out`, from zero; the zeros need not be written yet.
+//     void clear(int t, float* out);
+//     // Makes sure that O^T of row tile t is in memory.
+//     void complete(int t, float* out);
+//     // Loads K and V of keys [begin, end) of the panel that starts at key `first`.
+//     void load_panel(int64_t first, int64_t begin, int64_t end);
+//     // Adds keys [begin, end) of that panel to row tile t.
+//     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end, float*
+//     out);
+//     // Completes the products that attend() has left pending.
+//     void finish_panel();
+//     // Whether all values of the panel are finite. Others were replaced by zeros (isolation.h).
+//     bool values_are_finite() const;
+//
+//     // The driver calls prefetch_keys_later() before the last kPrefetchRowTiles row tiles of a panel: the
+//     engine
+//     // then prefetches these keys of the next panel during their products.
+//     static constexpr int kPrefetchRowTiles;
+//     void prefetch_keys_later(int64_t begin, int64_t end);
 //   };
 //
-// Panels begin at multiples of panel_keys() whatever keys a block sees, so that the steps of a row tile's
-// softmax are the same in any block.
+// Panels begin at multiples of panel_keys() whatever keys a block sees, so that a row tile goes through the
+// same steps of its softmax in any block.
 #pragma once
+#include "isolation.h"
 #include "pack.h"
 #include "row_tile.h"
 #include "softmax.h"
@@ -59,11 +72,11 @@ class ForwardBlock {
     const int64_t panel = Engine::panel_keys(shape_);
     for (int64_t key = key_begin / panel * panel; key < key_end; key += panel)
       process_panel(num_tiles, key, std::min(key + panel, key_end), std::min(key + 2 * panel, key_end));
-    for (int t = num_tiles; --t >= 0;) finish_tile(t);  // what was written last is still in the cache
+    for (int t = num_tiles; --t >= 0;) finish_tile(t);  // backwards: the last tiles are still in the cache
   }
 
  private:
-  // O^T of a row tile, not yet divided by the sum.
+  // O^T of a row tile, not yet divided by the sum of its weights.
   float* out_lanes(int t) const { return out_ + t * width_ * kTileRows; }
 
   void begin_tile(int t, int64_t first_row) {
@@ -76,8 +89,7 @@ class ForwardBlock {
     load_partial_result(t);
   }
 
-  // A normalised partial (out, lse) is the state of an online softmax with
-  // maximum lse and sum 1.
+  // A normalised partial result (out, lse) is the state of an online softmax with maximum lse and sum 1.
   void load_partial_result(int t) {
     const RowTile& tile = tiles_[t];
     const TokenTensor<const void> out{p_.out.data, p_.out.token_stride, p_.out.batch_stride,
@@ -91,7 +103,7 @@ class ForwardBlock {
     }
   }
 
-  // Of the panel [first, last), what some row tile sees; the next one is [last, next_last).
+  // Attends to the keys of panel [first, last) that some row tile sees; the next panel is [last, next_last).
   void process_panel(int num_tiles, int64_t first, int64_t last, int64_t next_last) {
     int64_t begin = last, end = first;
     for (int t = 0; t < num_tiles; ++t) {
@@ -103,16 +115,30 @@ class ForwardBlock {
     engine_.load_panel(first, begin, end);
     for (int t = 0; t < num_tiles; ++t) {
       const int64_t from = std::max(begin, tiles_[t].key_begin), to = std::min(end, tiles_[t].key_end);
-      if (t == std::max(0, num_tiles - Engine::kLastTiles)) engine_.expect_keys(last, next_last);
+      if (t == std::max(0, num_tiles - Engine::kPrefetchRowTiles))
+        engine_.prefetch_keys_later(last, next_last);
       if (from < to) engine_.attend(t, tiles_[t], states_[t], first, from, to, out_lanes(t));
     }
     engine_.finish_panel();
+    if (engine_.values_are_finite()) return;
+    for (int t = 0; t < num_tiles; ++t) {
+      const bool is_bf16 = p_.element_type == ElementType::kBFloat16;
+      is_bf16 ? add_non_finite_values<BFloat16>(t, begin, end)
+              : add_non_finite_values<Float32>(t, begin, end);
+    }
+  }
+
+  template <class Element>
+  void add_non_finite_values(int t, int64_t begin, int64_t end) {
+    engine_.complete(t, out_lanes(t));
+    add_non_finite_keys<Element>(p_.v, at_, begin, end, shape_.value_dim, tiles_[t], out_lanes(t),
+                                 Engine::lanes(width_));
   }
 
   void finish_tile(int t) {
     const RowTile& tile = tiles_[t];
     const SoftmaxState& state = states_[t];
-    if (p_.accumulate && !tile.sees_any()) return;  // nothing was merged
+    if (p_.accumulate && !tile.sees_any()) return;  // the partial result is unchanged
     alignas(MLS_VEC_BYTES) float inverse[kTileRows], lse[kTileRows];
     for (int x = 0; x < kTileRows; x += kLanes) {
       const Vec sum = load(state.sum + x), zero{};
@@ -121,8 +147,8 @@ class ForwardBlock {
     }
     engine_.complete(t, out_lanes(t));
     const LaneLayout layout = Engine::lanes(width_);
-    if (p_.bf16_out.data != nullptr) {
-      store_tile_rows<BFloat16>(p_.bf16_out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim,
+    if (p_.rounded_out.data != nullptr) {
+      store_tile_rows<BFloat16>(p_.rounded_out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim,
                                 inverse);
     } else {
       store_tile_rows<Float32>(p_.out, group_, at_, tile, out_lanes(t), layout, shape_.value_dim, inverse);
@@ -151,7 +177,8 @@ Workload forward_workload(const ForwardParams& p, int64_t workers) {
           0, 0};
 }
 
-// Last rows first: under a causal mask they see most keys, and the big tasks should not come last.
+// The last rows come first: under a causal mask they see the most keys, and large tasks should not start
+// last.
 template <class Engine>
 void forward_task(const ForwardParams& p, int64_t block_tiles, int64_t task, void* scratch) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads;

@@ -1,14 +1,13 @@
-// Forward engine for AMX: operands of one bf16 part (bf16; P is rounded for the
-// second product) or of three (fp32), fp32 sums.
+// Forward engine for AMX: operands of one bf16 part (bf16; P is rounded for the second product) or of three
+// (fp32), with fp32 sums.
 //
-// A panel of packed keys stays in the L2 cache. Rows meet it 32 at a time and a
-// step of keys at a time. Three steps are under way: while the tile unit computes
-// the scores of the next and adds the values of those before, the vector units
-// turn the scores of the current one into weights.
+// A panel of packed keys stays in the L2 cache. It is processed for 32 rows (a strip) at a time, in steps of
+// keys. Three steps are in flight: while the tile unit computes the scores of the next step and adds the
+// values of earlier ones, the vector units turn the scores of the current step into weights.
 //
-// Q, O, scores and weights must stay in the L1 cache: stores to the L2 take many
-// times as long. So steps are small, O is loaded and stored for several of them
-// together, and keys and values are read past the cache.
+// Q, O, scores and weights must stay in the L1 cache, because stores to the L2 cache take many times as long.
+// So steps are small, O is loaded and stored once for several steps, and keys and values are streamed past
+// the L1 cache.
 #pragma once
 #include "amx_exp2.h"
 #include "amx_pack.h"
@@ -24,8 +23,8 @@ class AmxForward {
   static constexpr int kParts = kAmxParts<Element>;
 
  public:
-  // Fetched earlier, the next panel would leave the cache again.
-  static constexpr int kLastTiles = 8;
+  // Prefetch distance in row tiles. Prefetching earlier would evict the next panel before it is used.
+  static constexpr int kPrefetchRowTiles = 8;
 
   static int64_t panel_keys(const AttentionShape& shape) {
     const int64_t key_bytes =
@@ -58,8 +57,8 @@ class AmxForward {
         rows_(allocate_parts<kParts, uint16_t>(scratch, kTileRows * std::max(width_, value_width_))),
         scores_(scratch.objects<float>(step_keys_ * kStripRows + kSkew)),
         next_scores_(scratch.objects<float>(step_keys_ * kStripRows + kSkew)),
-        weighed_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows + kSkew)},
-        added_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows)} {}
+        new_weights_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows + kSkew)},
+        old_weights_{allocate_parts<kParts, uint32_t>(scratch, kAddedKeys / 2 * kStripRows)} {}
 
   void load_rows(int t, const RowTile& tile) {
     const AmxPartRows rows =
@@ -71,7 +70,7 @@ class AmxForward {
     }
   }
 
-  // The first values that are added to O start from zero: it need not be written before.
+  // Zeros need not be written: the first product that adds to O starts from zero.
   void clear(int t, float*) {
     for (int i = 0; i < kStripsPerTile; ++i) strip(t, i).is_clear = true;
   }
@@ -84,19 +83,21 @@ class AmxForward {
 
   void load_panel(int64_t first, int64_t begin, int64_t last) {
     const AttentionShape& shape = p_.shape;
+    values_are_finite_ = true;
     for (int64_t key = first + (begin - first) / kAmxBlock * kAmxBlock; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
       prefetch_keys(key + kAmxBlock, std::min(key + 2 * kAmxBlock, shape.num_keys));
       const AmxPartRows k = key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
       for (int part = 0; part < kParts; ++part) rows_to_tiles(k[part], width_, k_[part] + to * width_);
-      const AmxPartRows v = key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
+      const AmxPartRows v =
+          finite_rows<kParts>(key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_), kAmxBlock,
+                              value_width_, rows_, values_are_finite_);
       for (int part = 0; part < kParts; ++part)
         keys_to_column_tiles(v[part], value_width_, v_columns_[part] + to * value_width_);
     }
   }
 
-  // Whole blocks of keys are computed; those before `begin` or from `end` on
-  // are masked like any other.
+  // Computes whole blocks of keys; keys outside [begin, end) are masked like any other.
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t first, int64_t begin, int64_t end,
               float* out) {
     for (int i = 0; i < kStripsPerTile; ++i) {
@@ -113,9 +114,11 @@ class AmxForward {
     }
   }
 
-  void expect_keys(int64_t begin, int64_t end) { coming_key_ = begin, coming_end_ = end; }
+  bool values_are_finite() const { return values_are_finite_; }
 
-  // Until then, steps of any row tile may still be under way.
+  void prefetch_keys_later(int64_t begin, int64_t end) { coming_key_ = begin, coming_end_ = end; }
+
+  // Before this, steps of any row tile may still be in flight.
   void finish_panel() {
     advance({});
     add_all_values();
@@ -126,24 +129,25 @@ class AmxForward {
   static constexpr int kStripRows = kAmxBlock;
   static constexpr int kStripVecs = kStripRows / kLanes;
   static constexpr int kStripsPerTile = kTileRows / kStripRows;
-  // Keys whose values are added to O at once, and elements of K in a step.
+  // Keys whose values are added to O in one product, and elements of K per step.
   static constexpr int kAddedKeys = kParts == 1 ? kAmxAddedKeys : kAmxSplitAddedKeys;
   static constexpr int64_t kStepValues = kParts == 1 ? kAmxStepValues : kAmxSplitStepValues;
-  // Beside so many products a pair of keys is weighed: measured. Of one part, that leaves half of them for
-  // after the products of a short step; more beside these would only delay the products.
+  // Calls of do_some() per key pair that is exponentiated. Tuned. With one part, half of the pairs of a short
+  // step are left until after its products; exponentiating more of them earlier would only delay the
+  // products.
   static constexpr unsigned kCallsPerPair = kParts == 1 ? 1 : 3;
-  // Left free behind buffers of whole pages: else what is written would lie at the same place of a page as
-  // what is read, and loads would wait for stores that do not concern them.
+  // Padding after buffers of whole pages. Without it, addresses being written would be equal to addresses
+  // being read modulo the page size, and loads would wait for unrelated stores (4K aliasing).
   static constexpr int kSkew = 16 * kLanes;
-  // What the weights of a step may sum to before the reference of the
-  // exponentials is raised. Weights above 1 lose nothing: fp32 and bf16 have
-  // their digits at any size.
+  // The reference of a row is the score that is subtracted before exponentiating: an earlier running maximum.
+  // It is raised only when the weights of a step sum to more than this. Weights above 1 lose no precision in
+  // floating point.
   static constexpr float kMaxStepSum = 4096.0f;
 
-  // Rows of a tile that meet keys together, and the keys they see.
+  // Rows of a tile that are processed together, and the keys they see.
   struct Strip : VectorKeys {
     int first_vector;
-    bool is_clear = false;  // O is zero, which is not yet in memory
+    bool is_clear = false;  // O is zero, but the zeros are not in memory yet
 
     Strip(const RowTile& tile, int vector) : VectorKeys(tile.vectors[vector]), first_vector(vector) {
       for (int x = vector + 1; x < vector + kStripVecs; ++x) {
@@ -155,7 +159,7 @@ class AmxForward {
     bool needs_mask(int64_t first, int64_t last) const { return first < all_begin || last > all_end; }
   };
 
-  // Keys [key, key + num_keys) of the panel at `first`, against a strip.
+  // One strip against keys [key, key + num_keys) of the panel that starts at `first`.
   struct Step {
     const RowTile* tile = nullptr;
     Strip* rows = nullptr;
@@ -174,14 +178,14 @@ class AmxForward {
     prefetch_key_rows<Element>(p_.v, at_, first, last, p_.shape.value_dim);
   }
   void prefetch_coming_keys() {
-    constexpr int64_t kKeysAtOnce = 4;
-    const int64_t last = std::min(coming_key_ + kKeysAtOnce, coming_end_);
+    constexpr int64_t kKeysPerStep = 4;
+    const int64_t last = std::min(coming_key_ + kKeysPerStep, coming_end_);
     prefetch_keys(coming_key_, last);
     coming_key_ = std::max(coming_key_, last);
   }
 
-  // Beside step n of a strip, as much of the next strip's Q and O as one row has: they lie behind this one's,
-  // and with many rows in a cache behind.
+  // During step n of a strip, prefetches one row's worth of the next strip's Q and O, which follow this
+  // strip's in memory. In a large block they may be in the L3 cache only.
   void prefetch_coming_rows(const Step& step, int64_t n) const {
     if (n >= kStripRows) return;
     const int64_t q_bytes = width_ * sizeof(uint16_t), out_bytes = value_width_ * sizeof(float);
@@ -208,107 +212,109 @@ class AmxForward {
     }
   };
 
-  // P^T of consecutive keys of a strip, in pairs: for each vector of rows [kAddedKeys / 2][kLanes].
+  // P^T of consecutive keys of a strip, in pairs of keys: for each vector of rows [kAddedKeys / 2][kLanes].
   struct Weights {
     AmxParts<uint32_t> words{};
     Strip* rows = nullptr;
     float* out = nullptr;    // O^T of the rows
-    bool from_zero = false;  // whatever O's memory holds
+    bool from_zero = false;  // O is zero, whatever its memory holds
     int64_t key = 0, num_keys = 0;
-    int64_t dims_left = 0;  // of the values that are still to be added to O
+    int64_t dims_left = 0;  // dimensions of O whose product with V is still to be computed
   };
 
   void advance(const Step& next) {
     if (current_.num_keys == 0) {
-      NothingBeside nothing;
+      NoInterleavedWork nothing;
       multiply(next, nothing);
     } else {
-      current_.needs_mask() ? weigh<true>(next) : weigh<false>(next);
-      if (weighed_.num_keys + step_keys_ > kAddedKeys || next.out != current_.out) begin_adding();
+      current_.needs_mask() ? exponentiate<true>(next) : exponentiate<false>(next);
+      if (new_weights_.num_keys + step_keys_ > kAddedKeys || next.out != current_.out) begin_adding();
     }
     current_ = next;
     std::swap(scores_, next_scores_);
   }
 
-  // The weights of the current step, beside the products of others.
+  // Exponentiates the current step, interleaved with the products of other steps.
   template <bool kMasked>
-  [[gnu::noinline]] void weigh(const Step& next) {
-    if (weighed_.num_keys == 0) begin_weighing();
-    // Their sums and O are zero: nothing to rescale.
-    if (const Lanes lacking = lanes_without_reference(); lacking.any()) raise_reference<kMasked>(lacking);
-    Weighing<kMasked> weighing(*this);
-    multiply(next, weighing);
-    weighing.rest();
-    if (const Lanes above = weighing.lanes_above(kMaxStepSum); above.any()) {
-      weigh_again<kMasked>(above);
+  [[gnu::noinline]] void exponentiate(const Step& next) {
+    if (new_weights_.num_keys == 0) begin_weights();
+    // For rows without a reference, sums and O are still zero: nothing to rescale.
+    if (const Lanes without_reference = lanes_without_reference(); without_reference.any())
+      raise_reference<kMasked>(without_reference);
+    Exponentiation<kMasked> exponentiation(*this);
+    multiply(next, exponentiation);
+    exponentiation.rest();
+    if (const Lanes above = exponentiation.lanes_above(kMaxStepSum); above.any()) {
+      exponentiate_again<kMasked>(above);
     } else {
-      weighing.add_sums();
+      exponentiation.add_sums();
     }
-    weighed_.num_keys += current_.num_keys;
+    new_weights_.num_keys += current_.num_keys;
   }
 
-  void begin_weighing() {
-    weighed_.key = current_.key;
-    weighed_.rows = current_.rows, weighed_.out = current_.out;
+  void begin_weights() {
+    new_weights_.key = current_.key;
+    new_weights_.rows = current_.rows, new_weights_.out = current_.out;
   }
 
-  // With a higher reference, after all weights of the lower one.
+  // Repeats the step with a higher reference, after adding all values weighted with the lower one.
   template <bool kMasked>
-  [[gnu::noinline]] void weigh_again(const Lanes& above) {
+  [[gnu::noinline]] void exponentiate_again(const Lanes& above) {
     begin_adding();
     add_all_values();
     products_.finish();
     rescale(raise_reference<kMasked>(above));
-    begin_weighing();
-    Weighing<kMasked> weighing(*this);
-    weighing.rest();
-    weighing.add_sums();
+    begin_weights();
+    Exponentiation<kMasked> exponentiation(*this);
+    exponentiation.rest();
+    exponentiation.add_sums();
   }
 
-  // The scores of `next`, and some of the values of earlier steps.
-  template <class Beside>
-  MLS_INLINE void multiply(const Step& next, Beside& beside) {
-    for (int64_t key = 0; key < next.num_keys; key += kAmxBlock) score_block(next, key, beside);
-    if (added_.dims_left == 0) return products_.finish();
-    for (int64_t i = 0; i < blocks_per_step_ && added_.dims_left > 0; ++i) add_block(beside);
+  // Computes the scores of `next`, and adds some of the values of earlier steps.
+  template <class Work>
+  MLS_INLINE void multiply(const Step& next, Work& work) {
+    for (int64_t key = 0; key < next.num_keys; key += kAmxBlock) score_block(next, key, work);
+    if (old_weights_.dims_left == 0) return products_.finish();
+    for (int64_t i = 0; i < blocks_per_step_ && old_weights_.dims_left > 0; ++i) add_block(work);
   }
 
   void begin_adding() {
     add_all_values();
-    std::swap(weighed_, added_);
-    weighed_.num_keys = 0;
-    if (added_.num_keys == 0) return;
-    added_.dims_left = value_width_;
-    added_.from_zero = std::exchange(added_.rows->is_clear, false);
+    std::swap(new_weights_, old_weights_);
+    new_weights_.num_keys = 0;
+    if (old_weights_.num_keys == 0) return;
+    old_weights_.dims_left = value_width_;
+    old_weights_.from_zero = std::exchange(old_weights_.rows->is_clear, false);
   }
   [[gnu::noinline]] void add_all_values() {
-    NothingBeside nothing;
-    while (added_.dims_left > 0) add_block(nothing);
+    NoInterleavedWork nothing;
+    while (old_weights_.dims_left > 0) add_block(nothing);
   }
 
   // S^T = K Q^T
-  template <class Beside>
-  MLS_INLINE void score_block(const Step& step, int64_t key, Beside& beside) {
+  template <class Work>
+  MLS_INLINE void score_block(const Step& step, int64_t key, Work& work) {
     const int64_t depth = width_ / kAmxDepth;
     const AmxPairs<uint16_t> k{k_.data + (step.key + key) * width_, depth * kAmxTileHalves, kAmxTileHalves,
                                k_.size};
     const AmxPairs<uint32_t> q{step.q.data, kAmxTileWords, kStripVecs * kAmxTileWords, step.q.size};
     products_.template block<AmxReuse::kStreamed>(
-        k, q, depth, {next_scores_ + key * kLanes, kAmxTileWords, step_keys_ * kLanes}, beside);
+        k, q, depth, {next_scores_ + key * kLanes, kAmxTileWords, step_keys_ * kLanes}, work);
   }
 
   // O^T += V^T P^T for the next 32 dimensions.
-  template <class Beside>
-  MLS_INLINE void add_block(Beside& beside) {
-    const int64_t dim = value_width_ - added_.dims_left;
-    added_.dims_left -= kAmxBlock;
-    const AmxPairs<uint16_t> v{v_columns_.data + added_.key * value_width_ + dim * kAmxDepth, kAmxTileHalves,
-                               value_width_ * kAmxDepth, v_columns_.size};
-    const AmxPairs<uint32_t> p{added_.words.data, kAddedKeys / 2 * kLanes, kAmxTileWords, added_.words.size};
-    const AmxTiles<float> out{added_.out + dim * kLanes, kAmxTileWords, value_width_ * kLanes};
+  template <class Work>
+  MLS_INLINE void add_block(Work& work) {
+    const int64_t dim = value_width_ - old_weights_.dims_left;
+    old_weights_.dims_left -= kAmxBlock;
+    const AmxPairs<uint16_t> v{v_columns_.data + old_weights_.key * value_width_ + dim * kAmxDepth,
+                               kAmxTileHalves, value_width_ * kAmxDepth, v_columns_.size};
+    const AmxPairs<uint32_t> p{old_weights_.words.data, kAddedKeys / 2 * kLanes, kAmxTileWords,
+                               old_weights_.words.size};
+    const AmxTiles<float> out{old_weights_.out + dim * kLanes, kAmxTileWords, value_width_ * kLanes};
     const AmxTiles<const float> start =
-        added_.from_zero ? kAmxZeroTiles : AmxTiles<const float>{out.data, out.down, out.right};
-    products_.template block<AmxReuse::kStreamed>(v, p, added_.num_keys / kAmxDepth, start, out, beside);
+        old_weights_.from_zero ? kAmxZeroTiles : AmxTiles<const float>{out.data, out.down, out.right};
+    products_.template block<AmxReuse::kStreamed>(v, p, old_weights_.num_keys / kAmxDepth, start, out, work);
   }
 
   template <bool kMasked>
@@ -317,27 +323,27 @@ class AmxForward {
     return mask_scores(*step.tile, step.first + step.key + row, step.rows->first_vector + x, score);
   }
 
-  // P^T in pairs of keys. Any reference of the exponentials is right that the
-  // sum shares, if nothing overflows: the largest score of earlier keys does,
-  // and the new scores need not be looked through first.
+  // Computes P^T in pairs of keys. Any reference is correct as long as weights and their sum share it and
+  // nothing overflows. So this uses the maximum of earlier keys, and need not find the maximum of the new
+  // scores first.
   template <bool kMasked>
-  class Weighing {
+  class Exponentiation {
    public:
-    MLS_INLINE explicit Weighing(const AmxForward& engine)
+    MLS_INLINE explicit Exponentiation(const AmxForward& engine)
         : step_(engine.current_),
           scores_(engine.scores_),
           next_vector_(engine.step_keys_ * kLanes),
-          weights_(engine.weighed_.words.from(engine.weighed_.num_keys / 2 * kLanes)),
+          weights_(engine.new_weights_.words.from(engine.new_weights_.num_keys / 2 * kLanes)),
           scale_(splat(engine.log2_scale_)) {
 #pragma GCC unroll 8
       for (int x = 0; x < kStripVecs; ++x) reference_[x] = finite_max(load(step_.maxima(x))), sum_[x] = Vec{};
     }
 
-    MLS_INLINE void some() {
-      if (++calls_ % kCallsPerPair == 0 && row_ < step_.num_keys) weigh_pair();
+    MLS_INLINE void do_some() {
+      if (++calls_ % kCallsPerPair == 0 && row_ < step_.num_keys) exponentiate_pair();
     }
     MLS_INLINE void rest() {
-      while (row_ < step_.num_keys) weigh_pair();
+      while (row_ < step_.num_keys) exponentiate_pair();
     }
 
     MLS_INLINE Lanes lanes_above(float limit) const {
@@ -356,7 +362,7 @@ class AmxForward {
       const Vec score = load(scores_ + x * next_vector_ + row * kLanes);
       return summed_exp2<kParts>(masked<kMasked>(step_, row, x, score) * scale_ - reference_[x]);
     }
-    MLS_INLINE void weigh_pair() {
+    MLS_INLINE void exponentiate_pair() {
 #pragma GCC unroll 8
       for (int x = 0; x < kStripVecs; ++x) {
         const Vec even = weight(row_, x), odd = weight(row_ + 1, x);
@@ -381,8 +387,8 @@ class AmxForward {
     Vec of[kStripVecs];
   };
 
-  // The maximum of all scores so far becomes the reference of these rows. Returns the factors that what was
-  // summed so far must take.
+  // Makes the maximum of all scores so far the reference of the rows in `lanes`. Returns the factors by which
+  // everything summed so far must be multiplied.
   template <bool kMasked>
   [[gnu::noinline]] Factors raise_reference(const Lanes& lanes) const {
     Factors factors;
@@ -393,9 +399,9 @@ class AmxForward {
       for (int64_t row = 0; row < current_.num_keys; ++row)
         top = max(masked<kMasked>(current_, row, x, load(scores + row * kLanes)), top);
       const Vec old = load(current_.maxima(x)), highest = max(top * log2_scale_, old);
-      const Vec updated = chosen(lanes.of[x], highest, old);
+      const Vec updated = blend(lanes.of[x], highest, old);
       store(current_.maxima(x), updated);
-      factors.of[x] = chosen(lanes.of[x], exp2(old - finite_max(updated)), splat(1.0f));
+      factors.of[x] = blend(lanes.of[x], exp2(old - finite_max(updated)), splat(1.0f));
     }
     return factors;
   }
@@ -413,16 +419,16 @@ class AmxForward {
 
   // Rows that have seen no key yet.
   MLS_INLINE Lanes lanes_without_reference() const {
-    Lanes lacking;
+    Lanes without_reference;
 #pragma GCC unroll 8
     for (int x = 0; x < kStripVecs; ++x)
-      lacking.of[x] = ~greater(load(current_.maxima(x)), splat(-kInfinity)) & 0xffff;
-    return lacking;
+      without_reference.of[x] = ~greater(load(current_.maxima(x)), splat(-kInfinity)) & 0xffff;
+    return without_reference;
   }
   static MLS_INLINE __mmask16 greater(Vec a, Vec b) {
     return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
   }
-  static MLS_INLINE Vec chosen(__mmask16 lanes, Vec yes, Vec no) {
+  static MLS_INLINE Vec blend(__mmask16 lanes, Vec yes, Vec no) {
     return reinterpret_cast<Vec>(
         _mm512_mask_mov_ps(reinterpret_cast<__m512>(no), lanes, reinterpret_cast<__m512>(yes)));
   }
@@ -433,15 +439,16 @@ class AmxForward {
   const float log2_scale_;
   const int64_t step_keys_, blocks_per_step_, panel_keys_;
   AmxProducts<kParts> products_;
-  Strip* const strips_;                 // of each row tile
-  const AmxParts<uint32_t> q_;          // of each strip: [width / 2][kStripRows], in tiles
+  Strip* const strips_;                 // kStripsPerTile per row tile
+  const AmxParts<uint32_t> q_;          // per strip: [width / 2][kStripRows], in tiles
   const AmxParts<uint16_t> k_;          // [panel_keys_][width], in tiles
-  const AmxParts<uint16_t> v_columns_;  // V^T of each 32 keys: [value_width][32], in tiles
+  const AmxParts<uint16_t> v_columns_;  // V^T of every 32 keys: [value_width][32], in tiles
   const AmxParts<uint16_t> rows_;       // staging
   float *scores_, *next_scores_;        // S^T of a step: for each vector of rows [keys][kLanes]
-  Weights weighed_, added_;             // of the current and earlier steps, and of those before
+  Weights new_weights_, old_weights_;   // being computed by recent steps; being multiplied with V
   Step current_;
-  int64_t coming_key_ = 0, coming_end_ = 0;  // keys of the next panel that are still to be fetched
+  bool values_are_finite_ = true;            // of the panel
+  int64_t coming_key_ = 0, coming_end_ = 0;  // keys of the next panel that are still to be prefetched
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,6 +1,7 @@
-// Forward engine for vector units: panels of fp32 (to which bf16 is widened when keys are loaded) or of bf16
-// pairs, and the micro-kernel.
+// Forward engine for vector units, on the micro-kernel. Panels hold fp32 (bf16 is widened when keys are
+// loaded) or bf16 pairs.
 #pragma once
+#include "isolation.h"
 #include "key_segments.h"
 #include "micro_kernel.h"
 #include "pack.h"
@@ -10,18 +11,18 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
-// All that does not depend on how words are loaded.
+// The part of the engine that does not depend on how words are loaded.
 template <class Words>
 class ForwardProducts {
  public:
-  // Keys loaded at a time: every row tile then meets several panels in a row and keeps its Q and O in the L1
-  // cache.
+  // Keys loaded together: several panels, so that a row tile attends to all of them while its Q and O are in
+  // the L1 cache.
   static constexpr int kPanelKeys = kVectorPanelKeys * kPanelsPerChunk;
   static int64_t panel_keys(const AttentionShape&) { return kPanelKeys; }
   static int64_t width(int64_t dim) { return padded(dim); }
   static LaneLayout lanes(int64_t) { return kRowsOfLanes; }
 
-  // Q and O of a block leave half of the L2 cache.
+  // Q and O of a block take at most half of the L2 cache.
   static int64_t most_block_tiles(const AttentionShape& shape) {
     const int64_t words_of_row = padded(words<Words>(shape.head_dim)) + padded(shape.value_dim);
     return kBlockBytes / (kTileRows * words_of_row * static_cast<int64_t>(sizeof(float)));
@@ -41,8 +42,9 @@ class ForwardProducts {
   void clear(int, float* out) { std::memset(out, 0, value_width_ * kTileRows * sizeof(float)); }
   void complete(int, float*) {}
   void finish_panel() {}
-  static constexpr int kLastTiles = 0;  // never
-  void expect_keys(int64_t, int64_t) {}
+  bool values_are_finite() const { return values_are_finite_; }
+  static constexpr int kPrefetchRowTiles = 0;  // no prefetching
+  void prefetch_keys_later(int64_t, int64_t) {}
 
   void attend(int t, const RowTile& tile, SoftmaxState& state, int64_t, int64_t begin, int64_t end,
               float* out) {
@@ -55,7 +57,7 @@ class ForwardProducts {
           Vec top[V];
           score_keys<V>(tile, keys, k, q + keys.first_row(), top);
           SoftmaxStep<V> step(state, top, log2_scale_, keys.first_row());
-          weigh_keys<V>(keys.num_keys(), step);
+          exponentiate<V>(keys.num_keys(), step);
           step.finish(state, keys.first_row());
           add_values<V>(step, v, keys.num_keys(), out + keys.first_row());
         });
@@ -69,11 +71,12 @@ class ForwardProducts {
   const int64_t width_;  // of Q and K: padded(words of D)
   const int64_t value_width_;
   float* const q_;            // per row tile: Q^T, [width][kTileRows]
-  int64_t first_key_ = 0;     // of those loaded
+  int64_t first_key_ = 0;     // the first of the loaded keys
   float* const k_;            // [kPanelKeys][width]
   float* const v_copy_;       // V in the order of copy_columns
-  PanelColumns v_columns_{};  // V, there or where it was loaded; a key of it is a word of keys
-  float* const scores_;       // S^T, then words of keys of P^T: [kVectorPanelKeys][kTileRows]
+  PanelColumns v_columns_{};  // V in v_copy_ or where it was loaded; its "keys" are words of keys
+  bool values_are_finite_ = true;
+  float* const scores_;  // S^T, then P^T in words of keys: [kVectorPanelKeys][kTileRows]
 
  private:
   // scores = S^T, -inf where masked; top = their maximum.
@@ -93,7 +96,7 @@ class ForwardProducts {
           score = mask_scores(tile, keys.begin + r + i, keys.first_vec + x, score);
         });
       }
-      Vec highest[V];  // `top` itself would be written to memory after every score, which it might alias
+      Vec highest[V];  // a copy: `top` might alias the scores, and would be stored after each of them
 #pragma GCC unroll 8
       for (int x = 0; x < V; ++x) highest[x] = top[x];
       acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
@@ -105,9 +108,9 @@ class ForwardProducts {
     });
   }
 
-  // P^T in place of S^T
+  // Replaces S^T by P^T.
   template <int V>
-  void weigh_keys(int64_t num_keys, SoftmaxStep<V>& result) {
+  void exponentiate(int64_t num_keys, SoftmaxStep<V>& result) {
     SoftmaxStep<V> step = result;
     float* const scores = scores_;
     for (int64_t r = 0; r < num_keys; r += Words::kValues) {
@@ -166,6 +169,8 @@ class VectorForward : public ForwardProducts<typename Operands::Words> {
     const int64_t count = end - first_key_;
     Operands::load_keys(p_.k, at_, first_key_, count, dim_, k_);
     Operands::load_keys(p_.v, at_, first_key_, count, value_dim_, v_rows_);
+    const int64_t loaded = round_up(count, Words::kValues) * padded(words<Words>(value_dim_));
+    values_are_finite_ = clear_non_finite<Words>(v_rows_, loaded);
     const float* const v = Words::join_rows(v_rows_, count, value_dim_, v_joined_);
     v_columns_ = is_narrow(p_.shape, p_.mask)
                      ? columns_in_place(v, value_dim_)
@@ -174,13 +179,13 @@ class VectorForward : public ForwardProducts<typename Operands::Words> {
 
  private:
   using Products::dim_, Products::value_dim_, Products::width_, Products::q_, Products::first_key_,
-      Products::k_, Products::v_copy_, Products::v_columns_;
+      Products::k_, Products::v_copy_, Products::v_columns_, Products::values_are_finite_;
 
   const ForwardParams& p_;
   const KeyHead at_;
   float* const rows_;      // staging: [kTileRows][width]
   float* const v_rows_;    // [kPanelKeys][padded(words of Dv)]
-  float* const v_joined_;  // words of keys, where they are not the rows
+  float* const v_joined_;  // V in words of keys, if that differs from v_rows_
 };
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -1,4 +1,5 @@
-// The seam of instruction-set variants: every variant fills one table, and nothing else knows them apart.
+// ISA dispatch table: each variant provides one KernelTable, and no other code depends on the instruction
+// set.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -8,46 +9,46 @@
 
 namespace mls::cpu {
 
-// Work is cut into numbered tasks; a worker takes the lowest task not yet taken. Results are bit for bit the
-// same on any number of cores: the order of every sum depends on the shape alone.
+// Work is split into numbered tasks; a worker takes the lowest task not yet taken. Results are bit for bit
+// the same on any number of cores, because the order of every sum depends only on shape and mask.
 struct Workload {
   int64_t num_tasks;
   size_t scratch_bytes;  // per worker
-  int64_t block_tiles;   // forward: row tiles of a task
-  int64_t num_turns;     // backward: of all row tiles
-  int64_t num_dq_sums;   // backward: values
+  int64_t block_tiles;   // forward: row tiles per task
+  int64_t num_turns;     // backward: number of ChunkTurns, one per row tile
+  int64_t num_dq_sums;   // backward: number of floats in dq_sums
 };
 
-// Backward: chunks [first, last) of keys add to dQ of one row tile, in this order; whose turn it is.
+// Backward: chunks [first, last) of keys add to dQ of one row tile, in this order; `next` has its turn now.
 struct ChunkTurns {
   int32_t first, last;
   std::atomic<int32_t> next;
 };
 
-// What the workers of a backward share.
+// State shared by the workers of a backward.
 struct BackwardState {
-  ChunkTurns* turns;  // of each row tile
-  float* dq_sums;     // dQ of each row tile, where it is rounded at the end
+  ChunkTurns* turns;  // one per row tile
+  float* dq_sums;     // fp32 dQ of each row tile, if it is rounded at the end
 };
 
-// The kernel of one element type in one variant.
+// The kernel for one element type in one variant.
 struct Kernel {
   Workload (*forward_workload)(const ForwardParams&, int64_t workers);
   void (*forward_task)(const ForwardParams&, int64_t block_tiles, int64_t task, void* scratch);
   Workload (*backward_workload)(const BackwardParams&);
   void (*init_turns)(const BackwardParams&, ChunkTurns* turns);
   void (*backward_task)(const BackwardParams&, int64_t task, void* scratch, const BackwardState& state);
-  double (*peak_work)(int64_t iterations);  // floating-point operations of products in registers only
+  double (*peak_work)(int64_t iterations);  // runs products of registers; returns floating-point operations
 };
 
 struct KernelTable {
   const char* name;
   Kernel float32;
-  Kernel sparse_float32;  // where a row sees few keys, or a key is seen by few rows
+  Kernel sparse_float32;  // for masks where rows see few keys, or keys are seen by few rows
   Kernel bfloat16;
-  void (*delta)(const DeltaParams&, int64_t first, int64_t last);  // of the tokens [first, last)
+  void (*delta)(const DeltaParams&, int64_t first, int64_t last);  // for tokens [first, last)
 
-  // The kernel of a call; the shape and the mask alone decide.
+  // The kernel for a call, chosen by type, shape and mask.
   const Kernel& of(ElementType type, const AttentionShape& shape, const KeyMask& mask) const;
 };
 
@@ -57,10 +58,11 @@ extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
 extern const KernelTable kAvx512Bf16Table;
 extern const KernelTable kAmxTable;
-extern const KernelTable kAmxTilesTable;  // tiles for all that kAmxTable computes by vectors: for tests
+extern const KernelTable kAmxTilesTable;  // for tests: tiles also where kAmxTable uses vectors
 #endif
 
-// The fastest variant this machine runs, or the one named by MLS_CPU_ISA (tests). Throws if it cannot run.
+// The fastest variant for this machine, or the one that MLS_CPU_ISA names. Throws if that one cannot run
+// here.
 const KernelTable& selected_table();
 
 }  // namespace mls::cpu

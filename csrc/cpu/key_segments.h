@@ -1,7 +1,7 @@
 // Which vectors of a row tile see which keys.
 //
-// Under a causal diagonal, at the edges of a window or where documents meet, some vectors of a tile see keys
-// that others do not. The keys are cut there, and each segment is computed for the vectors that see it:
+// At a causal diagonal, the edges of a window or a border between documents, some vectors of a tile see keys
+// that others do not. The keys are cut into segments there, each computed only for the vectors that see it:
 //
 //     row vector   0 1 2 3
 //     keys   0..   # # # #    segment 0, four vectors wide
@@ -26,8 +26,7 @@ struct KeySegment {
 
 class KeySegments {
  public:
-  // Of the tile's keys, those in [first, last), and what it takes to begin and end all segments at multiples
-  // of `unit`.
+  // Segments of the tile's keys in [first, last), extended so that all begin and end at multiples of `unit`.
   KeySegments(const RowTile& tile, int64_t first, int64_t last, int64_t unit = 1) {
     int64_t cuts[kMaxSegments + 1];
     int num_cuts = 0;
@@ -46,7 +45,7 @@ class KeySegments {
 
  private:
   static constexpr int kMaxSegments = 2 * kMicroVecs - 1;
-  // One more segment costs as much as so many vectors of scores that are computed and masked.
+  // An additional segment costs about as much as computing and masking this many vectors of scores.
   static constexpr int64_t kSegmentCost = 8;
 
   static KeySegment seen_by(const RowTile& tile, int64_t begin, int64_t end) {
@@ -79,15 +78,15 @@ class KeySegments {
   int size_ = 0;
 };
 
-// Do the segment's rows differ on its keys, so that scores need masking?
+// Whether some row of the segment does not see all of its keys, so that scores need masking.
 inline bool needs_mask(const RowTile& tile, const KeySegment& keys) {
   return std::any_of(
       tile.vectors + keys.first_vec, tile.vectors + keys.end_vec(),
       [&](const VectorKeys& seen) { return keys.begin < seen.all_begin || keys.end > seen.all_end; });
 }
 
-// Calls f(segment) for parts of `whole` of at most kVectorPanelKeys keys: equal parts of whole micro tiles,
-// so that a rest is not much smaller.
+// Calls f(segment) for parts of `whole` of at most kVectorPanelKeys keys. The parts are nearly equal, in
+// whole micro tiles, so that there is no short remainder.
 template <class F>
 MLS_INLINE void for_panels(const KeySegment& whole, F f) {
   const int64_t panels = ceil_div(whole.num_keys(), kVectorPanelKeys);

@@ -1,11 +1,11 @@
-// The one inner loop of all seven matrix products: acc[R][V] += A(i, k) * B[k][V vectors]. A is read as
-// scalar broadcasts, so it needs no packing and may be row-major or column-major.
+// The inner loop of all seven matrix products: acc[R][V] += A(i, k) * B[k][V vectors]. A is read by scalar
+// broadcasts, so it needs no packing and may be row-major or column-major.
 //
-// Operands are arrays of 32-bit words, called float whatever they hold: one fp32 value (float_words.h) or two
-// bf16 values that are neighbours along the depth of the product (bf16_pairs.h):
+// Operands are arrays of 32-bit words, typed float whatever they hold: one fp32 value (float_words.h), or two
+// bf16 values that are adjacent along the depth of the product (bf16_pairs.h):
 //
 //   struct Words {
-//     static constexpr int kValues;                  // of a word
+//     static constexpr int kValues;                  // per word
 //     static Vec broadcast(const float* word);       // to all lanes
 //     static Vec product(Vec a, Vec b);              // the products of a word's values, summed
 //     static Vec add_product(Vec sum, Vec a, Vec b);
@@ -16,7 +16,7 @@
 
 namespace mls::cpu::MLS_VARIANT {
 
-// Words that hold `count` values.
+// Number of words that hold `count` values.
 template <class Words>
 constexpr int64_t words(int64_t count) {
   return ceil_div(count, Words::kValues);
@@ -63,7 +63,8 @@ MLS_INLINE void multiply_add(const float* a, int64_t lda, const float* b, int64_
   }
 }
 
-// acc = A B; depth >= 1. The first product starts the sums: zeroing them would cost as much as two more.
+// acc = A B; depth >= 1. The first product initialises the sums: zeroing them would cost as much as two more
+// products.
 template <class Words, Order kOrder, int R, int V>
 MLS_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
                          Accumulator<R, V>& acc) {
@@ -74,8 +75,8 @@ MLS_INLINE void multiply(const float* a, int64_t lda, const float* b, int64_t ld
   multiply_add<Words, kOrder>(a, lda, b, ldb, depth, acc, 1);
 }
 
-// Calls f.operator()<N>(arguments...) with N = count, which is a multiple of kStep and at most kMost; not at
-// all for 0.
+// Calls f.operator()<N>(arguments...) with N = count, a multiple of kStep of at most kMost. Does nothing for
+// 0.
 template <int kMost, int kStep = 1, class F, class... Arguments>
 MLS_INLINE void with_count(int64_t count, F f, Arguments... arguments) {
   if constexpr (kMost > 0) {
@@ -87,8 +88,8 @@ MLS_INLINE void with_count(int64_t count, F f, Arguments... arguments) {
   }
 }
 
-// Calls f.operator()<R>(first_row) over `count` rows, a multiple of kStep: full micro tiles, then one of the
-// rest's exact size.
+// Calls f.operator()<R>(first_row) over `count` rows, a multiple of kStep: full micro tiles, then one of
+// exactly the remaining rows.
 template <int kStep = 1, class F>
 MLS_INLINE void for_row_groups(int64_t count, F f) {
   static_assert(kMicroRows % kStep == 0);

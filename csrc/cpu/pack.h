@@ -1,4 +1,4 @@
-// Moves between tensors in memory and the fp32 panels the micro-kernel reads.
+// Copies between tensors in memory and the fp32 panels that the micro-kernel reads.
 #pragma once
 #include "row_tile.h"
 #include "simd.h"
@@ -12,14 +12,14 @@ MLS_INLINE void prefetch_for_write(T* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += kCacheLine / sizeof(T)) __builtin_prefetch(row + d, 1);
 }
 
-// A tensor whose elements are known.
+// The tensor with its element type.
 template <class Element>
 MLS_INLINE TokenTensor<const typename Element::Storage> typed(const TokenTensor<const void>& tensor) {
   return {static_cast<const typename Element::Storage*>(tensor.data), tensor.token_stride,
           tensor.batch_stride, tensor.head_stride};
 }
 
-// dst[0..padded(dim)) = src[0..dim) widened to fp32, zeros behind.
+// dst[0..padded(dim)) = src[0..dim) widened to fp32, then zeros.
 template <class Element>
 MLS_INLINE void load_row(const typename Element::Storage* src, int64_t dim, float* dst) {
   int64_t d = 0;
@@ -30,7 +30,7 @@ MLS_INLINE void load_row(const typename Element::Storage* src, int64_t dim, floa
   }
 }
 
-// dst[0..count) = values, rounded, for all of them or fewer.
+// dst[0..count) = the first `count` values, rounded.
 template <class Element>
 MLS_INLINE void store_some(typename Element::Storage* dst, Vec values, int64_t count) {
   if (count >= kLanes) return Element::store(dst, values);
@@ -59,14 +59,14 @@ struct PanelColumns {
   const float* at_dim(int64_t d) const { return data + d * dim_stride; }
 };
 
-// The panel as it is.
+// The panel itself, without a copy.
 inline PanelColumns columns_in_place(const float* panel, int64_t dim) {
   return {panel, padded(dim), 1};
 }
 
-// The panel in the order in which the micro-kernel reads it, without gaps; `copy` has room for `capacity`
-// keys. Read in place, a column falls on few sets of the L1 cache, and most of each line is fetched in vain.
-// It pays if several row tiles share the panel.
+// A copy of the panel in the order in which the micro-kernel reads it, without gaps; `copy` has room for
+// `capacity` keys. In place, a column maps to few sets of the L1 cache and uses little of each cache line.
+// The copy pays off if several row tiles share the panel.
 inline PanelColumns copy_columns(const float* panel, int64_t count, int64_t dim, int64_t capacity,
                                  float* copy) {
   for (int64_t r = 0; r < count; ++r) {
@@ -93,8 +93,8 @@ inline void load_tile_rows(const TokenTensor<const void>& tensor, int64_t group,
               (kTileRows - tile.num_rows) * padded(dim) * sizeof(float));
 }
 
-// Where the rows of a tile lie once they are in the SIMD lanes: vector x of dimension d at
-// d * dim_stride + x * vec_stride.
+// Memory layout of a row tile in the SIMD lanes: vector x of dimension d is at d * dim_stride + x *
+// vec_stride.
 struct LaneLayout {
   int64_t dim_stride, vec_stride;
 
@@ -104,7 +104,7 @@ struct LaneLayout {
 };
 constexpr LaneLayout kRowsOfLanes{kTileRows, kLanes};  // [dim][kTileRows]
 
-// lanes[d][row] = rows[row][d]: rows go into the SIMD lanes.
+// lanes[d][row] = rows[row][d]
 inline void rows_to_lanes(const float* rows, int64_t dim, float* lanes, LaneLayout layout = kRowsOfLanes) {
   for (int row = 0; row < kTileRows; row += kLanes) {
     for (int64_t d = 0; d < dim; d += kLanes) {
@@ -118,7 +118,7 @@ inline void rows_to_lanes(const float* rows, int64_t dim, float* lanes, LaneLayo
   }
 }
 
-// block[i][j] = lanes[d + j][row + i] * scale[i]: kLanes dimensions of kLanes rows out of the lanes.
+// block[i][j] = lanes[d + j][row + i] * scale[i]: a transposed kLanes x kLanes block.
 MLS_INLINE void load_block(const float* lanes, LaneLayout layout, int64_t d, int64_t row, Vec scale,
                            Vec (&block)[kLanes]) {
 #pragma GCC unroll 16
@@ -148,7 +148,7 @@ MLS_INLINE void store_block(const Vec (&block)[kLanes], typename Element::Storag
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) Element::store(rows[i] + d, block[i]);
   } else {
-    // `block` itself would no longer be in registers, whatever the branch, if i chose from it.
+    // A copy, because indexing `block` with a variable would move it out of registers in both branches.
     alignas(MLS_VEC_BYTES) float copy[kLanes][kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) store(copy[i], block[i]);
@@ -156,26 +156,26 @@ MLS_INLINE void store_block(const Vec (&block)[kLanes], typename Element::Storag
   }
 }
 
-// tensor[row][d] = lanes[d][row] * factor[row], rounded, for the rows of a tile: straight from the registers,
-// because a copy of the rows between would take more of the L1 cache than there is. The next rows are fetched
-// a few at a time: for many at once everything else would wait.
+// tensor[row][d] = lanes[d][row] * factor[row], rounded, for the rows of a tile. Stored straight from
+// registers: an intermediate copy of the rows would not fit into the L1 cache. Rows to be written are
+// prefetched a few at a time, because a burst of prefetches would stall all other loads.
 template <class Element>
 inline void store_tile_rows(const TokenTensor<typename Element::Storage>& tensor, int64_t group, KeyHead at,
                             const RowTile& tile, const float* lanes, LaneLayout layout, int64_t dim,
                             const float* factor) {
   const auto row_of = [&](int row) { return row_pointer(tensor, group, at, tile.first_row + row); };
-  const auto fetch = [&](int from, int to) {
+  const auto prefetch_rows = [&](int from, int to) {
     for (int row = from; row < std::min(to, tile.num_rows); ++row) prefetch_for_write(row_of(row), dim);
   };
-  const int fetched_beside_block = static_cast<int>(ceil_div(kLanes, ceil_div(dim, kLanes)));
-  fetch(0, kLanes);
+  const int rows_per_block = static_cast<int>(ceil_div(kLanes, ceil_div(dim, kLanes)));
+  prefetch_rows(0, kLanes);
   for (int first = 0, next = kLanes; first < tile.num_rows; first += kLanes) {
     typename Element::Storage* rows[kLanes];
     const int num_rows = std::min(kLanes, tile.num_rows - first);
     for (int i = 0; i < num_rows; ++i) rows[i] = row_of(first + i);
     const Vec scale = load(factor + first);
-    for (int64_t d = 0; d < dim; d += kLanes, next += fetched_beside_block) {
-      fetch(next, next + fetched_beside_block);
+    for (int64_t d = 0; d < dim; d += kLanes, next += rows_per_block) {
+      prefetch_rows(next, next + rows_per_block);
       Vec block[kLanes];
       load_block(lanes, layout, d, first, scale, block);
       store_block<Element>(block, rows, num_rows, d, dim);
@@ -190,7 +190,8 @@ MLS_INLINE void add_row(const float* src, int64_t dim, float factor, float* dst)
   for (; d < dim; ++d) dst[d] += src[d] * factor;
 }
 
-// Hands out consecutive cache-line aligned pieces of a worker's scratch; with a null base it only counts.
+// Hands out consecutive, cache-line aligned pieces of a worker's scratch memory. With a null base it only
+// counts bytes.
 class ScratchCursor {
  public:
   explicit ScratchCursor(void* base) : base_(static_cast<char*>(base)) {}

@@ -1,4 +1,4 @@
-// torch.ops.mls.cpu_peak_gflops: the measured ceiling that benchmarks compare with.
+// torch.ops.mls.cpu_peak_gflops: the measured peak that benchmarks compare with.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,8 +16,8 @@ double thread_seconds() {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-// GFLOP/s of one core in the units that the selected variant uses for this element type; the best of several
-// short runs, because anything that disturbs one only makes it slower.
+// GFLOP/s of one core, in the units that the selected variant uses for this element type. The best of several
+// short runs, because disturbances can only make a run slower.
 double peak_gflops(bool bfloat16, int64_t repetitions) {
   MLS_CHECK(repetitions > 0, "repetitions is ", repetitions, ": it must be at least 1.");
   constexpr int64_t kIterations = 200000;

@@ -1,12 +1,12 @@
-// delta, the dot product of every row of out with its row of dout. Both are read once, token by token.
+// delta: the dot product of every row of out with the same row of dout. Both are read once, token by token.
 #pragma once
 #include "pack.h"
 #include "simd.h"
 
 namespace mls::cpu::MLS_VARIANT {
 
-// The sum of all lanes, in fp64: where a row sees few keys, delta cancels against the products of dout and V,
-// and what remains is delta's rounding.
+// The sum of all lanes, in fp64: in rows that see few keys, delta cancels against dout V^T, and the rounding
+// error of delta dominates what remains.
 MLS_INLINE double lane_sum(Vec x) {
   typedef float Half __attribute__((vector_size(MLS_VEC_BYTES / 2), may_alias));
   typedef double Doubles __attribute__((vector_size(MLS_VEC_BYTES)));
@@ -21,7 +21,7 @@ MLS_INLINE double lane_sum(Vec x) {
   return sum;
 }
 
-// Several chains of sums, because each would wait for its last addition.
+// Several independent sums, to hide the latency of the additions.
 template <class A, class B>
 MLS_INLINE float row_dot(const typename A::Storage* a, const typename B::Storage* b, int64_t dim) {
   constexpr int kChains = 4;
@@ -60,7 +60,7 @@ void delta_of_out(const DeltaParams& p, int64_t first, int64_t last) {
   half ? delta_of_rows<Out, BFloat16>(p, first, last) : delta_of_rows<Out, Float32>(p, first, last);
 }
 
-// Of the tokens [first, last).
+// delta of tokens [first, last).
 inline void attention_delta(const DeltaParams& p, int64_t first, int64_t last) {
   const bool half = p.out_type == ElementType::kBFloat16;
   half ? delta_of_out<BFloat16>(p, first, last) : delta_of_out<Float32>(p, first, last);

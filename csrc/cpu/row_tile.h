@@ -1,8 +1,8 @@
 // A row tile: kTileRows (query, head) pairs that share one key/value head, and the keys each may see.
 //
-// All heads of a group are laid side by side in the lanes (row = query * heads_per_group + head): a key panel
-// then serves the whole group, few queries still fill the lanes, and a causal tile spans few queries, so less
-// of it is masked. Band, ranges, ragged ends: all are one [begin, end) of keys per lane.
+// All heads of a group are adjacent lanes (row = query * heads_per_group + head). So a key panel serves the
+// whole group, few queries still fill the lanes, and a causal tile spans few queries, so that less of it is
+// masked. Bands, key ranges and ragged ends all become one interval [begin, end) of keys per lane.
 #pragma once
 #include "simd.h"
 #include "softmax.h"
@@ -12,21 +12,21 @@ namespace mls::cpu::MLS_VARIANT {
 
 // The keys that the rows of one vector see.
 struct VectorKeys {
-  int64_t begin, end;          // some row sees each of these; empty if begin >= end
+  int64_t begin, end;          // keys outside are seen by no row; empty if begin >= end
   int64_t all_begin, all_end;  // every row sees all of these
 };
 
 struct RowTile {
   int64_t first_row;
   int num_rows;
-  int64_t key_begin, key_end;      // keys that some row sees lie in here; empty if begin >= end
+  int64_t key_begin, key_end;      // keys outside are seen by no row; empty if begin >= end
   int64_t all_begin, all_end;      // every row sees all of these keys
   VectorKeys vectors[kMicroVecs];  // the same for each vector of rows
   alignas(MLS_VEC_BYTES) int32_t begin[kTileRows];
   alignas(MLS_VEC_BYTES) int32_t end[kTileRows];
 
   bool sees_any() const { return key_begin < key_end; }
-  // Do rows differ on keys [first, last), so that scores need masking?
+  // Whether some row does not see all of the keys [first, last), so that scores need masking.
   bool needs_mask(int64_t first, int64_t last) const { return first < all_begin || last > all_end; }
 };
 
@@ -43,14 +43,15 @@ inline int64_t row_tiles(const AttentionShape& shape) {
   return ceil_div(rows_per_kv_head(shape), kTileRows);
 }
 
-// Do documents or a window leave each panel of keys to few row tiles, so that little is gained by sharing it?
+// Whether documents or a window let only few row tiles see each panel of keys, so that sharing it gains
+// little.
 inline bool is_narrow(const AttentionShape& shape, const KeyMask& mask) {
   const int64_t band = mask.band_hi - mask.band_lo + 1;
   return mask.range_begin != nullptr || band < std::min(shape.num_keys, kNarrowKeys);
 }
 
-// Row tiles of a forward task. What a row tile computes does not depend on the tiles beside it, so the number
-// of workers may decide.
+// Row tiles per forward task. The result of a row tile does not depend on the other tiles of its task, so
+// this may depend on the number of workers.
 inline int64_t block_tiles(const AttentionShape& shape, const KeyMask& mask, int64_t workers,
                            int64_t most_tiles) {
   const int64_t most =
@@ -80,7 +81,7 @@ inline void fill_vector(const AttentionShape& shape, const KeyMask& mask, int fi
   keys = {shape.num_keys, 0, 0, shape.num_keys};
   int64_t query = (tile.first_row + first_lane) / group, head = (tile.first_row + first_lane) % group;
   for (int lane = first_lane; lane < first_lane + kLanes; ++lane) {
-    // Lanes past the end are never read back, so they are never a reason to mask.
+    // Lanes past the end are never read back, so they need no masking.
     KeyRange seen{0, shape.num_keys};
     if (lane < tile.num_rows) {
       seen = visible_keys(shape, mask, query);
@@ -113,11 +114,16 @@ inline void fill_row_tile(const AttentionShape& shape, const KeyMask& mask, int6
   }
 }
 
-// Scores of `key` (one row of S^T), with -inf where a lane may not see it.
-MLS_INLINE Vec mask_scores(const RowTile& tile, int64_t key, int vec, Vec scores) {
+// The lanes of a vector of rows that may see `key`.
+MLS_INLINE IntVec sees(const RowTile& tile, int64_t key, int vec) {
   const IntVec k = splat_int(static_cast<int32_t>(key));
   const IntVec begin = load_int(tile.begin + vec * kLanes), end = load_int(tile.end + vec * kLanes);
-  return select((k >= begin) & (k < end), scores, splat(-kInfinity));
+  return (k >= begin) & (k < end);
+}
+
+// Scores of `key` (one row of S^T), with -inf in the lanes that may not see it.
+MLS_INLINE Vec mask_scores(const RowTile& tile, int64_t key, int vec, Vec scores) {
+  return select(sees(tile, key, vec), scores, splat(-kInfinity));
 }
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -18,16 +18,16 @@ namespace mls::cpu {
 namespace {
 
 constexpr size_t kPage = 4096, kHugePage = 2 << 20;
-constexpr size_t kKeptSums =
-    64 << 20;  // the sums of dQ grow with the sequence, and then take no notice of pages
+// The dQ sums grow with the sequence; beyond this size, allocating them costs little compared with the work.
+constexpr size_t kMostKeptSumBytes = 64 << 20;
 
 size_t round_up(size_t bytes, size_t multiple) {
   return (bytes + multiple - 1) / multiple * multiple;
 }
 
 // The workers' memory, kept for the next call of the same thread: getting fresh pages from the operating
-// system costs a tenth of a short attention. Huge pages, because a block of rows and its keys lie on more
-// pages than the processor remembers.
+// system would take a tenth of the time of a short attention. In huge pages, because a block of rows and its
+// keys span more small pages than the TLB holds.
 class Scratch {
  public:
   char* at_least(size_t bytes) {
@@ -38,7 +38,7 @@ class Scratch {
       memory_.reset(new (kAlignment) char[size]);
       size_ = size;
 #if defined(__linux__)
-      madvise(memory_.get(), size_, MADV_HUGEPAGE);  // advice: without it all works as well
+      madvise(memory_.get(), size_, MADV_HUGEPAGE);  // only advice: may fail without harm
 #endif
     }
     return memory_.get();
@@ -59,15 +59,16 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Workers take the next task until none is left. at::parallel_for hands each one index of [0, workers), or
-// all of them to one thread; either way one worker runs per call, and tasks start in ascending order.
+// Each worker takes the next task until none is left. parallel_for gives each thread one index of [0,
+// workers), or all of them to one thread; either way there is one worker per index, and tasks start in
+// ascending order.
 template <class RunTask>
 void run_tasks(const Workload& work, RunTask run_task) {
   if (work.num_tasks == 0) return;
   const int64_t workers = std::min<int64_t>(work.num_tasks, torch::stable::get_num_threads());
   const size_t stride = round_up(work.scratch_bytes, kPage);
   static thread_local Scratch kept;
-  char* const scratch = kept.at_least(workers * stride);  // here: an exception must not leave a worker thread
+  char* const scratch = kept.at_least(workers * stride);  // here, because a worker thread must not throw
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
     for (int64_t task; (task = next.fetch_add(1)) < work.num_tasks;)
@@ -98,15 +99,15 @@ void run_backward(const BackwardParams& params) {
   const size_t sum_bytes = work.num_dq_sums * sizeof(float);
   const BackwardState state{turns.data(), reinterpret_cast<float*>(sums.at_least(sum_bytes))};
   run_tasks(work, [&](int64_t task, void* scratch) { kernel.backward_task(params, task, scratch, state); });
-  sums.keep_at_most(kKeptSums);
+  sums.keep_at_most(kMostKeptSumBytes);
 }
 
-// A row is summed by one thread, so it does not matter how many there are.
+// A row is summed by one thread, so the result does not depend on the number of threads.
 void run_delta(const DeltaParams& params) {
-  constexpr int64_t kWorthAThread = 64 * 1024;  // products, about 10 us of one
-  const int64_t of_token = std::max<int64_t>(1, params.batch * params.num_heads * params.value_dim);
-  const int64_t tokens = std::max<int64_t>(1, kWorthAThread / of_token);
-  torch::stable::parallel_for(0, params.num_queries, tokens, [&](int64_t first, int64_t last) {
+  constexpr int64_t kWorthAThread = 64 * 1024;  // products, about 10 us on one thread
+  const int64_t products_per_token = std::max<int64_t>(1, params.batch * params.num_heads * params.value_dim);
+  const int64_t tokens_per_thread = std::max<int64_t>(1, kWorthAThread / products_per_token);
+  torch::stable::parallel_for(0, params.num_queries, tokens_per_thread, [&](int64_t first, int64_t last) {
     selected_table().delta(params, first, last);
   });
 }

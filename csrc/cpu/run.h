@@ -1,4 +1,4 @@
-// Runs one attention tile on the CPU with torch's threads, and what comes before its backward.
+// Runs one attention tile, or the computation of delta that precedes a backward, on torch's threads.
 #pragma once
 #include "attention_params.h"
 

@@ -1,5 +1,6 @@
-// Vectors of floats by compiler vector extensions: no intrinsics, so the same source is AVX-512, AVX2, SSE or
-// NEON. The width is our own macro because g++ does not refresh __AVX512F__ after a target pragma.
+// Vectors of floats, by the compiler's vector extensions: without intrinsics, so that the same source
+// compiles to AVX-512, AVX2, SSE or NEON. The width is a macro of ours because g++ does not update
+// __AVX512F__ after a target pragma.
 #pragma once
 #if !defined(MLS_VEC_BYTES) || !defined(MLS_VARIANT)
 #error "include from a variant_*.cpp that defines MLS_VEC_BYTES and MLS_VARIANT"
@@ -46,8 +47,8 @@ MLS_INLINE HalfWordVec load_half_words(const uint16_t* p) {
 }
 
 #if MLS_VEC_BYTES == 64
-// Left to g++ 12, the halves are widened apart and joined: four instructions in place of one. The form
-// without a mask warns there.
+// With __builtin_convertvector g++ 12 widens both halves separately and joins them: four instructions instead
+// of one. The unmasked intrinsic triggers a warning in g++ 12.
 MLS_INLINE WordVec widen(HalfWordVec x) {
   constexpr __mmask16 kAll = 0xffff;
   return reinterpret_cast<WordVec>(_mm512_maskz_cvtepu16_epi32(kAll, reinterpret_cast<__m256i>(x)));
@@ -58,7 +59,7 @@ MLS_INLINE WordVec widen(HalfWordVec x) {
 }
 #endif
 
-// Element types widen to fp32 on load and round from it on store. A bf16 is the upper half of a float.
+// Element types: load widens to fp32, store rounds from fp32. A bf16 is the upper half of a float.
 struct Float32 {
   using Storage = float;
   static MLS_INLINE Vec load(const float* p) { return MLS_VARIANT::load(p); }
@@ -71,7 +72,8 @@ struct BFloat16 {
   static MLS_INLINE Vec load(const uint16_t* p) {
     return reinterpret_cast<Vec>(widen(load_half_words(p)) << 16);
   }
-  // To nearest, ties to even, as torch rounds; a NaN must not be rounded to infinity.
+  // Round to nearest, ties to even, as torch does. NaN is handled separately: rounding could make it
+  // infinity.
   static MLS_INLINE void store(uint16_t* p, Vec x) {
     const WordVec bits = reinterpret_cast<WordVec>(x), odd = bits >> 16 & 1;
     const WordVec rounded = (bits + 0x7fff + odd) >> 16, nan = WordVec{} + 0x7fc0;
@@ -86,7 +88,7 @@ struct BFloat16 {
   }
 };
 
-// out lane j = j-th index into the 2 * kLanes floats of (a, b), fixed at compile time.
+// Lane j of the result is element kIndex[j] of the 2 * kLanes floats (a, b).
 template <int... kIndex>
 MLS_INLINE Vec shuffle(Vec a, Vec b, std::integer_sequence<int, kIndex...>) {
 #if defined(__clang__)
@@ -106,7 +108,8 @@ MLS_INLINE Vec exchange(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
   return shuffle(a, b, std::integer_sequence<int, exchange_index(kLane, kDistance, kUpper)...>{});
 }
 
-// kLanes x kLanes transpose in registers: blocks of kDistance swap across the diagonal, then halve.
+// kLanes x kLanes transpose in registers: swap off-diagonal blocks of kDistance, then recurse with half of
+// it.
 template <int kDistance = kLanes / 2>
 MLS_INLINE void transpose(Vec (&rows)[kLanes]) {
   using AllLanes = std::make_integer_sequence<int, kLanes>;

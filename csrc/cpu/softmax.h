@@ -1,4 +1,5 @@
-// Base-2 exponential, the softmax of FlashAttention in log2 units: p = 2^(score * scale * log2(e) - max).
+// Base-2 exponential and online softmax in log2 units, as in FlashAttention:
+// p = 2^(score * scale * log2(e) - max).
 #pragma once
 #include "simd.h"
 #include "tiles.h"
@@ -9,12 +10,12 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// 2^x for x <= about 0; below -126 (and at -inf) exactly 0; NaN stays NaN. A minimax polynomial of degree 5
-// gives the fraction, relative error 9e-8.
+// 2^x for x up to about 0; exactly 0 below -126 (and at -inf); NaN stays NaN. The fractional part is a
+// minimax polynomial of degree 5, relative error 9e-8.
 #if MLS_VEC_BYTES == 64
-// AVX-512 has both halves as instructions: r = x - floor(x) and p * 2^floor(x). 5 cycles a vector, not 6.5.
+// AVX-512 has instructions for r = x - floor(x) and for p * 2^floor(x): 5 cycles per vector instead of 6.5.
 //
-// `polynomial` of 2^r on [0, 1], the highest power first; 0 in the lanes outside `keep`.
+// `polynomial` approximates 2^r on [0, 1], highest power first; lanes outside `keep` get 0.
 template <int kTerms>
 MLS_INLINE Vec exp2_by(const float (&polynomial)[kTerms], Vec x, __mmask16 keep) {
   constexpr int kFloor = 0x09;  // no fraction bits, round towards -inf, no exception flags
@@ -23,7 +24,7 @@ MLS_INLINE Vec exp2_by(const float (&polynomial)[kTerms], Vec x, __mmask16 keep)
   Vec p = splat(polynomial[0]);
 #pragma GCC unroll 8
   for (int i = 1; i < kTerms; ++i) p = p * r + polynomial[i];
-  // The form without a mask warns in g++ 12.
+  // The unmasked intrinsic triggers a warning in g++ 12.
   return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(keep, reinterpret_cast<__m512>(p), wide));
 }
 
@@ -35,8 +36,8 @@ MLS_INLINE Vec exp2(Vec x) {
   return exp2_by(kExp2, x, _mm512_cmp_ps_mask(wide, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ));
 }
 #else
-// x is split into integer n and r in [-1/2, 1/2] by adding 1.5 * 2^23, which rounds to nearest and leaves n
-// in the low mantissa bits; n is then added to the exponent.
+// Adding 1.5 * 2^23 rounds x to the nearest integer n and leaves n in the low mantissa bits, so x = n + r
+// with r in [-1/2, 1/2]. n is then added to the exponent of 2^r.
 MLS_INLINE Vec exp2(Vec x) {
   const Vec rounder = splat(12582912.0f);
   const Vec shifted = x + rounder;
@@ -53,8 +54,8 @@ MLS_INLINE Vec exp2(Vec x) {
 }
 #endif
 
-// ln x for x > 0 that is not denormal; NaN and infinity stay. The polynomial of Cephes' logf, error below
-// 1e-7.
+// ln x for x > 0 that is not denormal; NaN and infinity are returned as they are. The polynomial of Cephes'
+// logf, error below 1e-7.
 MLS_INLINE Vec log(Vec x) {
   constexpr float kTerms[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
                               -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
@@ -67,20 +68,20 @@ MLS_INLINE Vec log(Vec x) {
   Vec p = splat(kTerms[0]);
 #pragma GCC unroll 8
   for (int i = 1; i < 9; ++i) p = p * r + kTerms[i];
-  // ln 2 in two parts, of which the first times n is exact.
+  // ln 2 is split in two parts, the first of which times n is exact.
   const Vec ln = n * 0.693359375f + (r + (p * r * r * r - 0.5f * r * r + n * -2.12194440e-4f));
   return select(x < splat(kInfinity), ln, x);
 }
 
-// A running maximum that is safe to subtract: a row without keys has -inf, and -inf - -inf would be NaN.
+// The running maximum, but 0 where it is -inf (rows without keys): -inf - -inf would be NaN.
 MLS_INLINE Vec finite_max(Vec max_log2) {
   return select(max_log2 == splat(-kInfinity), Vec{}, max_log2);
 }
 
-// The online softmax of one row tile: what has been summed so far, and against which maximum.
+// State of the online softmax of one row tile.
 struct SoftmaxState {
   alignas(MLS_VEC_BYTES) float max_log2[kTileRows];  // running maximum of score * scale * log2(e)
-  alignas(MLS_VEC_BYTES) float sum[kTileRows];       // of 2^(score - maximum)
+  alignas(MLS_VEC_BYTES) float sum[kTileRows];       // running sum of 2^(score - maximum)
 
   void clear() {
     std::fill_n(max_log2, kTileRows, -kInfinity);
@@ -88,13 +89,13 @@ struct SoftmaxState {
   }
 };
 
-// One step of it for V vectors of rows: new scores arrive with their maximum, older sums are rescaled to the
-// new maximum.
+// One step of the online softmax for V vectors of rows: takes the maximum of the new scores, and rescales
+// older sums to the new running maximum.
 template <int V>
 struct SoftmaxStep {
   Vec scale;       // softmax_scale * log2(e)
-  Vec offset[V];   // the new maximum, finite
-  Vec rescale[V];  // factor of everything summed so far
+  Vec offset[V];   // the new maximum, 0 instead of -inf
+  Vec rescale[V];  // factor for everything summed so far
   Vec sum[V];
 
   MLS_INLINE SoftmaxStep(SoftmaxState& state, const Vec (&top)[V], float log2_scale, int first_row = 0)

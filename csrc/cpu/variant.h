@@ -1,4 +1,5 @@
-// Included once by each variant_*.cpp, after its target pragma: the whole kernel in that variant's namespace.
+// Included once by each variant_*.cpp, after its target pragma: the whole kernel, in that variant's
+// namespace.
 #include "backward.h"
 #include "backward_vector.h"
 #include "float_words.h"

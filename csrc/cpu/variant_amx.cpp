@@ -1,4 +1,4 @@
-// The kernel for x86-64 with AVX-512 and AMX: bf16 by tiles, and fp32 as well, in three bf16 parts.
+// The kernel for x86-64 with AVX-512 and AMX: bf16 by tiles; fp32 too, split into three bf16 parts.
 #if defined(__x86_64__)
 #include "variant_headers.h"
 
@@ -32,8 +32,8 @@ void backward_task_with_tiles(const BackwardParams& p, int64_t task, void* scrat
   backward_task<AmxBackward<Element>>(p, task, scratch, state);
 }
 
-// Of values as in attention: with zeros the tile unit draws less power and runs
-// at a higher clock. A product in parts counts as the one that it stands for.
+// Multiplies values as they occur in attention: with zeros the tile unit would draw less power and run at a
+// higher clock. A product in parts counts as one product.
 template <class Element>
 double tile_peak_work(int64_t iterations) {
   const AmxSession session;

@@ -1,4 +1,4 @@
-// The kernel for x86-64 with AVX-512 and its bf16 instructions: fp32 as in variant avx512, bf16 by dot
+// The kernel for x86-64 with AVX-512 and its bf16 instructions: fp32 as in the variant avx512, bf16 by dot
 // products of pairs.
 #if defined(__x86_64__)
 #include "variant_headers.h"

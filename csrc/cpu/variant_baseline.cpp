@@ -1,4 +1,4 @@
-// The kernel for whatever the compiler targets by default: SSE2 on x86-64, NEON on ARM.
+// The kernel for the compiler's default target: SSE2 on x86-64, NEON on ARM.
 #include "variant_headers.h"
 
 #define MLS_VARIANT baseline

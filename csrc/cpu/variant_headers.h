@@ -1,5 +1,5 @@
-// Every header of the kernel that is not its own. A variant includes these before its target pragma, so that
-// library functions shared with other objects are never compiled for instructions the machine may lack.
+// All standard and shared headers of the kernel. A variant includes them before its target pragma, so that
+// inline functions shared with other objects are never compiled for instructions that the machine may lack.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -22,7 +22,7 @@ inline KeyRange visible_keys(const AttentionShape& shape, const KeyMask& mask, i
   return begin < end ? KeyRange{begin, end} : KeyRange{0, 0};
 }
 
-// (query, key) pairs of one head that the mask leaves.
+// Number of (query, key) pairs of one head that the mask allows.
 inline int64_t visible_pairs(const AttentionShape& shape, const KeyMask& mask) {
   int64_t pairs = 0;
   for (int64_t query = 0; query < shape.num_queries; ++query) {

@@ -89,7 +89,10 @@ attention_backward_dq_sm80(const BackwardParams params) {
   const int head = static_cast<int>(block_index().y), batch = static_cast<int>(block_index().z);
   const int kv_head = head / static_cast<int>(params.shape.num_heads / params.shape.num_kv_heads);
   const KeyBounds bounds = bounds_of_queries<T::kQueries>(visibility, first_query);
-  if (bounds.any_first >= bounds.any_end) return;
+  const GradientRows target(params.dq, params.rounded_dq, batch, head, params.shape.num_queries,
+                            params.accumulate);
+  if (bounds.any_first >= bounds.any_end)
+    return write_empty_rows<T::kQueries, T::kHeadDim, T::kThreads>(target, first_query);
   const int first_tile = bounds.any_first / T::kKeys, end_tile = (bounds.any_end + T::kKeys - 1) / T::kKeys;
   load_tile<T::kThreads>(shared.queries(), rows_of(params.q, batch, head, visibility.num_queries),
                          first_query);
@@ -113,16 +116,16 @@ attention_backward_dq_sm80(const BackwardParams params) {
     sync_threads();
   }
   copy_async_wait<0>();
-  add_rows(params.dq, dq[0], batch, head, warp_query, visibility.num_queries, 0, params.softmax_scale);
+  write_rows<typename T::Element>(target, dq[0], warp_query, 0, params.softmax_scale);
 }
 
 template <class T, class Q>
-const char* launch_backward_sm80(const BackwardParams& params, bool deterministic, void* stream) {
+const char* launch_backward_sm80(const BackwardParams& params, const BackwardOptions& options, void* stream) {
   const auto& shape = params.shape;
   const Dim3 key_blocks((shape.num_keys + T::kKeys - 1) / T::kKeys, shape.num_kv_heads, shape.batch);
   const char* failure = launch(&attention_backward_sm80<T>, key_blocks, T::kThreads, T::kSharedBytes, stream,
-                               BackwardLaunch{params, !deterministic});
-  if (failure != nullptr || !deterministic) return failure;
+                               BackwardLaunch{params, !options.deterministic});
+  if (failure != nullptr || !options.deterministic) return failure;
   const Dim3 query_blocks((shape.num_queries + Q::kQueries - 1) / Q::kQueries, shape.num_heads, shape.batch);
   return launch(&attention_backward_dq_sm80<Q>, query_blocks, Q::kThreads, Q::kSharedBytes, stream, params);
 }

@@ -5,6 +5,7 @@
 #include "cuda/gradients.h"
 #include "cuda/hopper_launch.h"
 #include "cuda/panels.h"
+#include "cuda/work_order.h"
 
 namespace mls::cuda {
 
@@ -52,6 +53,7 @@ struct HopperDqShared {
 
 struct HopperDqLaunch {
   BackwardParams params;
+  WorkOrder order;
   TensorMap q, k, v, dout;
   template <class T>
   bool describe();  // makes the maps; false where CUDA cannot
@@ -169,18 +171,25 @@ MLS_DEVICE void consume_keys(float (&dq)[T::kHeadDim / 8][4], const HopperDqShar
 }
 
 template <class T>
+MLS_DEVICE GradientRows gradient_of(const BackwardParams& params, const HopperDqWork& work) {
+  return {params.dq, params.rounded_dq, work.batch, work.head, params.shape.num_queries, params.accumulate};
+}
+
+template <class T>
 MLS_DEVICE void dq_block_sm90(const HopperDqLaunch& launch, unsigned char* memory) {
   const BackwardParams& params = launch.params;
   const HopperDqShared<T> shared{memory};
   const Visibility visibility(params.shape, params.mask);
-  const int num_tiles = (visibility.num_queries + T::kQueries - 1) / T::kQueries;
+  const WorkOrder::Place place = launch.order.place(static_cast<int>(block_index().x));
   HopperDqWork work;
-  work.first_query = (num_tiles - 1 - static_cast<int>(block_index().x)) * T::kQueries;
-  work.head = static_cast<int>(block_index().y);
-  work.batch = static_cast<int>(block_index().z);
+  work.first_query = (launch.order.num_tiles - 1 - place.tile) * T::kQueries;
+  work.head = place.unit % static_cast<int>(params.shape.num_heads);
+  work.batch = place.unit / static_cast<int>(params.shape.num_heads);
   work.kv_head = work.head / static_cast<int>(params.shape.num_heads / params.shape.num_kv_heads);
   const KeyBounds bounds = bounds_of_queries<T::kQueries>(visibility, work.first_query);
-  if (bounds.any_first >= bounds.any_end) return;
+  if (bounds.any_first >= bounds.any_end)
+    return write_empty_rows<T::kQueries, T::kHeadDim, T::kThreads>(gradient_of<T>(params, work),
+                                                                   work.first_query);
   work.first_tile = bounds.any_first / T::kKeys;
   work.end_tile = (bounds.any_end + T::kKeys - 1) / T::kKeys;
   if (thread_index().x == 0) shared.init();
@@ -197,12 +206,11 @@ MLS_DEVICE void dq_block_sm90(const HopperDqLaunch& launch, unsigned char* memor
     float dq[T::kHeadDim / 8][4];
     set_zero(dq);
     consume_keys<T>(dq, shared, work, rows, bounds);
-    add_rows(params.dq, dq, work.batch, work.head, warp_query, visibility.num_queries, 0,
-             params.softmax_scale);
+    write_rows<typename T::Element>(gradient_of<T>(params, work), dq, warp_query, 0, params.softmax_scale);
   }
 }
 
-// Blocks: (query tiles, heads, batch).
+// A block for each place of the order.
 template <class T>
 MLS_KERNEL(T::kThreads, 1)
 attention_backward_dq_sm90(const MLS_GRID_CONSTANT HopperDqLaunch launch) {
@@ -226,11 +234,13 @@ bool HopperDqLaunch::describe() {
 template <class T>
 const char* launch_dq_sm90(const BackwardParams& params, void* stream) {
   const auto& shape = params.shape;
-  HopperDqLaunch arguments{params, {}, {}, {}, {}};
-  const Dim3 blocks((shape.num_queries + T::kQueries - 1) / T::kQueries, shape.num_heads, shape.batch);
-  const char* failure = "CUDA described q, k, v and dout for dk and dv, and not for dq";
-  launch_hopper<T>(&attention_backward_dq_sm90<T>, blocks, T::kSharedBytes, stream, arguments, &failure);
-  return failure;
+  HopperDqLaunch arguments{params, {}, {}, {}, {}, {}};
+  const char* failure = make_order(&arguments.order, (shape.num_queries + T::kQueries - 1) / T::kQueries,
+                                   shape.num_heads * shape.batch, key_bytes_of_head(shape));
+  if (failure != nullptr) return failure;
+  const bool is_started = launch_hopper<T>(&attention_backward_dq_sm90<T>, arguments.order.blocks(),
+                                           T::kSharedBytes, stream, arguments, &failure);
+  return is_started ? failure : "the driver described q, k, v and dout for dk and dv, and not for dq";
 }
 
 }  // namespace mls::cuda

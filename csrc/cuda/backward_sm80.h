@@ -209,7 +209,16 @@ attention_backward_sm80(const BackwardLaunch arguments) {
   const int kv_head = static_cast<int>(block_index().y), batch = static_cast<int>(block_index().z);
   const int group = static_cast<int>(params.shape.num_heads / params.shape.num_kv_heads);
   QueryTiles<T::kQueries, T::kKeys> tiles(visibility, first_key, kv_head * group, kv_head * group + group);
-  if (tiles.done()) return;
+  const auto rows_of_gradient = [&](const TokenTensor<float>& sums, const TokenTensor<uint16_t>& rounded) {
+    return GradientRows(sums, rounded, batch, kv_head, params.shape.num_keys, params.accumulate);
+  };
+  if (tiles.done()) {
+    write_empty_rows<T::kKeys, T::kHeadDim, T::kThreads>(rows_of_gradient(params.dk, params.rounded_dk),
+                                                         first_key);
+    write_empty_rows<T::kKeys, T::kValueDim, T::kThreads>(rows_of_gradient(params.dv, params.rounded_dv),
+                                                          first_key);
+    return;
+  }
   load_tile<T::kThreads>(shared.keys(), rows_of(params.k, batch, kv_head, visibility.num_keys), first_key);
   load_tile<T::kThreads>(shared.values(), rows_of(params.v, batch, kv_head, visibility.num_keys), first_key);
   prefetch_queries<T>(params, tiles, shared, batch, 0);
@@ -226,10 +235,12 @@ attention_backward_sm80(const BackwardLaunch arguments) {
     if (arguments.with_dq) add_query_gradient<T>(params, shared, batch, head, first_query);
   }
   copy_async_wait<0>();
-  add_rows(params.dk, gradients.dk[0], batch, kv_head, first_key + gradients.first_key, visibility.num_keys,
-           gradients.column_warp * (T::kHeadDim / T::kColumnWarps), params.softmax_scale);
-  add_rows(params.dv, gradients.dv[0], batch, kv_head, first_key + gradients.first_key, visibility.num_keys,
-           gradients.column_warp * (T::kValueDim / T::kColumnWarps), 1.0f);
+  write_rows<typename T::Element>(
+      rows_of_gradient(params.dk, params.rounded_dk), gradients.dk[0], first_key + gradients.first_key,
+      gradients.column_warp * (T::kHeadDim / T::kColumnWarps), params.softmax_scale);
+  write_rows<typename T::Element>(rows_of_gradient(params.dv, params.rounded_dv), gradients.dv[0],
+                                  first_key + gradients.first_key,
+                                  gradients.column_warp * (T::kValueDim / T::kColumnWarps), 1.0f);
 }
 
 }  // namespace mls::cuda

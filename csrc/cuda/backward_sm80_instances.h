@@ -20,17 +20,17 @@ struct BackwardSizes<256, 256> {
 };
 
 template <class Element, int kHeadDim, int kValueDim>
-const char* backward_sm80(const BackwardParams& params, bool deterministic, void* stream) {
+const char* backward_sm80(const BackwardParams& params, const BackwardOptions& options, void* stream) {
   using Sizes = BackwardSizes<kHeadDim, kValueDim>;
   using Traits =
       BackwardTraits<Element, kHeadDim, kValueDim, Sizes::kKeyWarps, Sizes::kColumnWarps, Sizes::kQueries>;
   using QueryTraits = QueryGradientTraits<Element, kHeadDim, kValueDim, 4, Sizes::kDqKeys>;
   static_assert(Traits::kSharedBytes <= shared_budget(kHeadDim));
   static_assert(QueryTraits::kSharedBytes <= shared_budget(kHeadDim));
-  return launch_backward_sm80<Traits, QueryTraits>(params, deterministic, stream);
+  return launch_backward_sm80<Traits, QueryTraits>(params, options, stream);
 }
 
 #define MLS_DEFINE_BACKWARD_SM80(Element, D, Dv) \
-  template const char* backward_sm80<Element, D, Dv>(const BackwardParams&, bool, void*);
+  template const char* backward_sm80<Element, D, Dv>(const BackwardParams&, const BackwardOptions&, void*);
 
 }  // namespace mls::cuda

@@ -23,9 +23,35 @@ struct HopperBackwardState {
   float grads[T::kQueries / 8][4];           // dP^T, then dS^T
   uint32_t p_operand[T::kQueries / 16][4];   // P^T in 16 bits
   uint32_t ds_operand[T::kQueries / 16][4];  // dS^T in 16 bits
+  // K and V of its 64 keys, where registers hold them.
+  uint32_t keys[T::kHoldsKeys ? T::kHeadDim / 16 : 1][4];
+  uint32_t values[T::kHoldsKeys ? T::kHeadDim / 16 : 1][4];
 };
 
-// Starts sums = 64 rows of `a` times `b` transposed: K Q^T or V dO^T.
+// A warp's 16 rows of a tile, as operands in registers.
+template <class Tile, int kSteps>
+MLS_DEVICE void load_operands(uint32_t (&a)[kSteps][4], const Tile& tile, int first_row) {
+  const int lane = lane_id();
+  MLS_UNROLL
+  for (int step = 0; step < kSteps; ++step)
+    ldmatrix_x4(a[step], tile.chunk(first_row + (lane & 15), step * 2 + (lane >> 4)));
+}
+
+// Starts sums = 64 rows in registers times `b` transposed: K Q^T or V dO^T.
+template <class T, int kSteps>
+MLS_DEVICE void issue_transposed(float (&sums)[T::kQueries / 8][4], uint32_t (&a)[kSteps][4],
+                                 const typename T::QueryTile& b) {
+  hold(sums);
+  hold(a);
+  wgmma_fence();
+  MLS_UNROLL
+  for (int step = 0; step < kSteps; ++step)
+    Wgmma<typename T::Element, T::kQueries>::template from_registers<false>(
+        sums, a[step], b.along_columns(0, step * 16), step > 0);
+  wgmma_commit();
+}
+
+// The same for 64 rows in shared memory.
 template <class T>
 MLS_DEVICE void issue_transposed(float (&sums)[T::kQueries / 8][4], const typename T::KeyTile& a,
                                  int first_row, const typename T::QueryTile& b) {
@@ -72,11 +98,17 @@ struct HopperBackwardConsumer {
   float softmax_scale;
 
   MLS_DEVICE void issue_scores(HopperBackwardState<T>& state, int stage) const {
-    issue_transposed<T>(state.scores, shared.keys(), consumer * 64, shared.queries(stage));
+    if constexpr (T::kHoldsKeys)
+      issue_transposed<T>(state.scores, state.keys, shared.queries(stage));
+    else
+      issue_transposed<T>(state.scores, shared.keys(), consumer * 64, shared.queries(stage));
   }
 
   MLS_DEVICE void issue_probability_gradients(HopperBackwardState<T>& state, int stage) const {
-    issue_transposed<T>(state.grads, shared.values(), consumer * 64, shared.grads(stage));
+    if constexpr (T::kHoldsKeys)
+      issue_transposed<T>(state.grads, state.values, shared.grads(stage));
+    else
+      issue_transposed<T>(state.grads, shared.values(), consumer * 64, shared.grads(stage));
   }
 
   // S^T -> P^T
@@ -151,6 +183,10 @@ MLS_DEVICE void consume_queries(HopperBackwardState<T>& state, const HopperBackw
   auto& barriers = consumer.barriers;
   RingPosition<T::kStages> at;
   barrier_wait(&barriers.keys_full, 0);
+  if constexpr (T::kHoldsKeys) {
+    load_operands(state.keys, shared.keys(), consumer.warp_row);
+    load_operands(state.values, shared.values(), consumer.warp_row);
+  }
   for (int turn = 0;; turn ^= 1, at.advance()) {  // of the scores' two stages, and the parity of dQ's one
     barrier_wait(&barriers.queries_full[at.stage], at.parity);
     if (!any_lane(shared.rows(at.stage).any)) return;
@@ -180,20 +216,57 @@ MLS_DEVICE void consume_queries(HopperBackwardState<T>& state, const HopperBackw
   }
 }
 
+// As write_rows, for rows that other blocks add to concurrently.
+template <int kTiles>
+MLS_DEVICE void add_shared_rows(const GradientRows& target, const float (&grad)[kTiles][4], int first_row,
+                                float scale) {
+  MLS_UNROLL
+  for (int e = 0; e < 4; e += 2) {
+    const int row = first_row + fragment_row(e);
+    if (row >= target.num_rows) continue;
+    float* sums = target.sums + row * target.stride;
+    MLS_UNROLL
+    for (int j = 0; j < kTiles; ++j)
+      atomic_add_pair(sums + fragment_column(j, 0), grad[j][e] * scale, grad[j][e + 1] * scale);
+  }
+}
+
 template <class T>
-MLS_DEVICE void consume(const BackwardParams& params, const HopperBackwardShared<T>& shared,
+MLS_DEVICE void consume(const HopperBackwardLaunch& launch, const HopperBackwardShared<T>& shared,
                         const HopperBackwardWork& work) {
+  const BackwardParams& params = launch.params;
   take_registers<T::kConsumerRegisters>();
-  const int warp_row = (warpgroup_id() - 1) * 64 + warp_id() % 4 * 16,
-            num_keys = static_cast<int>(params.shape.num_keys);
+  const int warp_row = (warpgroup_id() - 1) * 64 + warp_id() % 4 * 16;
   HopperBackwardState<T> state;
   set_zero(state.dk);
   set_zero(state.dv);
   consume_queries<T>(
       state, {shared, shared.barriers(), warpgroup_id() - 1, warp_row, work.first_key, params.softmax_scale});
-  add_rows(params.dk, state.dk, work.batch, work.kv_head, work.first_key + warp_row, num_keys, 0,
-           params.softmax_scale);
-  add_rows(params.dv, state.dv, work.batch, work.kv_head, work.first_key + warp_row, num_keys, 0, 1.0f);
+  const int first_row = work.first_key + warp_row;
+  if (launch.head_parts > 1) {
+    add_shared_rows(work.dk(launch), state.dk, first_row, params.softmax_scale);
+    add_shared_rows(work.dv(launch), state.dv, first_row, 1.0f);
+    return;
+  }
+  write_rows<typename T::Element>(work.dk(launch), state.dk, first_row, 0, params.softmax_scale);
+  write_rows<typename T::Element>(work.dv(launch), state.dv, first_row, 0, 1.0f);
+}
+
+// The keys, heads and sequence of this block.
+template <class T>
+MLS_DEVICE HopperBackwardWork place_of_block(const HopperBackwardLaunch& launch) {
+  const WorkOrder::Place place = launch.order.place(static_cast<int>(block_index().x));
+  const auto& shape = launch.params.shape;
+  const int num_kv_heads = static_cast<int>(shape.num_kv_heads),
+            heads = static_cast<int>(shape.num_heads) / (num_kv_heads * launch.head_parts);
+  const int kv_unit = place.unit / launch.head_parts, part = place.unit % launch.head_parts;
+  HopperBackwardWork work;
+  work.first_key = place.tile * T::kKeys;
+  work.batch = kv_unit / num_kv_heads;
+  work.kv_head = kv_unit % num_kv_heads;
+  work.first_head = (work.kv_head * launch.head_parts + part) * heads;
+  work.end_head = work.first_head + heads;
+  return work;
 }
 
 template <class T>
@@ -201,25 +274,26 @@ MLS_DEVICE void backward_block_sm90(const HopperBackwardLaunch& launch, unsigned
   const BackwardParams& params = launch.params;
   const HopperBackwardShared<T> shared{memory};
   const Visibility visibility(params.shape, params.mask);
-  HopperBackwardWork work;
-  work.first_key = static_cast<int>(block_index().x) * T::kKeys;
-  work.kv_head = static_cast<int>(block_index().y);
-  work.batch = static_cast<int>(block_index().z);
+  HopperBackwardWork work = place_of_block<T>(launch);
   const int end_key = smaller(work.first_key + T::kKeys, visibility.num_keys);
   work.first_tile = larger(work.first_key - visibility.band_hi, 0) / T::kQueries;
   work.end_tile =
       (smaller(end_key - visibility.band_lo, visibility.num_queries) + T::kQueries - 1) / T::kQueries;
-  if (work.first_tile >= work.end_tile) return;
+  if (work.first_tile >= work.end_tile) {
+    write_empty_rows<T::kKeys, T::kHeadDim, T::kThreads>(work.dk(launch), work.first_key);
+    write_empty_rows<T::kKeys, T::kHeadDim, T::kThreads>(work.dv(launch), work.first_key);
+    return;
+  }
   if (thread_index().x == 0) shared.barriers().init();
   classify_tiles<T>(shared.kinds(), visibility, work);
   sync_threads();
   if (warp_id() < 4)
     produce<T>(launch, shared, work);
   else
-    consume<T>(params, shared, work);
+    consume<T>(launch, shared, work);
 }
 
-// Blocks: (key tiles, key/value heads, batch).
+// A block for each place of the order.
 template <class T>
 MLS_KERNEL(T::kThreads, 1)
 attention_backward_sm90(const MLS_GRID_CONSTANT HopperBackwardLaunch launch) {
@@ -230,11 +304,12 @@ attention_backward_sm90(const MLS_GRID_CONSTANT HopperBackwardLaunch launch) {
 // Queries first_query.. of a tile, at most `most`, with the same keys.
 inline BackwardParams queries_from(const BackwardParams& params, int64_t first_query, int64_t most) {
   BackwardParams part = params;
+  part.accumulate = params.accumulate || first_query > 0;
   const int64_t left = params.shape.num_queries - first_query;
   part.shape.num_queries = left < most ? left : most;
   for (TokenTensor<const void>* input : {&part.q, &part.dout})
     input->data = static_cast<const uint16_t*>(input->data) + first_query * input->token_stride;
-  part.dq.data += first_query * part.dq.token_stride;
+  if (part.dq.data != nullptr) part.dq.data += first_query * part.dq.token_stride;
   part.lse.data += first_query * part.lse.query_stride;
   part.delta.data += first_query * part.delta.query_stride;
   part.mask.band_lo += first_query;
@@ -245,6 +320,9 @@ inline BackwardParams queries_from(const BackwardParams& params, int64_t first_q
   }
   return part;
 }
+
+constexpr const char* kRoundedTooLong =
+    "dk and dv must be fp32 where the queries take several launches, which add up";
 
 template <class T>
 bool HopperBackwardLaunch::describe() {
@@ -261,16 +339,24 @@ bool HopperBackwardLaunch::describe() {
 
 // As launch_hopper, in as many launches as a block's shared memory makes necessary.
 template <class T>
-bool launch_backward_sm90(const BackwardParams& params, void* stream, const char** failure) {
+bool launch_backward_sm90(const BackwardParams& params, const BackwardOptions& options, void* stream,
+                          const char** failure) {
   constexpr int64_t kMost = static_cast<int64_t>(T::kMaxTiles) * T::kQueries;
   const auto& shape = params.shape;
-  const Dim3 blocks((shape.num_keys + T::kKeys - 1) / T::kKeys, shape.num_kv_heads, shape.batch);
-  *failure = nullptr;
+  if (shape.num_queries > kMost && (params.dk.data == nullptr || params.dv.data == nullptr)) {
+    *failure = kRoundedTooLong;
+    return true;
+  }
+  WorkOrder order;
+  // A block goes through one query head after another: it uses one head's queries at a time.
+  *failure = make_order(&order, (shape.num_keys + T::kKeys - 1) / T::kKeys,
+                        shape.num_kv_heads * shape.batch * options.head_parts, query_bytes_of_head(shape));
   for (int64_t first = 0; first < shape.num_queries && *failure == nullptr; first += kMost) {
-    HopperBackwardLaunch arguments{queries_from(params, first, kMost), {}, {}, {}, {}, {}};
-    // Alignment decides: if at all, then it is false already the first time.
-    if (!launch_hopper<T>(&attention_backward_sm90<T>, blocks, HopperBackwardShared<T>::kBytes, stream,
-                          arguments, failure))
+    HopperBackwardLaunch arguments{
+        queries_from(params, first, kMost), order, options.head_parts, {}, {}, {}, {}, {}};
+    // Strides and alignment decide, so that the first launch is refused if any is.
+    if (!launch_hopper<T>(&attention_backward_sm90<T>, order.blocks(), HopperBackwardShared<T>::kBytes,
+                          stream, arguments, failure))
       return false;
   }
   return true;

@@ -12,20 +12,21 @@ namespace mls::cuda {
 #endif
 
 template <class Element, int kHeadDim, int kValueDim>
-const char* backward_sm90(const BackwardParams& params, bool deterministic, void* stream) {
+const char* backward_sm90(const BackwardParams& params, const BackwardOptions& options, void* stream) {
   static_assert(kHeadDim == kValueDim);
   constexpr int kMaxTiles = MLS_BACKWARD_QUERY_TILES;
   using AllGradients = HopperBackwardTraits<Element, kHeadDim, true, kMaxTiles>;
   using KeyGradients = HopperBackwardTraits<Element, kHeadDim, false, kMaxTiles>;
   const char* failure = nullptr;
-  const bool taken = deterministic ? launch_backward_sm90<KeyGradients>(params, stream, &failure)
-                                   : launch_backward_sm90<AllGradients>(params, stream, &failure);
-  if (!taken) return backward_sm80<Element, kHeadDim, kValueDim>(params, deterministic, stream);
-  if (!deterministic || failure != nullptr) return failure;
+  const bool taken = options.deterministic
+                         ? launch_backward_sm90<KeyGradients>(params, options, stream, &failure)
+                         : launch_backward_sm90<AllGradients>(params, options, stream, &failure);
+  if (!taken) return backward_sm80<Element, kHeadDim, kValueDim>(params, options, stream);
+  if (!options.deterministic || failure != nullptr) return failure;
   return launch_dq_sm90<HopperDqTraits<Element, kHeadDim>>(params, stream);
 }
 
 #define MLS_DEFINE_BACKWARD_SM90(Element, D, Dv) \
-  template const char* backward_sm90<Element, D, Dv>(const BackwardParams&, bool, void*);
+  template const char* backward_sm90<Element, D, Dv>(const BackwardParams&, const BackwardOptions&, void*);
 
 }  // namespace mls::cuda

@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda/gradients.h"
 #include "cuda/panels.h"
+#include "cuda/work_order.h"
 
 namespace mls::cuda {
 
@@ -14,6 +15,9 @@ struct HopperBackwardTraits {
   static constexpr int kMaxTiles = kMaxTiles_;
   static constexpr int kQueries = 64;
   static constexpr int kConsumers = 2;  // warpgroups
+  // Reading K and V again for each query tile takes a seventh of shared memory's time at D = 64, where
+  // registers are left to hold them.
+  static constexpr bool kHoldsKeys = kHeadDim == 64;
   static constexpr int kKeys = 64 * kConsumers;
   static constexpr int kStages = 2;
   static constexpr int kScoreStages = 2;
@@ -101,6 +105,8 @@ struct HopperBackwardShared {
 
 struct HopperBackwardLaunch {
   BackwardParams params;
+  WorkOrder order;
+  int head_parts;  // see BackwardOptions
   TensorMap q, k, v, dout, dq;
   template <class T>
   bool describe();  // makes the maps; false where CUDA cannot
@@ -109,7 +115,25 @@ struct HopperBackwardLaunch {
 // What a block works on: keys of one key/value head, and the query tiles that a band lets see them.
 struct HopperBackwardWork {
   int first_key, kv_head, batch;
+  int first_head, end_head;  // of queries
   int first_tile, end_tile;
+
+  MLS_DEVICE GradientRows rows(const HopperBackwardLaunch& launch, const TokenTensor<float>& sums,
+                               const TokenTensor<uint16_t>& rounded) const {
+    // Blocks that share keys add to zeros.
+    return {sums,
+            rounded,
+            batch,
+            kv_head,
+            launch.params.shape.num_keys,
+            launch.params.accumulate || launch.head_parts > 1};
+  }
+  MLS_DEVICE GradientRows dk(const HopperBackwardLaunch& launch) const {
+    return rows(launch, launch.params.dk, launch.params.rounded_dk);
+  }
+  MLS_DEVICE GradientRows dv(const HopperBackwardLaunch& launch) const {
+    return rows(launch, launch.params.dv, launch.params.rounded_dv);
+  }
 };
 
 // All warps of the block: which of its query tiles see its keys. A barrier must follow.
@@ -126,17 +150,19 @@ MLS_DEVICE void classify_tiles(TileKind* kinds, const Visibility& visibility,
   }
 }
 
-// The tiles of a block in the order in which all of its warps meet them: for each query head of the group.
+// The tiles of a block in the order in which all of its warps meet them: for each of its query heads.
 struct TileCursor {
   const TileKind* kinds;
   int first_tile, end_tile, end_head;
   int tile, head;  // none is left where head == end_head
 
-  MLS_DEVICE TileCursor(const TileKind* kinds, const HopperBackwardWork& work, const AttentionShape& shape)
-      : kinds(kinds), first_tile(work.first_tile), end_tile(work.end_tile), tile(work.first_tile - 1) {
-    const int group = static_cast<int>(shape.num_heads / shape.num_kv_heads);
-    head = work.kv_head * group;
-    end_head = head + group;
+  MLS_DEVICE TileCursor(const TileKind* kinds, const HopperBackwardWork& work)
+      : kinds(kinds),
+        first_tile(work.first_tile),
+        end_tile(work.end_tile),
+        end_head(work.end_head),
+        tile(work.first_tile - 1),
+        head(work.first_head) {
     advance();
   }
   MLS_DEVICE bool done() const { return head == end_head; }
@@ -158,7 +184,7 @@ MLS_DEVICE void produce_tiles(const HopperBackwardLaunch& launch, const HopperBa
   copy_tile(shared.keys(), launch.k, &barriers.keys_full, work.first_key, work.kv_head, work.batch);
   copy_tile(shared.values(), launch.v, &barriers.keys_full, work.first_key, work.kv_head, work.batch);
   RingPosition<T::kStages> at;
-  TileCursor cursor(shared.kinds(), work, launch.params.shape);
+  TileCursor cursor(shared.kinds(), work);
   for (; !cursor.done(); cursor.advance(), at.advance()) {
     Barrier *queries = &barriers.queries_full[at.stage], *grads = &barriers.grads_full[at.stage];
     const int first_query = cursor.tile * T::kQueries;
@@ -196,7 +222,7 @@ MLS_DEVICE void produce_rows(const BackwardParams& params, const HopperBackwardS
                              const HopperBackwardWork& work) {
   HopperBackwardBarriers<T>& barriers = shared.barriers();
   RingPosition<T::kStages> at;
-  TileCursor cursor(shared.kinds(), work, params.shape);
+  TileCursor cursor(shared.kinds(), work);
   for (bool any = true; any; cursor.advance(), at.advance()) {
     any = !cursor.done();
     barrier_wait(&barriers.tile_empty[at.stage], at.parity ^ 1);
@@ -218,7 +244,7 @@ MLS_DEVICE void send_query_gradient(const HopperBackwardLaunch& launch, const Ho
   using Gradient = typename T::QueryGradient;
   Barrier *full = &shared.barriers().dq_full[consumer], *empty = &shared.barriers().dq_empty[consumer];
   const Gradient gradient = shared.query_gradient(consumer);
-  TileCursor cursor(shared.kinds(), work, launch.params.shape);
+  TileCursor cursor(shared.kinds(), work);
   for (int parity = 0; !cursor.done(); cursor.advance(), parity ^= 1) {
     barrier_wait(full, parity);
     MLS_UNROLL

@@ -173,7 +173,8 @@ attention_forward_sm80(const ForwardParams params) {
   for (int r = 0; r < T::kRowTiles; ++r) {
     MLS_UNROLL
     for (int half = 0; half < 2; ++half)
-      store_row(target, state.out[r], state.rows[r], half, warp_query + r * 16 + fragment_row(2 * half));
+      store_row<typename T::Element>(target, state.out[r], state.rows[r], half,
+                                     warp_query + r * 16 + fragment_row(2 * half));
   }
 }
 

@@ -7,6 +7,7 @@
 #include "cuda/hopper_launch.h"
 #include "cuda/panels.h"
 #include "cuda/softmax.h"
+#include "cuda/work_order.h"
 
 namespace mls::cuda {
 
@@ -39,6 +40,7 @@ struct HopperForwardTraits {
 
 struct HopperForwardLaunch {
   ForwardParams params;
+  WorkOrder order;
   TensorMap q, k, v;
   template <class T>
   bool describe();  // makes the maps; false where CUDA cannot
@@ -240,11 +242,11 @@ MLS_DEVICE void forward_block_sm90(const HopperForwardLaunch& launch, unsigned c
   const ForwardParams& params = launch.params;
   const HopperForwardShared<T> shared{memory};
   const Visibility visibility(params.shape, params.mask);
-  const int num_tiles = (visibility.num_queries + T::kQueries - 1) / T::kQueries;
+  const WorkOrder::Place place = launch.order.place(static_cast<int>(block_index().x));
   HopperForwardWork work;
-  work.first_query = (num_tiles - 1 - static_cast<int>(block_index().x)) * T::kQueries;
-  work.head = static_cast<int>(block_index().y);
-  work.batch = static_cast<int>(block_index().z);
+  work.first_query = (launch.order.num_tiles - 1 - place.tile) * T::kQueries;
+  work.head = place.unit % static_cast<int>(params.shape.num_heads);
+  work.batch = place.unit / static_cast<int>(params.shape.num_heads);
   work.kv_head = work.head / static_cast<int>(params.shape.num_heads / params.shape.num_kv_heads);
   const KeyBounds bounds = bounds_of_queries<T::kQueries>(visibility, work.first_query);
   const bool any = bounds.any_first < bounds.any_end;
@@ -264,12 +266,12 @@ MLS_DEVICE void forward_block_sm90(const HopperForwardLaunch& launch, unsigned c
     const HopperConsumer<T> consumer{shared, visibility, bounds, warp_query, params.softmax_scale * kLog2e};
     if (any) consume_keys<T>(state, consumer, work, first_row);
     const OutputRows target(params, work.batch, work.head);
-    store_row(target, state.out, state.rows, 0, warp_query + fragment_row(0));
-    store_row(target, state.out, state.rows, 1, warp_query + fragment_row(2));
+    store_row<typename T::Element>(target, state.out, state.rows, 0, warp_query + fragment_row(0));
+    store_row<typename T::Element>(target, state.out, state.rows, 1, warp_query + fragment_row(2));
   }
 }
 
-// Blocks: (query tiles, heads, batch).
+// A block for each place of the order.
 template <class T>
 MLS_KERNEL(T::kThreads, 1)
 attention_forward_sm90(const MLS_GRID_CONSTANT HopperForwardLaunch launch) {
@@ -293,9 +295,12 @@ bool HopperForwardLaunch::describe() {
 template <class T>
 bool launch_forward_sm90(const ForwardParams& params, void* stream, const char** failure) {
   const auto& shape = params.shape;
-  HopperForwardLaunch arguments{params, {}, {}, {}};
-  const Dim3 blocks((shape.num_queries + T::kQueries - 1) / T::kQueries, shape.num_heads, shape.batch);
-  return launch_hopper<T>(&attention_forward_sm90<T>, blocks, T::kSharedBytes, stream, arguments, failure);
+  HopperForwardLaunch arguments{params, {}, {}, {}, {}};
+  *failure = make_order(&arguments.order, (shape.num_queries + T::kQueries - 1) / T::kQueries,
+                        shape.num_heads * shape.batch, key_bytes_of_head(shape));
+  if (*failure != nullptr) return true;
+  return launch_hopper<T>(&attention_forward_sm90<T>, arguments.order.blocks(), T::kSharedBytes, stream,
+                          arguments, failure);
 }
 
 }  // namespace mls::cuda

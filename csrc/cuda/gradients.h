@@ -1,6 +1,7 @@
 // What backward kernels share: the queries that a tile of keys meets, and sums that go to memory.
 #pragma once
 #include "cuda/key_interval.h"
+#include "cuda/run.h"
 #include "cuda/tile.h"
 
 namespace mls::cuda {
@@ -74,24 +75,67 @@ struct QueryTiles {
   }
 };
 
+// A row of a gradient that several blocks add to.
 MLS_DEVICE float* gradient_row(const TokenTensor<float>& tensor, int batch, int head, int token) {
   return tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + token * tensor.token_stride;
 }
 
-template <int kTiles>
-MLS_DEVICE void add_rows(const TokenTensor<float>& tensor, const float (&grad)[kTiles][4], int batch,
-                         int head, int first_row, int num_rows, int first_column, float scale) {
+// The rows of a gradient of one head of one sequence: fp32 sums, or final results rounded to the inputs' type
+// (then `sums` is null).
+struct GradientRows {
+  float* sums;
+  uint16_t* rounded;
+  int64_t stride;
+  int num_rows;
+  bool accumulate;  // add to the sums; otherwise they are uninitialised
+
+  MLS_DEVICE GradientRows(const TokenTensor<float>& sums, const TokenTensor<uint16_t>& rounded, int batch,
+                          int head, int64_t num_rows, bool accumulate)
+      : sums(rows_at(sums, batch, head)),
+        rounded(rows_at(rounded, batch, head)),
+        stride(sums.data != nullptr ? sums.token_stride : rounded.token_stride),
+        num_rows(static_cast<int>(num_rows)),
+        accumulate(accumulate) {}
+};
+
+// Writes a warp's fragments, times `scale`, to rows first_row.. and columns first_column.. of a gradient.
+template <class Element, int kTiles>
+MLS_DEVICE void write_rows(const GradientRows& target, const float (&grad)[kTiles][4], int first_row,
+                           int first_column, float scale) {
   MLS_UNROLL
   for (int e = 0; e < 4; e += 2) {
     const int row = first_row + fragment_row(e);
-    if (row >= num_rows) continue;
-    float* target = gradient_row(tensor, batch, head, row) + first_column;
+    if (row >= target.num_rows) continue;
+    const int64_t start = row * target.stride + first_column;
     MLS_UNROLL
     for (int j = 0; j < kTiles; ++j) {
-      auto* pair = reinterpret_cast<FloatPair*>(target + fragment_column(j, 0));
-      const FloatPair old = *pair;
-      *pair = {old.x + grad[j][e] * scale, old.y + grad[j][e + 1] * scale};
+      FloatPair value{grad[j][e] * scale, grad[j][e + 1] * scale};
+      if (target.rounded != nullptr) {
+        store_pair<Element>(target.rounded + start + fragment_column(j, 0), value);
+        continue;
+      }
+      auto* pair = reinterpret_cast<FloatPair*>(target.sums + start + fragment_column(j, 0));
+      if (target.accumulate) {
+        const FloatPair old = *pair;
+        value = {value.x + old.x, value.y + old.y};
+      }
+      *pair = value;
     }
+  }
+}
+
+// All threads of a block: the gradient of rows first_row.. that the block found nothing to add to.
+template <int kRows, int kColumns, int kThreads>
+MLS_DEVICE void write_empty_rows(const GradientRows& target, int first_row) {
+  if (target.accumulate) return;
+  for (int i = static_cast<int>(thread_index().x); i < kRows * kColumns / 2; i += kThreads) {
+    const int row = first_row + i / (kColumns / 2), column = i % (kColumns / 2) * 2;
+    if (row >= target.num_rows) continue;
+    const int64_t at = row * target.stride + column;
+    if (target.rounded != nullptr)
+      *reinterpret_cast<uint32_t*>(target.rounded + at) = 0;
+    else
+      *reinterpret_cast<FloatPair*>(target.sums + at) = {0.0f, 0.0f};
   }
 }
 

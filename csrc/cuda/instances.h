@@ -2,6 +2,7 @@
 #pragma once
 #include "attention_params.h"
 #include "cuda/primitives/sm80.h"
+#include "cuda/run.h"
 
 namespace mls::cuda {
 
@@ -32,9 +33,9 @@ template <class Element, int kHeadDim, int kValueDim>
 const char* forward_sm90(const ForwardParams& params, void* stream);
 
 template <class Element, int kHeadDim, int kValueDim>
-const char* backward_sm80(const BackwardParams& params, bool deterministic, void* stream);
+const char* backward_sm80(const BackwardParams& params, const BackwardOptions& options, void* stream);
 
 template <class Element, int kHeadDim, int kValueDim>
-const char* backward_sm90(const BackwardParams& params, bool deterministic, void* stream);
+const char* backward_sm90(const BackwardParams& params, const BackwardOptions& options, void* stream);
 
 }  // namespace mls::cuda

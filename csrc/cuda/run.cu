@@ -2,6 +2,7 @@
 
 #include <initializer_list>
 
+#include "cuda/argument_checks.h"
 #include "cuda/dispatch.h"
 #include "cuda/hopper_launch.h"
 
@@ -41,25 +42,30 @@ extern "C" {
 
 const char* mls_cuda_forward(const mls::ForwardParams* params, void* stream) {
   namespace cuda = mls::cuda;
-  if (cuda::nothing_to_do(params->shape)) return nullptr;
+  if (cuda::no_output(params->shape)) return nullptr;
   if (!cuda::aligned_input(params->q) || !cuda::aligned_input(params->k) || !cuda::aligned_input(params->v))
     return cuda::kInputAlignment;
-  if (!cuda::aligned_result(params->out)) return cuda::kResultAlignment;
+  if (!cuda::aligned_result(params->out) || !cuda::aligned_result(params->rounded_out))
+    return cuda::kResultAlignment;
   const char* failure = nullptr;
   const cuda::KernelEntry* entry = cuda::choose(params->shape, params->element_type, &failure);
   return entry == nullptr ? failure : entry->forward(*params, stream);
 }
 
-const char* mls_cuda_backward(const mls::BackwardParams* params, bool deterministic, void* stream) {
+const char* mls_cuda_backward(const mls::BackwardParams* params, const mls::cuda::BackwardOptions* options,
+                              void* stream) {
   namespace cuda = mls::cuda;
-  if (cuda::nothing_to_do(params->shape) || params->shape.num_keys == 0) return nullptr;
+  if (cuda::no_gradients(params->shape)) return nullptr;
   for (const auto* input : {&params->q, &params->k, &params->v, &params->dout})
     if (!cuda::aligned_input(*input)) return cuda::kInputAlignment;
   for (const auto* result : {&params->dq, &params->dk, &params->dv})
     if (!cuda::aligned_result(*result)) return cuda::kResultAlignment;
-  const char* failure = nullptr;
+  for (const auto* result : {&params->rounded_dq, &params->rounded_dk, &params->rounded_dv})
+    if (!cuda::aligned_result(*result)) return cuda::kResultAlignment;
+  const char* failure = cuda::check_options(*params, *options);
+  if (failure != nullptr) return failure;
   const cuda::KernelEntry* entry = cuda::choose(params->shape, params->element_type, &failure);
-  return entry == nullptr ? failure : entry->backward(*params, deterministic, stream);
+  return entry == nullptr ? failure : entry->backward(*params, *options, stream);
 }
 
 const char* mls_cuda_fallback() {

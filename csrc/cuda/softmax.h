@@ -90,9 +90,10 @@ MLS_DEVICE RowMerge merge_row(float max, float sum, float old_lse, float scale_l
   return {new_part / (both * sum), old_part / both, top + log2_approx(both) * kLn2};
 }
 
-// The result rows of one head of one sequence.
+// The result rows of one head of one sequence: out in fp32, or rounded, the other one null.
 struct OutputRows {
   float* out;
+  uint16_t* rounded_out;
   float* lse;
   int64_t out_stride, lse_stride;
   int num_queries;
@@ -100,9 +101,10 @@ struct OutputRows {
   float scale_log2;
 
   MLS_DEVICE OutputRows(const ForwardParams& params, int batch, int head)
-      : out(params.out.data + batch * params.out.batch_stride + head * params.out.head_stride),
+      : out(rows_at(params.out, batch, head)),
+        rounded_out(rows_at(params.rounded_out, batch, head)),
         lse(params.lse.data + batch * params.lse.batch_stride + head * params.lse.head_stride),
-        out_stride(params.out.token_stride),
+        out_stride(out != nullptr ? params.out.token_stride : params.rounded_out.token_stride),
         lse_stride(params.lse.query_stride),
         num_queries(static_cast<int>(params.shape.num_queries)),
         accumulate(params.accumulate),
@@ -110,7 +112,7 @@ struct OutputRows {
 };
 
 // Writes row `half` of a fragment as row `query`, or merges it with what is there. A whole warp calls it.
-template <int kTiles>
+template <class Element, int kTiles>
 MLS_DEVICE void store_row(const OutputRows& target, const float (&out)[kTiles][4], const RowStatistics& rows,
                           int half, int query) {
   const float sum = row_sum(rows.sum[half]);
@@ -121,11 +123,15 @@ MLS_DEVICE void store_row(const OutputRows& target, const float (&out)[kTiles][4
   if (!inside) return;
   const RowMerge merge = merge_row(rows.max[half], sum, old_lse, target.scale_log2);
   const bool keep = old_lse != -infinity();
-  float* row = target.out + query * target.out_stride;
+  const int64_t row = query * target.out_stride;
   MLS_UNROLL
   for (int j = 0; j < kTiles; ++j) {
-    auto* pair = reinterpret_cast<FloatPair*>(row + fragment_column(j, 0));
     FloatPair value{out[j][2 * half] * merge.new_weight, out[j][2 * half + 1] * merge.new_weight};
+    if (target.rounded_out != nullptr) {  // final, so nothing is there to merge with
+      store_pair<Element>(target.rounded_out + row + fragment_column(j, 0), value);
+      continue;
+    }
+    auto* pair = reinterpret_cast<FloatPair*>(target.out + row + fragment_column(j, 0));
     if (keep) {
       const FloatPair old = *pair;
       value = {value.x + old.x * merge.old_weight, value.y + old.y * merge.old_weight};

@@ -124,4 +124,25 @@ struct alignas(8) FloatPair {
   float x, y;
 };
 
+struct alignas(16) FourWords {
+  uint32_t words[4];
+};
+
+struct alignas(16) FourFloats {
+  float values[4];
+};
+
+// Two neighbouring numbers, rounded to 16 bits.
+template <class Element>
+MLS_DEVICE void store_pair(uint16_t* target, FloatPair value) {
+  *reinterpret_cast<uint32_t*>(target) = pack<Element>(value.x, value.y);
+}
+
+// The first row of one head of one sequence; null where there is no tensor.
+template <class T>
+MLS_DEVICE T* rows_at(const TokenTensor<T>& tensor, int batch, int head) {
+  return tensor.data == nullptr ? nullptr
+                                : tensor.data + batch * tensor.batch_stride + head * tensor.head_stride;
+}
+
 }  // namespace mls::cuda

@@ -1,4 +1,4 @@
-// What one attention tile is, in plain structs: the boundary between bindings and kernels (CPU and CUDA).
+// One attention tile in plain structs: the interface between the bindings and the kernels (CPU and CUDA).
 #pragma once
 #include <cstdint>
 
@@ -27,7 +27,7 @@ struct TokenTensor {
   int64_t head_stride;
 };
 
-// A (batch, heads, queries) tensor of one number per row. Strides count elements.
+// A (batch, heads, queries) tensor with one number per row. Strides count elements.
 template <typename T>
 struct RowTensor {
   T* data;
@@ -37,7 +37,7 @@ struct RowTensor {
 };
 
 // Query i sees key j iff i + band_lo <= j <= i + band_hi and range_begin[i] <= j < range_end[i].
-// The caller clamps the band to [-Sq - 1, Sk], so sums with a query index cannot overflow.
+// The caller clamps the band to [-Sq - 1, Sk], so that sums with a query index cannot overflow.
 struct KeyMask {
   int64_t band_lo;
   int64_t band_hi;
@@ -54,7 +54,7 @@ struct ForwardParams {
   KeyMask mask;
   float softmax_scale;
   bool accumulate;  // (out, lse) hold a partial result to merge with; otherwise they are uninitialised
-  TokenTensor<uint16_t> bf16_out;  // CPU only: the final output, rounded; out is null then
+  TokenTensor<uint16_t> rounded_out;  // the final output, in the inputs' type; out is then null
 };
 
 struct BackwardParams {
@@ -65,12 +65,12 @@ struct BackwardParams {
   TokenTensor<float> dq, dk, dv;
   KeyMask mask;
   float softmax_scale;
-  bool accumulate;  // gradients are added to; otherwise they are uninitialised
-  TokenTensor<uint16_t> bf16_dq, bf16_dk,
-      bf16_dv;  // CPU only: the final gradients, rounded; dq... are null then
+  bool accumulate;  // add to dq, dk and dv; otherwise they are uninitialised (on CUDA see cuda/run.h)
+  // The final gradients, in the inputs' type. Where one of them is given, its fp32 counterpart is null.
+  TokenTensor<uint16_t> rounded_dq, rounded_dk, rounded_dv;
 };
 
-// The sums of out * dout over Dv, which a backward subtracts. Both are (Sq, B, H, Dv), each of its own type.
+// delta, the sums of out * dout over Dv. Both are (Sq, B, H, Dv), and may have different types.
 struct DeltaParams {
   int64_t num_queries, batch, num_heads, value_dim;
   ElementType out_type, dout_type;

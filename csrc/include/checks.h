@@ -1,4 +1,5 @@
-// The one way a C++ part of this package refuses its arguments: what came, then the rule it breaks.
+// The only way in which C++ code of this package refuses its arguments: the value, then the rule that it
+// breaks.
 #pragma once
 #include <sstream>
 #include <stdexcept>

@@ -1,19 +1,17 @@
-"""A method of one's own: keys and values stay where they are, and the queries travel.
+"""A custom method: keys and values stay where they are, and queries travel.
 
-Good when there are few query heads per key/value head and many ranks must not hold others' keys: rank r computes,
-at distance t, the tiles of rank r + t's queries against its own keys, and the partial results go home. Nothing else is
-written down: transfers, merging, the backward pass and the checks follow from the placement.
+At distance t, rank r computes the tiles of rank r + t's queries against its own keys and sends the partial results
+back. This suits models with few query heads per key/value head, and memory that has no room for other ranks' keys.
+Transfers, merging, the backward pass and the checks all follow from the placement.
 """
 
 from __future__ import annotations
 
-from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import Method, Placement, Tile
+from megatron_lightseq.schedule import Method, Placement, Problem, Tile
 
 
-def place_travelling_queries(layout: SequenceLayout, mask: Mask) -> Placement:
-    size = layout.cp_size
+def place_travelling_queries(problem: Problem) -> Placement:
+    layout, size = problem.layout, problem.layout.cp_size
 
     def tiles(rank: int, distance: int) -> list[Tile]:
         visitor = (rank + distance) % size

@@ -13,7 +13,7 @@ from megatron_lightseq.kernels.merge import merge_sink
 
 
 class AttentionFunction(torch.autograd.Function):
-    """The forward runs the forward program, or takes a result that was kept; the backward runs the backward one."""
+    """Runs a plan's forward, or takes a kept result instead, and its backward."""
 
     @staticmethod
     @torch.compiler.disable
@@ -46,12 +46,15 @@ class AttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse, sink = ctx.saved_tensors
         dq, dk, dv = ctx.plan.run_backward(dout.contiguous(), q, k, v, out, lse, ctx.scale)
-        ctx.plan.stats.backwards += 1
         return dq, dk, dv, _sink_gradient(sink, dout, out, lse), None, None, None
 
 
 def _sink_gradient(sink: Tensor | None, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor | None:
-    """Of a column of scores as any other, p (v dout - delta) in every row: p is exp(sink - lse), and v is zero."""
+    """Gradient of the sink logit (H,), or None.
+
+    The sink is a column of scores whose value is zero, so its gradient is -sum over rows of p * delta, with
+    p = exp(sink - lse).
+    """
     if sink is None:
         return None
     probability = (sink.to(lse.dtype)[:, None] - lse).exp()

@@ -1,9 +1,9 @@
 """Ring Self-Attention, the historical baseline (Li et al., arXiv 2105.13120, section 3.2; Colossal-AI).
 
-No online softmax: a first ring of keys fills a rank's full rows of scores, softmax follows, a second ring of values
-makes the output. The backward is the same the other way round, plus a ring that makes the scores again. Memory grows
-with S x P S, and everything travels twice: what the later methods are measured against. Here each ring is one pass
-of the runtime over the ring schedule.
+There is no online softmax: a first ring, of keys, fills a rank's full rows of scores; after the softmax, a second
+ring, of values, computes the output. The backward recomputes the scores with one ring, then runs one ring of values
+and one of keys. Memory grows with S x P S and everything travels twice, which is what later methods improve on.
+Here each ring is one execution of the ring's program.
 
 Shape letters: S = local tokens, N = P S tokens in all, B = batch, G = key/value heads, R = query heads for each of
 them, D = head dim. Rows are indexed by global key position.
@@ -27,14 +27,14 @@ from megatron_lightseq.schedule.program import Call
 
 @dataclass(frozen=True, slots=True)
 class RowRun:
-    """Both directions of Ring Self-Attention, over the two programs of the ring."""
+    """Executes the forward and backward programs of the ring, several times each."""
 
     forward_program: BoundProgram
     backward_program: BoundProgram
     runtime: Runtime
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """One ring of keys for whole rows of scores, a softmax, one ring of values."""
+        """One ring of keys for full rows of scores, a softmax, one ring of values. Shapes as in :class:`plan.Run`."""
         scores_BGRSN = self._scores(q, k, scale)
         lse_BGRS = scores_BGRSN.logsumexp(-1)
         weights = _probabilities(scores_BGRSN, lse_BGRS)
@@ -45,7 +45,7 @@ class RowRun:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows again from a ring of keys and ``lse``; then a ring of values, and one of keys, for gradients."""
+        """One ring of keys to recompute the rows, then one ring of values and one of keys for the gradients."""
         acc, groups = accumulator_dtype(q.dtype), k.shape[2]
         weights = _probabilities(self._scores(q, k, scale), lse.unflatten(1, (groups, -1)))
         dq, dk, dv = (torch.empty(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
@@ -67,13 +67,13 @@ class RowRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RowPass:
-    """A ring that reads or writes full rows. Its query side stays at home; its results, if any, are sums of parts."""
+    """A ring that reads or writes full rows. Its query side does not travel; its results, if any, are sums."""
 
     own: dict[Payload, Bundle]
     rows: Tensor
 
     def part(self, rows: Tensor, call: Call) -> Tensor:
-        """(B, G, R, queries, keys) of a call."""
+        """The scores (B, G, R, queries, keys) of a call."""
         keys = call.k_positions
         return rows[..., call.q.start : call.q.stop, keys.start : keys.stop : keys.step]
 
@@ -174,5 +174,5 @@ def _grouped(x_SBHD: Tensor, groups: int) -> Tensor:
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), and 0 in rows that see no key at all."""
+    """exp(scores - lse), and 0 in rows that see no key."""
     return torch.where(lse.isneginf().unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())

@@ -1,6 +1,6 @@
-"""The `lightseq` command: names of subcommands, each imported when it is called.
+"""The `lightseq` command and its subcommands, each imported when it is called.
 
-Exit status: 0 done, 1 something failed while running, 2 the command line or its files are wrong.
+Exit status: 0 success, 1 failure while running, 2 error in the command line or its files.
 """
 
 from __future__ import annotations
@@ -17,49 +17,50 @@ from megatron_lightseq.errors import ConfigError, DataError, LayoutError, LightS
 from megatron_lightseq.training.job.launch import Launch
 
 USER_ERRORS = (ConfigError, DataError, LayoutError, UnsupportedError)
-"""Errors in what was asked for; any other one happened while doing it."""
+"""Errors in what the user asked for; all others happened while doing it."""
 OTHER_RANKS_WAIT_S = 3.0
+"""How long other ranks wait before they repeat an error that the first rank of their host has printed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand: where it lives and what it does."""
+    """A subcommand: its module and what it does."""
 
     module: str
     summary: str
 
     def load(self) -> Callable[[Sequence[str]], int]:
-        """Its function from arguments to exit status."""
+        """Import the module; returns its function from arguments to exit status."""
         run_command: Callable[[Sequence[str]], int] = importlib.import_module(self.module).run
         return run_command
 
 
 COMMANDS = {
     "pretrain": Command(
-        "megatron_lightseq.cli.pretrain", "train a GPT; start it with torchrun for several ranks"
+        "megatron_lightseq.cli.pretrain", "train a GPT model; start it with torchrun to use several ranks"
     ),
     "prepare-data": Command("megatron_lightseq.cli.prepare_data", "turn text into a corpus of tokens"),
-    "schedule": Command("megatron_lightseq.cli.schedule", "print or draw who computes what, when"),
+    "schedule": Command("megatron_lightseq.cli.schedule", "print or draw which rank computes what, and when"),
     "compare": Command(
-        "megatron_lightseq.cli.compare", "train under several systems and compare speed, memory and traffic"
+        "megatron_lightseq.cli.compare", "train with several systems and compare speed, memory and traffic"
     ),
     "verify": Command(
         "megatron_lightseq.cli.verify",
-        "check every combination of methods and parallelisms against one process",
+        "check every combination of method and parallelism against a single process",
     ),
     "megatron-lm": Command(
         "megatron_lightseq.cli.megatron_lm", "run an unmodified Megatron-LM script with our attention"
     ),
     "bench": Command(
         "megatron_lightseq.cli.bench",
-        "time our CPU attention beside torch's, by threads, and transfers beside kernels",
+        "time the CPU attention kernel against torch's, its scaling with threads, and overlapped transfers",
     ),
-    "doctor": Command("megatron_lightseq.cli.doctor", "say what this machine offers and what is missing"),
+    "doctor": Command("megatron_lightseq.cli.doctor", "report what this machine offers and what is missing"),
 }
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line; errors of ours become a message on standard error, other errors stay exceptions."""
+    """Run a command line. LightSeqErrors become a message on standard error; other exceptions propagate."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(usage())
         return 0 if arguments else 2
@@ -79,9 +80,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _refuse(name: str, error: LightSeqError) -> int:
-    """Say what is wrong. Files and flags are wrong alike on every rank of a host: the first one says it.
+    """Print the error. Errors in files and flags are the same on all ranks of a host, so the first rank prints them.
 
-    torchrun ends the other ranks as soon as one has left, so they wait; who still lives then was wrong alone.
+    torchrun ends the other ranks as soon as one has exited, so they wait. A rank that is still running after that is
+    the only one with the error.
     """
     is_users = isinstance(error, USER_ERRORS)
     if is_users and Launch.from_environment().local_rank > 0:
@@ -102,7 +104,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`lightseq COMMAND --help` says more about one of them.",
+            "`lightseq COMMAND --help` describes one of them.",
             "",
         ]
     )

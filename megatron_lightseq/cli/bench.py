@@ -1,5 +1,5 @@
-"""`lightseq bench`: our CPU attention kernel beside torch's and on more threads, and how much communication computing
-hides."""
+"""`lightseq bench`: the CPU attention kernel against torch's and on several threads, and how well communication is
+overlapped with computation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING
 
 from megatron_lightseq.cli.network_flags import add_network_flags
 from megatron_lightseq.errors import ConfigError, LightSeqError, explain
+from megatron_lightseq.schedule import METHODS
 
 if TYPE_CHECKING:
     from megatron_lightseq.tools.bench.cases import KernelCase
     from megatron_lightseq.tools.bench.measure import Row
 
-_OVERLAPPED = "lightseq,zigzag,ring,all_gather,mesh,ulysses"
+
+def overlapped_methods() -> list[str]:
+    """Methods whose overlap is measured by default."""
+    return [name for name, method in METHODS.items() if not method.full_rows]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Measure, print a table, and write it when asked."""
+    """Measure, print a table, and write files on request."""
     options = _parser().parse_args(arguments)
     measure: Callable[[argparse.Namespace], int] = options.measure
     return measure(options)
@@ -45,10 +49,10 @@ def _compare_kernels(options: argparse.Namespace) -> int:
     load_extension()
     cases = _selected(standard_cases(), options.only)
 
-    def say(row: Row) -> None:
+    def progress(row: Row) -> None:
         sys.stderr.write(f"{row.case}: {row.ratio('total_s'):.2f}x\n")
 
-    rows = run_cases(cases, options.repetitions, say)
+    rows = run_cases(cases, options.repetitions, progress)
     written = [] if options.out is None else write_reports(rows, options.out, options.repetitions)
     _show(HEADER, [cells(row) for row in rows], caption(options.repetitions), written)
     return 0
@@ -60,8 +64,8 @@ def _selected(cases: Sequence[KernelCase], only: str) -> list[KernelCase]:
         raise ConfigError(
             explain(
                 got=f"--only {only!r}",
-                rule="no case has it in its name",
-                remedy=f"A name is like {str(cases[0])!r}",
+                rule="no case has this text in its name",
+                remedy=f"A name looks like {str(cases[0])!r}",
             )
         )
     return chosen
@@ -142,38 +146,43 @@ def _check_counts(**counts: int) -> None:
             explain(
                 got=", ".join(f"--{name} {count}" for name, count in counts.items()),
                 rule="each is 1 or more",
-                remedy="Use --threads 1 for the steadiest figures",
+                remedy="Use --threads 1 for the most stable figures",
             )
         )
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="lightseq bench", allow_abbrev=False, description=__doc__)
+    made = argparse.ArgumentParser(
+        prog="lightseq bench",
+        allow_abbrev=False,
+        description="Measure the CPU attention kernel against torch's and on several threads, and how well "
+        "communication is overlapped with computation.",
+    )
     what = made.add_subparsers(required=True, metavar="WHAT")
     _kernel_parser(
         what.add_parser(
             "kernel",
             allow_abbrev=False,
-            help="our CPU attention beside torch's",
-            description="Time our fused CPU attention and torch's fused SDPA in one process, taking turns, and compare "
-            "both with fp64.",
+            help="the CPU attention kernel against torch's",
+            description="Time our fused CPU attention kernel and torch's fused SDPA alternately in one process, and "
+            "compare the results of both with fp64.",
         )
     )
     _scaling_parser(
         what.add_parser(
             "scaling",
             allow_abbrev=False,
-            help="what more threads are worth to our CPU attention",
-            description="Time our fused CPU attention on one thread and on several, taking turns, by the wall clock.",
+            help="speed-up of the CPU attention kernel with several threads",
+            description="Time our fused CPU attention kernel alternately on one thread and on several, by wall clock.",
         )
     )
     _overlap_parser(
         what.add_parser(
             "overlap",
             allow_abbrev=False,
-            help="time that transfers cost beside kernels, by method",
-            description="Run attention over ranks with overlap and without, and compare the time that ranks waited for "
-            "transfers with the simulator's prediction.",
+            help="time lost to transfers, with and without overlap, by method",
+            description="Run attention on several ranks with and without overlap, and compare the time that ranks wait "
+            "for transfers with the simulator's prediction.",
         )
     )
     return made
@@ -182,45 +191,55 @@ def _parser() -> argparse.ArgumentParser:
 def _kernel_parser(made: argparse.ArgumentParser) -> None:
     made.set_defaults(measure=_bench_kernel)
     made.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="default: 1, timed by thread CPU time"
+        "--threads", type=int, default=1, metavar="N", help="default: 1, timed by CPU time of the thread"
     )
     _add_case_flags(made)
     made.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write cpu-kernel.json, .md and .png there"
+        "--out", type=Path, metavar="DIR", help="also write cpu-kernel.json, .md and .png to DIR"
     )
 
 
 def _scaling_parser(made: argparse.ArgumentParser) -> None:
     made.set_defaults(measure=_bench_scaling)
-    made.add_argument("--threads", type=int, default=2, metavar="N", help="beside one (default: 2)")
+    made.add_argument("--threads", type=int, default=2, metavar="N", help="compared with one (default: 2)")
     _add_case_flags(made)
-    made.add_argument("--out", type=Path, metavar="DIR", help="also write cpu-scaling.json and .md there")
+    made.add_argument("--out", type=Path, metavar="DIR", help="also write cpu-scaling.json and .md to DIR")
 
 
 def _add_case_flags(made: argparse.ArgumentParser) -> None:
     made.add_argument(
-        "--repetitions", type=int, default=5, metavar="N", help="median of so many (default: 5)"
+        "--repetitions", type=int, default=5, metavar="N", help="report the median of N (default: 5)"
     )
     made.add_argument(
-        "--only", default="", metavar="TEXT", help="only cases with TEXT in their name, e.g. 'causal bf16'"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="only cases with TEXT in their name, for example 'causal bf16'",
     )
 
 
 def _overlap_parser(made: argparse.ArgumentParser) -> None:
     made.set_defaults(measure=_bench_overlap)
-    made.add_argument("--methods", default=_OVERLAPPED, metavar="A,B", help="default: %(default)s")
+    made.add_argument(
+        "--methods", default=",".join(overlapped_methods()), metavar="A,B", help="default: %(default)s"
+    )
     made.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
     made.add_argument(
-        "--seq-length", type=int, default=8192, metavar="N", help="of all ranks (default: 8192)"
+        "--seq-length", type=int, default=8192, metavar="N", help="tokens over all ranks (default: 8192)"
     )
     made.add_argument("--num-attention-heads", type=int, default=4, metavar="N", help="default: 4")
-    made.add_argument("--num-query-groups", type=int, metavar="N", help="default: as many as heads")
+    made.add_argument("--num-query-groups", type=int, metavar="N", help="default: the number of heads")
     made.add_argument("--kv-channels", type=int, default=64, metavar="N", help="head dim (default: 64)")
-    made.add_argument("--bf16", action="store_true", help="instead of fp32")
+    made.add_argument("--bf16", action="store_true", help="use bf16 instead of fp32")
     made.add_argument(
-        "--repetitions", type=int, default=5, metavar="N", help="median of so many (default: 5)"
+        "--repetitions", type=int, default=5, metavar="N", help="report the median of N (default: 5)"
     )
     add_network_flags(made)
-    made.add_argument("--link", default="loopback", metavar="TEXT", help="its name in the report")
-    made.add_argument("--out", type=Path, metavar="DIR", help="also write NAME.json and NAME.md there")
-    made.add_argument("--name", default="overlap", help="of the files written (default: %(default)s)")
+    made.add_argument(
+        "--link",
+        default="loopback",
+        metavar="TEXT",
+        help="name of the link in the report (default: %(default)s)",
+    )
+    made.add_argument("--out", type=Path, metavar="DIR", help="also write NAME.json and NAME.md to DIR")
+    made.add_argument("--name", default="overlap", help="base name of these files (default: %(default)s)")

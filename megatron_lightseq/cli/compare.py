@@ -1,4 +1,4 @@
-"""`lightseq compare [CONFIG.yaml ...] [--key value ...]`: the same training under several systems, side by side."""
+"""`lightseq compare [CONFIG.yaml ...] [--key value ...]`: the same training run with several systems."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DEFAULTS = (
     "--recompute-method=uniform",
     "--recompute-num-layers=1",
 )
-"""What is compared when no file says what: long sequences for a small model, as a laptop can hold them."""
+"""The model if no configuration file is given: small, with sequences that are long for its size."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Compare, or predict the paper's table; exit status 0 when every loss agrees, 1 when one does not."""
+    """Compare systems, or predict the paper's tables; exit status 0 if all losses agree, 1 otherwise."""
     options, rest = _parser().parse_known_args(arguments)
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
     if options.paper:
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     console.print(report.verdict(comparison), markup=False)
     if options.output is not None:
         for path in report.write(comparison, options.output, options.name):
-            sys.stdout.write(f"wrote {path}\n")
+            sys.stdout.write(f"written: {path}\n")
     return 0 if comparison.agrees else 1
 
 
@@ -78,7 +78,7 @@ def _check(options: argparse.Namespace) -> None:
             explain(
                 got=f"{', '.join(f'--{name} {value}' for name, value in numbers.items())}, "
                 f"--warmup {options.warmup}, --baseline {options.baseline}",
-                rule=f"counts are 1 or more, warm-up 0 or more, and the systems are {', '.join(SYSTEMS)}",
+                rule=f"counts are 1 or more, --warmup is 0 or more, and the systems are {', '.join(SYSTEMS)}",
                 remedy="Correct the flag",
             )
         )
@@ -88,29 +88,31 @@ def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="lightseq compare",
         allow_abbrev=False,
-        description="Train the same model on the same text under several systems, one after another, and compare "
-        "speed, memory and traffic. Further arguments are configuration files and keys as in `lightseq pretrain`.",
+        description="Train the same model on the same text with several systems, one after another, and compare "
+        "speed, memory and traffic. Other arguments are configuration files and keys as in `lightseq pretrain`.",
     )
     made.add_argument(
-        "--systems", default="all", metavar="A,B", help=f"all (default), or some of: {', '.join(SYSTEMS)}"
+        "--systems", default="all", metavar="A,B", help=f"all (default), or a list of: {', '.join(SYSTEMS)}"
     )
     made.add_argument(
-        "--baseline", default=BASELINE, help="what speed-ups are relative to (default: %(default)s)"
+        "--baseline", default=BASELINE, help="system that speed-ups are relative to (default: %(default)s)"
     )
     made.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: 2)")
-    made.add_argument("--threads", type=int, metavar="N", help="threads of each (default: cores / ranks)")
-    made.add_argument("--steps", type=int, default=3, help="timed steps (default: 3)")
-    made.add_argument("--warmup", type=int, default=1, help="steps before them (default: 1)")
-    made.add_argument("--rounds", type=int, default=1, help="times to go round all systems (default: 1)")
+    made.add_argument("--threads", type=int, metavar="N", help="threads per process (default: cores / ranks)")
+    made.add_argument("--steps", type=int, default=3, metavar="N", help="timed steps (default: 3)")
+    made.add_argument("--warmup", type=int, default=1, metavar="N", help="steps before them (default: 1)")
     made.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="for one system (default: 600)"
+        "--rounds", type=int, default=1, metavar="N", help="runs of each system, in turns (default: 1)"
     )
-    made.add_argument("--output", type=Path, metavar="DIR", help="write JSON, Markdown and a plot there")
-    made.add_argument("--name", default="compare", help="of the files written (default: %(default)s)")
+    made.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds for one run (default: 600)"
+    )
+    made.add_argument("--output", type=Path, metavar="DIR", help="write JSON, Markdown and a plot to DIR")
+    made.add_argument("--name", default="compare", help="base name of these files (default: %(default)s)")
     add_network_flags(made)
     made.add_argument(
         "--paper",
         action="store_true",
-        help="predict the published iteration times instead of running anything",
+        help="predict the iteration times published in the paper instead of training",
     )
     return made

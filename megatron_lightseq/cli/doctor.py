@@ -1,6 +1,6 @@
-"""`lightseq doctor`: what this machine offers, what is missing and what that costs. Fit to paste into a bug report.
+"""`lightseq doctor`: what this machine offers, what is missing and what that costs; suitable for bug reports.
 
-Prints no environment variables and no paths, so no secrets.
+Prints no environment variables and no paths, and therefore no secrets.
 """
 
 from __future__ import annotations
@@ -38,21 +38,51 @@ _INSTALL = "run `pip install -c constraints.txt -e .` in the repository"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Extra:
+    """Optional dependencies under one name, for ``pip install -e '.[NAME]'``."""
+
+    packages: tuple[str, ...]
+    """Names of distributions; the main ones where there are many."""
+    module: str | None = None
+    """A module that is imported to see whether it works; None if an installed version says enough."""
+    adds: str
+
+
+EXTRAS = {
+    "te": Extra(
+        packages=("transformer-engine",),
+        module="transformer_engine",
+        adds="Transformer Engine layers on GPUs: fp8 and more fused kernels",
+    ),
+    "flash-attn": Extra(
+        packages=("flash-attn",),
+        module="flash_attn",
+        adds="`--cp-kernel flash_attn` on GPUs",
+    ),
+    "docs": Extra(packages=("sphinx",), adds="the tools that build the documentation site"),
+    "dev": Extra(packages=("pytest", "ruff", "mypy", "import-linter"), adds="tests and linters"),
+}
+"""The extras in pyproject.toml."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
     """One line of the report."""
 
     what: str
     verdict: Verdict
-    """absent: optional and not there; problem: needed, and training will not start or will be very slow."""
+    """absent: optional and not installed; problem: required, and training will not start or will be very slow."""
     found: str
     remedy: str = ""
-    """What to do about a problem, or what the absence costs."""
+    """How to solve a problem, or what is missing without it."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the report; exit status 1 when there is a problem."""
+    """Print the report; exit status 1 if there is a problem."""
     argparse.ArgumentParser(
-        prog="lightseq doctor", description=(__doc__ or "").partition("\n\n")[2]
+        prog="lightseq doctor",
+        description="Report what this machine offers, what is missing and what that costs. Prints no environment "
+        "variables and no paths.",
     ).parse_args(arguments)
     findings = examine()
     Console(file=sys.stdout, highlight=False).print(report(findings))
@@ -62,18 +92,26 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def examine() -> list[Finding]:
-    """Everything about this machine that decides whether and how fast training runs."""
+    """Everything about this machine that decides whether training runs, and how fast."""
     findings = [_python(), _cores(), *map(_package, REQUIRED)]
-    for probe in (_gpus, _kernels, _transformer_engine, _apex):
-        findings.append(probed(probe))
-    return findings
+    findings += [probed(probe) for probe in (_gpus, _kernels)]
+    findings += [_extra(name, extra) for name, extra in EXTRAS.items()]
+    return [
+        *findings,
+        _optional(
+            "apex", "apex", "without it, torch's AdamW and gradient accumulation replace its fused ones"
+        ),
+        _optional(
+            "pyarrow", "pyarrow", "`pip install pyarrow` adds Parquet files to `lightseq prepare-data`"
+        ),
+    ]
 
 
 def probed(probe: Callable[[], Finding]) -> Finding:
-    """A probe's finding; whatever a broken installation raises becomes a problem instead of an end."""
+    """The finding of a probe; an exception of a broken installation becomes a problem."""
     try:
         return probe()
-    except Exception as error:  # noqa: BLE001  a broken installation raises anything, and is to be reported
+    except Exception as error:  # noqa: BLE001  a broken installation can raise anything
         name = probe.__name__.strip("_").replace("_", " ")
         return Finding(
             what=name, verdict="problem", found=f"{type(error).__name__}: {str(error)[:120]}", remedy=_INSTALL
@@ -84,11 +122,11 @@ def report(findings: Sequence[Finding]) -> Table:
     """The findings as a table."""
     colours = {"ok": "green", "absent": "yellow", "problem": "bold red"}
     table = Table(title=f"megatron_lightseq {__version__}", title_justify="left")
-    for column in ("", "what", "found", "remedy or cost"):
+    for column in ("", "what", "found", "remedy, cost or use"):
         table.add_column(column, overflow="fold")
     for finding in findings:
         verdict = Text(finding.verdict, style=colours[finding.verdict])
-        table.add_row(verdict, finding.what, Text(finding.found), Text(finding.remedy))
+        table.add_row(verdict, Text(finding.what), Text(finding.found), Text(finding.remedy))
     return table
 
 
@@ -108,19 +146,17 @@ def _cores() -> Finding:
 
 
 def _package(name: str) -> Finding:
-    try:
-        return Finding(what=name, verdict="ok", found=importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
+    version = _version(name)
+    if version is None:
         return Finding(what=name, verdict="problem", found="not installed", remedy=_INSTALL)
+    return Finding(what=name, verdict="ok", found=version)
 
 
 def _gpus() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding(
-            what="GPUs", verdict="absent", found="none", remedy="training runs on the CPU, over gloo"
-        )
+        return Finding(what="GPUs", verdict="absent", found="none", remedy="training runs on CPUs with gloo")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return Finding(what="GPUs", verdict="ok", found=f"{len(names)}: {', '.join(sorted(set(names)))}")
 
@@ -134,30 +170,42 @@ def _kernels() -> Finding:
             what="compiled kernels",
             verdict="problem",
             found=missing,
-            remedy="until then only the reference kernel works, which is slow and holds whole score matrices",
+            remedy="without them only the reference kernel works, which is slow and stores full score matrices",
         )
     module = load_extension()
     cuda = "CPU and CUDA" if module.with_cuda else "CPU"
     return Finding(what="compiled kernels", verdict="ok", found=f"{cuda}, instruction set {module.cpu_isa}")
 
 
-def _transformer_engine() -> Finding:
-    return _optional(
-        "transformer_engine", "layers are built from Megatron's local modules: no fp8, fewer fused kernels"
+def _extra(name: str, extra: Extra) -> Finding:
+    """What is installed of an extra, and what installing it adds."""
+    use = f"`pip install -e '.[{name}]'` adds {extra.adds}"
+    if extra.module is not None:
+        return _optional(f"[{name}] {extra.module}", extra.module, use)
+    versions = {package: _version(package) for package in extra.packages}
+    found = ", ".join(f"{package} {version or 'not installed'}" for package, version in versions.items())
+    return Finding(
+        what=f"[{name}]",
+        verdict="ok" if all(versions.values()) else "absent",
+        found=found,
+        remedy="" if all(versions.values()) else use,
     )
 
 
-def _apex() -> Finding:
-    return _optional("apex", "torch's AdamW and gradient accumulation instead of apex's fused ones")
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
-def _optional(module: str, cost: str) -> Finding:
-    """A package that may be missing, and that may be there and not import."""
+def _optional(what: str, module: str, use: str) -> Finding:
+    """A package that may be missing, or installed but impossible to import."""
     if importlib.util.find_spec(module) is None:
-        return Finding(what=module, verdict="absent", found="not installed", remedy=cost)
+        return Finding(what=what, verdict="absent", found="not installed", remedy=use)
     try:
         version = getattr(importlib.import_module(module), "__version__", "of unknown version")
     except Exception as error:  # noqa: BLE001  a build for another torch raises what its loader raises
         found = f"installed, but importing it fails: {type(error).__name__}: {str(error)[:120]}"
-        return Finding(what=module, verdict="absent", found=found, remedy=f"as if it were absent: {cost}")
-    return Finding(what=module, verdict="ok", found=str(version))
+        return Finding(what=what, verdict="absent", found=found, remedy=f"treated as absent; {use}")
+    return Finding(what=what, verdict="ok", found=str(version))

@@ -11,19 +11,18 @@ from megatron_lightseq.training.job.launch import Launch
 
 HELP = """usage: lightseq megatron-lm PATH/TO/pretrain_gpt.py [Megatron-LM's flags] [--cp-method METHOD] ...
 
-Train with an unmodified checkout of NVIDIA's Megatron-LM and LightSeq attention. Start it with torchrun, in every
-rank:
+Train with an unmodified checkout of NVIDIA's Megatron-LM and LightSeq attention. Start it with torchrun:
 
   torchrun --nproc-per-node 8 -m megatron_lightseq megatron-lm PATH/TO/pretrain_gpt.py ...
 
-Our flags ({flags}) stand beside Megatron-LM's own;
-`lightseq megatron-lm PATH/TO/pretrain_gpt.py --help` prints both with their meanings. Without a GPU, Megatron-LM
-runs on the CPU over gloo.
+These flags are added to Megatron-LM's own: {flags}.
+`lightseq megatron-lm PATH/TO/pretrain_gpt.py --help` describes both. Without a GPU, Megatron-LM runs on CPUs with
+gloo.
 """
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Launch the script that is named first."""
+    """Launch the script that the first argument names."""
     from megatron_lightseq.megatron.lm.launcher import flags, launch
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -34,8 +33,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(
             explain(
                 got=f"{script!r} where the script is expected",
-                rule="the script comes first, its flags follow",
-                remedy="Write lightseq megatron-lm PATH/TO/pretrain_gpt.py [flags]",
+                rule="the script comes first, then its flags",
+                remedy="Use `lightseq megatron-lm PATH/TO/pretrain_gpt.py [flags]`",
             )
         )
     launch(Path(script), rest, quiet=Launch.from_environment().rank > 0)

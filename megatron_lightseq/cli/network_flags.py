@@ -1,4 +1,4 @@
-"""Flags of the commands that may run their ranks on several hosts."""
+"""Flags of the commands that can run their ranks on several simulated hosts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import argparse
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    """Add those that :meth:`megatron_lightseq.tools.ranks.Cluster.of` takes."""
+    """Add the flags for :meth:`megatron_lightseq.tools.ranks.Cluster.of`."""
     parser.add_argument(
         "--network-namespaces",
         metavar="A,B",
-        help="run ranks in these, as on as many hosts (compare_two_hosts.sh)",
+        help="run the ranks in these network namespaces, one per host (see scripts/compare_two_hosts.sh)",
     )
     parser.add_argument(
-        "--interface", default="lo", help="network interface between them (default: %(default)s)"
+        "--interface", default="lo", help="network interface between the hosts (default: %(default)s)"
     )

@@ -13,59 +13,56 @@ from rich.table import Table
 
 from megatron_lightseq.config import DataConfig, PretrainConfig
 from megatron_lightseq.config.validate import DATA_RULES, validate
-from megatron_lightseq.training.data.corpus import CorpusFacts, check_index
-from megatron_lightseq.training.data.prepare import fingerprint, prepare, up_to_date
+from megatron_lightseq.training.data.corpus import CorpusFacts, check_index, file_of
+from megatron_lightseq.training.data.documents import ReadOptions
+from megatron_lightseq.training.data.prepare import counted, fingerprint, prepare, up_to_date
 from megatron_lightseq.training.data.sources import SourceFile, find_files, find_stdlib_files
-from megatron_lightseq.training.data.tokenizers import build_tokenizer
+from megatron_lightseq.training.data.tokenizers import Tokenizer, build_tokenizer
 
 DEFAULT_OUTPUT = Path("data/stdlib")
-"""Where the standard library goes; `configs/gpt_stdlib.yaml` reads it there."""
+"""Prefix for the standard library; `configs/gpt_stdlib.yaml` reads it."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Prepare a corpus, or say that it is up to date."""
     options = _parser().parse_args(arguments)
-    data = DataConfig(
-        data_path=(str(options.output),),
-        tokenizer_type=options.tokenizer_type,
-        tokenizer_model=options.tokenizer_model,
-        vocab_size=options.vocab_size,
-    )
-    _check(data)
-    tokenizer = build_tokenizer(data)
+    tokenizer = build_tokenizer(_data_config(options))
+    reading = ReadOptions(text_key=options.text_key, skip_bad_lines=options.skip_bad_lines)
     files = find_files(options.inputs) if options.inputs else find_stdlib_files()
     console = Console(file=sys.stdout, quiet=options.quiet, highlight=False)
-    facts = up_to_date(options.output, fingerprint(files, tokenizer))
-    if facts is not None:
-        line = f"{options.output} is up to date: {facts.documents:,} documents, {facts.tokens:,} tokens"
-        console.print(line, soft_wrap=True)
-        return 0
-    facts = _prepare_with_bar(files, data, options.output, console)
+    if file_of(options.output, "json").is_file():
+        facts = up_to_date(options.output, fingerprint(files, tokenizer, reading))
+        if facts is not None:
+            line = f"{options.output} is up to date: {facts.documents:,} documents, {facts.tokens:,} tokens"
+            console.print(line, soft_wrap=True)
+            return 0
+    facts = _prepare_with_bar(files, tokenizer, options.output, reading, console)
     console.print(summary(options.output, facts, options.seq_length))
     return 0
 
 
 def _prepare_with_bar(
-    files: list[SourceFile], data: DataConfig, output: Path, console: Console
+    files: Sequence[SourceFile], tokenizer: Tokenizer, output: Path, reading: ReadOptions, console: Console
 ) -> CorpusFacts:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"preparing {output}", total=len(files))
-        return prepare(files, build_tokenizer(data), output, advance=lambda n: progress.advance(task, n))
+        return prepare(
+            files, tokenizer, output, options=reading, advance=lambda count: progress.advance(task, count)
+        )
 
 
 def summary(prefix: Path, facts: CorpusFacts, seq_length: int) -> Table:
-    """What was written, for a person."""
+    """What was written, as a table to print."""
     table = Table(title=str(prefix), show_header=False, title_justify="left")
     lengths = check_index(prefix).lengths
     short = float((lengths < seq_length).mean())
-    skipped = ", ".join(f"{number} {reason}" for reason, number in sorted(facts.skipped.items())) or "none"
     rows = {
-        "files": f"{facts.files:,} (skipped: {skipped})",
-        "documents": f"{facts.documents:,}",
-        "tokens": f"{facts.tokens:,} of {facts.vocab_size:,} kinds, {facts.tokenizer['class']}",
-        "unigram entropy": f"{facts.entropy:.4f} nats a token: the loss of guessing by frequency",
-        f"shorter than {seq_length:,}": f"{short:.1%} of documents; samples join documents, none is cut off",
+        "files": f"{facts.files:,} (skipped: {counted(facts.skipped) or 'none'})",
+        "documents": f"{facts.documents:,} (records skipped: {counted(facts.skipped_records) or 'none'})",
+        "tokens": f"{facts.tokens:,} with ids below {facts.vocab_size:,}, {facts.tokenizer['class']}",
+        "unigram entropy": f"{facts.entropy:.4f} nats per token: the loss of a model that knows only frequencies",
+        f"shorter than {seq_length:,}": f"{short:.1%} of documents; samples join documents, none is truncated",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -75,36 +72,72 @@ def summary(prefix: Path, facts: CorpusFacts, seq_length: int) -> Table:
     return table
 
 
-def _check(data: DataConfig) -> None:
-    """The rules of a run that concern data, so that a corpus can be trained on with the same settings."""
+def _data_config(options: argparse.Namespace) -> DataConfig:
+    """The data settings of a run that reads the corpus; raises ConfigError if they break a rule."""
+    data = DataConfig(
+        data_path=(str(options.output),),
+        tokenizer_type=options.tokenizer_type,
+        tokenizer_model=options.tokenizer_model,
+        eod_token=options.eod_token,
+        vocab_size=options.vocab_size,
+    )
     validate(PretrainConfig(data=data), rule_sets=DATA_RULES)
+    return data
 
 
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="lightseq prepare-data",
         allow_abbrev=False,
-        description="Turn text into Megatron's indexed token files PREFIX.bin and PREFIX.idx, with facts in "
-        "PREFIX.json. A second run with the same files does nothing.",
+        description="Turn text into Megatron's indexed token files PREFIX.bin and PREFIX.idx, and record facts about "
+        "them in PREFIX.json. If the files, their contents and the options are the same as before, nothing is done.",
     )
     made.add_argument(
         "inputs",
         nargs="*",
         type=Path,
         metavar="INPUT",
-        help='folder (read recursively), text file, or .jsonl file whose lines have the key "text"; '
-        "without one: the Python standard library's own source files",
+        help="folder (searched recursively; links are followed, hidden entries ignored) or file: text, JSON lines, a "
+        "JSON array of objects, or Parquet (needs pyarrow), also compressed with gzip, bzip2 or xz; default: the "
+        "source files of the Python standard library",
     )
     made.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="PREFIX", help="default: %(default)s"
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="PREFIX",
+        help="where to write (default: %(default)s)",
     )
     made.add_argument(
-        "--tokenizer-type", choices=("byte", "hf", "null"), default="byte", help="default: byte"
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="JSON key or Parquet column of the text (default: text)",
     )
-    made.add_argument("--tokenizer-model", metavar="FILE", help="a `tokenizers` JSON file, for hf")
-    made.add_argument("--vocab-size", type=int, help="number of token ids, for null")
     made.add_argument(
-        "--seq-length", type=int, default=4096, help="for the share of shorter documents (default: 4096)"
+        "--skip-bad-lines",
+        action="store_true",
+        help="leave out records without a text and count them, instead of stopping at the first one",
     )
-    made.add_argument("--quiet", action="store_true", help="print errors only")
+    made.add_argument(
+        "--tokenizer-type",
+        choices=("byte", "hf", "null"),
+        default="byte",
+        help="byte: UTF-8 bytes, hf: a `tokenizers` file, null: the text is token ids (default: byte)",
+    )
+    made.add_argument("--tokenizer-model", metavar="FILE", help="the `tokenizers` JSON file, for hf")
+    made.add_argument(
+        "--eod-token",
+        metavar="NAME",
+        help="name of the end-of-document token, for hf (default: the first well-known name in the file)",
+    )
+    made.add_argument("--vocab-size", type=int, metavar="N", help="number of token ids, for null")
+    made.add_argument(
+        "--seq-length",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="sequence length for the statistics of short documents (default: 4096)",
+    )
+    made.add_argument("--quiet", action="store_true", help="print only errors")
     return made

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 
+from megatron_lightseq.config import Machine, PretrainConfig, load_config, parse_config, to_yaml, violations
+from megatron_lightseq.config.choices import AUTO
 from megatron_lightseq.config.flags import read_flags
-from megatron_lightseq.config.load import load_config, parse_config, to_yaml
-from megatron_lightseq.config.rules import Machine
+from megatron_lightseq.config.resolved import resolve_attention
 from megatron_lightseq.config.typed import parser
+from megatron_lightseq.config.validate import TRAINING_RULES
 from megatron_lightseq.training.job.launch import Launch
 
 
@@ -20,19 +21,22 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.write(parser().format_help())
         return 0
     if "print_config" in actions:
-        sys.stdout.write(to_yaml(parse_config(arguments)))
+        sys.stdout.write(printed(parse_config(arguments)))
         return 0
-    world_size = Launch.from_environment().world_size
-    load_config(arguments, machine=Machine(world_size=world_size))
-
-    import torch
+    machine = Machine(world_size=Launch.from_environment().world_size)
+    config = load_config(arguments, machine=machine)
 
     from megatron_lightseq.training.pretrain import pretrain
 
-    machine = Machine(
-        world_size=world_size,
-        num_gpus=torch.cuda.device_count(),
-        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
-        has_flash_attn=importlib.util.find_spec("flash_attn") is not None,
-    )
-    return pretrain(load_config(arguments, machine=machine))
+    return pretrain(config, checked=machine)
+
+
+def printed(config: PretrainConfig) -> str:
+    """The configuration as YAML; with `cp_method: auto`, a comment says what that stands for."""
+    text = to_yaml(config)
+    if config.context.cp_method != AUTO or violations(config, rule_sets=TRAINING_RULES):
+        return text
+    attention = resolve_attention(config)
+    assert attention is not None, "auto is resolved to methods of this package"
+    chosen = ", ".join(dict.fromkeys(kind.schedules.name for kind in attention.kinds))
+    return f"{text}# cp_method auto: {chosen} on the {attention.layout.name} layout\n"

@@ -1,4 +1,4 @@
-"""`lightseq schedule --method lightseq --cp 8`: who computes what, when, and what it costs."""
+"""`lightseq schedule --method lightseq --cp 8`: which rank computes what, when, and at what cost."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from megatron_lightseq.schedule import (
 )
 
 TOKENS_PER_RANK = 8192
-"""With auto and without a sequence length."""
+"""Used with --method auto if no sequence length is given."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print a schedule and its figures; draw it too when asked."""
+    """Print a schedule and its figures; also draw it on request."""
     options = _parser().parse_args(arguments)
     _check(options)
     shape = TensorShape(
@@ -47,6 +47,8 @@ def run(arguments: Sequence[str]) -> int:
         mask=Mask.parse(options.mask),
         direction=options.direction,
         seq_length=options.seq_length,
+        shape=shape,
+        network=Network.parse(options.network),
     )
     sys.stdout.write(f"{schedule}\n\n{figures(schedule, shape)}\n")
     if options.png is not None:
@@ -58,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def ranking(options: argparse.Namespace, shape: TensorShape) -> str:
-    """Every method with its predicted time on the network asked for, best first, and why the first is first."""
+    """All methods by predicted time on the requested network, best first, and why the first one wins."""
     network = Network.parse(options.network)
     seq_length = options.seq_length or options.cp * TOKENS_PER_RANK
     layouts = None if options.layout is None else (options.layout,)
@@ -72,7 +74,7 @@ def ranking(options: argparse.Namespace, shape: TensorShape) -> str:
 
 
 def figures(schedule: Schedule, shape: TensorShape) -> str:
-    """Makespan, busy fraction and bytes, one a line; the unit of time is one whole tile of a rank's tokens."""
+    """Makespan, busy fraction and bytes, one per line; the unit of time is one full tile of a rank's tokens."""
     played = simulate(schedule, shape=shape)
     sent, received = played.bytes_sent, played.bytes_received
     return "\n".join(
@@ -81,7 +83,7 @@ def figures(schedule: Schedule, shape: TensorShape) -> str:
             f"steps           {len(schedule.steps)}",
             f"makespan        {played.makespan_s:.3f} tiles (ideal {played.ideal_s:.3f})",
             f"busy            {played.busy:.1%}",
-            f"sent per rank   {_range(sent)}, {_megabytes(sum(sent))} in all",
+            f"sent per rank   {_range(sent)}, {_megabytes(sum(sent))} in total",
             f"received        {_range(received)}",
         ]
     )
@@ -102,8 +104,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(
             explain(
                 got=f"--cp {options.cp}, --heads {options.heads}, --groups {groups}, --head-dim {options.head_dim}",
-                rule="all are 1 or more, and the groups divide the heads",
-                remedy=f"Use --groups that divides {options.heads}",
+                rule="all are 1 or more, and the number of groups divides the number of heads",
+                remedy=f"Set --groups to a divisor of {options.heads}",
             )
         )
 
@@ -112,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="lightseq schedule",
         allow_abbrev=False,
-        description="Print the schedule of an attention: tiles by rank and step (q5k2: queries of chunk 5, keys of "
-        "chunk 2), then the transfers that run beside them.",
+        description="Print the schedule of distributed attention: tiles by rank and step (q5k2: queries of chunk 5, "
+        "keys of chunk 2), and the transfers that are overlapped with them.",
     )
     made.add_argument(
         "--method",
@@ -123,21 +125,27 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--network",
         default="nvlink+100gbps",
-        help=f"with auto: one of {', '.join(NETWORKS)}, or link=450GB/s, latency=5us, ranks_per_node=8, nic=50GB/s, "
-        "nic_latency=10us (default: nvlink+100gbps)",
+        help=f"with --method auto: one of {', '.join(NETWORKS)}, or values such as link=450GB/s,latency=5us,"
+        "ranks_per_node=8,nic=50GB/s,nic_latency=10us (default: nvlink+100gbps)",
     )
-    made.add_argument("--cp", type=int, default=4, metavar="P", help="context parallel ranks (default: 4)")
-    made.add_argument("--layout", choices=tuple(LAYOUTS), help="default: the method's own")
-    made.add_argument("--direction", choices=("forward", "backward"), default="forward")
-    made.add_argument("--mask", default="causal", help="text form of a mask (default: causal)")
     made.add_argument(
-        "--seq-length", type=int, metavar="N", help="tokens over all ranks (default: 1024 a chunk)"
+        "--cp", type=int, default=4, metavar="P", help="number of context parallel ranks (default: 4)"
+    )
+    made.add_argument("--layout", choices=tuple(LAYOUTS), help="default: the default layout of the method")
+    made.add_argument("--direction", choices=("forward", "backward"), default="forward")
+    made.add_argument(
+        "--mask", default="causal", help="text form of a mask, for example window(512,0) (default: causal)"
+    )
+    made.add_argument(
+        "--seq-length", type=int, metavar="N", help="tokens over all ranks (default: 1024 per chunk)"
     )
     made.add_argument("--heads", type=int, default=32, metavar="H", help="query heads (default: 32)")
-    made.add_argument("--groups", type=int, metavar="G", help="key/value heads (default: as many)")
-    made.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: 128")
     made.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the inputs (default: bf16)"
+        "--groups", type=int, metavar="G", help="key/value heads (default: the number of query heads)"
     )
-    made.add_argument("--png", type=Path, metavar="FILE", help="draw it")
+    made.add_argument("--head-dim", type=int, default=128, metavar="D", help="head dimension (default: 128)")
+    made.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the inputs (default: bf16)"
+    )
+    made.add_argument("--png", type=Path, metavar="FILE", help="also draw the schedule")
     return made

@@ -1,4 +1,4 @@
-"""`lightseq verify`: the parity matrix, PASS or FAIL with numbers for each cell."""
+"""`lightseq verify`: the parity matrix, with PASS or FAIL and numbers for each cell."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.tools.verify.cells import CELLS, select
 from megatron_lightseq.training.job.launch import Launch
 
-USERS = ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "seq_length", "seed", "cp_kernel")
-"""Keys that a user may change for every cell; heads, ranks and methods are what the cells are about."""
+USER_KEYS = ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "seq_length", "seed", "cp_kernel")
+"""Keys that a user may change for all cells; heads, ranks and methods are what distinguishes the cells."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Verify; 0 if every cell passed, 1 if one did not."""
+    """Verify; exit status 0 if all cells pass, 1 otherwise."""
     options, rest = _parser().parse_known_args(arguments)
     extra = _extra(rest)
     launch = Launch.from_environment()
@@ -31,22 +31,22 @@ def run(arguments: Sequence[str]) -> int:
     from megatron_lightseq.tools.verify.ranks import launched_ranks, local_ranks, most_processes
 
     if launch.world_size > 1:
-        walk = launched_ranks(launch, select(options.cells, launch.world_size), extra)
+        verification = launched_ranks(launch, select(options.cells, launch.world_size), extra)
         if launch.rank > 0:
-            walk.follow()
+            verification.follow()
             return 0
-        return _print(walk.lead(), len(walk.cells), 0)
+        return _print(verification.lead(), len(verification.cells), 0)
     most = most_processes(options.processes)
     cells = select(options.cells, most)
-    with local_ranks(max(cell.world_size for cell in cells), cells, extra) as walk:
-        return _print(walk.lead(), len(cells), len(select(options.cells, sys.maxsize)) - len(cells))
+    with local_ranks(max(cell.world_size for cell in cells), cells, extra) as verification:
+        return _print(verification.lead(), len(cells), len(select(options.cells, sys.maxsize)) - len(cells))
 
 
 def _print(reports: Iterable[Any], total: int, left_out: int) -> int:
     began, passed, seen = time.perf_counter(), 0, 0
     width = max(len(cell.name) for cell in CELLS)
     sys.stdout.write(
-        f"      {'cell'.ljust(width)}  ranks  loss      grad norm gradients allowed (furthest parameter)\n"
+        f"      {'cell'.ljust(width)}  ranks  loss      grad norm gradients allowed (worst parameter)\n"
     )
     for report in reports:
         seen += 1
@@ -57,8 +57,8 @@ def _print(reports: Iterable[Any], total: int, left_out: int) -> int:
         )
         sys.stdout.flush()
     seconds = time.perf_counter() - began
-    skipped = f", {left_out} need more processes and were not run" if left_out else ""
-    unseen = f", {total - seen} not reached: a process died" if seen < total else ""
+    skipped = f", {left_out} not run because they need more processes" if left_out else ""
+    unseen = f", {total - seen} not reached because a process died" if seen < total else ""
     sys.stdout.write(f"{passed} of {total} cells passed in {seconds:.0f} s{skipped}{unseen}\n")
     return 0 if passed == total else 1
 
@@ -74,16 +74,16 @@ def _numbers(report: Any) -> str:
 
 
 def _extra(arguments: Sequence[str]) -> dict[str, Any]:
-    """What the user's configuration changes in every cell."""
+    """The values that the user sets for all cells; raises ConfigError for keys that cells set themselves."""
     values, defaults = to_flat(parse_config(arguments)), to_flat(PretrainConfig())
     changed = {key: value for key, value in values.items() if value != defaults[key]}
-    refused = [key for key in changed if key not in USERS]
+    refused = [key for key in changed if key not in USER_KEYS]
     if refused:
         raise ConfigError(
             explain(
                 got=", ".join(refused),
-                rule=f"cells differ in heads, ranks and methods; for all of them may be set {', '.join(USERS)}",
-                remedy="Remove it; --cells chooses among the cells",
+                rule=f"the cells set this themselves; keys that can be set for all cells are {', '.join(USER_KEYS)}",
+                remedy="Remove it, and select cells with --cells",
             )
         )
     return changed
@@ -93,15 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="lightseq verify",
         allow_abbrev=False,
-        description="Train one step of a small model in every combination of methods and parallelisms, and compare the "
-        "loss, the gradient norm and every parameter's gradient with one process that runs Megatron's own attention; "
-        "in 16 bits with that process in fp32, from which a cell may be twice as far as Megatron in 16 bits. "
-        "Starts processes on this machine; under torchrun, uses those.",
-        epilog=f"Besides: {', '.join('--' + key.replace('_', '-') for key in USERS)}, for every cell.",
+        description="Train a small model for one step in every combination of method and parallelism. Compare the "
+        "loss, the gradient norm and the gradient of every parameter with a single process that runs Megatron's own "
+        "attention. In bf16 the reference is that process in fp32, and the error may be twice that of Megatron in "
+        "bf16. Starts processes on this machine; under torchrun, uses the processes that it started.",
+        epilog=f"These keys can be set for all cells: {', '.join('--' + key.replace('_', '-') for key in USER_KEYS)}.",
     )
-    made.add_argument("--cells", metavar="REGEX", help="only cells with such names")
+    made.add_argument("--cells", metavar="REGEX", help="only cells whose names match")
     made.add_argument(
-        "--processes", type=int, metavar="N", help="only cells of up to N processes (default: 8)"
+        "--processes", type=int, metavar="N", help="only cells that need at most N processes (default: 8)"
     )
-    made.add_argument("--list", action="store_true", help="print the names of the cells, and do nothing")
+    made.add_argument("--list", action="store_true", help="print the names of the cells and exit")
     return made

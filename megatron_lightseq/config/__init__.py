@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron_lightseq.config.flat import from_flat, keys, to_flat, with_values
 from megatron_lightseq.config.load import from_yaml, load_config, parse_config, to_yaml
+from megatron_lightseq.config.resolved import ResolvedAttention, ResolvedConfig, resolve
 from megatron_lightseq.config.rules import Machine
 from megatron_lightseq.config.sections import (
     CheckpointConfig,
@@ -34,12 +35,15 @@ __all__ = [
     "ParallelConfig",
     "PretrainConfig",
     "RecomputeConfig",
+    "ResolvedAttention",
+    "ResolvedConfig",
     "TrainingConfig",
     "from_flat",
     "from_yaml",
     "keys",
     "load_config",
     "parse_config",
+    "resolve",
     "rules",
     "to_flat",
     "to_yaml",

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_lightseq.config.flat import section_of_key
 from megatron_lightseq.config.names import MEGATRON_SPELLINGS
 from megatron_lightseq.config.strict_yaml import Entry
-from megatron_lightseq.config.typed import is_list, is_switch, key_types, takes_null
+from megatron_lightseq.config.typed import is_list, is_switch, takes_null
 from megatron_lightseq.errors import explain
 
 COMMAND_LINE = "command line"
@@ -79,7 +80,7 @@ def _enter(key: str, value: object, name: str, found: Invocation) -> None:
 def _negates_switch(key: str) -> bool:
     """Whether a key is `no_` before a switch; `no_load_optim` is not, because there is no `load_optim`."""
     positive = key.removeprefix("no_")
-    return positive != key and positive in key_types() and is_switch(positive)
+    return positive != key and positive in section_of_key() and is_switch(positive)
 
 
 def _values(key: str, following: Sequence[str]) -> list[str]:
@@ -93,7 +94,7 @@ def _values(key: str, following: Sequence[str]) -> list[str]:
         return words[:1]
     if key in MEGATRON_SPELLINGS and MEGATRON_SPELLINGS[key].refusal is None:
         return []
-    if key not in key_types() or is_list(key):  # the values of an unknown flag are not files
+    if key not in section_of_key() or is_list(key):  # the values of an unknown flag are not files
         return words
     if is_switch(key):
         return [word for word in words[:1] if word.lower() in _SWITCH_WORDS]
@@ -101,7 +102,7 @@ def _values(key: str, following: Sequence[str]) -> list[str]:
 
 
 def _value(key: str, values: list[str]) -> object:
-    if key not in key_types():
+    if key not in section_of_key():
         return values[0] if values else True
     if is_list(key):
         return values

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from megatron_lightseq.config.flags import ACTIONS, COMMAND_LINE, read_flags
 from megatron_lightseq.config.flat import from_flat, keys, section_of_key, section_types, to_flat
 from megatron_lightseq.config.names import MEGATRON_SPELLINGS, nearest
-from megatron_lightseq.config.resolved import with_chosen_layout
 from megatron_lightseq.config.rules import Machine, report
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import Entry, dump_scalar, parse_mapping, read_yaml
@@ -24,12 +23,11 @@ def load_config(arguments: Sequence[str], *, machine: Machine | None = None) -> 
     """The validated configuration of a command line `[FILE.yaml ...] [--key value ...]`.
 
     Later files override earlier ones, flags override files. Raises ConfigError with everything that is wrong:
-    unknown names and wrong types in one report, or, when there are none, every violated rule. With `cp_method: auto`
-    the layout is chosen here, because data are cut by it.
+    unknown names and wrong types in one report, or, when there are none, every violated rule.
     """
     config = parse_config(arguments)
     validate(config, machine)
-    return with_chosen_layout(config)
+    return config
 
 
 def parse_config(arguments: Sequence[str]) -> PretrainConfig:

@@ -1,11 +1,124 @@
-"""What `cp_method: auto` stands for in one configuration: predicted from its heads, ranks, dtype and length."""
+"""What follows from a configuration, worked out once: its rules are checked, `auto` is replaced, schedules are built.
+
+Everything after the start reads the one :class:`ResolvedConfig` that :func:`resolve` returns: the comparison between
+ranks, the attention layers and the report all see the same methods and the same schedules.
+"""
 
 from __future__ import annotations
 
-from megatron_lightseq.config.flat import with_values
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_lightseq.config.choices import AUTO, MEGATRON, method_of_comm_type
+from megatron_lightseq.config.rules import Machine, RuleSet
 from megatron_lightseq.config.sections import PretrainConfig
+from megatron_lightseq.config.validate import ALL_RULES, validate
+from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import Choice, Direction, TensorShape, rank_methods
+from megatron_lightseq.schedule import Problem, SchedulePair, TensorShape, rank_methods
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionKind:
+    """The layers of a model whose attention has the same methods and the same mask."""
+
+    layers: tuple[int, ...]
+    """Their numbers, from 1; those of multi-token prediction follow the others."""
+    schedules: SchedulePair
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedAttention:
+    """How attention runs over the context parallel ranks, with nothing left open."""
+
+    layout: SequenceLayout
+    kinds: tuple[AttentionKind, ...]
+    """One for every combination of methods and mask, in the order of their first layers."""
+
+    def of_layer(self, number: int) -> SchedulePair | None:
+        """The schedules of a layer, counted from 1; None for a layer that the configuration does not have."""
+        return next((kind.schedules for kind in self.kinds if number in kind.layers), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedConfig:
+    """A configuration that breaks no rule, with what follows from it; :func:`resolve` makes it."""
+
+    config: PretrainConfig
+    machine: Machine
+    """What the rules were checked against."""
+    attention: ResolvedAttention | None
+    """None with `cp_method: megatron`, whose attention is not ours."""
+
+
+def resolve(
+    config: PretrainConfig,
+    machine: Machine,
+    *,
+    rule_sets: Iterable[RuleSet] = ALL_RULES,
+    checked: Machine | None = None,
+) -> ResolvedConfig:
+    """Check the rules and work out what follows from a configuration.
+
+    Args:
+        config: of the run.
+        machine: what is known of it.
+        rule_sets: the rules to check.
+        checked: what was known when they were checked before; only those are checked that could not be then.
+
+    Raises:
+        ConfigError: every violated rule, its values and its remedy.
+    """
+    validate(config, machine, rule_sets=rule_sets, checked=checked)
+    return ResolvedConfig(config=config, machine=machine, attention=resolve_attention(config))
+
+
+def resolve_attention(config: PretrainConfig) -> ResolvedAttention | None:
+    """Layout, methods and masks of a configuration whose rules hold; None with `cp_method: megatron`."""
+    if config.context.cp_method == MEGATRON:
+        return None
+    name, fastest = _layout(config)
+    layout = SequenceLayout(name, config.parallel.context_parallel_size)
+    found: dict[tuple[str, Mask], SchedulePair] = {}
+    layers: dict[tuple[str, Mask], list[int]] = {}
+    for number in range(1, config.model.num_layers + (config.model.mtp_num_layers or 0) + 1):
+        method, mask = method_of_layer(config, number), layer_mask(config, number)
+        key = method, mask
+        if key not in found:
+            if method == AUTO and fastest is not None and fastest.problem.mask == mask:
+                found[key] = fastest
+            else:
+                found[key] = _schedules(method, _problem(config, layout, mask))
+        layers.setdefault(key, []).append(number)
+    kinds = (AttentionKind(layers=tuple(layers[key]), schedules=found[key]) for key in found)
+    return ResolvedAttention(layout=layout, kinds=tuple(kinds))
+
+
+def _layout(config: PretrainConfig) -> tuple[str, SchedulePair | None]:
+    """The name of the layout; where `auto` had to compare layouts, also the schedules it has chosen with it."""
+    context, ranks = config.context, config.parallel.context_parallel_size
+    if context.cp_method != AUTO or context.cp_layout != AUTO or ranks == 1:
+        return context.layout_name, None
+    mask = main_mask(config)
+    best, *_ = rank_methods(
+        ranks, attention_shape(config), config.training.seq_length, mask=mask, network=context.network
+    )
+    problem = _problem(config, SequenceLayout(best.layout, ranks), mask)
+    return best.layout, SchedulePair.from_choice(best, problem)
+
+
+def _schedules(method: str, problem: Problem) -> SchedulePair:
+    return SchedulePair.fastest(problem) if method == AUTO else SchedulePair.of(method, problem)
+
+
+def _problem(config: PretrainConfig, layout: SequenceLayout, mask: Mask) -> Problem:
+    return Problem(
+        layout=layout,
+        mask=mask,
+        seq_length=config.training.seq_length,
+        shape=attention_shape(config),
+        network=config.context.network,
+    )
 
 
 def attention_shape(config: PretrainConfig) -> TensorShape:
@@ -21,42 +134,22 @@ def attention_shape(config: PretrainConfig) -> TensorShape:
     )
 
 
-def attention_mask(config: PretrainConfig) -> Mask:
-    """What queries see: of windows, in the layers that have one."""
+def main_mask(config: PretrainConfig) -> Mask:
+    """The mask of the layers with a sliding window, if there are any, else of all layers."""
     size = config.model.window_size
     return Mask.causal() & Mask.window(*size) if size else Mask.causal()
 
 
-def ranked(config: PretrainConfig) -> list[Choice]:
-    """All choices for this configuration, best first; on its layout where it names one."""
+def layer_mask(config: PretrainConfig, number: int) -> Mask:
+    """The mask of a layer, counted from 1: Megatron exempts every window_attn_skip_freq-th layer from the window."""
+    skip = config.model.window_attn_skip_freq
+    return Mask.causal() if skip and number % skip == 0 else main_mask(config)
+
+
+def method_of_layer(config: PretrainConfig, number: int) -> str:
+    """The method of a layer, counted from 1, as it was configured: it may be `auto`."""
     context = config.context
-    layouts = None if context.cp_layout == "auto" else (context.cp_layout,)
-    return rank_methods(
-        config.parallel.context_parallel_size,
-        attention_shape(config),
-        config.training.seq_length,
-        mask=attention_mask(config),
-        network=context.network,
-        layouts=layouts,
-    )
-
-
-def with_chosen_layout(config: PretrainConfig) -> PretrainConfig:
-    """The configuration with the layout of the best choice, where both method and layout are left open.
-
-    The method stays ``auto``: on that layout, attention makes the same choice for each direction.
-    """
-    context = config.context
-    if context.cp_method != "auto" or context.cp_layout != "auto":
-        return config
-    if config.parallel.context_parallel_size == 1:
-        return config
-    return with_values(config, cp_layout=ranked(config)[0].layout)
-
-
-def methods(config: PretrainConfig) -> dict[Direction, str]:
-    """The method of each direction, with ``auto`` resolved on the configuration's layout."""
-    if config.context.cp_method != "auto":
-        return dict.fromkeys(Direction, config.context.method_name)
-    best = ranked(with_values(config, cp_layout=config.context.layout_name))[0]
-    return {Direction.FORWARD: best.forward.method, Direction.BACKWARD: best.backward.method}
+    if not context.cp_comm_type:
+        return context.method_name
+    comm_type = context.cp_comm_type[number - 1 if len(context.cp_comm_type) > 1 else 0]
+    return method_of_comm_type(comm_type, context.method_name, context.cp_ulysses_size)

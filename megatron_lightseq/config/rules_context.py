@@ -63,11 +63,12 @@ def ulysses_size_divides(c: PretrainConfig, _: Machine) -> None:
 @CONTEXT.rule(
     "cp_comm_type",
     "num_layers",
-    text="cp_comm_type has one value for all layers, or one value per layer",
-    remedy="Give one value, or {num_layers} values",
+    "mtp_num_layers",
+    text="cp_comm_type has one value for all layers, or one value per layer (num_layers and mtp_num_layers)",
+    remedy="Give one value, or one per layer",
 )
 def comm_type_is_one_or_one_per_layer(c: PretrainConfig, _: Machine) -> bool:
-    return len(c.context.cp_comm_type) in (0, 1, c.model.num_layers)
+    return len(c.context.cp_comm_type) in (0, 1, c.model.num_layers + (c.model.mtp_num_layers or 0))
 
 
 @CONTEXT.rule(

@@ -240,6 +240,16 @@ def tokenizer_model_belongs_to_hf(c: PretrainConfig, _: Machine) -> bool:
 
 @DATA.rule(
     "tokenizer_type",
+    "eod_token",
+    text="only the hf tokenizer has named tokens",
+    remedy="Set eod_token to null, or tokenizer_type to hf",
+)
+def eod_token_belongs_to_hf(c: PretrainConfig, _: Machine) -> bool:
+    return c.data.eod_token is None or c.data.tokenizer_type == "hf"
+
+
+@DATA.rule(
+    "tokenizer_type",
     "vocab_size",
     text="tokenizer_type null does not define a vocabulary size",
     remedy="Set vocab_size to one more than the largest token id",

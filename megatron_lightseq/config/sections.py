@@ -4,7 +4,8 @@ Keys are flat and unique over all sections: `num_layers` is a YAML key, a `--num
 :class:`ModelConfig`. Where Megatron-LM has an argument, the key has its name and its meaning; the keys that
 Megatron-LM lacks are ours (`cp_*`, `*_tile_tokens`, `keep_attention_on_recompute`, `report_dir`, `progress`).
 
-The docstring under a field is its help text, so `lightseq pretrain --help` cannot disagree with this file.
+The docstring under a field is its help text, so `lightseq pretrain --help` cannot disagree with this file. Words that
+other parts of the package own (methods, layouts, kernels) come from there (:mod:`megatron_lightseq.config.choices`).
 Standard library only.
 """
 
@@ -13,31 +14,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_lightseq.schedule.methods import METHODS
-from megatron_lightseq.schedule.network import Network
+from megatron_lightseq.config.choices import CPKernel, CPLayout, CPMethod, default_layout, sized_name
+from megatron_lightseq.schedule import Network
 
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
 SoftmaxType = Literal["vanilla", "off-by-one", "learnable"]
 Normalization = Literal["RMSNorm", "LayerNorm"]
 Backend = Literal["auto", "nccl", "gloo"]
-CPMethod = Literal[
-    "lightseq", "ring", "zigzag", "all_gather", "mesh", "ulysses", "usp", "rsa", "auto", "megatron"
-]
 CPCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
-CPLayout = Literal["auto", "contiguous", "zigzag", "striped"]
-CPKernel = Literal["auto", "cuda", "cpu", "reference", "flash_attn", "sdpa"]
 LoadBalancing = Literal["none", "aux_loss", "seq_aux_loss"]
 TokenDispatcher = Literal["alltoall", "allgather"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp"]
 LRDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 TokenizerType = Literal["byte", "hf", "null"]
 Progress = Literal["auto", "live", "plain", "off"]
-
-_OTHER_DEFAULT_LAYOUTS = {
-    "auto": "contiguous",
-    "megatron": "zigzag",  # what Transformer Engine's context parallelism expects
-}
-"""The default layout of each `cp_method` that is not a method of the schedule package."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,10 +213,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContextParallelConfig:
-    """How attention is distributed over the context parallel ranks."""
+    """Attention over the context parallel ranks."""
 
     cp_method: CPMethod = "lightseq"
-    """How ranks share attention; auto: fastest in simulation; megatron: Megatron's own (CP needs TE)."""
+    """How attention is distributed over the context parallel ranks."""
     cp_ulysses_size: int | None = None
     """With usp: ranks that exchange heads; null: the largest divisor of the CP size up to its square root."""
     cp_comm_type: tuple[CPCommType, ...] = ()
@@ -234,17 +224,16 @@ class ContextParallelConfig:
     cp_network: str | None = None
     """With auto: the cluster's network, by name or by numbers; null: NVLink in nodes of 8, 100 Gbit/s between nodes."""
     cp_layout: CPLayout = "auto"
-    """Which rank owns which tokens; auto: what balances the method."""
+    """Which rank holds which tokens."""
     cp_overlap: bool = True
     """Transfer the next step's chunks while the current step is computed."""
     cp_kernel: CPKernel = "auto"
-    """Attention kernel; auto: ours for the device; flash_attn: that package; sdpa: torch's own flash attention."""
+    """Attention kernel."""
 
     @property
     def method_name(self) -> str:
         """The method as :mod:`megatron_lightseq.schedule` names it: usp with its size."""
-        sized = self.cp_method == "usp" and self.cp_ulysses_size is not None
-        return f"usp:{self.cp_ulysses_size}" if sized else self.cp_method
+        return sized_name(self.cp_method, self.cp_ulysses_size)
 
     @property
     def network(self) -> Network | None:
@@ -253,11 +242,8 @@ class ContextParallelConfig:
 
     @property
     def layout_name(self) -> str:
-        """The layout, with auto resolved."""
-        if self.cp_layout != "auto":
-            return self.cp_layout
-        method = METHODS.get(self.cp_method)
-        return _OTHER_DEFAULT_LAYOUTS[self.cp_method] if method is None else method.default_layout
+        """The layout, with auto replaced by the method's default (`cp_method: auto` may still choose another)."""
+        return default_layout(self.cp_method) if self.cp_layout == "auto" else self.cp_layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -348,6 +334,8 @@ class DataConfig:
     """byte: 256 bytes and end-of-document; hf: a `tokenizers` JSON file; null: the text is token ids."""
     tokenizer_model: str | None = None
     """With hf: path of the `tokenizers` JSON file."""
+    eod_token: str | None = None
+    """With hf: name of the end-of-document token; null: the first well-known name in the file."""
     vocab_size: int | None = None
     """Vocabulary size before padding; null: the tokenizer's."""
     data_cache_path: str | None = None

@@ -31,8 +31,8 @@ class ParallelSizes:
                 explain(
                     got=f"world size {self.world_size} with {spelled} = {product}",
                     rule="the world size must be a multiple of the product of the parallel sizes",
-                    remedy=f"Start {max(1, self.world_size // max(1, product)) * product} ranks, "
-                    "or change a parallel size",
+                    remedy=f"Start {max(1, self.world_size // max(1, product)) * product} ranks "
+                    "(torchrun --nproc-per-node), or change a parallel size",
                 )
             )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from megatron_lightseq.config.choices import DerivedChoices
 from megatron_lightseq.config.flat import field_of_key, from_flat, section_of_key, section_types, to_flat
 from megatron_lightseq.config.names import nearest
 from megatron_lightseq.config.strict_yaml import Entry, dump_scalar, parse_scalar
@@ -24,32 +25,48 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 
 @cache
-def key_types() -> dict[str, Any]:
-    """The annotated type of every key."""
-    hints = {name: get_type_hints(cls) for name, cls in section_types().items()}
+def _annotations() -> dict[str, Any]:
+    hints = {name: get_type_hints(cls, include_extras=True) for name, cls in section_types().items()}
     return {key: hints[section][key] for key, section in section_of_key().items()}
+
+
+def _derived_choices(annotation: Any) -> DerivedChoices | None:
+    marks = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return next((mark for mark in marks if isinstance(mark, DerivedChoices)), None)
+
+
+def key_type(key: str) -> Any:
+    """The type of a key; derived choices are the Literal of their present words."""
+    annotation = _annotations()[key]
+    derived = _derived_choices(annotation)
+    return annotation if derived is None else Literal.__getitem__(derived.words())
+
+
+def key_types() -> dict[str, Any]:
+    """The type of every key."""
+    return {key: key_type(key) for key in _annotations()}
 
 
 def is_switch(key: str) -> bool:
     """Whether a key is a boolean, whose flag needs no value."""
-    return key_types()[key] is bool
+    return _annotations()[key] is bool
 
 
 def is_list(key: str) -> bool:
     """Whether a key takes several values."""
-    return get_origin(key_types()[key]) is tuple
+    return get_origin(_annotations()[key]) is tuple
 
 
 def takes_null(key: str) -> bool:
     """Whether a key may be null."""
-    return NoneType in _alternatives(key_types()[key])
+    return NoneType in _alternatives(key_type(key))
 
 
 def choices(key: str) -> tuple[str, ...]:
     """The words that a key may be set to; empty if its values are not a fixed list of words."""
     return tuple(
         choice
-        for part in _alternatives(key_types()[key])
+        for part in _alternatives(key_type(key))
         if get_origin(part) is Literal
         for choice in get_args(part)
     )
@@ -57,7 +74,7 @@ def choices(key: str) -> tuple[str, ...]:
 
 def describe(key: str) -> str:
     """The type of a key in words: `an integer or null`, `one of a, b`."""
-    annotation = key_types()[key]
+    annotation = key_type(key)
     if is_list(key):
         (item, _) = get_args(annotation)
         if item is int:
@@ -71,9 +88,13 @@ def describe(key: str) -> str:
     return " or ".join([*words, "null"]) if takes_null(key) else " or ".join(words)
 
 
-@cache
 def parser() -> ArgumentParser:
     """A jsonargparse parser with one typed argument per key, grouped by section."""
+    return _parser(tuple(key_types().items()))
+
+
+@lru_cache(maxsize=2)  # for other choices, if a method has been registered in between
+def _parser(types: tuple[tuple[str, Any], ...]) -> ArgumentParser:
     import jsonargparse  # 0.1 s, needed only where files or flags are read
 
     jsonargparse.set_loader(_LOADER, parse_scalar, (yaml.YAMLError,), json_superset=False)
@@ -88,21 +109,25 @@ def parser() -> ArgumentParser:
     for name, cls in section_types().items():
         group = made.add_argument_group(name, inspect.getdoc(cls))
         texts = field_docstrings(cls)
-        for key in (key for key, section in section_of_key().items() if section == name):
+        for key, key_type_ in ((key, type_) for key, type_ in types if section_of_key()[key] == name):
             group.add_argument(
-                f"--{key.replace('_', '-')}", type=key_types()[key], default=defaults[key], help=texts[key]
+                f"--{key.replace('_', '-')}", type=key_type_, default=defaults[key], help=texts[key]
             )
     return made
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass."""
+    """The string under each field of a dataclass, with the explanation of derived choices."""
     (definition,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(definition, ast.ClassDef)
     found: dict[str, str] = {}
     for statement, following in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             found[statement.target.id] = _text(following)
+    for name, annotation in get_type_hints(cls, include_extras=True).items():
+        derived = _derived_choices(annotation)
+        if derived is not None:
+            found[name] = f"{found[name]} {derived.explanation()}"
     return found
 
 
@@ -142,10 +167,10 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 def _understood(key: str, value: Any) -> Any:
     """A raw value as one of the key's type; raises ValueError or YAMLError if it cannot be one."""
     if is_list(key):
-        return _as_integers(value) if get_args(key_types()[key])[0] is int else _as_list(value)
+        return _as_integers(value) if get_args(_annotations()[key])[0] is int else _as_list(value)
     if value is None and "null" in choices(key):  # the word null is one of its choices
         return "null"
-    if isinstance(value, str) and not choices(key) and str not in _alternatives(key_types()[key]):
+    if isinstance(value, str) and not choices(key) and str not in _alternatives(key_type(key)):
         value = parse_scalar(value)
         if isinstance(value, str):
             raise ValueError("text")
@@ -178,9 +203,9 @@ def _wrong_type(key: str, entry: Entry) -> str:
 def _example(key: str) -> str:
     default = field_of_key(key).default
     if default is None:
-        part = _alternatives(key_types()[key])[0]
+        part = _alternatives(key_type(key))[0]
         return {int: "1", float: "1.0", str: "name"}.get(part) or choices(key)[0]
-    if is_list(key) and get_args(key_types()[key])[0] is int:
+    if is_list(key) and get_args(_annotations()[key])[0] is int:
         return "[1, 0]"
     return dump_scalar(list(default) if isinstance(default, tuple) else default)
 

@@ -1,1 +1,1 @@
-"""Attention kernels: one tile, one rank, no communication."""
+"""Attention kernels: each computes one tile on one rank, without communication."""

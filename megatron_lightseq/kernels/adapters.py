@@ -1,4 +1,4 @@
-"""What the adapters to other people's kernels share: they know causal and full tiles, and have no state to merge into.
+"""Shared by the adapters to external kernels, which compute whole tiles and cannot accumulate into a partial result.
 
 Shape letters: Q query tokens, K key tokens, B batch, H query heads, G key/value heads, D head dim.
 """
@@ -17,7 +17,7 @@ from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 class TileKind(Enum):
-    """What a tile's mask amounts to."""
+    """The kind of mask that a tile has."""
 
     EMPTY = "empty"
     FULL = "full"
@@ -28,10 +28,10 @@ class TileKind(Enum):
 
 
 def tile_kind(mask: TileMask, num_queries: int, num_keys: int, kernel: str) -> TileKind:
-    """The kind of a tile.
+    """The kind of mask that a tile of these sizes has.
 
     Raises:
-        UnsupportedError: it has key ranges (packed documents), which no adapter can express.
+        UnsupportedError: the mask has key ranges (packed documents), which no adapter supports.
     """
     if mask.band_hi <= -num_queries or mask.band_lo >= num_keys:
         return TileKind.EMPTY
@@ -39,7 +39,7 @@ def tile_kind(mask: TileMask, num_queries: int, num_keys: int, kernel: str) -> T
         raise UnsupportedError(
             explain(
                 got=f"kernel {kernel!r} for a tile with key_ranges",
-                rule="it knows full, causal and window masks only",
+                rule="it supports only full, causal and window masks",
                 remedy="Choose kernel='auto' for packed documents",
             )
         )
@@ -50,7 +50,7 @@ def tile_kind(mask: TileMask, num_queries: int, num_keys: int, kernel: str) -> T
 
 
 def store(out: Tensor, lse: Tensor, out_new: Tensor, lse_new: Tensor, *, accumulate: bool) -> None:
-    """Writes a tile's result (Q, B, H, D) and (B, H, Q), or merges it with what is there."""
+    """Store a tile's ``out_new`` (Q, B, H, D) and ``lse_new`` (B, H, Q), or merge them into ``(out, lse)``."""
     if accumulate:
         merge_into(out, lse, out_new.to(out.dtype), lse_new.to(lse.dtype))
     else:
@@ -59,30 +59,37 @@ def store(out: Tensor, lse: Tensor, out_new: Tensor, lse_new: Tensor, *, accumul
 
 
 def store_empty(out: Tensor, lse: Tensor, *, accumulate: bool) -> None:
-    """The result of a tile in which no query sees a key."""
+    """Store the result of a tile in which no query sees a key; merging it would change nothing."""
     if not accumulate:
         out.zero_()
         lse.fill_(float("-inf"))
 
 
 def store_gradients(targets: tuple[Tensor, ...], gradients: Iterable[Tensor], *, accumulate: bool) -> None:
-    """Writes a tile's gradients, or adds them to what is there."""
+    """Store a tile's gradients, or add them to ``targets``."""
     for target, gradient in zip(targets, gradients, strict=True):
         target.add_(gradient) if accumulate else target.copy_(gradient)
 
 
 def begin_gradients(targets: tuple[Tensor, ...], *, accumulate: bool) -> None:
-    """Zeros, unless a tile's gradients are to be added to what is there."""
+    """Zero ``targets``, unless gradients are accumulated in them."""
     if not accumulate:
         for target in targets:
             target.zero_()
 
 
 def output_with_delta(dout: Tensor, delta: Tensor) -> Tensor:
-    """Some output whose product with ``dout`` sums to ``delta`` in every row, in dout's dtype and shape.
+    """A stand-in for ``out`` that reproduces ``delta``: ``(result * dout).sum(-1) == delta``.
 
-    Backwards of other kernels take the output, from which they compute delta, and use it for nothing else; the
-    final output may belong to another rank's tile, its delta is what we have.
+    External backward kernels take ``out`` only to recompute delta. A schedule's backward has delta, but not always
+    ``out``, which may belong to another rank.
+
+    Args:
+        dout: (Q, B, H, D).
+        delta: (B, H, Q).
+
+    Returns:
+        (Q, B, H, D), in dout's dtype.
     """
     wide = dout.float() if dout.dtype != torch.float64 else dout
     squares_QBH1 = wide.square().sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The fused C++ kernel for CPUs (csrc/cpu): blockwise online softmax, fp32 accumulation, no S x S anywhere."""
+"""The fused C++ kernel for CPUs (csrc/cpu): blockwise online softmax, fp32 accumulation, no S x S matrix."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 class CpuKernel:
-    """float32 and bfloat16, any head dims and lengths, grouped heads; masked keys are skipped, not computed.
+    """float32 and bfloat16, any head dims and lengths, grouped heads; skips masked keys.
 
-    Bit for bit repeatable, on any number of threads (``torch.set_num_threads``).
+    Results are bit for bit reproducible, on any number of threads (``torch.set_num_threads``).
     """
 
     spec = KERNELS["cpu"]
@@ -23,7 +23,7 @@ class CpuKernel:
 
     @property
     def isa(self) -> str:
-        """The instruction-set variant in use, e.g. ``avx512``; the variable MLS_CPU_ISA overrides the choice.
+        """The instruction-set variant in use, e.g. ``avx512``; the environment variable MLS_CPU_ISA overrides it.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
@@ -46,7 +46,7 @@ class CpuKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
-        """Merge one tile into ``(out, lse)`` in place. Shapes as in :class:`~.registry.Kernel`.
+        """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.
@@ -73,7 +73,7 @@ class CpuKernel:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
             UnsupportedError: the compiled kernels were not built.

@@ -1,25 +1,32 @@
-"""delta, the row sums of ``out * dout`` that every backward of attention starts with."""
+"""delta, the row sums of ``out * dout``, which the backward of attention needs first."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from megatron_lightseq.kernels.cuda import delta_on_gpu
 from megatron_lightseq.kernels.extension import missing_extension
 from megatron_lightseq.kernels.registry import accumulator_dtype, dtype_name
 from megatron_lightseq.kernels.specs import KERNELS
 
 
 def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
-    """(B, H, S), contiguous, in the accumulator dtype: the sums of ``out * dout`` over Dv.
+    """The sums of ``out * dout`` over Dv. Not differentiable.
 
-    On CPUs the compiled kernels read both once; what they do not take, torch computes, with copies of both in
-    the accumulator dtype. Not differentiable.
+    On CPUs and on GPUs with the compiled CUDA kernels, a compiled kernel reads both tensors once. Inputs that it does
+    not take are left to torch, which makes copies in the accumulator dtype.
 
     Args:
-        out: (S, B, H, Dv), the attention's output, in the inputs' dtype or in the accumulator's.
-        dout: (S, B, H, Dv), its gradient, in either.
+        out: (S, B, H, Dv), the attention's output, in the dtype of the inputs or of the accumulator.
+        dout: (S, B, H, Dv), its gradient, in either dtype.
+
+    Returns:
+        (B, H, S), contiguous, in the accumulator dtype.
     """
+    fused = delta_on_gpu(out, dout) if out.device.type == dout.device.type == "cuda" else None
+    if fused is not None:
+        return fused
     if not (_is_fusible(out) and _is_fusible(dout)) or missing_extension() is not None:
         acc = accumulator_dtype(torch.promote_types(out.dtype, dout.dtype))
         return (out.to(acc) * dout).sum(-1).permute(1, 2, 0).contiguous()
@@ -29,7 +36,7 @@ def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
 
 
 def _is_fusible(x: Tensor) -> bool:
-    """Whether the compiled kernels take ``x``. Broadcast gradients (of ``.sum()``) have a last stride of 0: False."""
+    """Whether the compiled kernel takes ``x``; not for broadcast gradients, as of ``sum()``: their last stride is 0."""
     contiguous = x.shape[-1] == 1 or x.stride(-1) == 1
     refusal = KERNELS["cpu"].refusal(device_type=x.device.type, dtype=dtype_name(x.dtype))
     return contiguous and refusal is None

@@ -1,7 +1,7 @@
-"""Loads the compiled kernels (``megatron_lightseq._C``) when they are first needed.
+"""Loads the compiled kernels (``megatron_lightseq._C``) on first use.
 
-Loading registers ``torch.ops.mls.attention_forward``, ``attention_backward`` and ``attention_delta``; the fake
-implementations added here let torch.compile and FakeTensor trace through them.
+Loading registers ``torch.ops.mls.attention_forward``, ``attention_backward`` and ``attention_delta``. The fake
+implementations registered here let torch.compile and FakeTensor trace through them.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ def _import_extension() -> ModuleType | str:
         module = importlib.import_module("megatron_lightseq._C")
     except ModuleNotFoundError:
         return "the compiled kernels (megatron_lightseq._C) have not been built"
-    except ImportError as error:  # built for another torch or machine, or told to use an absent variant
+    except ImportError as error:  # built for another torch or machine, or MLS_CPU_ISA names an absent variant
         return f"the compiled kernels (megatron_lightseq._C) cannot be loaded: {error}"
     _register_fakes()
     return module
 
 
 def missing_extension() -> str | None:
-    """Why the compiled kernels are not there, with the command that builds them; None when they are."""
+    """Why the compiled kernels cannot be used, with the command that builds them; None if they can."""
     module = _import_extension()
     return f"{module} (build them: {BUILD_COMMAND})" if isinstance(module, str) else None
 
 
 def load_extension(kernel: str = "cpu") -> ModuleType:
-    """The compiled kernels, on behalf of the kernel that was asked for.
+    """The compiled kernels; ``kernel`` is the name that error messages show.
 
     Raises:
-        UnsupportedError: they were not built, or cannot be loaded here.
+        UnsupportedError: the compiled kernels were not built, or cannot be loaded here.
     """
     module = _import_extension()
     if isinstance(module, str):
@@ -60,4 +60,4 @@ def _register_fakes() -> None:
 
 
 def _write_into_arguments(*_: object) -> None:
-    """The ops only write into tensors they are given: there is nothing to allocate or infer."""
+    """The ops only write into tensors that they are given, so there is no output to allocate or infer."""

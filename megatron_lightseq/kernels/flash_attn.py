@@ -1,4 +1,4 @@
-"""The flash-attn package (FlashAttention-2), where it is installed, as a kernel."""
+"""Adapter to the flash-attn package (FlashAttention-2), if it is installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INTERFACE = "flash_attn.flash_attn_interface"
 
 @functools.cache
 def _probe() -> ModuleType | str:
-    """The package's interface, or why there is none; broken installations fail in many ways."""
+    """The package's interface, or why it cannot be used; broken installations raise all kinds of errors."""
     try:
         return importlib.import_module(INTERFACE)
     except Exception as error:  # noqa: BLE001
@@ -38,7 +38,7 @@ def _probe() -> ModuleType | str:
 class FlashAttnKernel:
     """Full, causal and window tiles; grouped heads; D = Dv up to 256, a multiple of 8.
 
-    A tile's partial output is rounded to the dtype of the inputs before it is merged, unlike that of our kernels.
+    A tile's partial output is rounded to the dtype of the inputs before it is merged; our own kernels merge in fp32.
     """
 
     spec = KERNELS["flash_attn"]
@@ -65,10 +65,10 @@ class FlashAttnKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
-        """Merge one tile into ``(out, lse)``. Shapes as in :class:`~.registry.Kernel`.
+        """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
-            UnsupportedError: the tile's mask is none that flash-attn knows, or the package is not there.
+            UnsupportedError: flash-attn does not support the tile's mask, or is not installed.
         """
         window = _window(mask, q, k)
         if window is None:
@@ -85,7 +85,7 @@ class FlashAttnKernel:
             alibi_slopes=None,
             return_softmax=False,
         )
-        # Queries that see no key get lse = +inf from flash-attn.
+        # flash-attn returns lse = +inf for queries that see no key.
         tile_lse = torch.where(tile_lse.isposinf(), float("-inf"), tile_lse)
         store(out, lse, tile_out.transpose(0, 1), tile_lse, accumulate=accumulate)
 
@@ -105,10 +105,10 @@ class FlashAttnKernel:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
-            UnsupportedError: the tile's mask is none that flash-attn knows, or the package is not there.
+            UnsupportedError: flash-attn does not support the tile's mask, or is not installed.
         """
         window = _window(mask, q, k)
         if window is None:
@@ -144,7 +144,7 @@ def _interface() -> ModuleType:
 
 
 def _window(mask: TileMask, q: Tensor, k: Tensor) -> tuple[int, int] | None:
-    """flash-attn's window: query i sees keys i + Sk - Sq - left to i + Sk - Sq + right; -1 is no bound."""
+    """flash-attn's window: query i sees keys i + Sk - Sq - left to i + Sk - Sq + right; -1 means unbounded."""
     num_queries, num_keys = q.shape[0], k.shape[0]
     kind = tile_kind(mask, num_queries, num_keys, FlashAttnKernel.name)
     if kind is TileKind.EMPTY:
@@ -162,7 +162,7 @@ def _window(mask: TileMask, q: Tensor, k: Tensor) -> tuple[int, int] | None:
             explain(
                 got=f"kernel 'flash_attn' for {num_queries} queries, {num_keys} keys and the band "
                 f"[{mask.band_lo}, {mask.band_hi}]",
-                rule="its windows contain the diagonal that ends at the last query and key",
+                rule="its windows must contain the diagonal that ends at the last query and key",
                 remedy="Choose kernel='auto' for this mask",
             )
         )

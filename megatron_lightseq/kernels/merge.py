@@ -1,4 +1,4 @@
-"""Joins partial attention results over disjoint sets of keys."""
+"""Merges partial attention results over disjoint sets of keys."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def merge_into(out: Tensor, lse: Tensor, out_new: Tensor, lse_new: Tensor) -> None:
-    """Merge a normalised partial result into another, in place (online softmax; exact where one side is empty).
+    """Merge a normalised partial result into another, in place (online softmax; exact if one of them is empty).
 
     Args:
         out: (S, B, H, Dv), accumulator dtype; updated.
-        lse: (B, H, S), log-sum-exp of the scores behind ``out``, -inf for none; updated.
+        lse: (B, H, S), log-sum-exp of the scores that ``out`` is normalised by, -inf for no keys; updated.
         out_new: like ``out``.
         lse_new: like ``lse``.
     """
@@ -22,14 +22,18 @@ def merge_into(out: Tensor, lse: Tensor, out_new: Tensor, lse_new: Tensor) -> No
 
 
 def merge_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A complete result with one more logit in every row, of a key whose value is zero.
+    """Add an attention sink to a complete result: one more logit in every row, of a key whose value is zero.
 
-    The backward of the result is the plain one, given the new ``out`` and ``lse``.
+    The backward for q, k and v is unchanged, if it is given the returned ``out`` and ``lse``.
 
     Args:
-        out: (S, B, H, Dv), lse: (B, H, S), -inf where a row sees no key.
+        out: (S, B, H, Dv).
+        lse: (B, H, S), -inf where a row sees no key.
         sink: (H,), the logit of each head.
+
+    Returns:
+        The new (out, lse), of the same shapes; ``out`` keeps its dtype.
     """
     merged = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
-    kept = (lse - merged).exp()  # 0 where lse is -inf: the sink alone is seen
+    kept = (lse - merged).exp()  # 0 where lse is -inf: such a row sees only the sink
     return (out * kept.permute(2, 0, 1).unsqueeze(-1)).to(out.dtype), merged

@@ -1,10 +1,12 @@
-"""Naive attention: the oracle of every kernel and schedule. Short, obvious, any device, fp64-capable, O(Sq Sk).
+"""Naive attention: the reference for every kernel and schedule. Any device, up to fp64, O(Sq Sk) memory.
 
 Shape letters: Q = query tokens, K = key tokens, B = batch, H = query heads, G = key/value heads,
 R = H / G query heads that share a key/value head, D = head dim.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 class ReferenceKernel:
-    """Attention written as in a textbook, in the accumulator dtype."""
+    """Textbook attention, computed in the accumulator dtype."""
 
     spec = KERNELS["reference"]
     name = spec.name
@@ -38,11 +40,12 @@ class ReferenceKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
-        """Write one tile into ``(out, lse)``, or merge it there. Shapes as in :class:`~.registry.Kernel`."""
-        scores_BGRQK = _scores(q, k, mask, softmax_scale)
+        """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`."""
+        seen = visible(mask, q.shape[0], k.shape[0], q.device)
+        scores_BGRQK = _scores(q, k, seen, softmax_scale)
         lse_BGRQ = scores_BGRQK.logsumexp(-1)
-        weights = _probabilities(scores_BGRQK, lse_BGRQ)
-        out_QBHD = torch.einsum("bgrqk,kbgd->qbgrd", weights, v.to(weights.dtype)).flatten(2, 3)
+        weights = _probabilities(scores_BGRQK, lse_BGRQ, seen)
+        out_QBHD = _sum_over_seen("bgrqk,kbgd->qbgrd", weights, v.to(weights.dtype), seen).flatten(2, 3)
         lse_BHQ = lse_BGRQ.flatten(1, 2)
         if accumulate:
             merge_into(out, lse, out_QBHD, lse_BHQ)
@@ -66,16 +69,19 @@ class ReferenceKernel:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`."""
+        """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`."""
         groups, acc = k.shape[2], accumulator_dtype(q.dtype)
         q_grouped, dout_grouped = _grouped(q, groups), _grouped(dout, groups)
-        weights = _probabilities(_scores(q, k, mask, softmax_scale), lse.unflatten(1, (groups, -1)))
+        seen = visible(mask, q.shape[0], k.shape[0], q.device)
+        scores = _scores(q, k, seen, softmax_scale)
+        weights = _probabilities(scores, lse.unflatten(1, (groups, -1)), seen)
         dweights = torch.einsum("qbgrd,kbgd->bgrqk", dout_grouped, v.to(acc))
         dscores = weights * (dweights - delta.unflatten(1, (groups, -1)).unsqueeze(-1)) * softmax_scale
+        dscores = dscores.masked_fill(~seen, 0.0)  # dweights may not be finite there
         gradients = (
-            torch.einsum("bgrqk,kbgd->qbgrd", dscores, k.to(acc)).flatten(2, 3),
-            torch.einsum("bgrqk,qbgrd->kbgd", dscores, q_grouped),
-            torch.einsum("bgrqk,qbgrd->kbgd", weights, dout_grouped),
+            _sum_over_seen("bgrqk,kbgd->qbgrd", dscores, k.to(acc), seen).flatten(2, 3),
+            _sum_over_seen("bgrqk,qbgrd->kbgd", dscores, q_grouped, seen),
+            _sum_over_seen("bgrqk,qbgrd->kbgd", weights, dout_grouped, seen),
         )
         for target, gradient in zip((dq, dk, dv), gradients, strict=True):
             target.add_(gradient) if accumulate else target.copy_(gradient)
@@ -86,15 +92,15 @@ def _grouped(x_QBHD: Tensor, groups: int) -> Tensor:
     return x_QBHD.to(accumulator_dtype(x_QBHD.dtype)).unflatten(2, (groups, -1))
 
 
-def _scores(q: Tensor, k: Tensor, mask: TileMask, softmax_scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> Tensor:
     """Scaled scores (B, G, R, Q, K), -inf where masked."""
     acc = accumulator_dtype(q.dtype)
     scores = torch.einsum("qbgrd,kbgd->bgrqk", _grouped(q, k.shape[2]), k.to(acc)) * softmax_scale
-    return scores.masked_fill(~visible(mask, q.shape[0], k.shape[0], q.device), float("-inf"))
+    return scores.masked_fill(~seen, float("-inf"))
 
 
 def visible(mask: TileMask, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """The tile's mask as a dense boolean (Q, K): True where query may see key."""
+    """The tile's mask as a dense boolean (Q, K): True where the query may see the key."""
     i = torch.arange(num_queries, device=device)[:, None]
     j = torch.arange(num_keys, device=device)[None, :]
     seen = (j - i >= mask.band_lo) & (j - i <= mask.band_hi)
@@ -103,6 +109,23 @@ def visible(mask: TileMask, num_queries: int, num_keys: int, device: torch.devic
     return seen
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), and 0 in rows that see no key at all (lse = -inf)."""
-    return torch.where(lse.isneginf().unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())
+def _probabilities(scores: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
+    """exp(scores - lse); 0 where masked, even if lse is NaN, and in rows that see no key (lse = -inf)."""
+    return torch.where(seen & ~lse.isneginf().unsqueeze(-1), (scores - lse.unsqueeze(-1)).exp(), 0.0)
+
+
+def _sum_over_seen(equation: str, weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+    """einsum of ``weights`` (B, G, R, Q, K) and ``x``, in which masked pairs contribute nothing.
+
+    Their weight is 0, but 0 times infinity or NaN is NaN. So values of ``x`` that are not finite are left out of the
+    product, and added to the sums of the rows or keys that see them.
+    """
+    finite = x.isfinite()
+    if finite.all():
+        return torch.einsum(equation, weights, x)
+    total = torch.einsum(equation, weights, torch.where(finite, x, 0.0))
+    for value in (float("inf"), float("-inf"), float("nan")):
+        where = x.isnan() if math.isnan(value) else x == value
+        count = torch.einsum(equation, seen.to(x.dtype).expand_as(weights), where.to(x.dtype))
+        total += torch.where(count > 0, value, 0.0)
+    return total

@@ -1,6 +1,6 @@
-"""The contract of a kernel, and how one is chosen.
+"""The interface of a kernel, and how one is chosen.
 
-A kernel computes one tile on one rank and accumulates: it knows neither ranks nor schedules.
+A kernel computes one tile on one rank and accumulates the result. It knows nothing of ranks or schedules.
 
 Shapes: S tokens, B batch, H query heads, G key/value heads (G divides H; query head h reads key/value head
 h // (H / G)), D and Dv head dims of queries/keys and of values.
@@ -23,12 +23,12 @@ from megatron_lightseq.kernels.tile_mask import TileMask
 
 @runtime_checkable
 class Kernel(Protocol):
-    """Fused or naive attention over one tile. Inputs may have any strides with the last dimension contiguous."""
+    """Attention over one tile. Inputs may have any strides, if the last dimension is contiguous."""
 
     name: str
     rounds_results: bool
-    """Whether :meth:`forward` also takes an ``out`` of q's dtype where it does not accumulate, and :meth:`backward`
-    such gradients: a result that nothing will be added to then never exists in the accumulator dtype."""
+    """Whether :meth:`forward` accepts an ``out`` in q's dtype, and :meth:`backward` gradients in it, when they do not
+    accumulate, so that a final result is written in the input dtype without an fp32 copy."""
 
     def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot take these inputs, or None."""
@@ -50,9 +50,10 @@ class Kernel(Protocol):
         Args:
             q: (Sq, B, H, D). k: (Sk, B, G, D). v: (Sk, B, G, Dv). All of one dtype.
             out: (Sq, B, H, Dv), normalised partial output, in the accumulator dtype (see ``rounds_results``).
-            lse: (B, H, Sq), natural log-sum-exp of the scores seen so far, accumulator dtype; -inf for none.
-            mask: which keys each row sees; everything else is skipped.
-            softmax_scale: factor of the scores.
+            lse: (B, H, Sq), natural log-sum-exp of the scores of all keys seen so far, accumulator dtype; -inf for
+                rows that have seen none.
+            mask: which keys each row sees.
+            softmax_scale: factor for the scores.
             accumulate: False to overwrite ``out`` and ``lse``, which may then be uninitialised.
         """
 
@@ -76,14 +77,16 @@ class Kernel(Protocol):
 
         Args:
             dout: (Sq, B, H, Dv), gradient of the final output, q's dtype.
-            lse: (B, H, Sq), FINAL log-sum-exp over all tiles; rows of -inf contribute nothing.
-            delta: (B, H, Sq), sum of out * dout over Dv, accumulator dtype.
+            q, k, v: as in :meth:`forward`.
+            lse: (B, H, Sq), final log-sum-exp over all tiles; rows with -inf contribute nothing.
+            delta: (B, H, Sq), the final sum of out * dout over Dv, accumulator dtype.
+            mask, softmax_scale: as in :meth:`forward`.
             accumulate: False to overwrite ``dq, dk, dv``, which may then be uninitialised.
         """
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for fp32 and below, fp64 for fp64: partial results and gradients are merged in it."""
+    """The dtype in which partial results and gradients are accumulated: fp64 for fp64, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,6 +1,6 @@
-"""torch's own fused attention (the flash backend of scaled_dot_product_attention), as a kernel.
+"""Adapter to the flash backend of torch's scaled_dot_product_attention.
 
-It needs nothing but torch, knows full and causal tiles, and returns its lse, so schedules run on it as on ours.
+Needs only torch. The backend computes full and causal tiles and returns lse, so schedules can run on it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 class SdpaKernel:
-    """Full tiles of any shape, causal tiles of as many keys as queries; D = Dv.
+    """Full tiles of any shape, and causal tiles with as many keys as queries; D = Dv.
 
-    A tile's partial output is rounded to the dtype of the inputs before it is merged, unlike that of our kernels.
+    A tile's partial output is rounded to the dtype of the inputs before it is merged; our own kernels merge in fp32.
     """
 
     spec = KERNELS["sdpa"]
@@ -49,10 +49,10 @@ class SdpaKernel:
         softmax_scale: float,
         accumulate: bool,
     ) -> None:
-        """Merge one tile into ``(out, lse)``. Shapes as in :class:`~.registry.Kernel`.
+        """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
-            UnsupportedError: the tile is neither full nor causal over as many keys as queries.
+            UnsupportedError: the tile is neither full nor causal with as many keys as queries.
         """
         kind = _kind(mask, q, k)
         if kind is TileKind.EMPTY:
@@ -77,10 +77,10 @@ class SdpaKernel:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        """Add the tile's gradients to ``dq, dk, dv``, or write them there. Shapes as in :class:`~.registry.Kernel`.
+        """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
         Raises:
-            UnsupportedError: the tile is neither full nor causal over as many keys as queries.
+            UnsupportedError: the tile is neither full nor causal with as many keys as queries.
         """
         kind = _kind(mask, q, k)
         if kind is TileKind.EMPTY:
@@ -103,7 +103,7 @@ def _kind(mask: TileMask, q: Tensor, k: Tensor) -> TileKind:
             explain(
                 got=f"kernel 'sdpa' for a tile of {q.shape[0]} queries, {k.shape[0]} keys and the band "
                 f"[{mask.band_lo}, {mask.band_hi}]",
-                rule="it knows full tiles, and causal ones of as many keys as queries",
+                rule="it supports full tiles, and causal tiles with as many keys as queries",
                 remedy="Choose kernel='auto' for windows and unequal chunks",
             )
         )
@@ -116,7 +116,7 @@ def _by_head(x: Tensor, repeat: int) -> Tensor:
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """Queries that see no key must get probability 0, not exp(inf): any large lse does."""
+    """lse, with a large value instead of -inf: queries that see no key then get probability 0 instead of exp(inf)."""
     return torch.where(lse.isneginf(), torch.finfo(torch.float32).max, lse)
 
 
@@ -144,9 +144,9 @@ def _gradients(
         grads = backward(*tensors, lse, 0.0, causal, scale=scale)
         return grads
     num_queries, num_keys = tensors[1].shape[2], tensors[2].shape[2]
-    nothing = torch.zeros(2, dtype=torch.uint64, device=lse.device)  # the random state of no dropout
+    unused = torch.zeros(2, dtype=torch.uint64, device=lse.device)  # random state: there is no dropout
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     grads = backward(
-        *tensors, lse, None, None, num_queries, num_keys, 0.0, causal, nothing, nothing, scale=scale
+        *tensors, lse, None, None, num_queries, num_keys, 0.0, causal, unused, unused, scale=scale
     )
     return grads

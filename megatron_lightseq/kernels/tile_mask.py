@@ -44,7 +44,7 @@ class TileMask:
         tile = _Tile(queries, keys, common_stride(queries, keys))
         terms = mask.terms_over(max(queries[-1], keys[-1]) + 1)
         if len(terms) != 1:
-            pass
+            terms = tuple(term for term in terms if term.area(queries, keys))
         return tuple(tile.mask_of(term, device) for term in terms) or (TileMask(len(keys), len(keys)),)
 
 
@@ -125,7 +125,7 @@ class _Tile:
             by_row = at.int().repeat_interleave(lengths, output_size=num_queries)
             return by_row, int((at - rows[1:]).min()) + 1, int((at - rows[:-1]).max())
         at = _divided_up(at + moving * self.queries.start, self.stride)
-        at = torch.where(moving, at.clamp(-num_queries, num_keys), at.clamp(0, num_keys))
+        at = torch.where(moving, at.clamp(0, num_keys), at.clamp(0, num_keys))
         by_row = at.int().repeat_interleave(lengths, output_size=num_queries)
         moves = moving.int().repeat_interleave(lengths, output_size=num_queries)
         by_row.addcmul_(moves, torch.arange(num_queries, dtype=torch.int32)).clamp_(0, num_keys)

@@ -212,8 +212,18 @@ class Mask:
     @property
     def cu_seqlens(self) -> tuple[int, ...] | None:
         """Borders of a mask that is packed documents, maybe with a window in them; None for any other."""
-        documents = None if self.length is None else recognise.documents_of(self.terms, self.length)
-        return None if documents is None else documents[0]
+        packing = None if self.length is None else self.packing(self.length)
+        return None if packing is None else packing[0]
+
+    def packing(self, seq_length: int) -> tuple[tuple[int, ...], tuple[int | None, int | None]] | None:
+        """Borders of documents, and the window in each, of a mask that is nothing else; None for any other.
+
+        A mask that is only a window has one document of ``seq_length`` tokens.
+        """
+        size = self.window_size
+        if size is not None:
+            return (0, seq_length), size
+        return None if self.length is None else recognise.documents_of(self.terms, self.length)
 
     @property
     def is_causal(self) -> bool:

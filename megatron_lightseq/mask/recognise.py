@@ -11,6 +11,7 @@ from megatron_lightseq.mask.edge import FAR, Edge
 from megatron_lightseq.mask.term import Term, Terms, both, either, narrowed
 
 Borders = tuple[int, ...]
+_CAUSAL = Edge((0,), (1,), (True,))
 
 
 class Window(NamedTuple):
@@ -35,6 +36,9 @@ def documents_of(terms: Terms, length: int) -> tuple[Borders, Window] | None:
     if len(terms) != 1 or not length:
         return None
     (term,) = terms
+    starts = term.start
+    if term.stop == _CAUSAL and starts.offsets == starts.firsts and not any(starts.moving):
+        return (*starts.firsts, length), Window(None, 0)
     reach = _reach(term, length)
     for borders_of in (_borders_by_start, _borders_by_stop):
         borders = borders_of(term, length)

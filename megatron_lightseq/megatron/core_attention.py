@@ -17,6 +17,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_lightseq.attention import AttentionStats, DistAttention
+from megatron_lightseq.config.choices import method_of_comm_type
+from megatron_lightseq.config.resolved import ResolvedAttention
 from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
@@ -47,6 +49,8 @@ class CoreAttentionSettings:
     """Move the next step's blocks while this step's are computed."""
     network: Network | None = None
     """What method ``auto`` predicts with; None for its default."""
+    resolved: ResolvedAttention | None = None
+    """Methods and schedules that were worked out at the start; None: layers work them out from their inputs."""
     keep_on_recompute: bool = True
     """Keep (out, lse) across activation recomputation instead of running attention again."""
     stats: AttentionStats = field(default_factory=AttentionStats)
@@ -60,25 +64,18 @@ class CoreAttentionSettings:
 
     def method_of(self, comm_type: str | None) -> str:
         """The method that Megatron's name of one stands for; p2p, its default, is whatever was configured."""
-        if comm_type in (None, "p2p"):
-            return self.method
-        if comm_type == "a2a+p2p":
-            return "usp" if self.ulysses_size is None else f"usp:{self.ulysses_size}"
-        if comm_type not in _METHOD_OF_COMM_TYPE:
-            raise UnsupportedError(
-                explain(
-                    got=f"cp_comm_type {comm_type!r}",
-                    rule=f"the kinds are p2p, a2a+p2p, {', '.join(_METHOD_OF_COMM_TYPE)}",
-                    remedy="Choose one of them, or leave it out and set cp_method",
-                )
-            )
-        return _METHOD_OF_COMM_TYPE[comm_type]
+        return method_of_comm_type(comm_type, self.method, self.ulysses_size)
 
     def attention(
-        self, group: torch.distributed.ProcessGroup | None, mask: Mask, method: str
+        self, group: torch.distributed.ProcessGroup | None, mask: Mask, method: str, layer_number: int
     ) -> DistAttention:
         """The attention that all layers with these settings share, and with it plans and receive buffers."""
         key = (group, mask, method)
+        schedules = None if self.resolved is None else self.resolved.of_layer(layer_number)
+        if schedules is not None and (
+            schedules.problem.mask != mask or method not in ("auto", schedules.name)
+        ):
+            schedules = None  # this layer was built with another mask or method than the configuration says
         if key not in self._shared:
             self._shared[key] = DistAttention(
                 group,
@@ -88,12 +85,10 @@ class CoreAttentionSettings:
                 kernel=self.kernel,
                 overlap=self.overlap,
                 network=self.network,
+                schedules=schedules,
                 stats=self.stats,
             )
         return self._shared[key]
-
-
-_METHOD_OF_COMM_TYPE = {"all_gather": "all_gather", "a2a": "ulysses"}
 
 
 class LightSeqCoreAttention(MegatronModule):
@@ -190,7 +185,7 @@ class LightSeqCoreAttention(MegatronModule):
                 )
             )
         mask = self._mask(attn_mask_type or self.attn_mask_type)
-        attention = self.settings.attention(self.group, mask, self.method)
+        attention = self.settings.attention(self.group, mask, self.method, self.layer_number)
         out = self._attend(attention, query, key, value)
         return out.reshape(*out.shape[:2], -1)
 

@@ -30,6 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import ContextParallelConfig, PretrainConfig
+from megatron_lightseq.config.resolved import ResolvedAttention, resolve_attention
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
 from megatron_lightseq.megatron.fixes.latent_attention import LatentDotProductAttention
@@ -46,6 +47,7 @@ def gpt_layer_spec(
     context: ContextParallelConfig | None = None,
     keep_attention_on_recompute: bool | None = None,
     stats: AttentionStats | None = None,
+    resolved: ResolvedAttention | None = None,
 ) -> ModuleSpec:
     """The specification of one decoder layer with LightSeq attention.
 
@@ -57,6 +59,7 @@ def gpt_layer_spec(
         keep_attention_on_recompute: whether attention results survive activation recomputation; default:
             what a PretrainConfig says, else True.
         stats: where all layers count forwards, bytes and waiting time; default: counters nobody sees.
+        resolved: layout, methods and schedules of a PretrainConfig, if they are known already.
 
     Returns:
         A ModuleSpec for ``GPTModel(transformer_layer_spec=...)``. With context parallelism the built model needs
@@ -66,7 +69,9 @@ def gpt_layer_spec(
         ConfigError: MLS_TRANSFORMER_IMPL names an implementation that does not exist or cannot be imported.
     """
     if isinstance(config, PretrainConfig):
-        context = context or config.context
+        if context is None:
+            context = config.context
+            resolved = resolved or resolve_attention(config)
         if keep_attention_on_recompute is None:
             keep_attention_on_recompute = config.recompute.keep_attention_on_recompute
     context = context or ContextParallelConfig()
@@ -78,10 +83,11 @@ def gpt_layer_spec(
         method=context.method_name,
         comm_types=context.cp_comm_type,
         ulysses_size=context.cp_ulysses_size or _inner_size(config),
-        layout=context.layout_name,
+        layout=context.layout_name if resolved is None else resolved.layout.name,
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
         network=context.network,
+        resolved=resolved,
         keep_on_recompute=keep,
         stats=AttentionStats() if stats is None else stats,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_lightseq.schedule.build import build
+from megatron_lightseq.schedule.build import build, solve
 from megatron_lightseq.schedule.choose import Choice, Chooser, rank_methods, reason
 from megatron_lightseq.schedule.ir import Direction, Move, Payload, Placement, Step, Tile
 from megatron_lightseq.schedule.method import Method, SizedForm
@@ -17,6 +17,8 @@ from megatron_lightseq.schedule.methods import (
     usp,
 )
 from megatron_lightseq.schedule.network import NETWORKS, Device, Network
+from megatron_lightseq.schedule.pair import SchedulePair
+from megatron_lightseq.schedule.problem import Problem
 from megatron_lightseq.schedule.program import Program, compile_program
 from megatron_lightseq.schedule.schedule import Schedule
 from megatron_lightseq.schedule.shape import TensorShape
@@ -35,8 +37,10 @@ __all__ = [
     "Network",
     "Payload",
     "Placement",
+    "Problem",
     "Program",
     "Schedule",
+    "SchedulePair",
     "Simulation",
     "SizedForm",
     "Step",
@@ -53,5 +57,6 @@ __all__ = [
     "register",
     "resolve_method",
     "simulate",
+    "solve",
     "usp",
 ]

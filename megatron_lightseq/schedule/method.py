@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import lcm
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import LAYOUTS, SequenceLayout
-from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.schedule.ir import Placement
-from megatron_lightseq.schedule.network import Network
+from megatron_lightseq.schedule.problem import Problem
 from megatron_lightseq.schedule.shape import TensorShape
 
-Candidates = Callable[[SequenceLayout, TensorShape, Network], Sequence[str]]
-"""The names under which ``auto`` considers a method, given layout, shape and network."""
+NOMINAL_CHUNK_LENGTH = 1024
+"""Tokens a chunk is taken to have when a schedule is looked at without a sequence length."""
+
+Candidates = Callable[[Problem], Sequence[str]]
+"""From a problem, its shape and network included, to the names under which ``auto`` considers a method for it."""
 
 
 def no_exchange(cp_size: int) -> int:
@@ -46,8 +50,9 @@ class Method:
     """
 
     name: str
-    place: Callable[[SequenceLayout, Mask], Placement]
-    """Which rank computes which tile at which step."""
+    place: Callable[[Problem], Placement]
+    """Which rank computes which tile at which step. Tiles that the mask leaves empty may be named: they are
+    dropped."""
     summary: str = ""
     """What a rank computes, in one line."""
     source: str = ""
@@ -56,11 +61,17 @@ class Method:
     """The layout it is used on unless another one is asked for."""
     only_layouts: tuple[str, ...] = ()
     """The only layouts it can compute on; empty if it can compute on any."""
-    splits: int = 1
-    """Adjacent chunks that each piece of the layout is addressed as; more than one allows finer tiles."""
+    splits: int | Callable[[Problem], int] = 1
+    """Adjacent chunks that each piece of the layout is addressed as, or a function that chooses their number; more
+    than one allows finer tiles."""
+    uses_shape: bool = False
+    """Whether the placement depends on the problem's shape or network. If not, it sees neither, and one schedule
+    serves every shape."""
     ulysses_size: Callable[[int], int] = no_exchange
     """From P to u: how many ranks exchange heads for tokens first (DeepSpeed-Ulysses, arXiv 2309.14509). Tiles are
     then placed on the P / u ranks of a ring, each for its share of the heads."""
+    relays: bool = False
+    """Whether any rank that holds keys or queries may send them on, and not only their owner."""
     full_rows: bool = False
     """Keep full rows of scores instead of merging partial softmaxes (Ring Self-Attention, arXiv 2105.13120)."""
     sized: SizedForm | None = None
@@ -79,11 +90,11 @@ class Method:
         """Whether ranks exchange heads for tokens before and after the tiles."""
         return self.ulysses_size is not no_exchange
 
-    def candidates(self, layout: SequenceLayout, shape: TensorShape, network: Network) -> Sequence[str]:
+    def candidates(self, problem: Problem) -> Sequence[str]:
         """The names under which ``auto`` considers this method; none on a layout it cannot compute on."""
-        if layout.name not in self.layouts:
+        if problem.layout.name not in self.layouts:
             return ()
-        return (self.name,) if self.auto_candidates is None else self.auto_candidates(layout, shape, network)
+        return (self.name,) if self.auto_candidates is None else self.auto_candidates(problem)
 
     def check_layout(self, layout: SequenceLayout) -> None:
         """Raise :class:`UnsupportedError` unless this method computes on shards cut by ``layout``."""
@@ -96,6 +107,28 @@ class Method:
                 )
             )
 
-    def inner_layout(self, layout: SequenceLayout) -> SequenceLayout:
-        """The layout on which tiles are placed: that of the ranks left after exchanging heads, with its splits."""
-        return layout.merged(self.ulysses_size(layout.cp_size)).split(self.splits)
+    def inner_problem(self, problem: Problem) -> Problem:
+        """What is left to place once heads are exchanged: one ring of P / u ranks with the largest share of the
+        heads, its layout split into chunks of this method's size.
+
+        Raises:
+            UnsupportedError: the method cannot compute on the problem's layout.
+            LayoutError: u does not divide P.
+        """
+        self.check_layout(problem.layout)
+        size = self.ulysses_size(problem.layout.cp_size)
+        inner = replace(problem, layout=problem.layout.merged(size), shape=TensorShape(), network=None)
+        if self.uses_shape:
+            share = HeadCut.of(problem.shape, size).share_of(problem.shape)
+            network = None if problem.network is None else problem.network.of_one_ring(size)
+            inner = replace(inner, shape=share, network=network)
+        splits = self.splits if isinstance(self.splits, int) else self.splits(inner)
+        return replace(inner, layout=inner.layout.split(splits))
+
+    def nominal_length(self, layout: SequenceLayout) -> int:
+        """Tokens of a schedule that is built without a length: 1024 per chunk (per piece, if ``splits`` is a
+        function), or a multiple of that which the layout divides.
+        """
+        inner = layout.merged(self.ulysses_size(layout.cp_size))
+        chunks = inner.split(self.splits if isinstance(self.splits, int) else 1).num_chunks
+        return lcm(chunks * NOMINAL_CHUNK_LENGTH, layout.split(1).num_chunks)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
-from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule.ir import Direction, Payload, Placement
+from megatron_lightseq.schedule.balance.place import place_balanced, splits_of
+from megatron_lightseq.schedule.ir import Direction, Placement
 from megatron_lightseq.schedule.method import Method, SizedForm
-from megatron_lightseq.schedule.network import Network
 from megatron_lightseq.schedule.place import (
     LIGHTSEQ_LAYOUTS,
     mesh_rows,
@@ -21,7 +20,7 @@ from megatron_lightseq.schedule.place import (
     place_ring,
     place_usp,
 )
-from megatron_lightseq.schedule.shape import TensorShape
+from megatron_lightseq.schedule.problem import Problem
 
 SMALL_GROUP = 64
 """Ranks up to which ``auto`` simulates every candidate: a schedule over 256 ranks takes seconds to build."""
@@ -30,53 +29,38 @@ SMALL_GROUP = 64
 # --- what auto considers ---------------------------------------------------------------------------------------
 
 
-def ring_candidates(layout: SequenceLayout, shape: TensorShape, network: Network) -> Sequence[str]:
+def ring_candidates(problem: Problem) -> Sequence[str]:
     """The ring where no method made for the layout is a better ring: on contiguous shards it is unbalanced, and on
     zigzag shards it is the method ``zigzag``.
     """
-    del shape, network
-    return ("ring",) if layout.name not in ("contiguous", "zigzag") else ()
+    return ("ring",) if problem.layout.name not in ("contiguous", "zigzag") else ()
 
 
-def mesh_candidates(layout: SequenceLayout, shape: TensorShape, network: Network) -> Sequence[str]:
+def mesh_candidates(problem: Problem) -> Sequence[str]:
     """Process meshes of every shape, except one column, which is the ring, and contiguous shards, which are
     unbalanced. Beyond SMALL_GROUP ranks, only those that move the least or that keep their rows within nodes.
     """
-    cp_size = layout.cp_size
-    if layout.name == "contiguous":
+    cp_size, network = problem.layout.cp_size, problem.network
+    if problem.layout.name == "contiguous":
         return ()
     if cp_size <= SMALL_GROUP:
         rows = [rows for rows in range(1, cp_size + 1) if cp_size % rows == 0]
     else:
-        rows = [_best_rows(cp_size, shape, direction) for direction in Direction]
-        if network.ranks_per_node and cp_size % network.ranks_per_node == 0:
+        rows = [mesh_rows(cp_size, *problem.shape.bytes_per_side(direction)) for direction in Direction]
+        if network is not None and network.ranks_per_node and cp_size % network.ranks_per_node == 0:
             rows.append(cp_size // network.ranks_per_node)
     return [f"mesh:{a}x{cp_size // a}" for a in dict.fromkeys(rows) if a < cp_size]
 
 
-def _best_rows(cp_size: int, shape: TensorShape, direction: Direction) -> int:
-    inputs, results = (
-        ((Payload.Q, Payload.KV), (Payload.OUT, None))
-        if direction is Direction.FORWARD
-        else ((Payload.QDO, Payload.KV), (Payload.DQ, Payload.DKV))
-    )
-    row, column = (
-        shape.bytes_per_token(needed) + (shape.bytes_per_token(result) if result else 0)
-        for needed, result in zip(inputs, results, strict=True)
-    )
-    return mesh_rows(cp_size, row, column)
-
-
-def ulysses_candidates(layout: SequenceLayout, shape: TensorShape, network: Network) -> Sequence[str]:
+def ulysses_candidates(problem: Problem) -> Sequence[str]:
     """Ulysses wherever there are ranks to exchange heads with."""
-    del shape, network
-    return ("ulysses",) if layout.cp_size > 1 else ()
+    return ("ulysses",) if problem.layout.cp_size > 1 else ()
 
 
-def usp_candidates(layout: SequenceLayout, shape: TensorShape, network: Network) -> Sequence[str]:
+def usp_candidates(problem: Problem) -> Sequence[str]:
     """Exchanges among every possible number of ranks, at most as many as there are heads."""
-    del network
-    return [f"usp:{size}" for size in exchange_sizes(layout.cp_size, shape.num_heads)]
+    sizes = exchange_sizes(problem.layout.cp_size, problem.shape.num_heads)
+    return [f"usp:{size}" for size in sizes]
 
 
 def exchange_sizes(cp_size: int, num_heads: int) -> list[int]:
@@ -87,35 +71,46 @@ def exchange_sizes(cp_size: int, num_heads: int) -> list[int]:
     return [u for u in sizes if cp_size // u <= SMALL_GROUP]
 
 
-def never(layout: SequenceLayout, shape: TensorShape, network: Network) -> Sequence[str]:
+def never(problem: Problem) -> Sequence[str]:
     """For methods that ``auto`` does not consider."""
-    del layout, shape, network
+    del problem
     return ()
 
 
 # --- methods with sizes ----------------------------------------------------------------------------------------
 
 
+@cache
 def mesh(rows: int, columns: int) -> Method:
     """The ``mesh`` method on a process mesh of the given shape, for ``rows * columns`` ranks."""
 
-    def place(layout: SequenceLayout, mask: Mask) -> Placement:
-        if layout.cp_size != rows * columns:
+    def place(problem: Problem) -> Placement:
+        if problem.layout.cp_size != rows * columns:
             raise UnsupportedError(
                 explain(
-                    got=f"a mesh of {rows} x {columns} for {layout.cp_size} ranks",
+                    got=f"a mesh of {rows} x {columns} for {problem.layout.cp_size} ranks",
                     rule="the mesh has one place for every rank",
                     remedy="Choose factors of the number of ranks, or method='mesh'",
                 )
             )
-        return place_mesh(layout, mask, rows)
+        return place_mesh(problem, rows)
 
     return replace(MESH, name=f"mesh:{rows}x{columns}", place=place)
 
 
+@cache
 def usp(ulysses_size: int) -> Method:
     """The ``usp`` method with heads exchanged among ``ulysses_size`` ranks."""
     return replace(USP, name=f"usp:{ulysses_size}", ulysses_size=lambda cp_size: ulysses_size)
+
+
+def balanced(num_steps: int, target_percent: int) -> Method:
+    """The ``balanced`` method in a number of steps, with ranks filled up to a percentage of the mean load."""
+
+    def place(problem: Problem) -> Placement:
+        return place_balanced(problem, num_steps, target_percent)
+
+    return replace(BALANCED, name=f"balanced:{num_steps}x{target_percent}", place=place)
 
 
 def nearly_square(cp_size: int) -> int:
@@ -133,6 +128,17 @@ MESH = Method(
     default_layout="zigzag",
     sized=SizedForm("ROWSxCOLUMNS", mesh),
     auto_candidates=mesh_candidates,
+)
+BALANCED = Method(
+    "balanced",
+    place_balanced,
+    summary="its own queries, except for rectangles of work that ranks with less take over; for any mask",
+    source="derived here",
+    only_layouts=("contiguous",),
+    splits=splits_of,
+    uses_shape=True,
+    relays=True,
+    sized=SizedForm("STEPSxPERCENT", balanced),
 )
 USP = Method(
     "usp",
@@ -178,6 +184,7 @@ METHODS: dict[str, Method] = {
             default_layout="zigzag",
         ),
         MESH,
+        BALANCED,
         Method(
             "ulysses",
             place_ring,

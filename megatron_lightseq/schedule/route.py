@@ -1,69 +1,153 @@
-"""Derives every transfer from a placement: an input travels just before its first use, a result just after its
-last contribution, each once. Where every tile of a chunk is computed in one step, two buffers are enough.
+"""Derives every transfer from a placement: an input travels in the step before its first use, a result in the step
+after its last contribution, each once. If all tiles of a chunk are computed in one step, two buffers are enough.
+
+With relays, an input may be sent by any rank that holds it by then: preferably one of the same node, and among
+those the one with the least to send in that step. A chunk that several ranks of another node need is then sent to
+that node once, one step early, and forwarded within the node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Direction, Move, Payload, Placement, Step, Tile
+from megatron_lightseq.schedule.intervals import Intervals
+from megatron_lightseq.schedule.ir import DATAFLOW, Move, Payload, Placement, Step, Tile
+from megatron_lightseq.schedule.problem import Problem
 
 
-def route(owner: tuple[int, ...], placement: Placement, direction: Direction) -> tuple[Step, ...]:
-    """The steps of a placement with their moves.
+@dataclass(frozen=True, slots=True, order=True)
+class _Need:
+    """An input that a rank must receive."""
+
+    step: int
+    """The step in which it travels, at the latest."""
+    payload: Payload
+    start: int
+    stop: int
+    rank: int
+
+
+def route(placement: Placement, problem: Problem, *, relays: bool = False) -> tuple[Step, ...]:
+    """Add the moves to the steps of a placement.
 
     Args:
-        owner: ``owner[chunk]`` is the rank that holds the chunk.
         placement: tiles by step and rank, all of them with work.
-        direction: which inputs and results travel.
+        problem: its layout says which rank owns which chunk, its direction which inputs and results travel, and its
+            network which ranks share a node.
+        relays: whether ranks may forward inputs that they received.
 
     Returns:
-        The steps; one without tiles comes first if the first tiles need remote inputs, and one comes last if
-        the last tiles leave results to send home.
+        The steps. If the first tiles need remote inputs, a step without tiles comes before them; if the last tiles
+        produce results for other ranks, one comes after them.
     """
-    num_ranks = len(placement[0]) if placement else 0
-    spans = _time_spans(owner, placement, direction)
-    lead = int(any(first == 0 and move.payload not in RESULTS for move, (first, _) in spans.items()))
-    tail = int(
-        any(last == len(placement) - 1 and move.payload in RESULTS for move, (_, last) in spans.items())
+    needs = sorted(_inputs(placement, problem))
+    sources = (
+        _relayed(needs, problem) if relays else [(need.step, _from_owner(need, problem)) for need in needs]
     )
-
+    results = list(_results(placement, problem))
+    lead = -min((step for step, _ in sources), default=0)
+    tail = int(any(step == len(placement) for step, _ in results))
+    num_ranks = problem.layout.cp_size
     nothing: list[list[Tile]] = [[] for _ in range(num_ranks)]
     rows = [nothing] * lead + placement + [nothing] * tail
     moves: list[list[Move]] = [[] for _ in rows]
-    for move, (first, last) in spans.items():
-        when = last + 1 if move.payload in RESULTS else first - 1
-        moves[when + lead].append(move)
+    for step, move in (*sources, *results):
+        moves[step + lead].append(move)
     return tuple(
         Step(tuple(tuple(tiles) for tiles in row), tuple(sorted(ms)))
         for row, ms in zip(rows, moves, strict=True)
     )
 
 
-def _time_spans(
-    owner: tuple[int, ...], placement: Placement, direction: Direction
-) -> dict[Move, tuple[int, int]]:
-    """Every move that the placement takes, with the first and last step at which its chunk is worked on."""
-    spans: dict[Move, tuple[int, int]] = {}
+def _inputs(placement: Placement, problem: Problem) -> Iterator[_Need]:
+    """The inputs that every rank must receive, and the step in which each must travel: the one before its first
+    use."""
+    flow = DATAFLOW[problem.direction]
+    present: dict[tuple[Payload, int], Intervals] = defaultdict(Intervals)
     for t, row in enumerate(placement):
         for rank, tiles in enumerate(row):
-            for move in _moves_of(tiles, rank, owner, direction):
-                first, _ = spans.get(move, (t, t))
-                spans[move] = (first, t)
-    return spans
+            for tile in tiles:
+                for payload, chunks in ((flow.q_input, tile.q_chunks), (flow.k_input, tile.k_chunks)):
+                    if problem.layout.owner[chunks.start] != rank:
+                        for start, stop in present[payload, rank].add(chunks.start, chunks.stop):
+                            yield _Need(t - 1, payload, start, stop, rank)
 
 
-def _moves_of(tiles: list[Tile], rank: int, owner: tuple[int, ...], direction: Direction) -> Iterator[Move]:
-    """What has to travel for ``rank`` to compute ``tiles``."""
-    flow = DATAFLOW[direction]
-    sides: tuple[tuple[set[int], Payload, Payload | None], ...] = (
-        ({q for q, _ in tiles}, flow.q_input, flow.q_result),
-        ({k for _, k in tiles}, flow.k_input, flow.k_result),
+def _results(placement: Placement, problem: Problem) -> Iterator[tuple[int, Move]]:
+    """Every result that is sent to its owner, and the step in which it travels: the one after its last
+    contribution."""
+    flow = DATAFLOW[problem.direction]
+    owner = problem.layout.owner
+    later: dict[tuple[Payload, int], Intervals] = defaultdict(Intervals)
+    for t in reversed(range(len(placement))):
+        for rank, tiles in enumerate(placement[t]):
+            for tile in tiles:
+                for payload, chunks in ((flow.q_result, tile.q_chunks), (flow.k_result, tile.k_chunks)):
+                    if payload is not None and owner[chunks.start] != rank:
+                        for start, stop in later[payload, rank].add(chunks.start, chunks.stop):
+                            yield t + 1, Move(payload, start, rank, owner[start], stop - start)
+
+
+def _from_owner(need: _Need, problem: Problem) -> Move:
+    return Move(need.payload, need.start, problem.layout.owner[need.start], need.rank, need.stop - need.start)
+
+
+@dataclass(slots=True)
+class _Holders:
+    """Which ranks hold which inputs from which step on, and how much each rank sends in each step."""
+
+    problem: Problem
+    received: dict[tuple[Payload, int], list[tuple[int, _Need]]] = field(
+        default_factory=lambda: defaultdict(list)
     )
-    for chunks, needed, result in sides:
-        for chunk in chunks:
-            if owner[chunk] == rank:
-                continue
-            yield Move(needed, chunk, owner[chunk], rank)
-            if result is not None:
-                yield Move(result, chunk, rank, owner[chunk])
+    """Inputs by payload and owner: the step in which they travel, and which they are."""
+    load: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
+    """Chunks that a rank sends in a step."""
+
+    def node(self, rank: int) -> int:
+        """The node of a rank; all ranks share one if the network is not known."""
+        return 0 if self.problem.network is None else self.problem.network.node(rank)
+
+    def source(self, need: _Need, step: int) -> int:
+        """The rank that should send ``need`` in ``step``."""
+        owner = self.problem.layout.owner[need.start]
+        sent = self.received[need.payload, owner]
+        ranks = [
+            other.rank
+            for when, other in sent
+            if when < step and other.start <= need.start and other.stop >= need.stop
+        ]
+        return min(
+            (owner, *ranks),
+            key=lambda rank: (self.node(rank) != self.node(need.rank), self.load[step, rank], rank),
+        )
+
+    def send(self, need: _Need, step: int, src: int) -> tuple[int, Move]:
+        """Record that ``src`` sends ``need`` in ``step``."""
+        owner = self.problem.layout.owner[need.start]
+        self.received[need.payload, owner].append((step, need))
+        self.load[step, src] += need.stop - need.start
+        return step, Move(need.payload, need.start, src, need.rank, need.stop - need.start)
+
+
+def _relayed(needs: Sequence[_Need], problem: Problem) -> list[tuple[int, Move]]:
+    """A source for every need, in order of time. Of several ranks of another node, the first one receives a step
+    early."""
+    holders = _Holders(problem)
+    crossing: dict[tuple[Payload, int, int, int], int] = {}
+    for need in needs:
+        key = (need.payload, need.start, need.stop, holders.node(need.rank))
+        crossing[key] = crossing.get(key, 0) + 1
+    moves = []
+    for need in needs:
+        owner = problem.layout.owner[need.start]
+        node = holders.node(need.rank)
+        step, src = need.step, holders.source(need, need.step)
+        several = crossing[need.payload, need.start, need.stop, node] > 1
+        if several and holders.node(src) != node and holders.node(owner) != node and step > 0:
+            step -= 1
+            src = holders.source(need, step)
+        moves.append(holders.send(need, step, src))
+    return moves

@@ -1,4 +1,4 @@
-"""The schedule: one frozen value that drives the run, and is validated, printed, compared, simulated and drawn."""
+"""The schedule: one frozen value that is validated, printed, compared, simulated, drawn and run."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from types import MappingProxyType
+from functools import cached_property
 
 from megatron_lightseq.errors import ScheduleError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.ir import Direction, Move, Payload, Step, Tile
+from megatron_lightseq.schedule.problem import TileAreas, areas_of, work_of
 from megatron_lightseq.schedule.validate import find_fault
 
 _HEADER = re.compile(
     r"(?P<method>\S+) (?P<direction>forward|backward) (?P<layout>\S+) (?P<mask>\S+) (?P<seq_length>\d+) tokens"
 )
-_TILE = re.compile(r"q(\d+)k(\d+)")
-_MOVE = re.compile(rf"({'|'.join(Payload)})(\d+):(\d+)>(\d+)")
+_TILE = re.compile(r"q(\d+)(?:-(\d+))?k(\d+)(?:-(\d+))?")
+_MOVE = re.compile(rf"({'|'.join(Payload)})(\d+)(?:-(\d+))?:(\d+)>(\d+)")
 _CELL = rf"(-|{_TILE.pattern}(\+{_TILE.pattern})*)"
 _STEP = re.compile(rf"step (?P<number>\d+) *\|(?P<tiles>( +{_CELL})+) *\|(?P<moves>( {_MOVE.pattern})*)")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rank computes which tile when, and every transfer that this takes.
+    """Which rank computes which tile at which step, and every transfer that this requires.
 
-    A schedule that exists is valid: every tile with work is computed once, every input is there in time, every
+    A schedule that exists is valid: every tile with work is computed once, every input arrives in time, and every
     result reaches its owner. ``str()`` gives a text form that :meth:`parse` reads back.
 
     Raises:
@@ -46,14 +46,19 @@ class Schedule:
     def __post_init__(self) -> None:
         self.layout.check_length(self.seq_length)
         self.mask.check_length(self.seq_length)
-        fault = find_fault(self.steps, direction=self.direction, owner=self.layout.owner, work=self.work)
+        fault = find_fault(self.steps, direction=self.direction, layout=self.layout, areas=self.areas)
         if fault is not None:
             raise ScheduleError(f"{fault}\n{self._draw(marked_step=fault.step)}")
 
     @cached_property
     def work(self) -> Mapping[Tile, int]:
-        """Every tile that holds work, with its area: how many (query, key) pairs the mask allows in it."""
+        """Every tile of single chunks that holds work, with its area: how many (query, key) pairs the mask allows."""
         return work_of(self.layout, self.mask, self.seq_length)
+
+    @property
+    def areas(self) -> TileAreas:
+        """The areas of tiles of any size."""
+        return areas_of(self.layout, self.mask, self.seq_length)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,7 +84,7 @@ class Schedule:
         """Read the form that ``str()`` writes.
 
         Raises:
-            ScheduleError: the text is not of that form, or the schedule it describes is invalid.
+            ScheduleError: the text does not have that form, or the schedule it describes is invalid.
         """
         header, *lines = text.strip().splitlines() or [""]
         match = _HEADER.fullmatch(header.strip())
@@ -87,7 +92,7 @@ class Schedule:
             raise ScheduleError(
                 explain(
                     got=f"schedule header {header!r}",
-                    rule="a schedule begins: METHOD DIRECTION LAYOUT MASK N tokens",
+                    rule="a schedule begins with: METHOD DIRECTION LAYOUT MASK N tokens",
                     remedy="Give the text that str(schedule) prints",
                 )
             )
@@ -101,27 +106,6 @@ class Schedule:
         )
 
 
-@lru_cache(maxsize=8)
-def work_of(layout: SequenceLayout, mask: Mask, seq_length: int) -> Mapping[Tile, int]:
-    """Tiles with work and their areas, for ``seq_length`` tokens cut by ``layout`` under ``mask``; read-only."""
-    positions = [layout.chunk_positions(chunk, seq_length) for chunk in range(layout.num_chunks)]
-    mask.check_length(seq_length)
-    # In a window a tile's area depends on the distance of its queries and keys and on their lengths only.
-    is_window = mask.window_size is not None
-    areas: dict[tuple[int, int, int], int] = {}
-    work: dict[Tile, int] = {}
-    for q, queries in enumerate(positions):
-        q_start, q_length = queries.start, len(queries)
-        for k, keys in enumerate(positions):
-            like = (keys.start - q_start, q_length, len(keys))
-            area = areas.get(like) if is_window else None
-            if area is None:
-                area = areas[like] = mask.area(queries, keys)
-            if area:
-                work[Tile(q, k)] = area
-    return MappingProxyType(work)
-
-
 def _parse_step(number: int, line: str) -> Step:
     match = _STEP.fullmatch(line.rstrip())
     if match is None or int(match["number"]) != number:
@@ -133,10 +117,19 @@ def _parse_step(number: int, line: str) -> Step:
             )
         )
     tiles = tuple(
-        tuple(Tile(int(q), int(k)) for q, k in _TILE.findall(cell)) for cell in match["tiles"].split()
+        tuple(
+            Tile(int(q), int(k), _count(q, last_q), _count(k, last_k))
+            for q, last_q, k, last_k in _TILE.findall(cell)
+        )
+        for cell in match["tiles"].split()
     )
     moves = tuple(
-        Move(Payload(payload), int(chunk), int(src), int(dst))
-        for payload, chunk, src, dst in _MOVE.findall(match["moves"])
+        Move(Payload(payload), int(chunk), int(src), int(dst), _count(chunk, last))
+        for payload, chunk, last, src, dst in _MOVE.findall(match["moves"])
     )
     return Step(tiles, moves)
+
+
+def _count(first: str, last: str) -> int:
+    """Chunks from ``first`` to ``last``; an empty ``last`` means one chunk."""
+    return int(last) - int(first) + 1 if last else 1

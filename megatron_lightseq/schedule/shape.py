@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lightseq.schedule.ir import Payload
+from megatron_lightseq.schedule.ir import DATAFLOW, Direction, Payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class TensorShape:
     v_head_dim: int | None = None
     """D of the values; None for ``head_dim``."""
     element_bytes: int = 2
-    """Bytes an input element takes; results and statistics travel in fp32."""
+    """Bytes per input element; results and statistics travel in fp32."""
 
     @property
     def value_dim(self) -> int:
@@ -29,7 +29,7 @@ class TensorShape:
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def bytes_per_token(self, payload: Payload) -> int:
-        """Bytes that one token of ``payload`` takes on the wire."""
+        """Bytes that one token of ``payload`` takes on the wire, over all heads and sequences of the batch."""
         v_dim = self.value_dim
         q, out = self.num_heads * self.head_dim, self.num_heads * v_dim
         kv = self.num_query_groups * (self.head_dim + v_dim)
@@ -42,3 +42,15 @@ class TensorShape:
             Payload.DKV: kv * 4,
         }
         return per_batch[payload] * self.batch
+
+    def bytes_per_side(self, direction: Direction) -> tuple[int, int]:
+        """Bytes that travel when a rank computes tiles for another one: per query token, and per key token.
+
+        Each counts the input that is sent to the rank and the result, if there is one, that is sent back.
+        """
+        flow = DATAFLOW[direction]
+        q_side, k_side = (
+            self.bytes_per_token(needed) + (self.bytes_per_token(result) if result is not None else 0)
+            for needed, result in ((flow.q_input, flow.q_result), (flow.k_input, flow.k_result))
+        )
+        return q_side, k_side

@@ -1,17 +1,23 @@
 """Finds the first reason why a schedule would lose, repeat or misplace work.
 
-The check replays the schedule on sets instead of tensors: what has arrived where, what has been computed, what
-still has to be sent home. Nothing in it knows how the schedule was made.
+The check replays the schedule with sets instead of tensors: which inputs have arrived where, which tiles have been
+computed, which results still have to be sent to their owners. It knows nothing about how the schedule was made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Direction, Move, Payload, Step, Tile
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.schedule.intervals import Intervals
+from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Direction, Move, Payload, Step, Tile, chunks_text
+from megatron_lightseq.schedule.problem import TileAreas
 
-_Item = tuple[Payload, int, int]  # (payload, chunk, the rank that received or made it)
+_Held = dict[tuple[Payload, int], Intervals]
+"""Chunks by payload and rank."""
+_Result = tuple[Payload, int, int, int]  # payload, the rank that produced it, first chunk, one past the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,55 +31,121 @@ class Fault:
         return f"step {self.step}: {self.reason}"
 
 
+def _nothing() -> _Held:
+    return defaultdict(Intervals)
+
+
+@dataclass(slots=True)
+class _Computed:
+    """The tiles that have been computed: those of single chunks in one set, and all by the owners of their chunks."""
+
+    singles: set[Tile] = field(default_factory=set)
+    by_ranks: dict[tuple[int, int], list[Tile]] = field(default_factory=lambda: defaultdict(list))
+    has_rectangles: bool = False
+
+    def add(self, tile: Tile, ranks: tuple[int, int]) -> bool:
+        """Add a tile, unless some pair of its chunks has been computed already; whether it was added."""
+        single = tile.queries == tile.keys == 1
+        self.has_rectangles |= not single
+        if single and tile in self.singles:
+            return False
+        if self.has_rectangles and any(tile.overlaps(other) for other in self.by_ranks[ranks]):
+            return False
+        if single:
+            self.singles.add(tile)
+        self.by_ranks[ranks].append(tile)
+        return True
+
+
 @dataclass(slots=True)
 class _Replay:
+    """The state of a replay at one step."""
+
     direction: Direction
     owner: Sequence[int]
-    work: Mapping[Tile, int]
-    done: set[Tile] = field(default_factory=set)
-    arrived: set[_Item] = field(default_factory=set)
-    used: set[_Item] = field(default_factory=set)
-    to_send: set[_Item] = field(default_factory=set)
-    """Results that were made at an earlier step than the present one and have not been sent."""
-    sent: set[_Item] = field(default_factory=set)
+    areas: TileAreas
+    done: _Computed = field(default_factory=_Computed)
+    area: int = 0
+    """Allowed pairs that have been computed."""
+    arrived: _Held = field(default_factory=_nothing)
+    together: dict[tuple[Payload, int], list[tuple[int, int]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """The chunks of each move that has arrived: what is forwarded must have arrived in one move."""
+    used: _Held = field(default_factory=_nothing)
+    to_send: _Held = field(default_factory=_nothing)
+    """Results that were produced in an earlier step and have not been sent yet."""
+    sent: _Held = field(default_factory=_nothing)
+    """Inputs by the rank that receives them; results by the rank that sends them."""
 
-    def compute(self, rank: int, tile: Tile) -> tuple[str | None, set[_Item]]:
-        """The fault of computing ``tile`` now, or None; and the results it leaves for other ranks."""
+    def compute(self, rank: int, tile: Tile) -> tuple[str | None, list[_Result]]:
+        """The fault of computing ``tile`` in this step, or None; and the results that it produces for other ranks."""
         flow = DATAFLOW[self.direction]
-        if tile not in self.work:
-            return f"rank {rank} computes {tile}, which holds no work", set()
-        if tile in self.done:
-            return f"{tile} is computed twice, the second time by rank {rank}", set()
-        self.done.add(tile)
-        made = set()
-        sides = ((tile.q, flow.q_input, flow.q_result), (tile.k, flow.k_input, flow.k_result))
-        for chunk, needed, result in sides:
-            if self.owner[chunk] == rank:
+        sides = ((tile.q_chunks, flow.q_input, flow.q_result), (tile.k_chunks, flow.k_input, flow.k_result))
+        for chunks, _, _ in sides:
+            if not 0 <= chunks.start < chunks.stop <= len(self.owner):
+                return f"rank {rank} computes {tile}, which is not in the sequence", []
+            if len(set(self.owner[chunks.start : chunks.stop])) > 1:
+                return f"rank {rank} computes {tile}, whose chunks belong to several ranks", []
+        area = self.areas(tile)
+        if not area:
+            return f"rank {rank} computes {tile}, which holds no work", []
+        if not self.done.add(tile, (self.owner[tile.q], self.owner[tile.k])):
+            return f"{tile} is computed twice, the second time by rank {rank}", []
+        self.area += area
+        made: list[_Result] = []
+        for chunks, needed, result in sides:
+            if self.owner[chunks.start] == rank:
                 continue
-            if (needed, chunk, rank) not in self.arrived:
-                return f"rank {rank} computes {tile} but {needed}{chunk} has not arrived", set()
-            self.used.add((needed, chunk, rank))
+            span = (chunks.start, chunks.stop)
+            if not self.arrived[needed, rank].covers(*span):
+                first, stop = self.arrived[needed, rank].missing(*span)[0]
+                text = chunks_text(first, stop - first)
+                return f"rank {rank} computes {tile} but {needed}{text} has not arrived", []
+            self.used[needed, rank].add(*span)
             if result is not None:
-                if (result, chunk, rank) in self.sent:
-                    return f"rank {rank} adds to {result}{chunk} after sending it", set()
-                made.add((result, chunk, rank))
+                if self.sent[result, rank].meets(*span):
+                    text = chunks_text(chunks.start, len(chunks))
+                    return f"rank {rank} adds to {result}{text} after having sent it", []
+                made.append((result, rank, *span))
         return None, made
 
     def send(self, move: Move) -> str | None:
-        """The fault of sending ``move`` now, or None."""
+        """The fault of sending ``move`` in this step, or None."""
         if move.payload not in _allowed_payloads(self.direction):
             return f"{move} is not a {self.direction} move"
-        item = (move.payload, move.chunk, move.src if move.payload in RESULTS else move.dst)
-        home = move.dst if move.payload in RESULTS else move.src
-        if not 0 <= move.chunk < len(self.owner) or self.owner[move.chunk] != home or move.src == move.dst:
-            return f"{move}: chunk {move.chunk} is not rank {home}'s to {'receive' if home == move.dst else 'send'}"
-        if item in self.sent:
+        start, stop = move.chunk, move.chunk + move.chunks
+        if not 0 <= start < stop <= len(self.owner):
+            return f"{move}: chunk {chunks_text(move.chunk, move.chunks)} is not in the sequence"
+        if move.src == move.dst:
+            return f"{move}: a rank sends to itself"
+        fault = self._misdirected(move, start, stop)
+        if fault is not None:
+            return f"{move}: {fault}"
+        key = (move.payload, move.src if move.payload in RESULTS else move.dst)
+        if self.sent[key].meets(start, stop):
             return f"{move} is sent twice"
-        self.sent.add(item)
+        self.sent[key].add(start, stop)
         if move.payload in RESULTS:
-            if item not in self.to_send:
-                return f"{move}: rank {move.src} has no such result ready"
-            self.to_send.remove(item)
+            if not self.to_send[key].covers(start, stop):
+                return f"{move}: rank {move.src} has not finished such a result"
+            self.to_send[key].remove(start, stop)
+        return None
+
+    def _misdirected(self, move: Move, start: int, stop: int) -> str | None:
+        """None if a result goes to its owner, and an input comes from its owner or from a rank that has received
+        it."""
+        owners, text = set(self.owner[start:stop]), chunks_text(move.chunk, move.chunks)
+        if move.payload in RESULTS:
+            return None if owners == {move.dst} else f"rank {move.dst} does not own chunk {text}"
+        if owners == {move.src}:
+            return None
+        if move.dst in owners:
+            return f"rank {move.dst} owns chunk {text}"
+        together = self.together[move.payload, move.src]
+        if not any(first <= start and last >= stop for first, last in together):
+            return f"rank {move.src} neither owns chunk {text} nor has received it in one move"
+        self.used[move.payload, move.src].add(start, stop)
         return None
 
 
@@ -83,46 +155,75 @@ def _allowed_payloads(direction: Direction) -> set[Payload | None]:
 
 
 def find_fault(
-    steps: Sequence[Step], *, direction: Direction, owner: Sequence[int], work: Mapping[Tile, int]
+    steps: Sequence[Step], *, direction: Direction, layout: SequenceLayout, areas: TileAreas
 ) -> Fault | None:
     """The first fault of a schedule, or None if it is valid.
 
     Args:
         steps: tiles and moves of every step.
         direction: which inputs and results travel.
-        owner: ``owner[chunk]`` is the rank that holds the chunk.
-        work: every tile that must be computed, with its area.
+        layout: which rank holds which chunk.
+        areas: the areas of tiles.
     """
-    replay = _Replay(direction, owner, work)
-    num_ranks = max(owner) + 1
+    replay = _Replay(direction, layout.owner, areas)
     for t, step in enumerate(steps):
-        if len(step.tiles) != num_ranks:
-            return Fault(t, f"tiles of {len(step.tiles)} ranks, the layout has {num_ranks}")
-        made: set[_Item] = set()
+        if len(step.tiles) != layout.cp_size:
+            return Fault(t, f"tiles of {len(step.tiles)} ranks, the layout has {layout.cp_size}")
+        made: list[_Result] = []
         for rank, tiles in enumerate(step.tiles):
             for tile in tiles:
                 fault, results = replay.compute(rank, tile)
                 if fault is not None:
                     return Fault(t, fault)
-                made |= results
+                made += results
         for move in step.moves:
             fault = replay.send(move)
             if fault is not None:
                 return Fault(t, fault)
-        replay.to_send |= made
-        replay.arrived |= {(m.payload, m.chunk, m.dst) for m in step.moves if m.payload not in RESULTS}
-    return _leftover(replay, last_step=len(steps) - 1)
+        for payload, rank, start, stop in made:
+            replay.to_send[payload, rank].add(start, stop)
+        for move in step.moves:
+            if move.payload not in RESULTS:
+                span = (move.chunk, move.chunk + move.chunks)
+                replay.arrived[move.payload, move.dst].add(*span)
+                replay.together[move.payload, move.dst].append(span)
+    return _leftover(replay, layout.num_chunks, last_step=len(steps) - 1)
 
 
-def _leftover(replay: _Replay, last_step: int) -> Fault | None:
-    missing = replay.work.keys() - replay.done
-    if missing:
-        return Fault(last_step, f"never computed: {' '.join(map(str, sorted(missing)[:8]))}")
-    if replay.to_send:
-        payload, chunk, rank = min(replay.to_send)
-        return Fault(last_step, f"{payload}{chunk} never leaves rank {rank}")
-    unused = replay.arrived - replay.used
-    if unused:
-        payload, chunk, rank = min(unused)
-        return Fault(last_step, f"{payload}{chunk} travels to rank {rank}, which never uses it")
+def _leftover(replay: _Replay, num_chunks: int, last_step: int) -> Fault | None:
+    """What is missing or unused at the end of a schedule."""
+    if replay.area != replay.areas.total:
+        return Fault(last_step, _never_computed(replay, num_chunks))
+    for (payload, rank), results in sorted(replay.to_send.items()):
+        for start, stop in results:
+            text = f"{payload}{chunks_text(start, stop - start)}"
+            return Fault(last_step, f"{text} is never sent by rank {rank}")
+    for (payload, rank), inputs in sorted(replay.arrived.items()):
+        for span in inputs:
+            for start, stop in replay.used[payload, rank].missing(*span):
+                text = f"{payload}{chunks_text(start, stop - start)}"
+                return Fault(last_step, f"{text} is sent to rank {rank}, which never uses it")
     return None
+
+
+_MOST_CHUNKS_SEARCHED = 256
+"""Chunks up to which the tiles that no rank computes are listed."""
+
+
+def _never_computed(replay: _Replay, num_chunks: int) -> str:
+    """The first tiles that no rank computes, or if there are too many chunks to search, the number of missing
+    pairs."""
+    if num_chunks > _MOST_CHUNKS_SEARCHED:
+        return f"{replay.areas.total - replay.area} of {replay.areas.total} pairs are never computed"
+    computed = {
+        (q, k)
+        for tiles in replay.done.by_ranks.values()
+        for tile in tiles
+        for q in tile.q_chunks
+        for k in tile.k_chunks
+    }
+    chunks = range(num_chunks)
+    missing = (
+        Tile(q, k) for q in chunks for k in chunks if (q, k) not in computed and replay.areas(Tile(q, k))
+    )
+    return f"never computed: {' '.join(str(tile) for tile, _ in zip(missing, range(8), strict=False))}"

@@ -1,1 +1,1 @@
-"""Measuring tools: benchmarks, comparisons with Megatron, verification. Nothing else in the package needs them."""
+"""Benchmarks, comparisons with Megatron, and verification. Nothing else in the package uses them."""

@@ -1,4 +1,4 @@
-"""Tables as Markdown: every report of a measurement has one."""
+"""Markdown tables for the reports of measurements."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lines without a last newline; a ``|`` within a cell is escaped."""
+    """The table without a trailing newline; ``|`` in cells is escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""What measurements were made on: a figure without its machine and version says nothing."""
+"""Where figures come from: the machine and the versions that a measurement was made with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_lightseq import __version__
 
 
 def provenance() -> str:
-    """One line: processor, cores, versions, commit and date. No host name, no paths."""
+    """Processor, cores, versions, commit and date in one line; no host name, no paths."""
     return f"{processor()}, {versions()}"
 
 
@@ -28,12 +28,12 @@ def versions() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Name of the processor."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():
@@ -43,7 +43,7 @@ def processor() -> str:
 
 
 def _commit() -> str:
-    """The commit that is checked out; nothing where this is no checkout."""
+    """The commit that is checked out; empty outside a git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lightseq.config import CheckpointConfig
+from megatron_lightseq.config import CheckpointConfig, PretrainConfig, ResolvedConfig
 from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.errors import LightSeqError, explain
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
@@ -229,7 +229,9 @@ class Loop:
         return "another rank was asked to stop"
 
 
-def build_loop(job: Job, config: Any, corpora: Corpora, stop: StopRequest) -> Loop:
+def build_loop(
+    job: Job, config: PretrainConfig | ResolvedConfig, corpora: Corpora, stop: StopRequest
+) -> Loop:
     """Model, optimizer and loop for a configuration."""
     job.channel.enter(0, SET_UP)
     return Loop(job, build_training(config, vocab_size=corpora.vocab_size), corpora, stop)

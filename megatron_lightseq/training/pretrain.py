@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.config import Machine, PretrainConfig, ResolvedConfig, resolve
 from megatron_lightseq.errors import PeerFailureError
 from megatron_lightseq.training.job.control_channel import EXIT_PEER_FAILED
 from megatron_lightseq.training.job.launch import Launch
@@ -19,20 +19,29 @@ from megatron_lightseq.training.job.signals import StopRequest, stop_on_signals
 _LEAVE_WITHIN_S = 30.0
 
 
-def pretrain(config: PretrainConfig) -> int:
-    """Train as configured, together with the other ranks; the exit code.
+def pretrain(config: PretrainConfig, checked: Machine) -> int:
+    """Train as configured, together with the other ranks; returns the exit status.
 
-    0: all steps taken, or stopped in order by a signal or by time, with a checkpoint where one was asked for.
-    3: another rank failed, which the message on standard error names. This rank's own errors are raised.
+    0: all steps are taken, or the run was stopped in order by a signal or a time limit, with a checkpoint if one was
+    asked for. 3: another rank failed, which the message on standard error names. This rank's own errors are raised.
+
+    Args:
+        config: of the run.
+        checked: the machine as far as it was known when the configuration's rules were checked; here they are checked
+            against what was not known then.
 
     Raises:
-        LightSeqError: this rank failed first; subclasses say at what.
+        LightSeqError: this rank failed first; the subclass says in what.
     """
-    rank = Launch.from_environment().rank
+    rank, world_size = Launch.from_environment().rank, Launch.from_environment().world_size
+    with _without_noise():
+        from megatron_lightseq.training.machine import this_machine
+
+        resolved = resolve(config, this_machine(world_size), checked=checked)
     with stop_on_signals() as stop, _messages(rank):
         try:
             with _without_noise():
-                _run(config, stop)
+                _run(resolved, stop)
         except PeerFailureError as error:
             _leave_for_certain(stop)
             sys.stderr.write(f"rank {rank}: {error}\n")
@@ -43,17 +52,17 @@ def pretrain(config: PretrainConfig) -> int:
     return 0
 
 
-def _run(config: PretrainConfig, stop: StopRequest) -> None:
+def _run(resolved: ResolvedConfig, stop: StopRequest) -> None:
     from megatron_lightseq.training.data.datasets import open_corpora
     from megatron_lightseq.training.job.join import join
     from megatron_lightseq.training.loop import build_loop
     from megatron_lightseq.training.reporting.report import finish
 
-    corpora = open_corpora(config)
-    with join(config, corpora.fingerprint) as job:
-        outcome = build_loop(job, config, corpora, stop).run()
+    corpora = open_corpora(resolved.config)
+    with join(resolved, corpora.fingerprint) as job:
+        outcome = build_loop(job, resolved, corpora, stop).run()
         if job.launch.rank == 0:
-            sys.stdout.writelines(line + "\n" for line in finish(config, corpora, outcome))
+            sys.stdout.writelines(line + "\n" for line in finish(resolved, corpora, outcome))
             sys.stdout.flush()
 
 

@@ -24,9 +24,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_lightseq.attention import AttentionStats
-from megatron_lightseq.config import Machine, PretrainConfig
+from megatron_lightseq.config import PretrainConfig, ResolvedConfig, resolve
 from megatron_lightseq.config.sizes import ParallelSizes
-from megatron_lightseq.config.validate import TRAINING_RULES, validate
+from megatron_lightseq.config.validate import TRAINING_RULES
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.batch import adopt_layout
@@ -36,7 +36,8 @@ from megatron_lightseq.megatron.fixes.experts import with_invariant_experts
 from megatron_lightseq.megatron.fixes.torch_norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
 from megatron_lightseq.megatron.sequence_slices import compute_in_tiles
-from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec, use_transformer_engine
+from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec
+from megatron_lightseq.training.machine import this_machine
 from megatron_lightseq.training.parallel_groups import ProcessGroups
 from megatron_lightseq.training.translate import optimizer_config, transformer_config, virtual_stages
 from megatron_lightseq.transport.group import rank_in
@@ -46,7 +47,8 @@ from megatron_lightseq.transport.group import rank_in
 class Training:
     """A model ready to train: what :func:`build_training` returns and :func:`train_step` takes."""
 
-    config: PretrainConfig
+    resolved: ResolvedConfig
+    """The configuration, with what follows from it."""
     model_config: TransformerConfig
     """Megatron's view of the configuration."""
     chunks: list[DistributedDataParallel]
@@ -64,6 +66,11 @@ class Training:
     padded_vocab_size: int
     attention_stats: AttentionStats = field(default_factory=AttentionStats)
     """Attention forwards, bytes and waiting time of this rank; nothing with ``cp_method: megatron``."""
+
+    @property
+    def config(self) -> PretrainConfig:
+        """The configuration of the run."""
+        return self.resolved.config
 
     @property
     def num_microbatches(self) -> int:
@@ -104,13 +111,23 @@ def model_device() -> torch.device:
     )
 
 
-def initialize_parallel(config: PretrainConfig) -> ProcessGroups:
-    """Build Megatron's process groups over the initialised ``torch.distributed`` world.
+def resolve_here(config: PretrainConfig | ResolvedConfig) -> ResolvedConfig:
+    """Resolve a configuration on this machine, for programs that build it themselves and bring their own data.
+
+    Args:
+        config: of the run; one that is resolved already is returned as it is.
 
     Raises:
         ConfigError: torch.distributed is not initialised, there is no GPU and the CPU platform is not active, or the
-            configuration breaks a rule on models, sizes or batches.
+            configuration breaks rules on the model, its sizes, recomputation or batches.
     """
+    if isinstance(config, ResolvedConfig):
+        return config
+    _check_world()
+    return resolve(config, this_machine(dist.get_world_size()), rule_sets=TRAINING_RULES)
+
+
+def _check_world() -> None:
     if not dist.is_initialized():
         raise ConfigError(
             explain(
@@ -127,36 +144,31 @@ def initialize_parallel(config: PretrainConfig) -> ProcessGroups:
                 remedy="Call megatron_lightseq.megatron.cpu.platform.activate() first",
             )
         )
-    check_rules(config)
-    sizes = ParallelSizes.of(config, dist.get_world_size())
+
+
+def initialize_parallel(config: PretrainConfig | ResolvedConfig) -> ProcessGroups:
+    """Build Megatron's process groups over the initialised ``torch.distributed`` world.
+
+    Raises:
+        ConfigError: as :func:`resolve_here`; or Megatron's groups exist already, with other sizes.
+    """
+    resolved = resolve_here(config)
+    sizes = ParallelSizes.of(resolved.config, dist.get_world_size())
+    parallel = resolved.config.parallel
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             sizes.tensor,
             sizes.pipeline,
-            virtual_stages(config),
+            virtual_stages(resolved.config),
             context_parallel_size=sizes.context,
-            expert_model_parallel_size=config.parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=config.parallel.expert_tensor_size,
-            distributed_timeout_minutes=math.ceil(config.parallel.distributed_timeout_minutes),
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
+            distributed_timeout_minutes=math.ceil(parallel.distributed_timeout_minutes),
             create_gloo_process_groups=_gloo_groups_needed(),
         )
     groups = ProcessGroups.from_collection(ProcessGroupCollection.use_mpu_process_groups())
     groups.check(sizes)
     return groups
-
-
-def check_rules(config: PretrainConfig) -> None:
-    """Refuse what `lightseq pretrain` would refuse, for programs that build their configuration themselves.
-
-    Raises:
-        ConfigError: every broken rule on the model, its sizes, recomputation and batches, on this machine.
-    """
-    machine = Machine(
-        world_size=dist.get_world_size(),
-        num_gpus=torch.cuda.device_count(),
-        has_transformer_engine=use_transformer_engine(),
-    )
-    validate(config, machine, rule_sets=TRAINING_RULES)
 
 
 def _gloo_groups_needed() -> bool:
@@ -175,7 +187,7 @@ def pad_vocab_size(config: PretrainConfig, vocab_size: int) -> int:
 
 
 def build_training(
-    config: PretrainConfig,
+    config: PretrainConfig | ResolvedConfig,
     *,
     vocab_size: int,
     groups: ProcessGroups | None = None,
@@ -183,21 +195,22 @@ def build_training(
     layer_spec: ModuleSpec | None = None,
     weight_names: WeightNames | None = None,
 ) -> Training:
-    """Model chunks, optimizer and schedule of this rank, initialised alike on every parallel layout.
+    """Model chunks, optimizer and learning rate schedule of this rank; the weights do not depend on parallelism.
 
     Args:
-        config: validated configuration.
+        config: of the run; resolved here (:func:`resolve_here`) if it is not yet.
         vocab_size: of the tokenizer; padded here.
         groups: from :func:`initialize_parallel`, which is called if they are not given.
-        stats: where attention layers count; default: fresh counters.
-        layer_spec: a layer of another make (comparisons); default: :func:`gpt_layer_spec` of the configuration.
+        stats: where attention layers count; default: new counters.
+        layer_spec: another layer specification (comparisons); default: :func:`gpt_layer_spec` of the configuration.
         weight_names: draws the initial weights; default: by the configuration's seed.
 
     Raises:
-        ConfigError: the configuration breaks rules, named with their values.
+        ConfigError: as :func:`resolve_here`.
     """
-    groups = groups or initialize_parallel(config)
-    check_rules(config)
+    resolved = resolve_here(config)
+    config = resolved.config
+    groups = groups or initialize_parallel(resolved)
     sizes = ParallelSizes.of(config, dist.get_world_size())
     groups.check(sizes)
     collection = ProcessGroupCollection.use_mpu_process_groups()
@@ -208,7 +221,8 @@ def build_training(
     model_config = transformer_config(config, names)
     stats = stats or AttentionStats()
     padded_vocab_size = pad_vocab_size(config, vocab_size)
-    spec = _named_layers(layer_spec or gpt_layer_spec(config, stats=stats), names)
+    spec = layer_spec or gpt_layer_spec(config, stats=stats, resolved=resolved.attention)
+    spec = _named_layers(spec, names)
     models = [
         _build_model(config, model_config, spec, padded_vocab_size, vp_stage)
         for vp_stage in ([None] if virtual_stages(config) is None else range(virtual_stages(config) or 0))
@@ -220,7 +234,7 @@ def build_training(
     )
     _connect(config, model_config, chunks, optimizer)
     return Training(
-        config=config,
+        resolved=resolved,
         model_config=model_config,
         chunks=chunks,
         optimizer=optimizer,

@@ -1,4 +1,4 @@
-"""Receive buffers that are used again: fresh memory costs a page fault every 4 KiB."""
+"""A pool of receive buffers: reusing memory avoids a page fault every 4 KiB."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ _Key = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
 MAX_SHAPES = 64
-"""Shapes whose free tensors are kept; a schedule of one sequence length needs fewer than ten."""
+"""Shapes whose free tensors are kept. A schedule needs fewer than ten for one sequence length."""
 
 
 class BufferPool:
-    """Free tensors by shape, dtype and device. One pool serves one stream of calls; it is not thread-safe.
+    """Free tensors by shape, dtype and device. A pool serves one stream of calls; it is not thread-safe.
 
-    Tensors of the shapes that were used longest ago are given up, so that ever new lengths do not fill the memory.
+    Tensors of the least recently used shapes are dropped, so that changing lengths do not fill the memory.
     """
 
     def __init__(self) -> None:
         self._free: OrderedDict[_Key, list[Tensor]] = OrderedDict()
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A contiguous tensor with arbitrary contents."""
+        """A contiguous, uninitialised tensor."""
         free = self._free.get((shape, dtype, device))
         return free.pop() if free else torch.empty(shape, dtype=dtype, device=device)
 
     def give(self, tensor: Tensor) -> None:
-        """Hand back a tensor from :meth:`take` that nothing reads or writes any more."""
+        """Return a tensor from :meth:`take` that is no longer read or written."""
         key = (tuple(tensor.shape), tensor.dtype, tensor.device)
         self._free.setdefault(key, []).append(tensor)
         self._free.move_to_end(key)

@@ -1,4 +1,4 @@
-"""The GPU benchmark, run on the CPU: every contender computes the same attention, and the report says what it must."""
+"""The GPU benchmark, run on the CPU: all implementations compute the same attention, and the report is complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch._functorch import config as functorch
 from megatron_lightseq.kernels.cpu import CpuKernel
 from megatron_lightseq.tools.bench import gpu
 from megatron_lightseq.tools.bench.gpu import LEFT_OUT, Benchmark, cases, main, run
-from megatron_lightseq.tools.bench.gpu_contenders import Contender, Flex, GpuCase, Ours, Sdpa
+from megatron_lightseq.tools.bench.gpu_implementations import Flex, GpuCase, GpuImplementation, Ours, Sdpa
 from megatron_lightseq.tools.bench.gpu_report import Measured, Report, goals, table, write_report
 
 CPU = torch.device("cpu")
@@ -51,25 +51,25 @@ FLEX = Flex(stand_in)
 BENCHMARK = Benchmark(device=CPU, timer=untimed)
 
 
-def results_of(contender: Contender, case: GpuCase) -> list[Tensor]:
+def results_of(implementation: GpuImplementation, case: GpuCase) -> list[Tensor]:
     """out, dq, dk, dv in (S, B, H, D)."""
     torch.manual_seed(0)
     tensors = case.tensors(CPU)
-    with contender.settings():
-        forward: Any = contender.forward(case, tensors)()
-        grads: Any = contender.backward(case, tensors)()
-    if isinstance(contender, Ours):
+    with implementation.settings():
+        forward: Any = implementation.forward(case, tensors)()
+        grads: Any = implementation.backward(case, tensors)()
+    if isinstance(implementation, Ours):
         return [forward[0].float(), *(x.float() for x in grads)]
     return [x.float().permute(2, 0, 1, 3) for x in (forward, *grads)]
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_all_contenders_compute_the_same(case: GpuCase) -> None:
+def test_all_implementations_compute_the_same(case: GpuCase) -> None:
     want = results_of(Ours(CpuKernel()), case)
-    rivals: list[Contender] = [Ours(CpuKernel(), 4), Sdpa("sdpa-flash"), FLEX]
-    for rival in rivals:
-        for first, second in zip(results_of(rival, case), want, strict=True):
-            assert (first - second).norm() <= 2e-2 * second.norm(), rival.name
+    others: list[GpuImplementation] = [Ours(CpuKernel(), 4), Sdpa("sdpa-flash"), FLEX]
+    for other in others:
+        for first, second in zip(results_of(other, case), want, strict=True):
+            assert (first - second).norm() <= 2e-2 * second.norm(), other.name
 
 
 def test_flex_attention_computes_the_same_forward() -> None:
@@ -83,7 +83,7 @@ def test_flex_attention_computes_the_same_forward() -> None:
 
 
 def test_compiled_backwards_can_be_timed_again_and_again() -> None:
-    """Unless it is told not to, torch lets a compiled backward overwrite what forward kept, and then runs it once."""
+    """By default, torch lets a compiled backward overwrite what forward has saved, so that it can run only once."""
     assert functorch.donated_buffer
     with FLEX.settings():
         assert not functorch.donated_buffer
@@ -102,7 +102,7 @@ def test_what_does_not_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
     saved: list[int] = []
     found = run(BENCHMARK, SHAPES, Ours(CpuKernel()), FLEX, lambda rows: saved.append(len(rows)))
     assert saved == [4, 8, 12, 13, 14, 15]
-    by_name = {(one.case, one.contender): one for one in found}
+    by_name = {(one.case, one.implementation): one for one in found}
     for case in SHAPES:
         for name in ("ours", "ours, 4 blocks", "sdpa-flash", "flex (Triton)"):
             one = by_name[case, name]
@@ -134,7 +134,7 @@ def test_nothing_starts_after_the_end() -> None:
     benchmark = replace(BENCHMARK, clock=lambda: float(next(ticks)), end=2.5)
     found = run(benchmark, SHAPES, Ours(CpuKernel()), FLEX, lambda _: None)
     done = [one for one in found if one.note == ""]
-    assert [one.contender for one in done] == ["ours"]
+    assert [one.implementation for one in done] == ["ours"]
     assert {one.note for one in found[1:]} == {LEFT_OUT}
     assert len(found) == 5 * len(SHAPES)
 
@@ -143,7 +143,7 @@ def test_flex_says_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) ->
     long = replace(CASE, seq_length=32768)
     assert "at most 16384 tokens" in BENCHMARK.measure(replace(long, width=64), FLEX).note
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert Flex()._refusal(CASE, torch.device("cuda")) == "it is compiled by Triton, which is not installed"
+    assert Flex()._refusal(CASE, torch.device("cuda")) == "it needs Triton, which is not installed"
 
 
 def test_cases_are_those_of_the_papers() -> None:
@@ -176,7 +176,7 @@ def rows(ours: float, blocks: float, best: float, other: float) -> list[Measured
         "flex (Triton)": 1e-9,
     }
     return [
-        Measured(case=case, contender=name, rival="ours" not in name, forward_s=s, backward_s=s)
+        Measured(case=case, implementation=name, is_ours="ours" in name, forward_s=s, backward_s=s)
         for name, s in times.items()
     ]
 
@@ -184,10 +184,10 @@ def rows(ours: float, blocks: float, best: float, other: float) -> list[Measured
 def test_goals_are_judged_by_the_fastest_backend() -> None:
     reached = goals(rows(ours=1.0, blocks=1.04, best=0.95, other=2.0))
     assert reached == [
-        "forward, D = 128, causal, to torch's best: 0.95 to 0.95 (at least 0.9 wanted): reached",
-        "backward, D = 128, causal, to torch's best: 0.95 to 0.95 (at least 0.85 wanted): reached",
-        "forward, time of 4 blocks to that of one call, long sequences: 1.04 to 1.04 (at most 1.05 wanted): reached",
-        "backward, time of 4 blocks to that of one call, long sequences: 1.04 to 1.04 (at most 1.05 wanted): reached",
+        "forward, D = 128, causal, rate relative to torch's fastest: 0.95 to 0.95 (goal: at least 0.9): reached",
+        "backward, D = 128, causal, rate relative to torch's fastest: 0.95 to 0.95 (goal: at least 0.85): reached",
+        "forward, time of 4 blocks relative to one call, long sequences: 1.04 to 1.04 (goal: at most 1.05): reached",
+        "backward, time of 4 blocks relative to one call, long sequences: 1.04 to 1.04 (goal: at most 1.05): reached",
     ]
     missed = goals(rows(ours=1.0, blocks=1.06, best=0.87, other=2.0))
     assert [line.rpartition(": ")[2] for line in missed] == [
@@ -252,8 +252,8 @@ def test_one_command_measures_and_reports(
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "- device: A GPU" in said
-    assert "- forward, D = 64, causal, to torch's best: 1.00 to 1.00" in said
-    assert said.endswith(f"The table: {tmp_path / 'gpu.md'}\n")
+    assert "- forward, D = 64, causal, rate relative to torch's fastest: 1.00 to 1.00" in said
+    assert said.endswith(f"Table: {tmp_path / 'gpu.md'}\n")
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["checks"] == ["build=ok", "ranks=ok"]
     assert content["environment"]["capability"] == "9.0"
@@ -264,4 +264,4 @@ def test_one_command_measures_and_reports(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path)]) == 2
-    assert "torch sees no GPU here" in capsys.readouterr().err
+    assert "torch finds no GPU" in capsys.readouterr().err

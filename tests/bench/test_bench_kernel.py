@@ -14,7 +14,7 @@ from megatron_lightseq.cli import run
 from megatron_lightseq.kernels.reference import visible
 from megatron_lightseq.tools.bench import scaling
 from megatron_lightseq.tools.bench.cases import KernelCase, MaskKind, short_document_lengths, standard_cases
-from megatron_lightseq.tools.bench.contenders import Inputs, contenders, exact_results
+from megatron_lightseq.tools.bench.implementations import Inputs, exact_results, implementations
 from megatron_lightseq.tools.bench.measure import Row, Timing, measure, measure_errors, peak_gflops
 from megatron_lightseq.tools.bench.report import cells, write_reports
 from megatron_lightseq.tools.bench.scaling import Scaling, measure_scaling
@@ -46,7 +46,7 @@ def test_short_documents_cover_the_sequence() -> None:
 
 @pytest.mark.parametrize("kind", ["full", "causal", "window", "documents"])
 @pytest.mark.parametrize("kv_heads", [4, 1])
-def test_contenders_compute_the_same(kind: MaskKind, kv_heads: int) -> None:
+def test_implementations_compute_the_same(kind: MaskKind, kv_heads: int) -> None:
     """A benchmark of different things is none."""
     case = small(kind, kv_heads=kv_heads)
     for errors in measure_errors(case).values():
@@ -63,7 +63,7 @@ def test_the_loop_over_documents_is_the_packed_attention() -> None:
         num_kv_heads=1,
     )
     assert case.seq_length == sum(short_document_lengths())
-    ours, torchs = contenders(case, Inputs.random(case))
+    ours, torchs = implementations(case, Inputs.random(case))
     for entrant in (ours, torchs):
         entrant.forward()
         entrant.backward()
@@ -78,7 +78,7 @@ def test_exact_results_are_fp64() -> None:
 
 def test_row_and_reports(tmp_path: Path) -> None:
     row = measure(small("causal"), repetitions=1)
-    assert [timing.contender for timing in row.timings] == ["cpu", "torch"]
+    assert [timing.implementation for timing in row.timings] == ["cpu", "torch"]
     assert row.peak_gflops > 1
     paths = write_reports([row], tmp_path, 1)
     assert [path.suffix for path in paths] == [".json", ".md", ".png"]
@@ -92,7 +92,7 @@ def test_row_and_reports(tmp_path: Path) -> None:
 def test_ratio_is_torchs_time_over_ours() -> None:
     def timing(name: str, seconds: float) -> Timing:
         return Timing(
-            contender=name,
+            implementation=name,
             forward_s=seconds,
             backward_s=3 * seconds,
             forward_gflops=1 / seconds,
@@ -150,9 +150,9 @@ def test_a_single_head_is_among_the_scaling_cases() -> None:
     ("arguments", "message"),
     [
         (["kernel", "--threads", "0"], "--threads 0, --repetitions 5: each is 1 or more"),
-        (["kernel", "--only", "no such case"], "--only 'no such case': no case has it in its name"),
+        (["kernel", "--only", "no such case"], "--only 'no such case': no case has this text in its name"),
         (["scaling", "--threads", "0"], "--threads 0, --repetitions 5: each is 1 or more"),
-        (["scaling", "--only", "no such case"], "--only 'no such case': no case has it in its name"),
+        (["scaling", "--only", "no such case"], "--only 'no such case': no case has this text in its name"),
     ],
 )
 def test_command_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

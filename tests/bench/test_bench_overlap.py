@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_lightseq.cli import run
-from megatron_lightseq.tools.bench.overlap import OverlapJob, Run, Speeds, expect
+from megatron_lightseq.tools.bench.overlap import MethodTiming, OverlapJob, Speeds, expect
 from megatron_lightseq.tools.bench.overlap_report import rows, slowest
 
 # The backward's five products then take as long as the forward's two: a second for a rank of two on zigzag shards.
@@ -44,12 +44,12 @@ def answers(exposed: float, link_bytes_per_s: float) -> list[dict[str, Any]]:
     """Of two ranks, the second a little worse; a step takes 2 s."""
     speeds = dataclasses.asdict(dataclasses.replace(FREE, link_bytes_per_s=link_bytes_per_s))
     measured = [
-        Run(method="zigzag", overlap=overlap, seconds=2.0, exposed_seconds=waited, bytes_sent=64)
+        MethodTiming(method="zigzag", overlap=overlap, seconds=2.0, exposed_seconds=waited, bytes_sent=64)
         for overlap, waited in ((True, exposed), (False, 1.0))
     ]
     worse = [dataclasses.replace(one, exposed_seconds=one.exposed_seconds * 1.01) for one in measured]
     return [
-        {"speeds": speeds, "runs": [dataclasses.asdict(one) for one in of_rank]}
+        {"speeds": speeds, "timings": [dataclasses.asdict(one) for one in of_rank]}
         for of_rank in (measured, worse)
     ]
 
@@ -80,9 +80,9 @@ def test_two_ranks_measure_and_write(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "64 tokens, 2 heads" in " ".join(capsys.readouterr().out.split())
     record = json.loads((tmp_path / "overlap.json").read_text())
     assert [row["method"] for row in record["rows"]] == ["lightseq", "ulysses"]
-    runs = record["answers"][0]["runs"]
-    assert [one["overlap"] for one in runs] == [True, False, True, False]
-    assert all(one["bytes_sent"] > 0 and one["seconds"] > one["exposed_seconds"] >= 0 for one in runs)
+    timings = record["answers"][0]["timings"]
+    assert [one["overlap"] for one in timings] == [True, False, True, False]
+    assert all(one["bytes_sent"] > 0 and one["seconds"] > one["exposed_seconds"] >= 0 for one in timings)
     assert "| lightseq |" in (tmp_path / "overlap.md").read_text()
 
 
@@ -90,7 +90,7 @@ def test_two_ranks_measure_and_write(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("arguments", "message"),
     [
         (["--methods", "warp"], "the methods are lightseq"),
-        (["--ranks", "1"], "2 ranks or more communicate"),
+        (["--ranks", "1"], "at least 2 ranks are needed"),
         (["--num-query-groups", "3"], "4 heads in 3 groups"),
         (["--repetitions", "0"], "--repetitions 0: each is 1 or more"),
         (["--seq-length", "8191"], "8191"),

@@ -69,9 +69,9 @@ def test_padded_megatron_and_lightseq_train_alike() -> None:
 
 def test_a_broken_job_is_reported_with_its_log() -> None:
     with_unknown_kernel = with_values(THREE_HEADS, cp_kernel="warp")
-    outcome = measure(job(config=with_unknown_kernel), CLUSTER)
-    assert outcome.ranks == ()
-    assert "kernel 'warp'" in (outcome.failure or "")
+    result = measure(job(config=with_unknown_kernel), CLUSTER)
+    assert result.ranks == ()
+    assert "kernel 'warp'" in (result.failure or "")
 
 
 def test_a_host_that_is_not_there_is_named() -> None:
@@ -80,8 +80,8 @@ def test_a_host_that_is_not_there_is_named() -> None:
 
 
 def test_a_stuck_job_is_ended() -> None:
-    outcome = measure(job(), Cluster(timeout_s=0.01))
-    assert (outcome.failure or "").startswith("rank ")
+    result = measure(job(), Cluster(timeout_s=0.01))
+    assert (result.failure or "").startswith("rank ")
 
 
 def test_longest_sequence_ends_at_the_limit() -> None:
@@ -113,7 +113,7 @@ def test_the_command_compares_and_says_so(tmp_path: Path, capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert status == 0
     assert "losses agree" in shown
-    assert "exists in" in shown
+    assert "is implemented in" in shown
     record = json.loads((tmp_path / "compare.json").read_text())
     assert [row["system"] for row in record["figures"]] == ["megatron-tp-sp", "ring", "megatron-cp"]
 

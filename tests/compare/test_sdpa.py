@@ -73,7 +73,9 @@ def test_holds_no_score_matrix() -> None:
     ],
 )
 def test_refuses_what_it_would_ignore(what: str, mask: AttnMaskType, config: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match=f"{what}: the SDPA baseline computes causal self-attention"):
+    with pytest.raises(
+        UnsupportedError, match=f"{what}: the SDPA baseline only computes causal self-attention"
+    ):
         attention([], mask, **config)
 
 

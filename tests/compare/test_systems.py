@@ -1,4 +1,4 @@
-"""Systems as changes of configuration, and the messages of those that cannot run."""
+"""Systems as changes to a configuration, and the messages of those that cannot run."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_heads_are_padded_as_in_the_paper() -> None:
     assert SYSTEMS["lightseq"].configure(model, 8).model.num_attention_heads == 33
 
 
-def test_context_parallelism_of_megatron_is_refused_in_words() -> None:
-    with pytest.raises(UnsupportedError, match="exists in Transformer Engine only"):
+def test_megatrons_context_parallelism_is_refused_with_its_reason() -> None:
+    with pytest.raises(UnsupportedError, match="is implemented in Transformer Engine"):
         SYSTEMS["megatron-cp"].configure(COMMON, 2)
 
 
@@ -74,18 +74,18 @@ def test_unknown_systems_are_named() -> None:
     assert "megatron-tp-pp" in [system.name for system in choose("all", 4)]
 
 
-def test_megatron_has_tiles_only_where_they_are_lent_to_it() -> None:
+def test_megatron_has_slices_only_in_the_system_that_is_named_after_them() -> None:
     asked = with_values(COMMON, mlp_tile_tokens=64, loss_tile_tokens=64, num_layers=4)
 
-    def tiles(name: str) -> tuple[int | None, int | None]:
+    def slices(name: str) -> tuple[int | None, int | None]:
         recompute = SYSTEMS[name].configure(asked, 4).recompute
         return recompute.mlp_tile_tokens, recompute.loss_tile_tokens
 
-    assert tiles("lightseq") == (64, 64)
-    assert tiles("lightseq-tiles") == tiles("megatron-tp-pp-tiles") == (512, 512)
+    assert slices("lightseq") == (64, 64)
+    assert slices("lightseq-slices") == slices("megatron-tp-pp-slices") == (512, 512)
     for name in ("megatron-tp-sp", "megatron-tp-sp-stored", "megatron-tp", "megatron-pp", "megatron-tp-pp"):
-        assert tiles(name) == (None, None)
-    assert not [system.name for system in choose("all", 4) if system.name.endswith("-tiles")]
+        assert slices(name) == (None, None)
+    assert not [system.name for system in choose("all", 4) if system.name.endswith("-slices")]
 
 
 @pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--steps", "0"], ["--baseline", "warp"]])

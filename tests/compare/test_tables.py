@@ -13,9 +13,9 @@ from rich.console import Console
 
 from megatron_lightseq.config import PretrainConfig, with_values
 from megatron_lightseq.tools.compare import report
-from megatron_lightseq.tools.compare.headline import headline
-from megatron_lightseq.tools.compare.job import Job, Measurement, Outcome, StepMeasurement
+from megatron_lightseq.tools.compare.job import Job, JobResult, Measurement, StepMeasurement
 from megatron_lightseq.tools.compare.paper.show import show_paper
+from megatron_lightseq.tools.compare.summary import summary
 from megatron_lightseq.tools.compare.tables import Comparison, compare
 
 
@@ -42,19 +42,19 @@ def rank(*steps: StepMeasurement, **more: Any) -> Measurement:
     return Measurement(steps=steps, **{**fields, **more})
 
 
-def outcome(system: str, seconds: float, loss: float) -> Outcome:
+def result(system: str, seconds: float, loss: float) -> JobResult:
     """Two ranks, a warm-up step and three timed ones of which the middle one is ``seconds`` on the slower rank."""
     slow = [step(99.0, 5.0, warmup=True), *(step(seconds + d, loss) for d in (-0.25, 0.25, 0.0))]
     fast = [step(99.0, 5.0, warmup=True), *(step(seconds / 2, loss) for _ in range(3))]
-    return Outcome(system=system, ranks=(rank(*fast), rank(*slow, peak_resident_bytes=400 << 20)))
+    return JobResult(system=system, ranks=(rank(*fast), rank(*slow, peak_resident_bytes=400 << 20)))
 
 
 def job(**values: Any) -> Job:
     return Job(system="lightseq", common=with_values(PretrainConfig(), **values), world_size=2)
 
 
-def compared(*outcomes: Outcome, **values: Any) -> Comparison:
-    return compare(job(**values), outcomes, "megatron-tp-sp", 256)
+def compared(*results: JobResult, **values: Any) -> Comparison:
+    return compare(job(**values), results, "megatron-tp-sp", 256)
 
 
 def text_of(comparison: Comparison) -> str:
@@ -64,7 +64,7 @@ def text_of(comparison: Comparison) -> str:
 
 
 def test_speedup_is_by_the_median_step_of_the_slowest_rank() -> None:
-    found = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5))
+    found = compared(result("megatron-tp-sp", 4.0, 4.5), result("lightseq", 2.0, 4.5))
     megatron, ours = found.figures
     assert found.agrees
     assert ours.step_seconds == (1.75, 2.25, 2.0)
@@ -78,7 +78,7 @@ def test_speedup_is_by_the_median_step_of_the_slowest_rank() -> None:
 
 @pytest.mark.parametrize("loss", [4.5 * (1 + 2e-4), 4.5 * (1 - 2e-4), math.nan])
 def test_no_speedup_where_losses_differ(loss: float) -> None:
-    found = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, loss))
+    found = compared(result("megatron-tp-sp", 4.0, 4.5), result("lightseq", 2.0, loss))
     assert not found.agrees
     assert found.speedup(found.figures[1]) is None
     shown = text_of(found)
@@ -90,31 +90,31 @@ def test_no_speedup_where_losses_differ(loss: float) -> None:
 
 
 def test_bf16_is_given_a_tolerance_of_its_own() -> None:
-    pair = (outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5 * 1.005))
+    pair = (result("megatron-tp-sp", 4.0, 4.5), result("lightseq", 2.0, 4.5 * 1.005))
     assert compared(*pair, bf16=True).agrees
     assert not compared(*pair).agrees
 
 
 def test_a_failure_is_no_agreement_and_a_refusal_is() -> None:
-    base = outcome("megatron-tp-sp", 4.0, 4.5)
-    refused = compared(base, Outcome(system="megatron-cp", refusal="no Transformer Engine"))
+    base = result("megatron-tp-sp", 4.0, 4.5)
+    refused = compared(base, JobResult(system="megatron-cp", refusal="no Transformer Engine"))
     assert refused.agrees
     assert "cannot run here: no Transformer Engine" in text_of(refused)
-    failed = compared(base, Outcome(system="lightseq", failure="rank 1: exit status 1\nsome traceback"))
+    failed = compared(base, JobResult(system="lightseq", failure="rank 1: exit status 1\nsome traceback"))
     assert not failed.agrees
     assert "lightseq failed: rank 1: exit status 1" in report.verdict(failed)
 
 
 def test_rounds_are_put_together() -> None:
     found = compared(
-        outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5), outcome("lightseq", 3.0, 4.5)
+        result("megatron-tp-sp", 4.0, 4.5), result("lightseq", 2.0, 4.5), result("lightseq", 3.0, 4.5)
     )
     assert found.figures[1].step_seconds == (1.75, 2.25, 2.0, 2.75, 3.25, 3.0)
     assert found.figures[1].median_seconds == 2.5
 
 
 def test_everything_is_written(tmp_path: Path) -> None:
-    found = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5))
+    found = compared(result("megatron-tp-sp", 4.0, 4.5), result("lightseq", 2.0, 4.5))
     paths = report.write(found, tmp_path / "new", "both")
     record = json.loads(paths[0].read_text())
     assert record["figures"][1]["speedup"] == 2.0
@@ -128,9 +128,9 @@ def test_jobs_survive_their_file() -> None:
     assert Job.from_json(made.to_json()) == made
 
 
-def test_headline_takes_its_figures_from_the_records(tmp_path: Path) -> None:
-    fast = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.5)).to_dict()
-    wrong = compared(outcome("megatron-tp-sp", 4.0, 4.5), outcome("lightseq", 2.0, 4.0)).to_dict()
+def test_summary_takes_its_figures_from_the_records(tmp_path: Path) -> None:
+    fast = compared(result("megatron-tp-sp", 4.0, 4.5), result("lightseq", 2.0, 4.5)).to_dict()
+    wrong = compared(result("megatron-tp-sp", 4.0, 4.5), result("lightseq", 2.0, 4.0)).to_dict()
     length = {"row": "2", "what": "longest", "here": "4x: 16K against 4K; Megatron padded: 16K"}
     records = {
         "long-fp32": fast,
@@ -141,11 +141,11 @@ def test_headline_takes_its_figures_from_the_records(tmp_path: Path) -> None:
     for name, record in records.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     assert show_paper(Console(file=io.StringIO()), tmp_path) == 0
-    assert headline(tmp_path).splitlines()[2:] == [
+    assert summary(tmp_path).splitlines()[2:] == [
         "| two processes, 8 heads, 4096 tokens, fp32 | 1,024 tokens/s | 2,048 tokens/s | 2.00x |",
         "| two processes, 8 heads, 4096 tokens, bf16 | 1,024 tokens/s | 2,048 tokens/s | refused: loss differs |",
         "| two hosts at 1 Gbit/s, 8 heads, 4096 tokens | 1,024 tokens/s | 2,048 tokens/s | 2.00x |",
         "| longest | 4K tokens | 16K tokens | 4x |",
         "| predicted for 8 and 16 A100, 18 cells of the paper's Table 1 | - | - | 1.14-1.89x |",
     ]
-    assert len(headline(tmp_path / "empty").splitlines()) == 2
+    assert len(summary(tmp_path / "empty").splitlines()) == 2

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_lightseq import cli
 from megatron_lightseq.cli import COMMANDS, run
-from megatron_lightseq.cli.doctor import REQUIRED, Finding, examine, probed
+from megatron_lightseq.cli.doctor import EXTRAS, REQUIRED, Finding, examine, probed
 from megatron_lightseq.errors import CheckpointError, ConfigError
 from megatron_lightseq.schedule import Schedule
 
@@ -166,7 +168,7 @@ def test_schedule_of_every_method(method: str, direction: str, capsys: pytest.Ca
         (["--method", "lightsec"], "method 'lightsec'"),
         (["--layout", "zigzag"], "lightseq works on contiguous shards"),
         (["--cp", "0"], "all are 1 or more"),
-        (["--heads", "8", "--groups", "3"], "Use --groups that divides 8"),
+        (["--heads", "8", "--groups", "3"], "Set --groups to a divisor of 8"),
         (["--cp", "3", "--seq-length", "100"], "100"),
     ],
 )
@@ -193,7 +195,9 @@ def test_doctor_reports_this_machine(capsys: pytest.CaptureFixture[str]) -> None
     found = by_name(examine())
     assert set(REQUIRED) <= set(found)
     assert found["torch"].verdict == "ok"
-    assert {"Python", "CPU cores", "GPUs", "compiled kernels", "transformer_engine", "apex"} <= set(found)
+    assert {"Python", "CPU cores", "GPUs", "compiled kernels", "[te] transformer_engine", "apex"} <= set(
+        found
+    )
     status = run(["doctor"])
     problems = [finding for finding in found.values() if finding.verdict == "problem"]
     assert status == (1 if problems else 0)
@@ -217,16 +221,16 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.parametrize("module", ["transformer_engine", "apex"])
+@pytest.mark.parametrize("what", ["[te] transformer_engine", "[flash-attn] flash_attn", "apex"])
 def test_doctor_survives_broken_extensions(
-    module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / f"{module}.py").write_text(BROKEN[name])
+    (tmp_path / f"{what.split()[-1]}.py").write_text(BROKEN[name])
     monkeypatch.syspath_prepend(str(tmp_path))
-    finding = by_name(examine())[module]
+    finding = by_name(examine())[what]
     assert finding.verdict == "absent"
     assert finding.found.startswith("installed, but importing it fails: ")
-    assert finding.remedy.startswith("as if it were absent")
+    assert finding.remedy.startswith("treated as absent")
 
 
 def test_doctor_sees_working_extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +238,27 @@ def test_doctor_sees_working_extensions(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(tmp_path))
     assert by_name(examine())["apex"] == Finding(what="apex", verdict="ok", found="9.9")
     monkeypatch.delitem(sys.modules, "apex")
+
+
+def test_doctor_says_what_every_extra_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    for name, requirements in project["optional-dependencies"].items():
+        declared = " ".join(requirements)
+        assert all(package in declared for package in EXTRAS[name].packages), name
+    found = by_name(examine())
+    assert found["[flash-attn] flash_attn"] == Finding(
+        what="[flash-attn] flash_attn",
+        verdict="absent",
+        found="not installed",
+        remedy="`pip install -e '.[flash-attn]'` adds `--cp-kernel flash_attn` on GPUs",
+    )
+    assert found["[dev]"].verdict == "ok"
+    assert f"pytest {pytest.__version__}" in found["[dev]"].found
+    monkeypatch.setitem(EXTRAS, "dev", replace(EXTRAS["dev"], packages=("pytest", "no-such-package")))
+    missing = by_name(examine())["[dev]"]
+    assert missing.verdict == "absent"
+    assert missing.found.endswith("no-such-package not installed")
+    assert missing.remedy.endswith("'.[dev]'` adds tests and linters")
 
 
 def test_doctor_names_what_is_missing(

@@ -91,7 +91,7 @@ REFUSED: dict[str, str] = {
     "split: 1": "split must be text",
     "save: true": "save must be text or null",
     "save: 3": "save must be text or null",
-    "cp_method: lightsec": "cp_method must be one of lightseq, ring, zigzag, all_gather, mesh, ulysses, usp, "
+    "cp_method: lightsec": "cp_method must be one of lightseq, ring, zigzag, all_gather, mesh, balanced, ulysses, usp, "
     "rsa, auto, megatron. Perhaps lightseq was meant",
     "cp_layout: false": "cp_layout must be one of",
     "data_path: [true]": "data_path must be a list of text",

@@ -367,6 +367,7 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         "the validation share is 0",
     ),
     "tokenizer_model_belongs_to_hf": ({"tokenizer_type": "hf"}, Machine(), "Set tokenizer_model"),
+    "eod_token_belongs_to_hf": ({"eod_token": "</s>"}, Machine(), "Set eod_token to null"),
     "null_tokenizer_gives_vocabulary": ({"tokenizer_type": "null"}, Machine(), "Set vocab_size to one more"),
     "vocabulary_holds_bytes": ({"vocab_size": 256}, Machine(), "at least 257"),
     "save_interval_needs_save": ({"save_interval": 5}, Machine(), "Set save to a folder"),

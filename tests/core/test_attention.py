@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ from torch import Tensor
 
 import megatron_lightseq as mls
 from megatron_lightseq.attention import DistAttention
+from megatron_lightseq.attention.distributed import MethodArgument
 from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError
 from megatron_lightseq.kernels.reference import ReferenceKernel
 from megatron_lightseq.kernels.registry import Kernel
 from megatron_lightseq.layout import LAYOUTS, SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import Method, Network, Tile
+from megatron_lightseq.schedule import Method, Network, Placement, Problem, Tile
 from megatron_lightseq.schedule.place import place_ring
 from megatron_lightseq.transport import run_loopback
 from megatron_lightseq.transport.group import Group
@@ -23,7 +25,15 @@ from tests.core import oracle
 from tests.harness.ranks import RankError, run_ranks
 
 CASES = [("lightseq", "contiguous"), ("ring", "contiguous"), ("ring", "striped"), ("zigzag", "zigzag")]
-PLACED = [*CASES, ("all_gather", "zigzag"), ("mesh", "zigzag"), ("mesh", "striped"), ("mesh", "contiguous")]
+PLACED = [
+    *CASES,
+    ("all_gather", "zigzag"),
+    ("mesh", "zigzag"),
+    ("mesh", "striped"),
+    ("mesh", "contiguous"),
+    ("balanced", "contiguous"),
+    ("balanced:3x125", "contiguous"),
+]
 WRAPPED = [
     *(("ulysses", layout) for layout in LAYOUTS),
     *(("usp", layout) for layout in LAYOUTS),
@@ -42,7 +52,7 @@ def mask_for(text: str, seq_length: int) -> Mask:
 
 def attend(
     group: Group | None,
-    method: str,
+    method: MethodArgument,
     layout: SequenceLayout,
     mask: Mask,
     whole: list[Tensor],
@@ -231,7 +241,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
         ("all_gather", 2, (4, 2), {FP32, BF16}, {FP32}),  # rank 0 merges no output
     ],
 )
-def test_results_that_nothing_is_added_to_are_rounded_by_the_kernel(
+def test_results_with_a_single_contribution_are_rounded_by_the_kernel(
     method: str, size: int, heads: tuple[int, int], outputs: set[torch.dtype], gradients: set[torch.dtype]
 ) -> None:
     layout, whole = SequenceLayout.contiguous(size), oracle.inputs(24, heads, (8, 8), BF16)
@@ -256,14 +266,15 @@ def test_softmax_scale_is_used() -> None:
 
 
 def test_a_placement_of_the_users_own_runs() -> None:
-    """Whoever owns the keys computes: an owner-computes method in three lines."""
+    """The owner of the keys computes: a method in three lines."""
 
-    def place(layout: SequenceLayout, mask: Mask) -> list[list[list[Tile]]]:
-        return [[[Tile(q, k) for q in range(layout.num_chunks)] for k in range(layout.num_chunks)]]
+    def place(problem: Problem) -> Placement:
+        chunks = range(problem.layout.num_chunks)
+        return [[[Tile(q, k) for q in chunks] for k in chunks]]
 
     method, layout = Method("key_owner", place), SequenceLayout.contiguous(3)
     whole = oracle.inputs(3 * 6, (4, 2), (8, 8), torch.float64)
-    parts = run_loopback(3, lambda group: attend(group, method, layout, Mask.full(), whole))  # type: ignore[arg-type]
+    parts = run_loopback(3, lambda group: attend(group, method, layout, Mask.full(), whole))
     check_exact(unshard(layout, parts), whole, Mask.full(), "key_owner")
 
 
@@ -342,14 +353,17 @@ def test_exchanged_bytes_are_those_predicted(method: str, layout_name: str, head
     received = run_loopback(size, counted)
     exchanged = [0] * size
     for direction in Direction:
-        for messages in exchange_messages(layout, cut, shape, direction, seq_length):
+        problem = Problem(
+            layout=layout, mask=Mask.causal(), seq_length=seq_length, direction=direction, shape=shape
+        )
+        for messages in exchange_messages(problem, cut):
             for _, dst, num_bytes in messages:
                 exchanged[dst] += num_bytes
     if method == "ulysses":
         assert received == exchanged
     else:  # and what the ring between the groups moves
         assert all(total > part for total, part in zip(received, exchanged, strict=True))
-        if heads == (8, 8):  # alike on all ranks, so that the prediction for the busiest is exact
+        if heads == (8, 8):  # the same on all ranks, so that the prediction for the busiest one is exact
             chooser = Chooser(size, seq_length)
             network = Network.parse("nvlink")
             predicted = [chooser.predict(method, layout_name, way, shape, network) for way in Direction]
@@ -433,7 +447,7 @@ def test_ranks_that_scale_differently_stop() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="Did you mean 'reference'"):
+    with pytest.raises(UnsupportedError, match="The nearest name is 'reference'"):
         mls.dist_attention(*shards(), kernel="referense")
     with pytest.raises(UnsupportedError, match="method 'helix'"):
         mls.dist_attention(*shards(), method="helix")
@@ -473,6 +487,61 @@ def test_ranks_that_disagree_stop_over_gloo() -> None:
         run_ranks(2, disagree_over_gloo)
 
 
+SKIPPED = r"receiving .* \(backward step \d\) from rank 0: .* must make the same forward and backward calls"
+
+
+def skip_backward_on_rank_0(group: Group) -> str:
+    """A rank whose loss does not depend on its output; the others' error."""
+    q, k, v = (x.requires_grad_() for x in shards())
+    out = mls.dist_attention(q, k, v, group=group)
+    if group.rank() == 0:
+        return "no backward"
+    with pytest.raises(TransportError, match=SKIPPED) as failure:
+        out.sum().backward()
+    return str(failure.value)
+
+
+def test_a_rank_without_a_backward_is_named_when_the_time_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_lightseq.transport.loopback.TIMEOUT_S", 0.5)
+    _, message = run_loopback(2, skip_backward_on_rank_0)
+    assert "silent for 0.5 s: " in message
+    assert message.endswith("check that it called backward as the others did.")
+
+
+def skip_backward_over_gloo() -> str:
+    import torch.distributed as dist
+
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    assert isinstance(group, dist.ProcessGroup)
+    return skip_backward_on_rank_0(group)
+
+
+def test_a_rank_without_a_backward_is_named_over_gloo() -> None:
+    _, message = run_ranks(2, skip_backward_over_gloo)
+    assert "called backward as the others did" in message
+
+
+def test_each_direction_may_have_its_own_method() -> None:
+    layout, mask, pair = SequenceLayout.contiguous(3), Mask.causal(), ("ulysses", "all_gather")
+    whole = oracle.inputs(3 * 8, (4, 2), (8, 5), torch.float64)
+    parts = run_loopback(3, lambda group: attend(group, pair, layout, mask, whole))
+    check_exact(unshard(layout, parts), whole, mask, pair)
+
+    def traffic(group: Group, method: MethodArgument) -> tuple[int, int]:
+        q, k, v, dout = (layout.shard(x, group.rank(), 0).clone().requires_grad_() for x in whole)
+        attention = DistAttention(group, method=method)
+        out = attention(q, k, v)
+        forward = attention.stats.bytes_sent
+        out.backward(dout.detach())
+        return forward, attention.stats.bytes_sent - forward
+
+    both, forward, backward = (run_loopback(3, lambda g: traffic(g, m)) for m in (pair, *pair))  # noqa: B023
+    assert both == [(f, b) for (f, _), (_, b) in zip(forward, backward, strict=True)]
+    assert both not in (forward, backward)
+    with pytest.raises(UnsupportedError, match="'lightseq' on the zigzag layout"):
+        DistAttention(layout="zigzag", method=("ring", "lightseq"))
+
+
 def test_a_failing_rank_wakes_the_others() -> None:
     def fail(group: Group) -> None:
         if group.rank() == 1:
@@ -484,4 +553,5 @@ def test_a_failing_rank_wakes_the_others() -> None:
 
 
 def test_ring_places_for_every_mask() -> None:
-    assert place_ring(SequenceLayout.contiguous(1), Mask.full()) == [[[Tile(0, 0)]]]
+    alone = Problem(layout=SequenceLayout.contiguous(1), mask=Mask.full(), seq_length=4)
+    assert place_ring(alone) == [[[Tile(0, 0)]]]

@@ -4,11 +4,13 @@ import pytest
 
 from megatron_lightseq.errors import ConfigError, LayoutError
 from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import (
     NETWORKS,
     Chooser,
     Direction,
     Network,
+    Problem,
     TensorShape,
     rank_methods,
     reason,
@@ -80,7 +82,7 @@ def test_the_reason_gives_the_figures_of_the_best_two() -> None:
     assert text.startswith(f"{choices[0].name} on the {choices[0].layout} layout: ")
     assert "Next best: " in text
     assert "MiB" in str(choices[0])
-    assert reason(choices[:1]).endswith("of it kernels.")
+    assert reason(choices[:1]).endswith(" ms in kernels.")
 
 
 def test_ranking_keeps_to_the_shards_that_are_there() -> None:
@@ -95,7 +97,14 @@ def test_ranking_keeps_to_the_shards_that_are_there() -> None:
 def test_candidates_are_methods_that_can_run() -> None:
     for cp_size in (1, 2, 5, 12, 16):
         for layout in ("contiguous", "zigzag", "striped"):
-            names = candidates(cp_size, shape(4), layout, TWO_LEVELS)
+            problem = Problem(
+                layout=SequenceLayout(layout, cp_size),
+                mask=Mask.causal(),
+                seq_length=2 * cp_size,
+                shape=shape(4),
+                network=TWO_LEVELS,
+            )
+            names = candidates(problem)
             assert all(fits(name, cp_size) for name in names)
             assert len(names) == len(set(names))
 
@@ -146,7 +155,7 @@ def test_an_unknown_network_is_refused(text: str) -> None:
         Network.parse(text)
 
 
-def test_rings_side_by_side_share_the_card() -> None:
+def test_concurrent_rings_share_the_card() -> None:
     ring = TWO_LEVELS.of_one_ring(4)
     assert (ring.ranks_per_node, ring.nic_bytes_per_s) == (2, 12.5e9 / 4)
     assert TWO_LEVELS.of_one_ring(16).ranks_per_node == 1
@@ -155,11 +164,15 @@ def test_rings_side_by_side_share_the_card() -> None:
 
 @pytest.mark.parametrize("direction", Direction)
 def test_exchanged_bytes_balance(direction: Direction) -> None:
-    """Heads that divide: every rank sends (u - 1) / u of its share, in both trades."""
-    layout, cut = SequenceLayout.contiguous(8), HeadCut(8, 8, 4)
-    there, back = exchange_messages(
-        layout, cut, TensorShape(num_heads=8, num_query_groups=8), direction, 8 * 16
+    """Heads that divide: every rank sends (u - 1) / u of its share, in both exchanges."""
+    problem = Problem(
+        layout=SequenceLayout.contiguous(8),
+        mask=Mask.causal(),
+        seq_length=8 * 16,
+        direction=direction,
+        shape=TensorShape(num_heads=8, num_query_groups=8),
     )
+    there, back = exchange_messages(problem, HeadCut.of(problem.shape, 4))
     for messages in (there, back):
         sent = {rank: sum(size for src, _, size in messages if src == rank) for rank in range(8)}
         assert len(set(sent.values())) == 1

@@ -56,7 +56,7 @@ def test_bad_layout_text_is_refused(text: str) -> None:
         SequenceLayout.parse(text)
 
 
-def test_unshard_wants_one_part_a_rank() -> None:
+def test_unshard_needs_one_part_per_rank() -> None:
     with pytest.raises(LayoutError, match=r"1 parts: .* 2 ranks"):
         SequenceLayout.zigzag(2).unshard([torch.zeros(4)], 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -13,14 +14,20 @@ import torch
 
 from megatron_lightseq.attention import DistAttention
 from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError
-from megatron_lightseq.layout import LAYOUTS, Cut, SequenceLayout
+from megatron_lightseq.layout import LAYOUTS, LayoutRule, SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import (
     METHODS,
+    Chooser,
+    Direction,
     Method,
     Network,
+    Placement,
+    Problem,
     TensorShape,
+    Tile,
     build,
+    compile_program,
     default_layouts,
     method_forms,
     method_names,
@@ -36,7 +43,8 @@ from tests.core.test_attention import attend, check_exact, unshard
 NEW_METHOD = """
 from megatron_lightseq.schedule import Method, Tile, register
 
-def place_key_owner(layout, mask):
+def place_key_owner(problem):
+    layout = problem.layout
     chunks = range(layout.num_chunks)
     return [[[Tile(q, k) for q in chunks for k in layout.chunks_of(rank)] for rank in range(layout.cp_size)]]
 
@@ -71,7 +79,9 @@ def test_a_method_added_by_a_module_is_listed_everywhere(key_owner: Method) -> N
     assert method_names()[-1] == "key_owner"
     assert "key_owner" in method_forms()
     assert resolve_method("key_owner") is key_owner
-    assert "key_owner" in candidates(4, TensorShape(), "striped", Network.parse("nvlink"))
+    assert "key_owner" in candidates(
+        Problem(layout=SequenceLayout.striped(4), mask=Mask.causal(), seq_length=64)
+    )
     with pytest.raises(
         UnsupportedError, match=r"the methods are .*key_owner.*The nearest name is 'key_owner'"
     ):
@@ -134,13 +144,13 @@ def test_sizes_in_another_form_are_refused(text: str) -> None:
 
 NEW_LAYOUTS = {
     # Stored late piece first, so that storage and sequence run in opposite directions.
-    "late_first": Cut(lambda rank, cp_size: (2 * cp_size - 1 - rank, rank)),
+    "late_first": LayoutRule(lambda rank, cp_size: (2 * cp_size - 1 - rank, rank)),
     # Two stripes per rank: several interleaved pieces.
-    "two_stripes": Cut(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank), interleaved=True),
+    "two_stripes": LayoutRule(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank), interleaved=True),
     # Three pieces per rank, none of them adjacent.
-    "dealt": Cut(lambda rank, cp_size: (rank, cp_size + rank, 2 * cp_size + rank)),
+    "dealt": LayoutRule(lambda rank, cp_size: (rank, cp_size + rank, 2 * cp_size + rank)),
     # Adjacent ranks share no early or late half, so that ranks cannot exchange heads in groups.
-    "shifted": Cut(lambda rank, cp_size: (rank, cp_size + (rank + 1) % cp_size)),
+    "shifted": LayoutRule(lambda rank, cp_size: (rank, cp_size + (rank + 1) % cp_size)),
 }
 
 
@@ -218,6 +228,125 @@ def test_rotary_angles_follow_a_new_layout(new_layout: str) -> None:
     [lambda rank, cp_size: (0,), lambda rank, cp_size: (rank + 1,), lambda rank, cp_size: (0,) * rank],
 )
 def test_pieces_that_lose_tokens_are_refused(pieces_of, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setitem(LAYOUTS, "broken", Cut(pieces_of))
+    monkeypatch.setitem(LAYOUTS, "broken", LayoutRule(pieces_of))
     with pytest.raises(LayoutError, match=r"pieces .* of 3 ranks: every rank holds equally many"):
         SequenceLayout("broken", 3)
+
+
+# --- problems --------------------------------------------------------------------------------------------------
+
+HEADS, CLUSTER = TensorShape(num_heads=8, num_query_groups=2), Network.parse("nvlink+8x400gbps")
+
+
+def seen_by(method: Method, direction: str = "forward") -> Problem:
+    """What a method's placement is given on 8 ranks."""
+    seen = []
+
+    def place(problem: Problem) -> Placement:
+        seen.append(problem)
+        return method.place(problem)
+
+    layout = SequenceLayout.contiguous(8)
+    build(
+        replace(method, place=place),
+        layout,
+        direction=direction,
+        seq_length=256,
+        shape=HEADS,
+        network=CLUSTER,
+    )
+    return seen[0]
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_a_placement_sees_its_problem(direction: Direction) -> None:
+    problem = seen_by(replace(METHODS["lightseq"], uses_shape=True), direction)
+    assert problem == Problem(
+        layout=SequenceLayout.contiguous(8).split(2),
+        mask=Mask.causal(),
+        seq_length=256,
+        direction=direction,
+        shape=HEADS,
+        network=CLUSTER,
+    )
+    assert sum(problem.work.values()) == 256 * 257 // 2
+    assert problem.work[Tile(0, 0)] == 16 * 17 // 2
+    assert Tile(0, 1) not in problem.work
+
+
+def test_a_placement_that_does_not_use_the_shape_does_not_see_it() -> None:
+    """One schedule then serves every shape, and nothing can make it depend on one."""
+    problem = seen_by(METHODS["lightseq"])
+    assert problem.shape == TensorShape()
+    assert problem.network is None
+
+
+def test_within_groups_that_exchange_heads_a_placement_sees_its_share() -> None:
+    problem = seen_by(replace(resolve_method("usp:4"), uses_shape=True))
+    assert problem.layout == SequenceLayout.contiguous(2).split(2)
+    assert (problem.shape.num_heads, problem.shape.num_query_groups) == (2, 1)
+    assert problem.network == CLUSTER.of_one_ring(4)
+
+
+def test_work_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By placing, dropping, checking and compiling, in both directions."""
+    calls: list[tuple[range, range]] = []
+    area = Mask.area
+    monkeypatch.setattr(Mask, "area", lambda mask, *tile: calls.append(tile) or area(mask, *tile))
+    documents = Mask.documents((0, 5, 64))
+    for direction in Direction:
+        built = build("lightseq", SequenceLayout.contiguous(4), mask=documents, direction=direction)
+        compile_program(built, 0)
+    assert len(calls) == len(set(calls)) <= 8 * 8 + 1
+
+
+def place_by_load(problem: Problem) -> Placement:
+    """A small solver: each tile goes to the rank with the least work, at best to the owner of its dearer side."""
+    layout, owner = problem.layout, problem.layout.owner
+    q_bytes, k_bytes = problem.shape.bytes_per_side(problem.direction)
+    load = [0] * layout.cp_size
+    placed: list[list[Tile]] = [[] for _ in load]
+    for tile, area in sorted(problem.work.items(), key=lambda item: -item[1]):
+        home = owner[tile.q] if q_bytes >= k_bytes else owner[tile.k]
+        rank = min(range(layout.cp_size), key=lambda r: (load[r], r != home))
+        load[rank] += area
+        placed[rank].append(tile)
+    return [placed]
+
+
+BY_LOAD = Method(
+    "by_load",
+    place_by_load,
+    splits=lambda problem: 4 if problem.direction is Direction.FORWARD else 2,
+    uses_shape=True,
+)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_solver_plans_each_direction_for_packed_documents(size: int) -> None:
+    layout, mask = SequenceLayout.contiguous(size), Mask.documents((0, 3, 4 * size, 11 * size, 12 * size))
+    built = {
+        way: build(BY_LOAD, layout, mask=mask, direction=way, shape=TensorShape(num_heads=4))
+        for way in Direction
+    }
+    assert [one.layout.splits for one in built.values()] == [4, 2]
+    whole = oracle.inputs(12 * size, (4, 1), (8, 5), torch.float64)
+    parts = run_loopback(size, lambda group: attend(group, BY_LOAD, layout, mask, whole))
+    check_exact(unshard(layout, parts), whole, mask, size)
+
+
+def test_predictions_of_a_solver_depend_on_the_shape() -> None:
+    """Schedules are kept by what the placement saw: another shape makes another one, if the method uses it."""
+    sizes = []
+
+    def place(problem: Problem) -> Placement:
+        sizes.append(problem.shape.num_heads)
+        return METHODS["ring"].place(problem)
+
+    chooser, network = Chooser(4, 64), Network.parse("nvlink")
+    for uses_shape, expected in ((False, [1]), (True, [4, 8])):
+        sizes.clear()
+        method = Method("watched", place, uses_shape=uses_shape)
+        for heads in (4, 8, 8):
+            chooser.predict(method, "contiguous", Direction.FORWARD, TensorShape(num_heads=heads), network)
+        assert sizes == expected

@@ -14,6 +14,7 @@ from megatron_lightseq.schedule import (
     Method,
     Network,
     Placement,
+    Problem,
     Schedule,
     TensorShape,
     Tile,
@@ -103,7 +104,7 @@ def test_a_mesh_of_every_shape_is_valid(direction: str) -> None:
         for rows in (rows for rows in range(1, size + 1) if size % rows == 0):
             schedule = build(f"mesh:{rows}x{size // rows}", "zigzag", size, direction)
             inputs = [m for step in schedule.steps for m in step.moves if m.payload not in RESULTS]
-            # 2 chunks a rank, from each other rank of the row and of the column; without work, no transfer
+            # 2 chunks per rank, from each other rank of the row and of the column; no transfer without work
             assert len(inputs) <= 2 * size * (rows - 1 + size // rows - 1)
 
 
@@ -124,7 +125,7 @@ def test_contiguous_ring_is_the_unbalanced_ablation() -> None:
 
 
 def test_lightseq_bytes_are_those_of_the_paper() -> None:
-    """FACTS: at P = 8, MHA, the mean rank sends 7 chunk tensors and the busiest 11, before the last step's split."""
+    """At P = 8, MHA, a rank sends 7 chunk tensors on average and the busiest 11, before the last step is split."""
     shape = TensorShape(num_heads=1, num_query_groups=1, head_dim=1, element_bytes=4)
     schedule = build("lightseq", "contiguous", 8)
     shard = schedule.seq_length // 8
@@ -192,9 +193,7 @@ def test_every_mutant_is_refused(method: str, layout: str, size: int, direction:
 
 def test_tiles_without_work_are_refused_and_dropped() -> None:
     layout = SequenceLayout.contiguous(2)
-    eager = Method(
-        "eager", lambda layout, mask: [[[Tile(0, 0)], [Tile(1, 0), Tile(1, 1)]], [[Tile(0, 1)], []]]
-    )
+    eager = Method("eager", lambda problem: [[[Tile(0, 0)], [Tile(1, 0), Tile(1, 1)]], [[Tile(0, 1)], []]])
     schedule = schedules.build(eager, layout)
     assert all(Tile(0, 1) not in tiles for step in schedule.steps for tiles in step.tiles)
     with pytest.raises(ScheduleError, match="q0k1, which holds no work"):
@@ -211,7 +210,8 @@ def test_an_input_used_twice_travels_once_and_is_kept() -> None:
     """A placement may keep an input over several steps: it arrives before the first, leaves after the last."""
     layout = SequenceLayout.contiguous(2)
 
-    def stretched(layout: SequenceLayout, mask: Mask) -> Placement:
+    def stretched(problem: Problem) -> Placement:
+        layout = problem.layout
         own = [all_tiles(layout, rank, rank) for rank in (0, 1)]
         other = [all_tiles(layout, rank, 1 - rank) for rank in (0, 1)]
         halves = [[[tile for tile in tiles if tile.q % 2 == half] for tiles in other] for half in (0, 1)]
@@ -281,11 +281,11 @@ def test_overlap_and_bandwidth_in_the_simulation() -> None:
     schedule = build("lightseq", "contiguous", 4)
     free = simulate(schedule)
     slow = Network(name="slow", link_bytes_per_s=1e6, link_latency_s=1e-3)
-    beside, after = (simulate(schedule, Costs(overlap=overlap, network=slow)) for overlap in (True, False))
+    during, after = (simulate(schedule, Costs(overlap=overlap, network=slow)) for overlap in (True, False))
     assert free.exposed_s == 0.0
-    assert free.makespan_s < beside.makespan_s < after.makespan_s
-    assert beside.bytes_sent == after.bytes_sent
-    assert sum(beside.bytes_sent) == sum(beside.bytes_received)
+    assert free.makespan_s < during.makespan_s < after.makespan_s
+    assert during.bytes_sent == after.bytes_sent
+    assert sum(during.bytes_sent) == sum(during.bytes_received)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_overlap_and_bandwidth_in_the_simulation() -> None:
             "schedule line",
         ),
         (
-            lambda: schedules.build(Method("idle", lambda layout, mask: []), SequenceLayout.contiguous(2)),
+            lambda: schedules.build(Method("idle", lambda problem: []), SequenceLayout.contiguous(2)),
             ScheduleError,
             "never computed: q0k0 q1k0 q1k1",
         ),

@@ -20,13 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lightseq.kernels.adapters import begin_gradients
+from megatron_lightseq.kernels.cuda import GradientTargets, head_parts
 from megatron_lightseq.kernels.tile_mask import TileMask
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = shutil.which("g++")
 FLAGS = ("-std=c++20", "-march=x86-64-v3", "-fPIC", "-pthread")
 KERNELS = "library.cpp"
+MULTIPROCESSORS = 2
+"""What csrc/cuda/emulation/sm80.h says that the emulated GPU has."""
+QUERY_TILES = 3
+SMALL_LIMITS = (f"-DMLS_BACKWARD_QUERY_TILES={QUERY_TILES}", "-DMLS_CACHED_BYTES=65536")
+"""So that small tests need several launches, and several sections of a launch's order."""
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -71,7 +76,7 @@ class ForwardParams(ctypes.Structure):
         ("mask", Mask),
         ("softmax_scale", ctypes.c_float),
         ("accumulate", ctypes.c_bool),
-        ("bf16_out", StridedTensor),  # of the CPU kernel
+        ("rounded_out", StridedTensor),
     ]
 
 
@@ -83,7 +88,19 @@ class BackwardParams(ctypes.Structure):
         ("mask", Mask),
         ("softmax_scale", ctypes.c_float),
         ("accumulate", ctypes.c_bool),
-        *[(name, StridedTensor) for name in ("bf16_dq", "bf16_dk", "bf16_dv")],  # of the CPU kernel
+        *[(name, StridedTensor) for name in ("rounded_dq", "rounded_dk", "rounded_dv")],
+    ]
+
+
+class BackwardOptions(ctypes.Structure):
+    _fields_ = [("deterministic", ctypes.c_bool), ("head_parts", ctypes.c_int)]
+
+
+class DeltaParams(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("queries", "batch", "heads", "value_dim")],
+        *[(name, ctypes.c_int) for name in ("out_type", "dout_type")],
+        *[(name, StridedTensor) for name in ("out", "dout", "delta")],
     ]
 
 
@@ -100,6 +117,16 @@ def _shape(q: Tensor, k: Tensor, v: Tensor) -> Shape:
 
 def _strided(x: Tensor) -> StridedTensor:
     return StridedTensor(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3]))
+
+
+def _sums(x: Tensor) -> StridedTensor:
+    """A result that is fp32; nothing in place of others."""
+    return _strided(x) if x.dtype == torch.float32 else StridedTensor()
+
+
+def _rounded(x: Tensor) -> StridedTensor:
+    """A result in the dtype of the inputs; nothing in place of others."""
+    return StridedTensor() if x.dtype == torch.float32 else _strided(x)
 
 
 def _mask(mask: TileMask, queries: int, keys: int) -> Mask:
@@ -148,9 +175,7 @@ def cached_library() -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             unfinished = Path(scratch) / "library.so"
-            build_library(
-                CSRC, build_machine(CSRC, Path(scratch)), unfinished, "-O2", "-DMLS_BACKWARD_QUERY_TILES=3"
-            )
+            build_library(CSRC, build_machine(CSRC, Path(scratch)), unfinished, "-O2", *SMALL_LIMITS)
             unfinished.rename(library)
     return library
 
@@ -170,7 +195,7 @@ class Emulator:
     refuses_tensor_maps: bool = False
     """As a driver that refuses to describe a tensor to Hopper's kernels."""
     name: str = "emulated-cuda"
-    rounds_results: bool = False
+    rounds_results: bool = True
 
     @cached_property
     def library(self) -> ctypes.CDLL:
@@ -226,10 +251,13 @@ class Emulator:
             ForwardParams(
                 _shape(q, k, v),
                 ELEMENT_TYPES[q.dtype],
-                *[_strided(x) for x in (q, k, v, out, lse)],
+                *[_strided(x) for x in (q, k, v)],
+                _sums(out),
+                _strided(lse),
                 _mask(mask, q.shape[0], k.shape[0]),
                 softmax_scale,
                 accumulate,
+                _rounded(out),
             ),
         )
 
@@ -249,16 +277,62 @@ class Emulator:
         softmax_scale: float,
         accumulate: bool = True,
     ) -> None:
-        begin_gradients((dq, dk, dv), accumulate=accumulate)
-        self._call(
-            "backward",
-            BackwardParams(
-                _shape(q, k, v),
-                ELEMENT_TYPES[q.dtype],
-                *[_strided(x) for x in (dout, q, k, v, lse, delta, dq, dk, dv)],
-                _mask(mask, q.shape[0], k.shape[0]),
-                softmax_scale,
-                True,
-            ),
-            ctypes.c_bool(self.deterministic),
+        keys, batch, groups = k.shape[:3]
+        group = q.shape[2] // groups
+        divides = self.architecture == "sm90" and not self.deterministic
+        parts = head_parts(keys, batch, groups, group, MULTIPROCESSORS) if divides else 1
+        targets = GradientTargets.prepare(
+            (dq, dk, dv),
+            accumulate=accumulate,
+            deterministic=self.deterministic,
+            parts=parts,
+            is_one_launch=self.architecture == "sm80" or q.shape[0] <= 64 * QUERY_TILES,
         )
+        read = (dout, q, k, v, lse, delta)
+        params = self.backward_params(read, targets.written, mask, softmax_scale, accumulate)
+        self.call_backward(params, BackwardOptions(self.deterministic, parts))
+        targets.finish()
+
+    def backward_params(
+        self,
+        read: tuple[Tensor, ...],
+        written: tuple[Tensor, ...],
+        mask: TileMask,
+        softmax_scale: float,
+        accumulate: bool,
+    ) -> BackwardParams:
+        """The arguments of the compiled backward: dout, q, k, v, lse and delta, and dq, dk and dv."""
+        _, q, k, v, _, _ = read
+        return BackwardParams(
+            _shape(q, k, v),
+            ELEMENT_TYPES[q.dtype],
+            *[_strided(x) for x in read],
+            *[_sums(x) for x in written],
+            _mask(mask, q.shape[0], k.shape[0]),
+            softmax_scale,
+            accumulate,
+            *[_rounded(x) for x in written],
+        )
+
+    def call_backward(self, params: BackwardParams, options: BackwardOptions) -> None:
+        """The compiled backward.
+
+        Raises:
+            EmulationError: it refused the arguments, or did something that a GPU would not allow.
+        """
+        self._call("backward", params, ctypes.byref(options))
+
+    def delta(self, out: Tensor, dout: Tensor) -> Tensor:
+        """The sums of ``out * dout`` over Dv, (B, H, S), by csrc/cuda/delta.h."""
+        tokens, batch, heads, value_dim = out.shape
+        delta = torch.full((batch, heads, tokens), float("nan"))
+        self.library.mls_emu_configure(self.seed, self.threads, self.refuses_tensor_maps)
+        self.library.mls_emu_delta.restype = ctypes.c_char_p
+        types = [ELEMENT_TYPES[x.dtype] for x in (out, dout)]
+        strided = [_strided(x) for x in (out, dout, delta)]
+        failure = self.library.mls_emu_delta(
+            ctypes.byref(DeltaParams(tokens, batch, heads, value_dim, *types, *strided))
+        )
+        if failure is not None:
+            raise EmulationError(failure.decode())
+        return delta

@@ -29,14 +29,15 @@ def expect_output(
 
 
 def run_backward(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel) -> Results:
-    """The textbook's out and lse, and the gradients of two calls, each of which adds half of its ``dout``."""
+    """The textbook's out and lse, and the gradients of two calls, each for half of ``dout``; the second call adds."""
     q, k, v, dout = tensors
     out, lse, *_ = textbook(case, torch.float32, tensors)
     half = dout * 0.5
     delta = (out * half.float()).sum(-1).permute(1, 2, 0).contiguous()
-    grads = dq, dk, dv = [torch.zeros(x.shape) for x in (q, k, v)]
-    for _ in range(2):
-        kernel.backward(half, q, k, v, lse, delta, *grads, mask=case.mask(), softmax_scale=case.softmax_scale)
+    grads = dq, dk, dv = [torch.full(x.shape, float("nan")) for x in (q, k, v)]
+    options = {"mask": case.mask(), "softmax_scale": case.softmax_scale}
+    for accumulate in (False, True):
+        kernel.backward(half, q, k, v, lse, delta, *grads, accumulate=accumulate, **options)
     return out, lse, dq, dk, dv
 
 

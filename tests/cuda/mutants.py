@@ -155,8 +155,8 @@ def _hopper(name: str, old: str, new: str, file: str = HOPPER) -> Mutant:
 HOPPER_MUTANTS = (
     _hopper(
         "scores used before they are done",
-        "wgmma_wait<1>();  // the scores",
-        "wgmma_wait<2>();  // the scores",
+        "wgmma_wait<1>();  // for the scores",
+        "wgmma_wait<2>();  // for the scores",
     ),
     _hopper(
         "values used before they landed",
@@ -251,6 +251,12 @@ HOPPER_MUTANTS = (
         "kColumns / kSwizzleColumns",
         file="panels.h",
     ),
+    _hopper(
+        "the first tile of a section taken twice",
+        "within % width, within / width",
+        "within % width, larger(within / width, 1)",
+        file="work_order.h",
+    ),
     _hopper("columns beyond the panel's half multiplied", "k < T::kHeadDim", "k < 144"),
 )
 
@@ -332,7 +338,15 @@ HOPPER_BACKWARD_MUTANTS = (
         TILES,
     ),
     _backward("no word of the end", "rows.any = any;", "rows.any = true;", TILES),
-    _backward("last head of a group left out", "end_head = head + group;", "end_head = head + 1;", TILES),
+    _backward("last head of a group left out", "first_head + heads;", "first_head + larger(heads - 1, 1);"),
+    _backward(
+        "the second launch writes over the first", "params.accumulate || first_query > 0", "params.accumulate"
+    ),
+    _backward(
+        "every part of a group takes the first heads",
+        "launch.head_parts + part) * heads",
+        "launch.head_parts) * heads",
+    ),
     _backward(
         "tiles that are seen in part left out", "== TileKind::kUnseen);", "!= TileKind::kWhole);", TILES
     ),
@@ -360,7 +374,14 @@ HOPPER_BACKWARD_MUTANTS = (
     ),
     _backward("delta forgotten", "- rows.delta[fragment_column(j, e)]", ""),
     _backward(
-        "dK without the scale", "num_keys, 0,\n           params.softmax_scale);", "num_keys, 0, 1.0f);"
+        "dK without the scale",
+        "state.dk, first_row, 0, params.softmax_scale);",
+        "state.dk, first_row, 0, 1.0f);",
+    ),
+    _backward(
+        "shared dK without the scale",
+        "state.dk, first_row, params.softmax_scale);",
+        "state.dk, first_row, 1.0f);",
     ),
     _backward("dS stored unswizzled", "(chunk % 8 ^ row % 8)", "(chunk % 8)", PANELS),
     _backward("rows of dQ meet in banks", "trades = row % 2;", "trades = false;", PANELS, slow=True),

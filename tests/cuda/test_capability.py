@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
-from megatron_lightseq.kernels import cuda
-from megatron_lightseq.kernels.cuda import _aligned, cannot_run, runs_on
+from megatron_lightseq.kernels.cuda import cannot_run, runs_on
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = "80+PTX;90a"
@@ -61,7 +58,7 @@ def test_the_default_build_serves_what_came_after_it(device: Device, head_dim: i
 def test_little_shared_memory_serves_small_heads(device: Device) -> None:
     assert cannot_run(device, DEFAULT, 64) is None
     reason = cannot_run(device, DEFAULT, 128)
-    assert reason == ("head dims above 64 need 164 KiB of shared memory a multiprocessor, Some GPU has 100")
+    assert reason == ("head dims above 64 need 164 KiB of shared memory per multiprocessor, Some GPU has 100")
 
 
 def test_gpus_without_code_are_told_what_to_build() -> None:
@@ -71,51 +68,6 @@ def test_gpus_without_code_are_told_what_to_build() -> None:
         assert reason is not None
         assert f"built for compute capabilities {archs}, Some GPU has {device.major}.0" in reason
         assert "MLS_CUDA_ARCHS='80+PTX;90a' python setup.py build_ext --inplace" in reason
-
-
-PACKED = torch.zeros(6, 2, 4, 3, 64, dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("x", "is_copied"),
-    [
-        (PACKED[..., 0, :], False),
-        (PACKED[..., 0, :][:1, :, :, :], False),
-        (PACKED[:, :, :1, 0].expand(6, 2, 4, 64), True),  # one head for all: stride 0
-        (PACKED[:, :, :1, 0].expand(6, 2, 1, 64), False),
-        (PACKED[..., 0, :1].expand(6, 2, 4, 64), True),
-        (
-            torch.zeros(6 * 2 * 4 * 64 + 4, dtype=torch.bfloat16)[4:].view(6, 2, 4, 64),
-            True,
-        ),  # 8 bytes past an aligned address
-        (torch.zeros(6, 2, 4, 68, dtype=torch.bfloat16)[..., :64], True),  # rows 136 bytes apart
-    ],
-)
-def test_inputs_that_do_not_suit_the_kernels_are_copied(x: Tensor, is_copied: bool) -> None:
-    got = _aligned(x)
-    assert torch.equal(got, x)
-    assert (got is not x) == is_copied
-    assert all(stride % 8 == 0 for stride in got.stride()[:-1])
-    assert all(stride > 0 for size, stride in zip(got.shape, got.stride(), strict=True) if size > 1)
-
-
-class Reporting:
-    """Stands in for the extension: what it reports, call by call."""
-
-    def __init__(self, *reasons: str | None) -> None:
-        self.reasons = list(reasons)
-
-    def cuda_fallback(self) -> str | None:
-        return self.reasons.pop(0)
-
-
-def test_a_fallback_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = Reporting("the driver refused a tensor map with CUresult 1", None)
-    monkeypatch.setattr(cuda, "load_extension", lambda kernel: extension)
-    with pytest.warns(RuntimeWarning, match="the driver refused a tensor map with CUresult 1"):
-        cuda._warn_of_fallback()
-    cuda._warn_of_fallback()
-    assert extension.reasons == []
 
 
 @pytest.mark.parametrize("archs", ["75", "80;", "80+ptx"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_lightseq.kernels.cuda import HEAD_DIMS
-from tests.cuda.emulator import EmulationError, Emulator
+from tests.cuda.emulator import BackwardOptions, EmulationError, Emulator
 from tests.cuda.judge import expect_gradients, expect_output, run_forward
 from tests.kernels.oracle import Case, Results, delta, expect_within_budget, inputs, run_kernel, with_keys
 
@@ -36,6 +38,8 @@ HOPPER_TILES = (
     (Case(queries=90, keys=100, ranges="random"), 5),
     (Case(queries=5, keys=700, heads=1, amplitude=4.0), 6),
 )
+ONE_KEY_HEAD = (Case(queries=100, keys=150, heads=6, groups=1), 7)
+"""Two blocks of keys do not fill the multiprocessors: two more share the query heads of the group."""
 
 
 def run_with_gradients(case: Case, dtype: torch.dtype, kernel: Emulator) -> Results:
@@ -69,7 +73,7 @@ def test_hopper_matches_fp64(library: Path, case: Case, seed: int, dims: tuple[i
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("case", "seed"), HOPPER_TILES, ids=str)
+@pytest.mark.parametrize(("case", "seed"), [*HOPPER_TILES, ONE_KEY_HEAD], ids=str)
 def test_hopper_gradients_match_fp64(library: Path, case: Case, seed: int, head_dim: int) -> None:
     case = replace(case, head_dim=head_dim, value_dim=head_dim)
     dtype = torch.float16 if seed % 2 else torch.bfloat16
@@ -111,6 +115,126 @@ def test_order_of_warps_does_not_matter(library: Path, architecture: str, seed: 
     got = run_with_gradients(CAUSAL, torch.bfloat16, replace(kernel, seed=seed))
     for first, second in zip(want, got, strict=True):
         assert torch.equal(first, second)
+
+
+WRITTEN = (
+    Case(
+        queries=150, keys=300, heads=4, groups=2, head_dim=64, value_dim=64, band_hi=20
+    ),  # keys that nobody sees
+    Case(queries=100, keys=150, heads=4, groups=1, head_dim=64, value_dim=64, ranges="documents"),
+    Case(queries=200, keys=70, heads=1, head_dim=64, value_dim=64, band_lo=-20),  # two launches on Hopper
+    Case(queries=70, keys=90, heads=1, head_dim=64, value_dim=64, ranges="empty"),
+)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+@pytest.mark.parametrize("case", WRITTEN, ids=lambda case: f"{case.queries}x{case.keys}-{case.ranges}")
+def test_results_need_no_initialisation_and_are_rounded_once(
+    library: Path, case: Case, deterministic: bool, architecture: str
+) -> None:
+    kernel = Emulator(library, architecture, deterministic=deterministic)
+    q, k, v, dout = inputs(case, torch.bfloat16)
+    want = run_kernel(case, (q, k, v, dout), kernel)
+    options = {"mask": case.mask(), "softmax_scale": case.softmax_scale, "accumulate": False}
+    for dtype in (torch.float32, torch.bfloat16):
+        out, lse = torch.full(dout.shape, float("nan"), dtype=dtype), torch.full_like(want[1], float("nan"))
+        kernel.forward(q, k, v, out, lse, **options)
+        grads = [torch.full(x.shape, float("nan"), dtype=dtype) for x in (q, k, v)]
+        kernel.backward(dout, q, k, v, lse, delta(want[0], dout), *grads, **options)
+        for name, got, exact in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), want, strict=True):
+            assert torch.equal(got, exact.to(got.dtype)), f"{name} in {dtype}"
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+@pytest.mark.parametrize("size", [{"keys": 0}, {"queries": 0}, {"batch": 0}], ids=str)
+def test_empty_calls_write_zeros(library: Path, architecture: str, size: dict[str, int]) -> None:
+    case = Case(**{"queries": 70, "keys": 90, "head_dim": 64, "value_dim": 64, **size})
+    q, k, v, dout = inputs(case, torch.bfloat16)
+    for deterministic in (False, True):
+        kernel = Emulator(library, architecture, deterministic=deterministic)
+        grads = [torch.full(x.shape, float("nan"), dtype=torch.bfloat16) for x in (q, k, v)]
+        rows = torch.zeros(2, case.batch, case.heads, case.queries)
+        options = {"mask": case.mask(), "softmax_scale": case.softmax_scale, "accumulate": False}
+        kernel.backward(dout, q, k, v, *rows, *grads, **options)
+        assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+def test_what_is_added_to_atomically_is_not_rounded(library: Path) -> None:
+    case = WRITTEN[1]
+    kernel = Emulator(library, "sm90")
+    q, k, v, dout = inputs(case, torch.bfloat16)
+    results = [torch.zeros(x.shape, dtype=torch.bfloat16) for x in (q, k, v)]
+    sums = [x.float() for x in results]
+    rows = torch.zeros(2, case.batch, case.heads, case.queries)
+
+    def call(*written: Tensor, deterministic: bool, parts: int) -> None:
+        params = kernel.backward_params(
+            (dout, q, k, v, *rows), written, case.mask(), case.softmax_scale, False
+        )
+        kernel.call_backward(params, BackwardOptions(deterministic, parts))
+
+    with pytest.raises(EmulationError, match="dq unless deterministic, dk and dv with several head parts"):
+        call(*results, deterministic=False, parts=1)
+    with pytest.raises(EmulationError, match="results that blocks add to atomically must be fp32"):
+        call(sums[0], *results[1:], deterministic=False, parts=2)
+    for deterministic, parts in ((False, 3), (False, 0), (True, 2)):
+        with pytest.raises(EmulationError, match="head_parts must divide the query heads"):
+            call(*sums, deterministic=deterministic, parts=parts)
+    call(*results, deterministic=True, parts=1)
+
+
+@pytest.mark.parametrize("value_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, None], ids=["fp32", "rounded"])
+def test_delta_is_the_sum_of_products(
+    library: Path, value_dim: int, dtype: torch.dtype, out_dtype: torch.dtype | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    out, dout = torch.randn(2, 19, 2, 3, value_dim, generator=generator)
+    packed = torch.zeros(2, 3, 19, 3 * value_dim, dtype=dtype)
+    packed[..., value_dim : 2 * value_dim] = dout.permute(1, 2, 0, 3)
+    strided = packed[..., value_dim : 2 * value_dim].permute(2, 0, 1, 3)
+    out = out.to(out_dtype or dtype)
+    got = Emulator(library).delta(out, strided)
+    want = (out.double() * strided.double()).sum(-1).permute(1, 2, 0)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_delta_refuses_what_it_does_not_take(library: Path) -> None:
+    kernel = Emulator(library)
+    x = torch.zeros(3, 1, 2, 64)
+    with pytest.raises(EmulationError, match="delta takes dout in bfloat16 or float16"):
+        kernel.delta(x, x)
+    with pytest.raises(EmulationError, match="out in the same type or float32"):
+        kernel.delta(x.half(), x.bfloat16())
+    for value_dim in (12, 264):
+        with pytest.raises(EmulationError, match="value dims that are multiples of 8 up to 256"):
+            kernel.delta(torch.zeros(3, 1, 2, value_dim), torch.zeros(3, 1, 2, value_dim).half())
+
+
+@pytest.mark.parametrize(
+    ("tiles", "units", "bytes_of_unit", "width"),
+    [(5, 4, 16384, 4), (5, 7, 16384, 4), (3, 5, 1 << 20, 1), (1, 9, 30000, 2), (4, 3, 0, 3)],
+)
+def test_every_place_of_the_order_is_taken_once(
+    library: Path, tiles: int, units: int, bytes_of_unit: int, width: int
+) -> None:
+    """Units that fit into the cache together go side by side, their tiles in turn; then the next ones."""
+    places = (ctypes.c_int * (2 * tiles * units))()
+    function = Emulator(library).library.mls_emu_order
+    function.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_void_p]
+    function.restype = ctypes.c_char_p
+    assert function(tiles, units, bytes_of_unit, places) is None
+    want = [
+        (unit, tile)
+        for first in range(0, units, width)
+        for tile in range(tiles)
+        for unit in range(first, min(first + width, units))
+    ]
+    assert list(zip(places[::2], places[1::2], strict=True)) == want
+    too_many = function(1 << 20, 1 << 11, bytes_of_unit, places)
+    assert too_many == b"B * H * Sq is too large for one launch: use fewer heads or sequences per call"
 
 
 def test_a_refused_tensor_map_is_reported_once_per_kernel(tmp_path: Path, library: Path) -> None:

@@ -185,7 +185,7 @@ def test_training_step_in_a_graph(deterministic: bool, head_dim: int) -> None:
             step.run()
         torch.cuda.current_stream().wait_stream(side)
         for name, first, second in zip(("out", "lse", "dq", "dk", "dv"), got, step.results(), strict=True):
-            if name == "dq" and not deterministic:
+            if name in ("dq", "dk", "dv") and not deterministic:
                 torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
             else:
                 assert torch.equal(first, second), name

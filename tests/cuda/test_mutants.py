@@ -24,6 +24,7 @@ HEAD_DIMS = {  # few, for they are compiled again for every mutant
         "-DMLS_FOR_EACH_HEAD_DIM(X)=",
         "-DMLS_FOR_EACH_HOPPER_HEAD_DIM(X)=X(96, 96)",
         "-DMLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(X)=",
+        "-DMLS_CACHED_BYTES=200000",  # two heads of three side by side
     ),
     "sm90 backward": (
         "-DMLS_FOR_EACH_HEAD_DIM(X)=",
@@ -39,7 +40,7 @@ HOPPER_BACKWARD_CASES = (
 )
 HOPPER_CASES = (
     Case(queries=70, keys=600, heads=1, head_dim=96, value_dim=96, band_hi=540, amplitude=3.0),
-    Case(queries=140, keys=520, heads=1, head_dim=96, value_dim=96),
+    Case(queries=140, keys=250, heads=3, groups=3, head_dim=96, value_dim=96),
 )
 CASES = (
     Case(queries=150, keys=210, heads=2, groups=1, head_dim=64, value_dim=64, band_hi=40, amplitude=3.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
@@ -119,7 +120,9 @@ def test_truncated_index_is_refused(kept: int, prefix: Path) -> None:
 @pytest.mark.parametrize("lost", [1, 2, 1000])
 def test_truncated_tokens_are_refused(lost: int, prefix: Path) -> None:
     os.truncate(f"{prefix}.bin", Path(f"{prefix}.bin").stat().st_size - lost)
-    with pytest.raises(DataError, match=r"a sequence ends after byte.*end of the \.bin file, which was cut"):
+    with pytest.raises(
+        DataError, match=r"a sequence ends after byte.*end of the \.bin file, which was truncated"
+    ):
         check_index(prefix)
 
 
@@ -166,6 +169,33 @@ def test_data_of_megatrons_own_tools_is_read_without_facts(prefix: Path) -> None
     assert unknown != known
     os.utime(f"{prefix}.bin", ns=(1, 1))
     assert content_digest(prefix) != unknown
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("documents", 39, "says documents = 39, the files have 40"),
+        ("tokens", 10**15, "says tokens = 1000000000000000, the files have 4528"),
+        ("bin_bytes", 0, "says bin_bytes = 0, the files have 9056"),
+        ("idx_bytes", -1, "says idx_bytes = -1, the files have 842"),
+        ("entropy", float("inf"), "is damaged"),
+        ("entropy", float("nan"), "is damaged"),
+        ("entropy", -1.0, "is damaged"),
+    ],
+)
+def test_facts_that_contradict_the_files_are_named(name: str, value: float, text: str, prefix: Path) -> None:
+    facts = json.loads(Path(f"{prefix}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps(facts | {name: value}))
+    with pytest.raises(DataError, match=text):
+        open_corpora(config_for(str(prefix)))
+
+
+def test_tokens_of_another_corpus_are_refused(prefix: Path, tmp_path: Path) -> None:
+    other, _ = make_corpus(tmp_path, "other", count=41)
+    for suffix in ("bin", "idx"):
+        Path(f"{other}.{suffix}").replace(f"{prefix}.{suffix}")
+    with pytest.raises(DataError, match=r"documents = 40, the files have 41.*are written together"):
+        open_corpora(config_for(str(prefix)))
 
 
 def test_content_digest_follows_the_tokens(tmp_path: Path) -> None:
@@ -238,6 +268,26 @@ def test_truncated_cache_is_refused(kept: int, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(100))
     os.truncate(tmp_path / "a.npy", kept)
     with pytest.raises(DataError, match=r"a\.npy is no plain array.*Remove the folder of that file"):
+        load_index_cache(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((3,), r"has 928 bytes, and its header of shape \(3,\) needs 152"),
+        ((101,), "is no plain array"),
+        ((2**62,), "is no plain array"),
+        ((2**70,), "is no plain array"),
+        ((2**33, 2**33), "is no plain array"),
+        ((-5,), "is no plain array"),
+    ],
+)
+def test_a_header_with_another_size_is_refused(shape: tuple[int, ...], text: str, tmp_path: Path) -> None:
+    with (tmp_path / "a.npy").open("wb") as stream:
+        header = {"descr": "<i8", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.write(np.arange(100).tobytes())
+    with pytest.raises(DataError, match=text):
         load_index_cache(tmp_path / "a.npy")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,92 @@ def test_blend_draws_by_weight(tmp_path: Path) -> None:
     assert letters.count(ord("a")) == 12
 
 
+# --- numbers that are used as indexes ---------------------------------------------------------------------------------
+
+
+def write_foreign_corpus(prefix: Path, documents: list[list[int]]) -> Path:
+    """As Megatron's own tools prepare it: nothing says which ids there are."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for document in documents:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.mark.parametrize("number", [257, 2**31 - 1, -1, -7])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_token_that_the_model_does_not_know_is_named(number: int, workers: int, tmp_path: Path) -> None:
+    documents = [[7] * 40 for _ in range(30)]
+    good = write_foreign_corpus(tmp_path / "good", documents)
+    documents[11][3] = number
+    bad = write_foreign_corpus(tmp_path / "bad", documents)
+
+    def read(prefix: Path, **values: object) -> int:
+        config = config_for(str(prefix), train_iters=20, num_workers=workers, **values)
+        return len(list(train_iterator(config, open_and_build(config)[1], DataShare())))
+
+    assert read(good) == 80
+    with pytest.raises(
+        DataError,
+        match=rf"bad\.bin has the token id {number} in document 11 at token 3: .*has the ids 0 to 256",
+    ):
+        read(bad)
+    if number == 257:
+        assert read(bad, vocab_size=258) == 80
+
+
+def shifted(samples: np.ndarray) -> np.ndarray:
+    """Every other sample is a token longer, and its neighbour a token shorter."""
+    return samples + (np.arange(len(samples)) % 2)[:, None] * np.array([0, 1])
+
+
+CACHES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
+    "unknown documents": ("document", lambda a: a + 40, "document_index is beyond the 40 documents"),
+    "columns of documents": ("document", lambda a: a[:, None], "document_index is beyond"),
+    "unknown samples": ("sample", lambda a: a + 1000, "sample_index is beyond"),
+    "flat samples": ("sample", lambda a: a.reshape(-1), "sample_index is beyond"),
+    "long offsets": (
+        "sample",
+        lambda a: a + np.array([0, 1000]),
+        "sample_index has offsets outside their doc",
+    ),
+    "backwards": ("sample", lambda a: a[::-1], "sample_index has offsets outside their documents"),
+    "uneven samples": ("sample", shifted, r"sample \d+ does not have 32 tokens"),
+    "unknown order": ("shuffle", lambda a: a + 1, "shuffle_index does not fit"),
+    "short order": ("shuffle", lambda a: a[:-1], "shuffle_index does not fit"),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_that_points_elsewhere_is_named(name: str, tmp_path: Path) -> None:
+    """Megatron reads other tokens, pads with -1 or raises IndexError in the middle of the run."""
+    prefix, _ = make_corpus(tmp_path)
+    config = config_for(str(prefix), split="1,0,0")
+    corpora, _ = open_and_build(config)
+    kind, change, text = CACHES[name]
+    (path,) = corpora.cache.glob(f"*-{kind}_index.npy")
+    np.save(path, change(np.load(path)).astype(np.load(path).dtype))
+    with pytest.raises(DataError, match=rf"the index cache in .* is wrong: {text}.*Remove that folder"):
+        list(train_iterator(config, open_and_build(config)[1], DataShare()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("dataset", "beyond the 2 corpora"), ("dataset_sample", "beyond the samples")]
+)
+def test_a_blend_that_points_elsewhere_is_named(kind: str, text: str, tmp_path: Path) -> None:
+    first, second = (str(make_corpus(tmp_path, name)[0]) for name in ("a", "b"))
+    paths, cache = ("1", first, "2", second), str(tmp_path / "cache")
+    results = run_ranks(1, _build_and_read, paths, cache)
+    assert len(results[0][0]) == 48
+    (path,) = Path(cache).glob(f"*/*train-{kind}_index.npy")
+    np.save(path, np.load(path) + 1000)
+    config = config_for(*paths, eval_interval=5, eval_iters=2, data_cache_path=cache)
+    with pytest.raises(DataError, match=text):
+        open_and_build(config)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +310,8 @@ def test_missing_corpus_is_refused_before_any_process_group() -> None:
 def test_corpus_of_another_tokenizer_is_refused(prefix: Path) -> None:
     other = config_for(str(prefix), tokenizer_type="null", vocab_size=300)
     with pytest.raises(
-        DataError, match=r"was prepared with.*ByteTokenizer.*Set tokenizer_type and tokenizer_model"
+        DataError,
+        match=r"was prepared with.*ByteTokenizer.*Set tokenizer_type, tokenizer_model and eod_token",
     ):
         open_corpora(other)
 

@@ -19,8 +19,9 @@ from megatron_lightseq.cli import run
 from megatron_lightseq.config import DataConfig
 from megatron_lightseq.errors import DataError
 from megatron_lightseq.training.data.corpus import check_index, read_facts
+from megatron_lightseq.training.data.documents import ReadCounts, read_documents
 from megatron_lightseq.training.data.prepare import fingerprint, prepare, up_to_date
-from megatron_lightseq.training.data.sources import ReadCounts, find_files, find_stdlib_files, read_documents
+from megatron_lightseq.training.data.sources import find_files, find_stdlib_files
 from megatron_lightseq.training.data.tokenizers import (
     ByteTokenizer,
     NullTokenizer,
@@ -54,7 +55,8 @@ def test_megatron_reads_every_document_back(tmp_path: Path) -> None:
 
     prefix, facts = make_corpus(tmp_path)
     dataset = IndexedDataset(str(prefix))
-    texts = list(read_documents(find_files([tmp_path / "corpus-texts"]), ReadCounts()))
+    documents = read_documents(find_files([tmp_path / "corpus-texts"]), ReadCounts())
+    texts = [document.text for document in documents]
     assert len(dataset) == len(texts) == facts.documents == 40
     for tokens, text in zip((dataset[index] for index in range(len(dataset))), texts, strict=True):
         assert tokens.tolist() == [*text.encode("utf-8"), 256]
@@ -98,12 +100,12 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
     (folder / ".hidden").write_text("secret")
     (folder / "__pycache__").mkdir()
     (folder / "__pycache__" / "x.py").write_text("x")
-    (tmp_path / "outside.txt").write_text("outside")
-    (folder / "link.txt").symlink_to(tmp_path / "outside.txt")
+    (folder / "link.txt").symlink_to(tmp_path / "nowhere.txt")
     (folder / "deeper").mkdir()
     (folder / "deeper" / "more.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n{"text": ""}\n')
     facts = prepare(find_files([folder]), ByteTokenizer(), tmp_path / "corpus")
-    assert facts.skipped == {"binary": 1, "not UTF-8": 1, "empty": 1}
+    assert facts.skipped == {"binary": 1, "not UTF-8": 1, "empty": 1, "broken link": 1}
+    assert facts.skipped_records == {"empty": 1}
     assert facts.documents == 5
 
 
@@ -117,12 +119,12 @@ def test_order_depends_on_names_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("not json", r"lines\.jsonl line 2 \(JSONDecodeError\)"),
-        ('{"body": "x"}', "KeyError"),
-        ('{"text": 3}', "text is int"),
-        ('["text"]', "TypeError"),
-        ("[" * 100_000, "RecursionError|JSONDecodeError"),
-        ('{"text": "\\ud800"}', "text is no Unicode, surrogates not allowed"),
+        ("not json", r"lines\.jsonl line 2 \(not JSON, JSONDecodeError\)"),
+        ('{"body": "x"}', r"line 2 \(no key 'text', its keys are: body\).*--text-key.*--skip-bad-lines"),
+        ('{"text": 3}', "text is of type int"),
+        ('["text"]', r"line 2 \(of type list\)"),
+        ("[" * 100_000, "not JSON, (RecursionError|JSONDecodeError)"),
+        ('{"text": "\\ud800"}', "text is not valid Unicode, surrogates not allowed"),
     ],
 )
 def test_bad_json_line_is_named(line: str, text: str, tmp_path: Path) -> None:
@@ -134,11 +136,11 @@ def test_bad_json_line_is_named(line: str, text: str, tmp_path: Path) -> None:
 
 def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"nowhere does not exist.*leave it out for the Python standard library"
+        DataError, match=r"nowhere does not exist.*omit it to use the Python standard library"
     ):
         find_files([tmp_path / "nowhere"])
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(DataError, match=r"1 files hold no document \(1 empty\)"):
+    with pytest.raises(DataError, match=r"1 files have no document \(1 empty\)"):
         prepare(find_files([tmp_path / "empty.txt"]), ByteTokenizer(), tmp_path / "corpus")
 
 
@@ -168,7 +170,7 @@ def test_hf_tokenizer_writes_what_the_library_encodes(tmp_path: Path) -> None:
     facts = prepare(find_files([write_texts(tmp_path / "texts")]), tokenizer, tmp_path / "corpus")
     tokens = np.fromfile(tmp_path / "corpus.bin", dtype=np.uint16)
     assert facts.documents == (tokens == tokenizer.eod).sum() == 40
-    assert facts.tokenizer == {"class": "HFTokenizer", "sha256": tokenizer.digest}
+    assert facts.tokenizer == {"class": "HFTokenizer", "sha256": tokenizer.digest, "eod": str(tokenizer.eod)}
 
 
 def test_unfit_tokenizer_files_are_refused(tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ def test_null_tokenizer_refuses_what_is_no_id() -> None:
     tokenizer = build_tokenizer(DataConfig(tokenizer_type="null", vocab_size=10))
     assert (tokenizer.vocab_size, tokenizer.eod) == (10, 9)
     assert [ids.tolist() for ids in tokenizer.encode(["1 2", ""])] == [[1, 2], []]
-    with pytest.raises(DataError, match="reads token ids separated by blanks"):
+    with pytest.raises(DataError, match="reads token ids separated by whitespace"):
         tokenizer.encode(["one"])
     with pytest.raises(DataError, match=r"token ids from 3 to 10 with vocab_size 10.*at least 11"):
         tokenizer.encode(["3 10"])

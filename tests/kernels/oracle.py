@@ -1,7 +1,7 @@
-"""The judge of attention kernels: random tiles, fp64 results, and an error budget.
+"""Checks attention kernels: random tiles, fp64 results, and an error budget.
 
 The budget: a kernel's error against fp64 may be twice that of the textbook formula evaluated in the same low
-precision, plus a few roundings. It holds for the largest error and for the RMS, and NaN never passes.
+precision, plus a few roundings. It applies to the largest error and to the RMS error, and NaN always fails.
 
 Shape letters: Q query tokens, K key tokens, B batch, H query heads, G key/value heads, D and V head dims.
 """
@@ -54,7 +54,7 @@ class Case:
         end = torch.full((self.queries,), self.keys, dtype=torch.int32)
         if self.ranges == "none":
             return None
-        if self.ranges == "documents":  # three documents, in queries and keys alike
+        if self.ranges == "documents":  # three documents, in both queries and keys
             for document in range(3):
                 rows = slice(document * self.queries // 3, (document + 1) * self.queries // 3)
                 begin[rows], end[rows] = document * self.keys // 3, (document + 1) * self.keys // 3
@@ -125,7 +125,7 @@ def run_kernel(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel | None = 
 
 
 def delta(out: Tensor, dout: Tensor) -> Tensor:
-    """(B, H, Q): what the backward of a softmax subtracts."""
+    """(B, H, Q): sum of out * dout, which the backward of a softmax subtracts."""
     return (out * dout.float()).sum(-1).permute(1, 2, 0).contiguous()
 
 
@@ -139,7 +139,7 @@ def expect_within_budget(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, 
     exact = textbook(case, torch.float64, tensors)
     naive = textbook(case, torch.float32, tensors, None if dtype == torch.float32 else dtype)
     for name, result, want, low in zip(NAMES, got, exact, naive, strict=True):
-        # dS cancels between two sums of value_dim products, and what remains may be nothing but their rounding.
+        # dS is the difference of two sums of value_dim products; what remains may be only their rounding error.
         cancelled = case.value_dim**0.5 if name in ("dq", "dk") else 1.0
         expect_close(f"{name} of {case} in {dtype}", result, want, low, cancelled)
 
@@ -165,7 +165,7 @@ def expect_close(what: str, result: Tensor, want: Tensor, low: Tensor, cancelled
 
 
 def where(wrong: Tensor, result: Tensor, want: Tensor) -> str:
-    """Which elements are wrong: how many, the first, and the indices that they span in each dimension."""
+    """Describes the wrong elements: how many, the first one, and the range of indices in each dimension."""
     indices = wrong.nonzero()
     first = tuple(indices[0].tolist())
     ends = zip(indices.amin(0).tolist(), indices.amax(0).tolist(), strict=True)

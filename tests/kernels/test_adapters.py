@@ -1,4 +1,4 @@
-"""Other people's kernels behind the contract: numbers on the CPU, argument mapping, and refusals by name."""
+"""Adapters to external kernels: results on the CPU, the arguments they pass on, and what they refuse."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_sdpa_matches_fp64(case: Case, dtype: torch.dtype) -> None:
 
 
 def test_sdpa_accumulates_tiles() -> None:
-    """Two ring steps of a causal rank: its own chunk, then a whole earlier one; delta and lse are of both."""
+    """Two ring steps of a causal rank: its own chunk, then an earlier chunk, full; delta and lse are of both."""
     tensors = q, k, v, dout = inputs(replace(FULL, queries=45, keys=90, band_hi=45), torch.float32)
     case = replace(FULL, queries=45, keys=90, band_hi=45)
     out, lse = torch.full((45, 2, 4, 32), float("nan")), torch.full((2, 4, 45), float("nan"))
@@ -84,7 +84,9 @@ def test_packed_documents_are_refused(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_sdpa_refuses_windows_and_unequal_chunks() -> None:
     for case in (replace(SQUARE_CAUSAL, band_lo=-5), replace(FULL, band_hi=0)):
-        with pytest.raises(UnsupportedError, match="full tiles, and causal ones of as many keys as queries"):
+        with pytest.raises(
+            UnsupportedError, match="full tiles, and causal tiles with as many keys as queries"
+        ):
             run_kernel(case, inputs(case, torch.float32), SdpaKernel())
 
 
@@ -109,7 +111,7 @@ def _attend(group: Group | None, method: str, layout: SequenceLayout, whole: lis
     ],
 )
 def test_sdpa_serves_every_method_off_stripes(size: int, method: str, layout_name: str) -> None:
-    """What the configuration rule `kernel_knows_striped_tiles` lets through."""
+    """Every combination that the configuration rule `kernel_knows_striped_tiles` allows."""
     layout = SequenceLayout(layout_name, size)
     whole = attention_oracle.inputs(2 * size * 5, (4, 2), (8, 8), torch.float64)
     parts = run_loopback(size, lambda group: _attend(group, method, layout, whole))
@@ -121,7 +123,7 @@ def test_sdpa_serves_every_method_off_stripes(size: int, method: str, layout_nam
 def test_sdpa_refuses_stripes_by_name() -> None:
     layout = SequenceLayout.striped(2)
     whole = attention_oracle.inputs(20, (4, 2), (8, 8), torch.float64)
-    with pytest.raises(UnsupportedError, match="causal ones of as many keys as queries"):
+    with pytest.raises(UnsupportedError, match="causal tiles with as many keys as queries"):
         run_loopback(2, lambda group: _attend(group, "ring", layout, whole))
 
 
@@ -218,5 +220,5 @@ def test_flash_attn_gets_the_right_arguments(case: Case, monkeypatch: pytest.Mon
 
 def test_flash_attn_refuses_windows_off_its_diagonal() -> None:
     case = replace(FULL, band_hi=10)
-    with pytest.raises(UnsupportedError, match="windows contain the diagonal"):
+    with pytest.raises(UnsupportedError, match="windows must contain the diagonal"):
         run_kernel(case, inputs(case, torch.float32), FlashAttnKernel())

@@ -1,4 +1,4 @@
-"""What the CPU kernel needs beside a fast machine: little memory, and a compiler for processors other than x86."""
+"""The CPU kernel's memory does not grow with the sequence, and its sources compile for processors other than x86."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_memory_does_not_grow_with_the_sequence() -> None:
     ["dispatch", "variant_baseline", "variant_avx2", "variant_avx512", "variant_avx512_bf16", "variant_amx"],
 )
 def test_compiles_for_arm(source: str, tmp_path: Path) -> None:
-    """Every source of the kernel that torch's headers are no part of, with nothing to warn about."""
+    """Every source of the kernel that does not include torch's headers, without warnings."""
     path = CSRC / "cpu" / f"{source}.cpp"
     assert "torch/" not in path.read_text()
     command = [ARM_COMPILER, "-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-psabi", f"-I{CSRC}"]

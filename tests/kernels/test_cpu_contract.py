@@ -1,4 +1,4 @@
-"""What the CPU kernel promises beyond single numbers: accumulation, strides, repeatability, refusals."""
+"""The CPU kernel's contract: accumulation, strides, reproducibility, refusals."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_several_tiles_equal_one(dtype: torch.dtype) -> None:
     q, k, v, dout = inputs(CAUSAL, dtype)
     out = torch.full((CAUSAL.queries, 1, 4, 24), float("nan"))
     lse = torch.full((1, 4, CAUSAL.queries), float("nan"))
-    tiles = [(350, 500), (0, 1), (1, 130), (130, 350)]  # not in order; the first leaves most rows empty
+    tiles = [(350, 500), (0, 1), (1, 130), (130, 350)]  # out of order; after the first, most rows are empty
     for number, (first, last) in enumerate(tiles):
         options = {"mask": with_keys(CAUSAL, first, last).mask(), "softmax_scale": CAUSAL.softmax_scale}
         KERNEL.forward(q, k[first:last], v[first:last], out, lse, accumulate=number > 0, **options)
@@ -99,7 +99,7 @@ def test_gradients_are_added(dtype: torch.dtype) -> None:
         torch.testing.assert_close(total - 64.0, gradient, rtol=0, atol=3e-5)
 
 
-# Rows of bf16 that fill whole tiles are read where they lie; others are copied, with zeros around.
+# bf16 rows that fill whole tiles are read in place; others are copied and padded with zeros.
 LAID_OUT = {
     "grouped": CAUSAL,
     "widths-that-are-no-tiles": replace(CAUSAL, heads=2),
@@ -111,7 +111,7 @@ LAID_OUT = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LAID_OUT.values(), ids=LAID_OUT)
 def test_strided_tensors(case: Case, dtype: torch.dtype) -> None:
-    """Slices of a fused projection, as Megatron makes them, and transposed outputs: bit for bit the same."""
+    """Slices of a fused projection, as in Megatron, and transposed outputs give bit for bit the same results."""
     tensors = inputs(case, dtype)
     want = run_kernel(case, tensors)
 
@@ -131,7 +131,7 @@ def test_strided_tensors(case: Case, dtype: torch.dtype) -> None:
         assert torch.equal(got, expected), name
 
 
-# Three kinds of ragged key ranges; with one thread a forward task is many row tiles, with eight it is few.
+# Three kinds of ragged key ranges. With one thread a forward task has many row tiles, with eight threads few.
 REPEATED = {
     "causal": Case(queries=1500, keys=2000, band_hi=500),
     "window": Case(queries=1500, keys=1500, band_lo=-300, band_hi=0),
@@ -144,7 +144,7 @@ REPEATED = {
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("kind", REPEATED)
 def test_repeatable_on_any_number_of_threads(kind: str, dtype: torch.dtype, heads: int) -> None:
-    """One head is the hard case: its key chunks run side by side and add to the same dQ."""
+    """One head is the hard case: its key chunks run concurrently and add to the same dQ."""
     case = replace(REPEATED[kind], heads=heads, groups=1, head_dim=32, value_dim=32)
     tensors = inputs(case, dtype)
     torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def test_repeatable_on_any_number_of_threads(kind: str, dtype: torch.dtype, head
 
 @pytest.mark.parametrize("exponent", [-60, 60])
 def test_digits_are_kept_at_any_size(exponent: int) -> None:
-    """fp32 may be computed in parts with fewer digits: powers of two must still come out exactly."""
+    """fp32 may be computed in parts of lower precision; scaling by a power of two must still be exact."""
     q, k, v, dout = inputs(CAUSAL, torch.float32)
     _, lse, dq, dk, _ = run_kernel(CAUSAL, (q, k, v, dout))
     _, scaled_lse, *scaled = run_kernel(CAUSAL, (q, k, v * 2.0**exponent, dout))
@@ -168,7 +168,7 @@ def test_digits_are_kept_at_any_size(exponent: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_stays_in_its_row(dtype: torch.dtype) -> None:
-    """A NaN must be seen, not turned into a plausible number, and must not spread to other rows."""
+    """A NaN must not become a plausible number, and must not spread to other rows."""
     q, k, v, dout = inputs(CAUSAL, dtype)
     clean = run_kernel(CAUSAL, (q, k, v, dout))
     q[77, 0, 3, 5] = float("nan")

@@ -24,15 +24,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 CAUSAL = {"band_hi": 0}
 CASES = [
-    # head dims: common, small, odd, and values unlike queries and keys
+    # head dims: common, small, odd, and different for values
     *[Case(queries=65, keys=130, head_dim=d, value_dim=d) for d in (1, 7, 24, 33, 40, 64, 80, 96, 128)],
     Case(queries=65, keys=130, head_dim=192, value_dim=128),
     Case(queries=65, keys=130, head_dim=24, value_dim=200),
-    # heads: multi-head, grouped, multi-query; a group that divides no tile; batch
+    # heads: multi-head, grouped, multi-query; a group size that divides no tile; batch
     Case(queries=70, keys=70, heads=3, groups=3, **CAUSAL),
     Case(queries=70, keys=70, heads=6, groups=2, batch=2, **CAUSAL),
     Case(queries=70, keys=70, heads=7, groups=1, batch=3, **CAUSAL),
-    # lengths: one token, less than a lane, several blocks and chunks, queries and keys unlike
+    # lengths: one token, less than one vector, several blocks and chunks, more or fewer keys than queries
     Case(queries=1, keys=1, **CAUSAL),
     Case(queries=1, keys=333, heads=4),
     Case(queries=7, keys=7, **CAUSAL),
@@ -52,7 +52,7 @@ CASES = [
     Case(queries=333, keys=500, ranges="random"),
     Case(queries=150, keys=150, ranges="random", band_lo=-20, band_hi=0),
     Case(queries=50, keys=50, ranges="empty"),
-    # several panels of keys that stay in a cache; a window that begins in the middle of one
+    # several panels of keys; a window that begins in the middle of one
     Case(queries=70, keys=2000, head_dim=256, value_dim=256, band_hi=1800),
     Case(queries=200, keys=2000, head_dim=256, value_dim=256, band_lo=900, band_hi=1100),
     # a softmax that is nearly a maximum
@@ -70,7 +70,7 @@ def _loaded_variant() -> str:
 
 
 class Variant:
-    """A process in which one variant was chosen: the choice is made once, when the extension is loaded."""
+    """A process that uses one variant: the choice is made once per process, when the extension is loaded."""
 
     def __init__(self, name: str) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -82,7 +82,7 @@ class Variant:
 
 @contextmanager
 def loaded(name: str) -> Iterator[Variant]:
-    """That variant, or a skipped test on a machine that does not run it."""
+    """That variant; skips the test on a machine that does not run it."""
     worker = Variant(name)
     try:
         assert worker.call(_loaded_variant) == name
@@ -109,7 +109,7 @@ def test_error_budget(variant: Variant, case: Case, dtype: torch.dtype) -> None:
 
 def _rounds(case: Case) -> None:
     q, k, v, dout = inputs(case, torch.bfloat16)
-    q[0, 0, 0] = float("nan")  # stays one
+    q[0, 0, 0] = float("nan")  # must stay NaN when it is rounded
     options: dict[str, Any] = {
         "mask": case.mask(),
         "softmax_scale": case.softmax_scale,
@@ -131,7 +131,7 @@ def test_an_output_of_the_inputs_dtype_is_the_other_one_rounded(variant: Variant
 
 
 def _padded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sevens around a place of x's shape in the last dimension, where there is NaN."""
+    """NaN in a view of x's shape, with sevens around it in the last dimension."""
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), 7.0, dtype=dtype)
     wide[..., 2:-1] = float("nan")
     return wide
@@ -146,7 +146,7 @@ def _overwrites(case: Case, dtype: torch.dtype) -> None:
         places = [x[..., 2:-1] for x in wide]
         CpuKernel().backward(dout, q, k, v, lse, delta(out, dout), *places, accumulate=False, **options)
         for place, total in zip(places, sums, strict=True):
-            # Rounded dq may be summed apart from dq, and be scaled as a whole: one step of bf16.
+            # Rounded dq is summed in another buffer and scaled at the end, so it may differ by one bf16 rounding.
             tolerance = (
                 {"rtol": 0.0, "atol": 0.0} if target == torch.float32 else {"rtol": 2**-7, "atol": 1e-5}
             )
@@ -156,7 +156,7 @@ def _overwrites(case: Case, dtype: torch.dtype) -> None:
 
 OVERWRITTEN = [
     *CASES[::2],
-    Case(queries=70, keys=900, head_dim=64, value_dim=64, band_lo=-5, band_hi=3),  # chunks that no row sees
+    Case(queries=70, keys=900, head_dim=64, value_dim=64, band_lo=-5, band_hi=3),  # chunks seen by no row
     Case(queries=900, keys=70, band_lo=-5, band_hi=3),  # row tiles that see no key
     Case(queries=5, keys=0),
     Case(queries=0, keys=5),
@@ -171,7 +171,7 @@ def test_gradients_overwrite_what_was_there(variant: Variant, case: Case, dtype:
 
 
 def _forgets() -> None:
-    """The same memory serves the next call: what it holds must not be taken for an output that sees no key."""
+    """Scratch memory is reused by the next call: its old contents must not leak into rows that see no key."""
     seeing = Case(queries=70, keys=70, head_dim=64, value_dim=64)
     q, k, v, dout = inputs(seeing, torch.bfloat16)
     run_kernel(seeing, (q, k, torch.full_like(v, float("nan")), dout))
@@ -188,18 +188,18 @@ def _results(case: Case) -> Results:
     return run_kernel(case, inputs(case, torch.float32))
 
 
-WHERE_TILES_PAY = [
+TILES_OR_VECTORS = [
     (Case(queries=600, keys=600, heads=1, band_hi=0), "amx_tiles"),
-    (Case(queries=600, keys=600, heads=1, band_lo=-99, band_hi=0), "avx512"),  # a row sees few keys
-    (Case(queries=99, keys=600, heads=1), "avx512"),  # a key is seen by few rows
-    (Case(queries=99, keys=600, heads=4, groups=1), "amx_tiles"),  # but by many of a group
+    (Case(queries=600, keys=600, heads=1, band_lo=-99, band_hi=0), "avx512"),  # rows see few keys
+    (Case(queries=99, keys=600, heads=1), "avx512"),  # keys are seen by few rows
+    (Case(queries=99, keys=600, heads=4, groups=1), "amx_tiles"),  # keys are seen by many rows of the group
 ]
 
 
-def test_fp32_takes_tiles_where_they_pay() -> None:
-    """Bit for bit: the two ways to compute round differently."""
+def test_fp32_uses_tiles_where_they_are_faster() -> None:
+    """Compared bit for bit: tiles and vectors round differently."""
     with loaded("amx") as amx, loaded("amx_tiles") as tiles, loaded("avx512") as vectors:
-        for case, same_as in WHERE_TILES_PAY:
+        for case, same_as in TILES_OR_VECTORS:
             results = amx.call(_results, case)
             wanted = {"amx_tiles": tiles.call(_results, case), "avx512": vectors.call(_results, case)}
             equal = [name for name, want in wanted.items() if all(map(torch.equal, results, want))]

@@ -163,7 +163,7 @@ def test_megatrons_names_of_methods_are_understood() -> None:
     # megatron-core 0.16.1 hands layer 1 the entry of layer 2
     assert method("p2p", layer=1, cp_comm_type=["a2a", "p2p"]) == "ulysses"
     with pytest.raises(
-        UnsupportedError, match=r"cp_comm_type 'broadcast': the kinds are p2p.* set cp_method"
+        UnsupportedError, match=r"cp_comm_type 'broadcast': the types are p2p.* set cp_method"
     ):
         method("broadcast")
 

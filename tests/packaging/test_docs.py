@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -67,8 +69,9 @@ def test_every_method_and_kernel_is_documented() -> None:
     assert [name for name in kernel_names() if name != "auto" and f"| `{name}` |" not in architecture] == []
 
 
-def test_the_methods_balance_as_the_readme_says() -> None:
-    """README: all ranks are busy all the time, for every number of ranks."""
+def test_lightseq_balances_as_the_readme_says() -> None:
+    """README: under a causal mask every rank computes the same number of pairs, for any number of ranks."""
+    assert "every rank computes the same number of (query, key) pairs" in (ROOT / "README.md").read_text()
     for size in range(1, 34):
         built = mls.schedule.build("lightseq", mls.SequenceLayout.contiguous(size))
         assert mls.schedule.simulate(built).busy == pytest.approx(1.0)
@@ -100,6 +103,95 @@ def test_the_code_of_the_contributing_guide_runs_as_it_stands(monkeypatch: pytes
     assert "assert_close" in use
 
 
+CODE_LINK = re.compile(r"\[`([^`]+)`\]\(([^)#\s]+\.(?:py|h|cpp|cu))\)")
+
+
+def names_in(source: Path) -> set[str]:
+    """What a file defines: `function`, `Class`, `Class.method`, `CONSTANT`; of C++, every word."""
+    if source.suffix != ".py":
+        return set(re.findall(r"\w+", source.read_text()))
+    names: set[str] = set()
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                collect(node.body, f"{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    collect(ast.parse(source.read_text()).body, "")
+    return names
+
+
+def wrong_links(document: Path, text: str) -> list[str]:
+    """Links from names in code type to source files that do not define them."""
+    links = [(name, (document.parent / target).resolve()) for name, target in CODE_LINK.findall(text)]
+    return [
+        f"{name} is not in {source.relative_to(ROOT)}"
+        for name, source in links
+        if not (source.is_file() and (name in names_in(source) or source.as_posix().endswith(f"/{name}")))
+    ]
+
+
+@pytest.mark.parametrize("document", write_docs.documents(), ids=lambda path: path.stem)
+def test_every_name_that_links_to_a_file_is_defined_there(document: Path) -> None:
+    assert wrong_links(document, document.read_text()) == []
+
+
+def test_a_name_that_moved_is_noticed() -> None:
+    tour = ROOT / "docs" / "tour.md"
+    moved = tour.read_text().replace("[`Runtime.run`]", "[`Runtime.execute`]")
+    assert wrong_links(tour, moved) == ["Runtime.execute is not in megatron_lightseq/attention/runtime.py"]
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    documented = set(re.findall(r"^\.\. auto\w+:: \S+\.(\w+)$", pages, flags=re.MULTILINE))
+    rooms = [
+        mls,
+        *(
+            importlib.import_module(f"megatron_lightseq.{room}")
+            for room in ("attention", "schedule", "megatron")
+        ),
+    ]
+    public = {name for room in rooms for name in room.__all__}
+    assert public - documented == {"schedule"}  # a module: its names are there
+    assert {"Kernel", "KERNELS", "ConfigError"} <= documented
+
+
+def test_the_tour_has_ten_steps_each_with_code() -> None:
+    _, *steps = re.split(r"^## (?=\d+\.)", (ROOT / "docs" / "tour.md").read_text(), flags=re.MULTILINE)
+    assert [int(step.partition(".")[0]) for step in steps] == list(range(1, 11))
+    assert [step.splitlines()[0] for step in steps if not CODE_LINK.search(step)] == []
+
+
+def test_the_glossary_defines_every_word_once_and_knows_the_words_of_the_tour() -> None:
+    rows = re.findall(r"^\| (\S[^|]*?) \|", (ROOT / "docs" / "glossary.md").read_text(), flags=re.MULTILINE)
+    words = [word.strip("`") for row in rows if row not in ("word", "---") for word in row.split(", ")]
+    assert len(words) == len(set(words))
+    emphasised = set(re.findall(r"(?<!\*)\*([a-z]+)\*(?!\*)", (ROOT / "docs" / "tour.md").read_text()))
+    assert {"shard", "plan", "tile", "move", "step"} <= emphasised
+    assert emphasised <= set(words)
+
+
+def test_the_readme_is_one_screenful() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+def test_the_diagram_of_imports_leaves_out_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "rooms"
+    (package / "upper").mkdir(parents=True)
+    (package / "upper" / "__init__.py").write_text("from rooms import middle, lower\n")
+    (package / "middle.py").write_text("import rooms.lower\nimport json\n")
+    (package / "lower.py").write_text("")
+    monkeypatch.setattr(write_docs, "PACKAGE", package)
+    assert write_docs.imports().splitlines()[2:-1] == ["  middle --> lower", "  upper --> middle"]
+
+
 def run_example(name: str, num_ranks: int) -> str:
     """What a documented program prints, started as its docstring says."""
     command = [
@@ -117,6 +209,11 @@ def run_example(name: str, num_ranks: int) -> str:
     done = subprocess.run([*command, example], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_first_example_of_the_readme() -> None:
+    printed = run_example("first_attention.py", 2)
+    assert len(re.findall(r"rank \d: \(512, 1, 8, 64\), dk \(512, 1, 8, 64\)", printed)) == 2
 
 
 def test_the_program_without_megatron() -> None:

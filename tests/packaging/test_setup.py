@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Mapping
 from importlib import util
@@ -37,9 +38,12 @@ def load_file(name: str, path: Path) -> ModuleType:
 dependencies = load("dependencies")
 
 
+def constraints_file() -> list[str]:
+    return (ROOT / "constraints.txt").read_text().splitlines()
+
+
 def pins() -> dict[str, Requirement]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    found = [Requirement(line) for line in lines if dependencies.distribution_name(line)]
+    found = [Requirement(line) for line in constraints_file() if dependencies.distribution_name(line)]
     return {dependencies.distribution_name(pin.name): pin for pin in found}
 
 
@@ -63,7 +67,37 @@ def test_requirements_are_those_of_pyproject() -> None:
     run = dependencies.requirements(ROOT / "pyproject.toml", dev=False)
     assert run == project["build-system"]["requires"] + project["project"]["dependencies"]
     dev = dependencies.requirements(ROOT / "pyproject.toml", dev=True)
-    assert dev == run + project["project"]["optional-dependencies"]["dev"]
+    extras = project["project"]["optional-dependencies"]
+    assert dev == run + extras["dev"] + extras["docs"]
+    only_gpus_use = {dependencies.distribution_name(line) for line in extras["te"] + extras["flash-attn"]}
+    assert only_gpus_use == {"transformer-engine", "flash-attn"}
+    assert only_gpus_use.isdisjoint(map(dependencies.distribution_name, dev))
+
+
+def asked_for(version: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "dependencies.py"), *arguments]
+    environment = {**os.environ, "LIGHTSEQ_MEGATRON_CORE": version}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("version", "added"), [("0.14.0", []), ("0.16.1", []), ("0.18.0", ["triton"])])
+def test_another_megatron_core_replaces_the_pinned_one(version: str, added: list[str]) -> None:
+    plain = dependencies.requirements(ROOT / "pyproject.toml", dev=True)
+    lines = asked_for(version, "requirements", "--dev").stdout.splitlines()
+    assert [line for line in lines if line not in plain] == [f"megatron-core=={version}", *added]
+    assert len(lines) == len(plain) + len(added)
+    pinned = asked_for(version, "constraints").stdout.splitlines()
+    changed = [pair for pair in zip(constraints_file(), pinned, strict=True) if len(set(pair)) > 1]
+    now, was = f"megatron-core=={version}", str(pins()["megatron-core"])
+    assert changed == ([] if now == was else [(was, now)])
+
+
+@pytest.mark.parametrize("version", ["main", "0.18", ">=0.18", "0.18.0; rm"])
+def test_another_megatron_core_is_an_exact_release(version: str) -> None:
+    done = asked_for(version, "constraints")
+    assert done.returncode == 1
+    assert f"LIGHTSEQ_MEGATRON_CORE={version}: a release of megatron-core has three numbers" in done.stderr
+    assert done.stdout == ""
 
 
 def test_an_image_keeps_the_torch_it_brings() -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,18 @@ class Launched:
         self.process.wait()
 
 
-def launch(corpus: Path, folder: Path, *, ranks: int = 2, max_restarts: int = 0, **flags: Any) -> Launched:
+PRETRAIN = ("-m", "megatron_lightseq", "pretrain")
+
+
+def launch(
+    corpus: Path,
+    folder: Path,
+    *,
+    ranks: int = 2,
+    max_restarts: int = 0,
+    program: Sequence[str] = PRETRAIN,
+    **flags: Any,
+) -> Launched:
     """Start torchrun with :data:`FLAGS` and these; ``folder`` gets report, checkpoints and output."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {
@@ -117,7 +129,7 @@ def launch(corpus: Path, folder: Path, *, ranks: int = 2, max_restarts: int = 0,
     output = folder / f"output{port}.txt"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--max-restarts", str(max_restarts)]
-    command += ["--master-port", str(port), "-m", "megatron_lightseq", "pretrain", *arguments]
+    command += ["--master-port", str(port), *program, *arguments]
     with output.open("w") as stream:
         process = subprocess.Popen(
             command,

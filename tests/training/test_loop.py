@@ -34,7 +34,13 @@ def looped(corpus: str, overrides: dict[str, Any], attempt: int = 0) -> tuple[in
     cpu_platform.activate()
     config = with_values(PretrainConfig(), **{**ALONE, "data_path": (corpus,), **overrides})
     channel = ControlChannel(lambda: None, rank=0, world_size=1)  # type: ignore[arg-type, return-value]
-    job = Job(launch=Launch(attempt=attempt), channel=channel, device=torch.device("cpu"), backend="gloo")
+    job = Job(
+        launch=Launch(attempt=attempt),
+        channel=channel,
+        device=torch.device("cpu"),
+        backend="gloo",
+        kernel="reference",
+    )
     try:
         outcome = build_loop(job, config, open_corpora(config), StopRequest()).run()
     finally:

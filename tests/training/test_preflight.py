@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lightseq.config import PretrainConfig, keys, with_values
+from megatron_lightseq.config import Machine, PretrainConfig, keys, resolve, with_values
 from megatron_lightseq.errors import ConfigError, PeerFailureError
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule import build
 from megatron_lightseq.training.job.join import facts
 from megatron_lightseq.training.job.preflight import agree, compare, config_fingerprint, describe
 
@@ -49,7 +52,9 @@ def test_the_table_names_key_value_and_ranks() -> None:
     assert all(isinstance(error, ConfigError) for error in errors)
     assert len({str(error) for error in errors}) == 1
     lines = str(errors[0]).splitlines()
-    assert lines[0].startswith("The ranks disagree before the first step: all ranks run the same versions")
+    assert lines[0].startswith(
+        "The ranks disagree before the first step: all ranks must run the same versions"
+    )
     assert [line.split() for line in lines[1:]] == [
         ["key", "value", "ranks"],
         ["cp_method", '"lightseq"', "0-1,", "3"],
@@ -93,10 +98,31 @@ def test_every_configuration_key_is_compared(key: str) -> None:
 
 
 def test_versions_kernel_and_schedules_are_compared() -> None:
-    config = with_values(PretrainConfig(), context_parallel_size=2, cp_kernel="reference")
-    known = facts(config, CPU)
+    config = with_values(PretrainConfig(), context_parallel_size=2, data_path=("x",))
+    known = facts(resolve(config, Machine()), CPU, "reference")
     assert known["kernel"] == "reference"
     assert {"python", "torch", "megatron_core", "megatron_lightseq", "device", "num_threads"} <= known.keys()
-    ring = facts(with_values(config, cp_method="ring"), CPU)
+    ring = facts(resolve(with_values(config, cp_method="ring"), Machine()), CPU, "reference")
     for direction in ("forward", "backward"):
         assert known[f"{direction} schedule"] != ring[f"{direction} schedule"]
+
+
+def test_compared_schedules_have_the_masks_that_run() -> None:
+    """A window makes tiles empty: the schedule of a causal mask is another one. Every kind of layer is compared."""
+    config = with_values(
+        PretrainConfig(), context_parallel_size=4, data_path=("x",), window_size=(511, 0), num_layers=5
+    )
+    layout, window = SequenceLayout.contiguous(4), Mask.window(511, 0)
+
+    def fingerprint(mask: Mask, direction: str) -> str:
+        return build(
+            "lightseq", layout, mask=mask, direction=direction, seq_length=config.training.seq_length
+        ).fingerprint
+
+    known = facts(resolve(config, Machine()), CPU, "reference")
+    mixed = facts(resolve(with_values(config, window_attn_skip_freq=3), Machine()), CPU, "reference")
+    for direction in ("forward", "backward"):
+        assert fingerprint(window, direction) != fingerprint(Mask.causal(), direction)
+        assert known[f"{direction} schedule"] == fingerprint(window, direction)
+        assert mixed[f"{direction} schedule of layers 1-2, 4-5"] == fingerprint(window, direction)
+        assert mixed[f"{direction} schedule of layers 3"] == fingerprint(Mask.causal(), direction)

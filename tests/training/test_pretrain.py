@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_lightseq.config import rules
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
 from tests.training.launched import Launched, kill_hard, launch, make_corpus, train_metrics
 
@@ -112,6 +113,44 @@ def test_metrics_and_summary_have_their_keys(whole: tuple[Path, str]) -> None:
     assert summary.keys() == GOLDEN_SUMMARY
     assert summary["steps"] == 12
     assert summary["stopped"] is None
+
+
+NEW_METHOD = """
+import sys
+from megatron_lightseq.cli import run
+from megatron_lightseq.schedule import METHODS, Method, register
+
+register(Method("mine", METHODS["ring"].place, summary="a ring under my name", default_layout="striped"))
+sys.exit(run(["pretrain", *sys.argv[1:]]))
+"""
+
+
+def test_a_method_that_a_program_registers_trains_by_its_name(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(NEW_METHOD)
+    program = (str(tmp_path / "program.py"),)
+    mine = start(program=program, cp_method="mine", train_iters=1)
+    assert mine.wait() == 0, mine.text()
+    assert re.search(r"^attention +mine, kernel reference, striped layout over 2 ranks", mine.text(), re.M)
+    (metrics,) = train_metrics(tmp_path)
+    ring = start(cp_method="ring", cp_layout="striped", train_iters=1)
+    assert ring.wait() == 0, ring.text()
+    assert train_metrics(tmp_path)[0].loss == metrics.loss
+
+
+def test_rules_and_schedules_are_worked_out_once(start: Any) -> None:
+    """Between launch and the first step, on every rank; and the layers run the schedules that were compared."""
+    program = ("-m", "tests.training.counted_rank")
+    run = start(program=program, cp_method="auto", train_iters=1, window_size="15,0", window_attn_skip_freq=2)
+    assert run.wait() == 0, run.text()
+    counts = [json.loads(text) for text in re.findall(r"^counts (.*)$", run.text(), re.M)]
+    assert len(counts) == 2
+    for found in counts:
+        checked = {name: count for name, count in found.items() if name.startswith("rule ")}
+        assert set(checked.values()) == {1}, checked
+        assert len(checked) == len(rules())
+        assert found["simulated"] == 2, "two masks, of layers with a window and without"
+        assert found["built"] == 4, "forward and backward for each mask"
+    assert re.search(r"^attention +auto \(.+\), kernel reference, \w+ layout over 2 ranks", run.text(), re.M)
 
 
 def test_sigterm_saves_and_the_resumed_run_is_the_same_bit_for_bit(

@@ -1,4 +1,4 @@
-"""Run by test_verify in a process of its own: cells that must fail, and one behind them that must not."""
+"""Run by test_verify in a separate process: cells that must fail, followed by one that must pass."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CELLS = [
 
 
 def main() -> None:
-    with local_ranks(2, CELLS, {}) as walk:
-        for report in walk.lead():
+    with local_ranks(2, CELLS, {}) as verification:
+        for report in verification.lead():
             numbers = None if report.verdict is None else (report.verdict.loss, report.verdict.gradient)
             sys.stdout.write(f"{report.cell.name}|{report.passed}|{numbers}|{report.error}\n")
 

@@ -1,4 +1,4 @@
-"""The parity matrix: a short form of it end to end, and that it can fail."""
+"""The parity matrix: a short form of it end to end, and cells that must fail."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 from megatron_lightseq.cli.verify import run
 from megatron_lightseq.errors import ConfigError
+from megatron_lightseq.schedule import METHODS
 from megatron_lightseq.tools.verify.cells import BF16, CELLS, Tolerance, select
 from megatron_lightseq.tools.verify.gradients import Piece, assemble
-from megatron_lightseq.tools.verify.parity import Outcome, Verdict, budget, compare
+from megatron_lightseq.tools.verify.parity import TrainedStep, Verdict, budget, compare
 
 SHORT = (
     r"^cp2 (lightseq|mesh|rsa|auto)$|^tp2 sp cp2 ulysses$|^pp2 interleaved cp2 mesh$|cp4 usp"
@@ -50,7 +51,10 @@ def test_what_is_wrong_fails_and_what_follows_still_runs() -> None:
     assert lines["other weights"].startswith("False|(")
     assert lines["other average"].startswith("False|(")
     assert lines["impossible"].startswith("False|None|")
-    assert "ConfigError: cp_method lightseq, cp_layout zigzag: lightseq balances" in lines["impossible"]
+    expected = (
+        "ConfigError: cp_method lightseq, cp_layout zigzag, context_parallel_size 2: method 'lightseq' on"
+    )
+    assert expected in lines["impossible"]
     assert "num_attention_heads must be a multiple" in lines["no reference"], "which rank 1 must not wait for"
     assert lines["right"].startswith("True|(")
 
@@ -60,6 +64,8 @@ def test_the_matrix_is_large_and_named() -> None:
     assert len({cell.name for cell in CELLS}) == len(CELLS)
     assert max(cell.world_size for cell in CELLS) == 8
     used = {cell.values.get("cp_method") for cell in CELLS}
+    names = {cell.name for cell in CELLS}
+    assert names >= {f"cp{size} {method}" for size in (2, 3, 4) for method in METHODS}
     assert {cell.model.get("num_experts") for cell in CELLS} == {None, 4}
     assert any("mtp_num_layers" in cell.model and "multi_latent_attention" in cell.model for cell in CELLS)
     assert used >= {"lightseq", "ring", "zigzag", "all_gather", "mesh", "ulysses", "usp", "rsa", "auto"}
@@ -70,7 +76,7 @@ def test_nothing_to_verify_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
         select("nowhere", 8)
     with pytest.raises(ConfigError, match="it is a regular expression"):
         select("(", 8)
-    with pytest.raises(ConfigError, match="context_parallel_size: cells differ in heads, ranks and methods"):
+    with pytest.raises(ConfigError, match="context_parallel_size: the cells set this themselves"):
         run(["--context-parallel-size", "2"])
     assert run(["--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(CELLS)
@@ -115,13 +121,13 @@ def test_pieces_make_the_whole(dim: int, parts: int) -> None:
         assemble(cut[1:])
 
 
-def outcome(*replicas: dict[str, torch.Tensor], loss: float = 4.0, grad_norm: float = 2.0) -> Outcome:
+def outcome(*replicas: dict[str, torch.Tensor], loss: float = 4.0, grad_norm: float = 2.0) -> TrainedStep:
     names = {name for replica in replicas for name in replica}
     gradients = {name: [replica[name] for replica in replicas if name in replica] for name in names}
-    return Outcome(loss=loss, grad_norm=grad_norm, gradients=gradients)
+    return TrainedStep(loss=loss, grad_norm=grad_norm, gradients=gradients)
 
 
-def verdict(got: Outcome) -> Verdict:
+def verdict(got: TrainedStep) -> Verdict:
     return compare(got, outcome({"a": torch.ones(4), "b": torch.full((4,), 2.0)}), Tolerance())
 
 

@@ -1,9 +1,11 @@
 // The kernels of csrc/cuda for the CPU, as a library that tests load: one C function per entry point.
 #include <cstring>
 
+#include "cuda/argument_checks.h"
 #include "cuda/backward_sm80_instances.h"
 #include "cuda/backward_sm90_instances.h"
 #include "cuda/calibration.h"
+#include "cuda/delta.h"
 #include "cuda/emulation/machine.h"
 #include "cuda/forward_sm80_instances.h"
 #include "cuda/sm90_instances.h"
@@ -52,6 +54,19 @@ void mls_emu_configure(uint64_t seed, int threads, bool refuses_tensor_maps) {
   mls::emu::options() = {seed, threads, refuses_tensor_maps};
 }
 
+// The unit and the tile of every block of a launch, in the order of the blocks.
+const char* mls_emu_order(int64_t num_tiles, int64_t num_units, int64_t cached_bytes, int* places) {
+  mls::cuda::WorkOrder order;
+  const char* failure = mls::cuda::make_order(&order, num_tiles, num_units, cached_bytes);
+  if (failure != nullptr) return failure;
+  for (unsigned index = 0; index < order.blocks().x; ++index) {
+    const auto place = order.place(static_cast<int>(index));
+    *places++ = place.unit;
+    *places++ = place.tile;
+  }
+  return nullptr;
+}
+
 const char* mls_emu_fallback() {
   return mls::cuda::take_fallback();
 }
@@ -75,18 +90,28 @@ const char* mls_emu_forward_sm90(const mls::ForwardParams* params) {
       });
 }
 
-const char* mls_emu_backward_sm80(const mls::BackwardParams* params, bool deterministic) {
+const char* mls_emu_backward_sm80(const mls::BackwardParams* params,
+                                  const mls::cuda::BackwardOptions* options) {
+  if (mls::cuda::no_gradients(params->shape)) return nullptr;
+  if (const char* failure = mls::cuda::check_options(*params, *options)) return failure;
   return mls::cuda::with_kernel(
       params->shape, params->element_type, [&]<class Element, int kHeadDim, int kValueDim>() {
-        return mls::cuda::backward_sm80<Element, kHeadDim, kValueDim>(*params, deterministic, nullptr);
+        return mls::cuda::backward_sm80<Element, kHeadDim, kValueDim>(*params, *options, nullptr);
       });
 }
 
-const char* mls_emu_backward_sm90(const mls::BackwardParams* params, bool deterministic) {
+const char* mls_emu_backward_sm90(const mls::BackwardParams* params,
+                                  const mls::cuda::BackwardOptions* options) {
+  if (mls::cuda::no_gradients(params->shape)) return nullptr;
+  if (const char* failure = mls::cuda::check_options(*params, *options)) return failure;
   return mls::cuda::with_hopper_backward(
       params->shape, params->element_type, [&]<class Element, int kHeadDim, int kValueDim>() {
-        return mls::cuda::backward_sm90<Element, kHeadDim, kValueDim>(*params, deterministic, nullptr);
+        return mls::cuda::backward_sm90<Element, kHeadDim, kValueDim>(*params, *options, nullptr);
       });
+}
+
+const char* mls_emu_delta(const mls::DeltaParams* params) {
+  return mls::cuda::run_delta(*params, nullptr);
 }
 
 const char* mls_emu_calibrate(mls::cuda::PrimitiveGroup group, mls::ElementType type, const uint16_t* input,

@@ -78,6 +78,16 @@ inline uint32_t pack(float low, float high) {
          static_cast<uint32_t>(emu::from_float(Element::kFormat, high)) << 16;
 }
 
+template <class Element>
+inline float unpack_low(uint32_t pair) {
+  return emu::to_float(Element::kFormat, static_cast<uint16_t>(pair));
+}
+
+template <class Element>
+inline float unpack_high(uint32_t pair) {
+  return emu::to_float(Element::kFormat, static_cast<uint16_t>(pair >> 16));
+}
+
 inline void emulate_ldmatrix(uint32_t (&r)[4], const void* row, emu::Operation operation) {
   emu::Block& block = emu::Block::current();
   block.lane().address = row;
@@ -134,6 +144,11 @@ inline void atomic_add(float* target, float value) {
     sum += value;
     std::memcpy(&after, &sum, 4);
   } while (!__atomic_compare_exchange_n(bits, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+}
+
+// Few, so that small tests reach what happens when there is more work than multiprocessors, and when less.
+inline int multiprocessors() {
+  return 2;
 }
 
 template <class Kernel, class Params>

@@ -77,6 +77,11 @@ inline void store_shared_pair(void* shared, float x, float y) {
   block.collective(emu::Operation::kStorePair);
 }
 
+inline void atomic_add_pair(float* target, float x, float y) {
+  atomic_add(target, x);
+  atomic_add(target + 1, y);
+}
+
 inline void proxy_fence() {
   hopper().proxy_fence();
 }

@@ -82,6 +82,34 @@ MLS_DEVICE uint32_t pack<Float16>(float low, float high) {
   return pair;
 }
 
+// The lower and the upper of two 16-bit numbers.
+template <class Element>
+MLS_DEVICE float unpack_low(uint32_t pair);
+template <class Element>
+MLS_DEVICE float unpack_high(uint32_t pair);
+
+template <>
+MLS_DEVICE float unpack_low<BFloat16>(uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+
+template <>
+MLS_DEVICE float unpack_high<BFloat16>(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
+
+template <>
+MLS_DEVICE float unpack_low<Float16>(uint32_t pair) {
+  float x;
+  asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;}" : "=f"(x) : "r"(pair));
+  return x;
+}
+
+template <>
+MLS_DEVICE float unpack_high<Float16>(uint32_t pair) {
+  return unpack_low<Float16>(pair >> 16);
+}
+
 // Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8, 16 bytes.
 MLS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -144,6 +172,14 @@ MLS_DEVICE void store_shared(void* shared, uint32_t value) {
 
 MLS_DEVICE void atomic_add(float* target, float value) {
   atomicAdd(target, value);
+}
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 // Starts a kernel on a stream; null, or what CUDA said against it.

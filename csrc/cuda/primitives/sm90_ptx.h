@@ -194,6 +194,13 @@ MLS_DEVICE void store_shared_pair(void* shared, float x, float y) {
   *static_cast<float2*>(shared) = make_float2(x, y);
 }
 
+// Adds to two neighbouring numbers in global memory, each atomically.
+MLS_DEVICE void atomic_add_pair(float* target, float x, float y) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1,%2};" ::"l"(__cvta_generic_to_global(target)),
+               "f"(x), "f"(y)
+               : "memory");
+}
+
 // Of the block. ptxas knows that all threads of a warp agree, so that what depends on it costs few registers.
 MLS_DEVICE int warpgroup_id() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import PretrainConfig, with_values
-from megatron_lightseq.config.resolved import with_chosen_layout
+from megatron_lightseq.config.resolved import resolve_attention
 from megatron_lightseq.config.validate import CONTEXT_RULES, validate
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings
 from megatron_lightseq.megatron.lm.options import KEYS, RECOMPUTE_KEYS, LmOptions
@@ -45,16 +45,17 @@ def core_attention_settings(
     """
     config = as_config(options, arguments)
     validate(config, rule_sets=CONTEXT_RULES)
-    context = with_chosen_layout(config).context
+    context, resolved = config.context, resolve_attention(config)
     inner = getattr(arguments, "hierarchical_context_parallel_sizes", None)
     return CoreAttentionSettings(
         method=context.method_name,
         comm_types=context.cp_comm_type,
         ulysses_size=context.cp_ulysses_size or (inner[0] if inner else None),
-        layout=context.layout_name,
+        layout=context.layout_name if resolved is None else resolved.layout.name,
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
         network=context.network,
+        resolved=resolved,
         keep_on_recompute=options.keep_attention_on_recompute,
         stats=stats,
     )

@@ -1,1 +1,1 @@
-"""Benchmarks that the repository reports: measured, never typed."""
+"""Benchmarks of kernels and of overlap; every figure in the documents is written by one of them."""

@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures: shapes, masks, and how many operations are useful in each.
+"""Cases of the kernel benchmark: shapes, masks, and the number of useful operations.
 
 Shape letters: S = tokens, H = query heads, G = key/value heads, D = head dim.
 """
@@ -17,12 +17,12 @@ from megatron_lightseq.mask import Mask
 MaskKind = Literal["full", "causal", "window", "documents", "short documents"]
 WINDOW = 512
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
-"""Matrix products of (queries, keys, D) in each direction: Q K^T and P V; those of the gradients and Q K^T again."""
+"""Matrix products of (queries, keys, D) per direction: Q K^T and P V; four for the gradients and Q K^T again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelCase:
-    """One row of the benchmark; batch 1, as many keys as queries."""
+    """One row of the benchmark; batch size 1, and the same number of keys and queries."""
 
     mask_kind: MaskKind
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class KernelCase:
         return f"{self.mask_kind} {dtype} S={self.seq_length} D={self.head_dim} H={self.num_heads}{groups}"
 
     def mask(self) -> Mask:
-        """The mask in the library's words."""
+        """The mask of the whole sequence."""
         if self.mask_kind == "full":
             return Mask.full()
         if self.mask_kind == "window":
@@ -47,20 +47,20 @@ class KernelCase:
         return Mask.documents(self.cu_seqlens(), causal=True)
 
     def tile_mask(self) -> TileMask:
-        """The mask as the kernel takes it."""
+        """The mask as an argument of the kernel."""
         tokens = range(self.seq_length)
         (tile,) = TileMask.of(self.mask(), tokens, tokens, torch.device("cpu"))
         return tile
 
     def cu_seqlens(self) -> tuple[int, ...]:
-        """Starts of the packed documents and the end: 8 equal ones, or 64 of 16 to 256 tokens."""
+        """Starts of the packed documents, then the end: 8 of equal length, or 64 of 16 to 256 tokens."""
         if self.mask_kind == "documents":
             return tuple(range(0, self.seq_length + 1, self.seq_length // 8))
         lengths = short_document_lengths()
         return tuple(sum(lengths[:i]) for i in range(len(lengths) + 1))
 
     def visible_pairs(self) -> int:
-        """(query, key) pairs of one head that the mask leaves."""
+        """Number of (query, key) pairs of one head that the mask allows."""
         mask = self.tile_mask()
         queries = torch.arange(self.seq_length)
         begin = (queries + mask.band_lo).clamp(min=0)
@@ -71,18 +71,18 @@ class KernelCase:
         return int((end - begin).clamp(min=0).sum())
 
     def flops(self, direction: Literal["forward", "backward"]) -> int:
-        """Useful floating-point operations: two per multiply-add, visible pairs only."""
+        """Useful floating-point operations: two per multiply-add, for visible pairs only."""
         products = FORWARD_PRODUCTS if direction == "forward" else BACKWARD_PRODUCTS
         return 2 * products * self.num_heads * self.head_dim * self.visible_pairs()
 
 
 def short_document_lengths() -> list[int]:
-    """64 lengths of 16 to 256 tokens, always the same."""
+    """64 lengths of 16 to 256 tokens, from a fixed seed."""
     return random.Random(0).choices(range(16, 257), k=64)
 
 
 def standard_cases() -> list[KernelCase]:
-    """The rows that docs/performance.md reports."""
+    """The cases that docs/performance.md reports."""
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
         for head_dim in (64, 128):

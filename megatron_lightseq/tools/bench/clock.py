@@ -1,4 +1,4 @@
-"""What benchmarks time with."""
+"""Timing of calls, and the number of threads they use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def timed(call: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds that a call takes, by ``clock``."""
+    """Duration of a call in seconds, measured with ``clock``."""
     start = clock()
     call()
     return clock() - start
@@ -18,7 +18,7 @@ def timed(call: Callable[[], None], clock: Callable[[], float] = time.perf_count
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """So many threads for torch's and our kernels within the block."""
+    """Use ``count`` threads for torch's kernels and ours inside this context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,8 +1,8 @@
 """Times the CUDA kernels against torch's on the GPU at hand: ``python -m megatron_lightseq.tools.bench.gpu --out DIR``.
 
-Useful operations: forward 4 * B * H * S^2 * D, backward 10 * B * H * S^2 * D, half of it under a causal mask.
-16k tokens in all and H * D = 2048, as in FlashAttention's papers. Medians of CUDA events after a warm-up, on random
-data. Both ceilings are measured in the same run: a large matrix product and a device-to-device copy.
+Useful operations: forward 4 * B * H * S^2 * D, backward 10 * B * H * S^2 * D, half of that with a causal mask.
+16k tokens in total and H * D = 2048, as in the FlashAttention papers. Medians of CUDA events after a warm-up, on random
+data. Two ceilings are measured as well: a large matrix product and a device-to-device copy.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from pathlib import Path
 import torch
 
 from megatron_lightseq.kernels.cuda import CudaKernel
-from megatron_lightseq.tools.bench.gpu_contenders import (
+from megatron_lightseq.tools.bench.gpu_implementations import (
     BACKENDS,
     RING_STEPS,
-    Contender,
     Flex,
     GpuCase,
+    GpuImplementation,
     Ours,
     Sdpa,
 )
 from megatron_lightseq.tools.bench.gpu_report import Measured, Report, environment, write_report
 
 SEQ_LENGTHS = (16384, 2048, 4096, 8192, 32768)
-"""The most telling first: where the time runs out, it is the others that are left out."""
-LEFT_OUT = "left out: the time was up"
+"""The most important first: if the time limit is reached, the others are left out."""
+LEFT_OUT = "left out: time limit reached"
 Timer = Callable[[Callable[[], object]], float]
 
 
 def event_seconds(run: Callable[[], object], repetitions: int = 10) -> float:
-    """Median of one call by CUDA events, after three calls of warm-up."""
+    """Median duration of one call by CUDA events, after three warm-up calls."""
     for _ in range(3):
         run()
     times = []
@@ -52,16 +52,16 @@ def event_seconds(run: Callable[[], object], repetitions: int = 10) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """Where contenders run, and how long they may take in all."""
+    """Where implementations run, and how long they may take in total."""
 
     device: torch.device
     timer: Timer = event_seconds
     end: float = float("inf")
-    """On ``clock``: nothing new is started after it."""
+    """Time on ``clock`` after which nothing new is started."""
     clock: Callable[[], float] = time.monotonic
 
-    def measure(self, case: GpuCase, contender: Contender) -> Measured:
-        """Both directions of one contender on one case; what does not run is a note, not an end."""
+    def measure(self, case: GpuCase, implementation: GpuImplementation) -> Measured:
+        """Both directions of one implementation on one case; a failure becomes a note in the result."""
         seconds: dict[str, float | None] = {"forward": None, "backward": None}
         note = ""
         for direction in seconds:
@@ -69,31 +69,31 @@ class Benchmark:
                 note = note or LEFT_OUT
                 break
             try:
-                with contender.settings():
-                    call = getattr(contender, direction)(case, case.tensors(self.device))
+                with implementation.settings():
+                    call = getattr(implementation, direction)(case, case.tensors(self.device))
                     seconds[direction] = self.timer(call)
-            except Exception as error:  # noqa: BLE001  backends and compilers refuse in their own ways
+            except Exception as error:  # noqa: BLE001  backends and compilers raise many kinds of errors
                 note = (
                     note
                     or f"{direction}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
                 )
         return Measured(
             case=case,
-            contender=contender.name,
-            rival=not isinstance(contender, Ours),
+            implementation=implementation.name,
+            is_ours=isinstance(implementation, Ours),
             forward_s=seconds["forward"],
             backward_s=seconds["backward"],
             note=note,
         )
 
     def measure_sdpa(self, case: GpuCase, backend: str) -> Measured:
-        """A backend of SDPA; where it does not know GQA, with keys and values repeated."""
+        """A backend of SDPA; with keys and values repeated if it does not support GQA."""
         found = self.measure(case, Sdpa(backend))
         refused = found.forward_s is None and case.kv_share > 1 and found.note != LEFT_OUT
         return self.measure(case, Sdpa(backend, repeat=True)) if refused else found
 
     def ceilings(self, matrix: int = 8192, elements: int = 1 << 29) -> dict[str, float]:
-        """TFLOP/s of a large bfloat16 matrix product, TB/s of a copy (bytes read and written)."""
+        """TFLOP/s of a large bf16 matrix product, and TB/s of a copy (bytes read and written)."""
         a, b = (torch.randn(matrix, matrix, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         source = torch.randn(elements, device=self.device)
         target = torch.empty_like(source)
@@ -104,7 +104,7 @@ class Benchmark:
 
 
 def cases(lengths: Sequence[int]) -> Iterator[GpuCase]:
-    """Every shape, in the order of the lengths; D = 128 first."""
+    """All cases, in the order of the lengths; D = 128 first."""
     for seq_length in lengths:
         for head_dim in (128, 64):
             for causal in (True, False):
@@ -116,12 +116,12 @@ def run(
     benchmark: Benchmark,
     shapes: Sequence[GpuCase],
     ours: Ours,
-    compiled: Contender,
+    compiled: GpuImplementation,
     progress: Callable[[list[Measured]], None],
 ) -> list[Measured]:
-    """Contenders of a case after one another, so that what disturbs one disturbs all.
+    """Measure the implementations of a case one after another, so that disturbances affect all of them.
 
-    The compiled one comes at the end: its compilations take longer than all the rest.
+    The compiled one comes last: its compilations take longer than everything else.
     """
     results: list[Measured] = []
     ring = replace(ours, blocks=RING_STEPS)
@@ -136,23 +136,25 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 where everything of ours ran; 1 where a case of ours failed; 2 without a GPU."""
+    """Exit status: 0 if all of our cases ran, 1 if one failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="megatron_lightseq.tools.bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.md")
     parser.add_argument("--seq-lengths", type=int, nargs="+", default=SEQ_LENGTHS)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after these")
-    parser.add_argument("--commit", default="unknown", help="what the report says was measured")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start nothing new after this time"
+    )
+    parser.add_argument("--commit", default="unknown", help="commit to name in the report")
     parser.add_argument(
         "--checks",
         nargs="*",
         default=[],
         metavar="NAME=VERDICT",
-        help="what was checked before, for the report",
+        help="results of earlier checks, for the report",
     )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
-            "megatron_lightseq.tools.bench.gpu: torch sees no GPU here: there is nothing to time.",
+            "megatron_lightseq.tools.bench.gpu: torch finds no GPU, so there is nothing to measure.",
             file=sys.stderr,
         )
         return 2
@@ -166,8 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     results = run(benchmark, list(cases(options.seq_lengths)), Ours(CudaKernel()), Flex(), save)
     summary, _, _ = (options.out / "gpu.md").read_text().partition("| D |")
-    print(f"{summary}The table: {options.out / 'gpu.md'}")
-    return int(any(not one.rival and one.note not in ("", LEFT_OUT) for one in results))
+    print(f"{summary}Table: {options.out / 'gpu.md'}")
+    return int(any(one.is_ours and one.note not in ("", LEFT_OUT) for one in results))
 
 
 if __name__ == "__main__":

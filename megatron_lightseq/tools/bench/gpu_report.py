@@ -1,4 +1,4 @@
-"""The GPU benchmark as JSON and Markdown: rates, ratios to torch's best, and whether the goals were reached."""
+"""The GPU benchmark as JSON and Markdown: rates, ratios to torch's fastest backend, and whether goals were reached."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from pathlib import Path
 
 import torch
 
-from megatron_lightseq.tools.bench.gpu_contenders import RING_STEPS, GpuCase
+from megatron_lightseq.tools.bench.gpu_implementations import RING_STEPS, GpuCase
 
 DIRECTIONS = ("forward", "backward")
 GOALS = {"forward": 0.9, "backward": 0.85}
-"""Least rate over that of torch's fastest backend, in every case of ``tokens`` tokens in all."""
+"""Minimum ratio of our rate to that of torch's fastest backend, in every case of ``tokens`` tokens in total."""
 RING_GOAL = 1.05
-"""Most time of several blocks of keys over that of one call."""
+"""Maximum ratio of the time for several blocks of keys to the time for a single call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """One contender on one case; seconds are medians, None where it does not run, with a note on why."""
+    """One implementation on one case; seconds are medians, None if it did not run, and ``note`` says why."""
 
     case: GpuCase
-    contender: str
-    rival: bool
-    """Whether it is not ours."""
+    implementation: str
+    is_ours: bool
     forward_s: float | None
     backward_s: float | None
     note: str = ""
 
     def seconds(self, direction: str) -> float | None:
+        """Median duration; None if it did not run."""
         return self.forward_s if direction == "forward" else self.backward_s
 
     def tflops(self, direction: str) -> float | None:
-        """Of useful operations; None where it did not run."""
+        """Rate of useful operations; None if it did not run."""
         seconds, factor = self.seconds(direction), 1.0 if direction == "forward" else 2.5
         return None if seconds is None else factor * self.case.forward_flops / seconds / 1e12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What the figures were measured on."""
+    """Machine, ceilings and earlier checks."""
 
     environment: dict[str, str]
     ceilings: dict[str, float]
@@ -52,7 +52,7 @@ class Report:
 
 
 def environment(commit: str) -> dict[str, str]:
-    """What the numbers depend on."""
+    """Device, driver and versions."""
     return {
         "device": torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
@@ -82,30 +82,33 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def best_rival(results: Sequence[Measured], case: GpuCase, direction: str) -> float | None:
-    """The highest rate of torch's own backends on a case, TFLOP/s; Triton is shown, and is no goal."""
+def best_of_torch(results: Sequence[Measured], case: GpuCase, direction: str) -> float | None:
+    """The highest rate of torch's fused backends on a case in TFLOP/s; Triton is not part of the goals."""
     rates = [
-        one.tflops(direction)
-        for one in results
-        if one.case == case and one.rival and one.contender.startswith("sdpa")
+        one.tflops(direction) for one in results if one.case == case and one.implementation.startswith("sdpa")
     ]
     return max((rate for rate in rates if rate is not None), default=None)
 
 
 def table(results: Sequence[Measured], matmul_tflops: float) -> str:
-    """Markdown: a line for each case, direction and contender."""
+    """Markdown table with a line per case, direction and implementation."""
     lines = [
-        "| D | mask | heads | S | direction | contender | ms | TFLOP/s | of matmul | to torch's best |",
+        "| D | mask | heads | S | direction | implementation | ms | TFLOP/s | of matmul | relative to torch |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in dict.fromkeys(one.case for one in results):
         heads = "MHA" if case.kv_share == 1 else f"GQA {case.kv_share}"
         shape = (str(case.head_dim), "causal" if case.causal else "full", heads, str(case.seq_length))
         for direction in DIRECTIONS:
-            best = best_rival(results, case, direction)
+            best = best_of_torch(results, case, direction)
             for one in results:
                 if one.case == case:
-                    cells = (*shape, direction, one.contender, *_figures(one, direction, matmul_tflops, best))
+                    cells = (
+                        *shape,
+                        direction,
+                        one.implementation,
+                        *_figures(one, direction, matmul_tflops, best),
+                    )
                     lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -121,46 +124,48 @@ def _figures(
 
 
 def goals(results: Sequence[Measured]) -> list[str]:
-    """A line for each goal: the range of what was measured, and whether all of it reaches the goal."""
+    """A line per goal: the measured range, and whether all of it reaches the goal."""
     return [*_rate_goals(results), *_ring_goals(results)]
 
 
 def _rate_goals(results: Sequence[Measured]) -> Iterator[str]:
-    counted = [one for one in results if one.contender == "ours" and one.case.seq_length <= one.case.tokens]
+    counted = [
+        one for one in results if one.implementation == "ours" and one.case.seq_length <= one.case.tokens
+    ]
     kinds = sorted({(one.case.head_dim, one.case.causal) for one in counted}, reverse=True)
     for direction, goal in GOALS.items():
         for head_dim, causal in kinds:
             ratios = []
             for one in counted:
-                rate, best = one.tflops(direction), best_rival(results, one.case, direction)
+                rate, best = one.tflops(direction), best_of_torch(results, one.case, direction)
                 if (one.case.head_dim, one.case.causal) == (head_dim, causal) and rate and best:
                     ratios.append(rate / best)
-            what = f"{direction}, D = {head_dim}, {'causal' if causal else 'full'}, to torch's best"
+            what = f"{direction}, D = {head_dim}, {'causal' if causal else 'full'}, rate relative to torch's fastest"
             yield _verdict(what, ratios, f"at least {goal}", bool(ratios) and min(ratios) >= goal)
 
 
 def _ring_goals(results: Sequence[Measured]) -> Iterator[str]:
-    whole = {one.case: one for one in results if one.contender == "ours"}
+    whole = {one.case: one for one in results if one.implementation == "ours"}
     for direction in DIRECTIONS:
         ratios = []
         for one in results:
-            parts = one.seconds(direction) if one.contender == f"ours, {RING_STEPS} blocks" else None
+            parts = one.seconds(direction) if one.implementation == f"ours, {RING_STEPS} blocks" else None
             alone = whole[one.case].seconds(direction) if one.case in whole else None
             if parts and alone and one.case.seq_length >= one.case.tokens:
                 ratios.append(parts / alone)
-        what = f"{direction}, time of {RING_STEPS} blocks to that of one call, long sequences"
+        what = f"{direction}, time of {RING_STEPS} blocks relative to one call, long sequences"
         yield _verdict(what, ratios, f"at most {RING_GOAL}", bool(ratios) and max(ratios) <= RING_GOAL)
 
 
 def _verdict(what: str, ratios: Sequence[float], wanted: str, reached: bool) -> str:
     if not ratios:
-        return f"{what}: not measured ({wanted} wanted)"
+        return f"{what}: not measured (goal: {wanted})"
     found = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    return f"{what}: {found} ({wanted} wanted): {'reached' if reached else 'NOT reached'}"
+    return f"{what}: {found} (goal: {wanted}): {'reached' if reached else 'NOT reached'}"
 
 
 def write_report(report: Report, results: Sequence[Measured], folder: Path) -> None:
-    """Write gpu.json and gpu.md, over what an earlier call wrote."""
+    """Write gpu.json and gpu.md, replacing those of earlier calls."""
     folder.mkdir(parents=True, exist_ok=True)
     verdicts = goals(results)
     content = {**asdict(report), "goals": verdicts, "results": [asdict(one) for one in results]}

@@ -1,8 +1,8 @@
-"""How much of the communication computing hides: attention alone, over a real network, with overlap and without.
+"""How much communication is hidden by computation: attention only, over a real network, with and without overlap.
 
-Measured on every rank: forward and backward of :class:`DistAttention`, and the time that its host waited for
-transfers. Predicted: the same by the simulator (schedule/simulate.py), with the speed of kernels and of the link as
-the ranks themselves measure them just before, all at once. What the prediction says can be hidden should be.
+Every rank measures the forward and backward pass of :class:`DistAttention`, and how long its host waits for transfers.
+The simulator (schedule/simulate.py) predicts the same from the speeds of the kernels and of the link, which all ranks
+measure simultaneously beforehand. Transfers that can be hidden according to the prediction should be hidden.
 
 Shape letters: S = tokens of the sequence, P = ranks, H = query heads, G = key/value heads, D = head dim.
 """
@@ -24,18 +24,18 @@ from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import METHODS, Chooser, Device, Direction, Network, TensorShape
 from megatron_lightseq.tools.bench.clock import timed
-from megatron_lightseq.tools.ranks import Seat
+from megatron_lightseq.tools.ranks import RankContext
 
 TASK = "megatron_lightseq.tools.bench.overlap:answer"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LINK_BYTES = 4 * 2**20
-"""Of the message that measures the link's rate; as long as a chunk of thousands of tokens."""
+"""Size of the message that measures the rate of the link, similar to a chunk of thousands of tokens."""
 _PINGS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OverlapJob:
-    """What the ranks are asked to measure."""
+    """What the ranks measure."""
 
     methods: tuple[str, ...]
     seq_length: int = 8192
@@ -47,11 +47,11 @@ class OverlapJob:
     repetitions: int = 5
 
     def layout_of(self, method: str) -> str:
-        """The layout that training uses with a method."""
+        """The default layout of a method."""
         return METHODS[method].default_layout
 
     def check(self, ranks: int) -> None:
-        """Raise a :class:`LightSeqError` for what cannot run on so many ranks."""
+        """Raise a :class:`LightSeqError` if the job cannot run on ``ranks`` ranks."""
         known = [name for name, method in METHODS.items() if not method.full_rows]
         unknown = [name for name in self.methods if name not in known]
         if unknown or ranks < 2 or self.num_heads % max(1, self.num_query_groups):
@@ -59,7 +59,8 @@ class OverlapJob:
                 explain(
                     got=f"methods {', '.join(self.methods)} on {ranks} ranks, {self.num_heads} heads in "
                     f"{self.num_query_groups} groups",
-                    rule=f"2 ranks or more communicate, groups divide heads, and the methods are {', '.join(known)}",
+                    rule="at least 2 ranks are needed, groups divide heads, and the methods are "
+                    f"{', '.join(known)}",
                     remedy="Correct the flag",
                 )
             )
@@ -67,44 +68,49 @@ class OverlapJob:
             SequenceLayout(self.layout_of(method), ranks).check_length(self.seq_length)
 
     def to_json(self) -> str:
-        """Text for :func:`answer`."""
+        """The request for :func:`answer`."""
         return json.dumps(dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Speeds:
-    """What a rank measured of its machine."""
+    """Speeds that a rank measured on its machine."""
 
     forward_flops_per_s: float
     backward_flops_per_s: float
     link_bytes_per_s: float
-    """To and from a neighbour at once, each way."""
+    """In each direction, while sending and receiving simultaneously."""
     link_latency_s: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class MethodTiming:
     """One method on one rank: medians over the repetitions."""
 
     method: str
     overlap: bool
     seconds: float
-    """Forward and backward."""
+    """Forward plus backward."""
     exposed_seconds: float
+    """How long the host waited for transfers."""
     bytes_sent: int
 
 
-def answer(request: str, seat: Seat) -> dict[str, Any]:
-    """The task of :func:`tools.ranks.run_task`: an :class:`OverlapJob` in; ``speeds`` and ``runs`` out."""
+def answer(request: str, context: RankContext) -> dict[str, Any]:
+    """The task for :func:`tools.ranks.run_task`: takes an :class:`OverlapJob`, returns ``speeds`` and ``timings``."""
     fields = json.loads(request)
     job = OverlapJob(**{**fields, "methods": tuple(fields["methods"])})
     torch.set_num_threads(1)
-    seat.pin()
-    seat.join()
-    inputs = _inputs(job, seat.world_size)
+    context.pin()
+    context.join()
+    inputs = _inputs(job, context.world_size)
     speeds = _measure_speeds(inputs)
-    runs = [_measure(job, method, overlap, inputs) for method in job.methods for overlap in (True, False)]
-    return {"speeds": dataclasses.asdict(speeds), "runs": [dataclasses.asdict(run) for run in runs]}
+    timings = [
+        dataclasses.asdict(_measure(job, method, overlap, inputs))
+        for method in job.methods
+        for overlap in (True, False)
+    ]
+    return {"speeds": dataclasses.asdict(speeds), "timings": timings}
 
 
 def _inputs(job: OverlapJob, world_size: int) -> list[torch.Tensor]:
@@ -116,9 +122,9 @@ def _inputs(job: OverlapJob, world_size: int) -> list[torch.Tensor]:
     return [*(x.requires_grad_() for x in (q, k, v)), dout]
 
 
-def _measure(job: OverlapJob, method: str, overlap: bool, inputs: Sequence[torch.Tensor]) -> Run:
+def _measure(job: OverlapJob, method: str, overlap: bool, inputs: Sequence[torch.Tensor]) -> MethodTiming:
     group = dist.group.WORLD
-    assert group is not None, "the seat has joined"
+    assert group is not None, "the rank has joined"
     layout = SequenceLayout(job.layout_of(method), group.size())
     attention = DistAttention(group, layout=layout, method=method, overlap=overlap)
     q, k, v, dout = inputs
@@ -131,7 +137,7 @@ def _measure(job: OverlapJob, method: str, overlap: bool, inputs: Sequence[torch
         attention.stats.reset()
         seconds.append(_timed(step))
         exposed.append(attention.stats.exposed_seconds)
-    return Run(
+    return MethodTiming(
         method=method,
         overlap=overlap,
         seconds=statistics.median(seconds[1:]),
@@ -141,13 +147,13 @@ def _measure(job: OverlapJob, method: str, overlap: bool, inputs: Sequence[torch
 
 
 def _timed(call: Callable[[], None]) -> float:
-    """Seconds from when all ranks are ready."""
+    """Duration of a call in seconds, started when all ranks are ready."""
     dist.barrier()
     return timed(call)
 
 
 def _measure_speeds(inputs: Sequence[torch.Tensor]) -> Speeds:
-    """Kernels on this rank's own shard and the link to the neighbours, on all ranks at once."""
+    """Speed of kernels on this rank's shard and of the link to its neighbours, on all ranks simultaneously."""
     q, k, v, dout = inputs
     alone = DistAttention(mask=Mask.full())
     tokens, batch, heads, dim = q.shape
@@ -171,7 +177,7 @@ def _forward_only(attention: DistAttention, q: torch.Tensor, k: torch.Tensor, v:
 
 
 def _shift(num_bytes: int) -> None:
-    """Every rank sends to the next and receives from the one before."""
+    """Every rank sends to the next rank and receives from the previous one."""
     rank, size = dist.get_rank(), dist.get_world_size()
     out, into = torch.ones(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
     works = [dist.irecv(into, (rank - 1) % size), dist.isend(out, (rank + 1) % size)]
@@ -182,14 +188,14 @@ def _shift(num_bytes: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Expected:
-    """What the simulator says of one method, forward and backward together."""
+    """The simulator's prediction for one method, forward plus backward."""
 
     seconds: float
     exposed_seconds: float
 
 
 def expect(job: OverlapJob, method: str, world_size: int, speeds: Speeds, *, overlap: bool) -> Expected:
-    """Simulate a method with the speeds that were measured."""
+    """Simulate a method with the measured speeds."""
     chooser = Chooser(
         world_size,
         job.seq_length,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lightseq.tools.bench.overlap import Expected, OverlapJob, Run, Speeds, expect
+from megatron_lightseq.tools.bench.overlap import Expected, MethodTiming, OverlapJob, Speeds, expect
 from megatron_lightseq.tools.markdown import markdown_table
 from megatron_lightseq.tools.provenance import provenance
 
@@ -23,42 +23,42 @@ HEADER = (
     "verdict",
 )
 HIDEABLE = 0.05
-"""Predicted exposed share of a step up to which communication counts as possible to hide."""
+"""Largest predicted exposed share of a step with which communication counts as hideable."""
 HIDDEN = 0.10
-"""Measured exposed share of a step below which it counts as hidden."""
+"""Measured exposed share of a step below which communication counts as hidden."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One method: the slowest rank's step and the longest wait of any rank, measured and predicted."""
+    """One method: the slowest step and the longest wait of any rank, measured and predicted."""
 
     method: str
-    on: Run
-    off: Run
+    on: MethodTiming
+    off: MethodTiming
     expected: Expected
 
     @property
     def share(self) -> float:
-        """Exposed part of a step, with overlap."""
+        """Exposed share of a step, with overlap."""
         return self.on.exposed_seconds / self.on.seconds
 
     @property
     def expected_share(self) -> float:
-        """The same as predicted."""
+        """Predicted exposed share of a step, with overlap."""
         return self.expected.exposed_seconds / self.expected.seconds
 
     @property
     def hideable(self) -> bool:
-        """Whether the prediction says that kernels are long enough to hide the transfers."""
+        """Whether kernels take long enough to hide the transfers, according to the prediction."""
         return self.expected_share <= HIDEABLE
 
     @property
     def holds(self) -> bool:
-        """Whether what can be hidden is."""
+        """Whether communication is hidden if it can be."""
         return not self.hideable or self.share < HIDDEN
 
     def cells(self) -> list[str]:
-        """For a table."""
+        """Cells of the table."""
         verdict = ("hidden" if self.holds else "NOT hidden") if self.hideable else "cannot be hidden here"
         return [
             self.method,
@@ -73,15 +73,13 @@ class Row:
 
 
 def rows(job: OverlapJob, answers: Sequence[dict[str, Any]]) -> list[Row]:
-    """One row a method, of what every rank answered (:func:`megatron_lightseq.tools.bench.overlap.answer`)."""
+    """One row per method, from the answers of all ranks (:func:`megatron_lightseq.tools.bench.overlap.answer`)."""
     speeds = slowest([Speeds(**answer["speeds"]) for answer in answers])
-    by_rank = [[Run(**run) for run in answer["runs"]] for answer in answers]
+    timings = [MethodTiming(**timing) for answer in answers for timing in answer["timings"]]
     found = []
     for method in job.methods:
         on, off = (
-            _worst(
-                [run for runs in by_rank for run in runs if (run.method, run.overlap) == (method, overlap)]
-            )
+            _worst([one for one in timings if (one.method, one.overlap) == (method, overlap)])
             for overlap in (True, False)
         )
         expected = expect(job, method, len(answers), speeds, overlap=True)
@@ -90,7 +88,7 @@ def rows(job: OverlapJob, answers: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def slowest(speeds: Sequence[Speeds]) -> Speeds:
-    """What all ranks can count on."""
+    """The lowest speeds of all ranks."""
     return Speeds(
         forward_flops_per_s=min(one.forward_flops_per_s for one in speeds),
         backward_flops_per_s=min(one.backward_flops_per_s for one in speeds),
@@ -99,27 +97,27 @@ def slowest(speeds: Sequence[Speeds]) -> Speeds:
     )
 
 
-def _worst(runs: Sequence[Run]) -> Run:
+def _worst(timings: Sequence[MethodTiming]) -> MethodTiming:
     return dataclasses.replace(
-        runs[0],
-        seconds=max(run.seconds for run in runs),
-        exposed_seconds=max(run.exposed_seconds for run in runs),
-        bytes_sent=max(run.bytes_sent for run in runs),
+        timings[0],
+        seconds=max(one.seconds for one in timings),
+        exposed_seconds=max(one.exposed_seconds for one in timings),
+        bytes_sent=max(one.bytes_sent for one in timings),
     )
 
 
 def caption(job: OverlapJob, answers: Sequence[dict[str, Any]], link: str) -> str:
-    """What was run."""
+    """What was measured, in one paragraph."""
     speeds = slowest([Speeds(**answer["speeds"]) for answer in answers])
     gigabits = speeds.link_bytes_per_s * 8 / 1e9
     return (
         f"{link}: {len(answers)} ranks of 1 thread, forward and backward of causal attention, {job.seq_length} tokens, "
         f"{job.num_heads} heads ({job.num_query_groups} key/value) of {job.head_dim}, {job.precision}, median of "
-        f"{job.repetitions}. Measured before: kernels {speeds.forward_flops_per_s / 1e9:.0f} and "
+        f"{job.repetitions}. Measured beforehand: kernels {speeds.forward_flops_per_s / 1e9:.0f} and "
         f"{speeds.backward_flops_per_s / 1e9:.0f} GFLOP/s, link {gigabits:.2f} Gbit/s each way, "
-        f"{speeds.link_latency_s * 1e6:.0f} us. Exposed: the longest that a rank waited for transfers, measured and "
-        f"predicted by the simulator from these speeds; up to {HIDEABLE:.0%} predicted counts as possible to hide, "
-        f"below {HIDDEN:.0%} measured as hidden"
+        f"{speeds.link_latency_s * 1e6:.0f} us. Exposed: the longest time that a rank waited for transfers, measured "
+        "and predicted by the simulator from these speeds; transfers count as hideable if at most "
+        f"{HIDEABLE:.0%} of a step is predicted to be exposed, and as hidden if less than {HIDDEN:.0%} is"
     )
 
 

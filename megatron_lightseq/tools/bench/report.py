@@ -20,7 +20,7 @@ NAME = "cpu-kernel"
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
+    """Machine and versions of the measurement."""
     return {
         "cpu": processor(),
         "isa": CpuKernel().isa,
@@ -30,7 +30,7 @@ def machine() -> dict[str, str | int]:
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table: torch's figure, ours, and their ratio."""
+    """A row of the table: torch's figures, ours, and their ratios."""
     ours, torchs = row.timings
 
     def speed(attribute: str) -> str:
@@ -51,16 +51,16 @@ def cells(row: Row) -> list[str]:
 
 
 def caption(repetitions: int) -> str:
-    """How to read the table, and what it was measured on."""
+    """How to read the table, and where it was measured."""
     here = machine()
     clock = "thread CPU time" if here["threads"] == 1 else "wall clock"
     pages = "huge pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "small pages"
     return (
         f"GFLOP/s of useful operations, torch -> ours (ratio). Measured on {here['cpu']}, variant {here['isa']}, "
-        f"{here['threads']} thread(s), {here['versions']}: {clock}, contenders taking turns, median of "
+        f"{here['threads']} thread(s), {here['versions']}: {clock}, measured alternately, median of "
         f"{repetitions}, tensors of 2 MiB and more in {pages} (THP_MEM_ALLOC_ENABLE). Of peak: our forward / backward "
-        "over products of registers only. Errors: the largest of out, dq, dk and dv against fp64, relative to the "
-        f"largest value, on at most 1024 tokens; median of {ERROR_DRAWS} draws of the inputs."
+        "relative to products of registers only. Errors: the largest of out, dq, dk and dv against fp64, relative to "
+        f"the largest value, with at most 1024 tokens; median over {ERROR_DRAWS} random inputs."
     )
 
 
@@ -87,7 +87,7 @@ def _record(row: Row) -> dict[str, object]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Bars of GFLOP/s, torch and ours, forward and backward; the measured peak as a line per case."""
+    """Bars of GFLOP/s for torch and ours, forward and backward, with the measured peak of each case."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""What more threads are worth to the CPU kernel: the same case on one thread and on several, taking turns.
+"""How the CPU kernel scales with threads: the same case on one thread and on several, measured alternately.
 
-Wall clock, since that is what threads are for: a core that something else uses shows as missing speed, so the
-figures mean something on a quiet machine only.
+Measured by wall clock. A core that is used by something else appears as lost speed, so the machine must be idle
+otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from megatron_lightseq.kernels.cpu import CpuKernel
 from megatron_lightseq.tools.bench.cases import KernelCase
 from megatron_lightseq.tools.bench.clock import timed, torch_threads
-from megatron_lightseq.tools.bench.contenders import Inputs, TileKernel
+from megatron_lightseq.tools.bench.implementations import Inputs, TileKernel
 from megatron_lightseq.tools.markdown import markdown_table
 from megatron_lightseq.tools.provenance import provenance
 
@@ -36,11 +36,11 @@ class Scaling:
 
     @property
     def total_s(self) -> tuple[float, float]:
-        """Forward and backward."""
+        """Forward plus backward."""
         return self.forward_s[0] + self.backward_s[0], self.forward_s[1] + self.backward_s[1]
 
     def cells(self) -> list[str]:
-        """For a table: milliseconds on one thread, on several, and how many times less that is."""
+        """Cells of the table: milliseconds on one thread and on several, and the speed-up."""
         pairs = (self.forward_s, self.backward_s, self.total_s)
         return [
             str(self.case),
@@ -49,7 +49,7 @@ class Scaling:
 
 
 def scaling_cases() -> list[KernelCase]:
-    """Long full and causal attention, and a single head, whose work must be cut along the sequence."""
+    """Long full and causal attention, and a single head, whose work must be divided along the sequence."""
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
         full = KernelCase(mask_kind="full", dtype=dtype, head_dim=64, seq_length=4096)
@@ -60,16 +60,16 @@ def scaling_cases() -> list[KernelCase]:
 
 
 def measure_scaling(case: KernelCase, threads: int, repetitions: int) -> Scaling:
-    """Time our kernel on one thread and on ``threads``, taking turns, after one round that nobody counts.
+    """Time our kernel alternately on one thread and on ``threads``, after one warm-up round.
 
-    The number of threads of torch is as before afterwards.
+    Restores torch's number of threads.
     """
     kernel = TileKernel(CpuKernel(), case, Inputs.random(case))
     seconds: dict[tuple[int, str], list[float]] = {}
     for repetition in range(repetitions + 1):
         for count in (1, threads):
             with torch_threads(count):
-                kernel.forward()  # not counted: the first call after a change of threads starts them
+                kernel.forward()  # not timed: the first call after changing the number of threads starts them
                 for direction, call in (("forward", kernel.forward), ("backward", kernel.backward)):
                     taken = timed(call)
                     if repetition > 0:
@@ -83,10 +83,10 @@ def measure_scaling(case: KernelCase, threads: int, repetitions: int) -> Scaling
 
 
 def caption(threads: int, repetitions: int) -> str:
-    """How to read the table, and what it was measured on."""
+    """How to read the table, and where it was measured."""
     return (
-        f"Our kernel, variant {CpuKernel().isa}, on 1 -> {threads} threads (how many times less): wall clock, taking "
-        f"turns, median of {repetitions}. {provenance()}."
+        f"Our kernel, variant {CpuKernel().isa}, on 1 -> {threads} threads (speed-up): wall clock, measured "
+        f"alternately, median of {repetitions}. {provenance()}."
     )
 
 

@@ -1,7 +1,7 @@
-"""Comparisons: the same model, data and steps under several systems, and predictions of published measurements.
+"""Comparisons: the same model, data and steps with several systems, and predictions of published measurements.
 
-* :mod:`systems` says what each system is; :mod:`sdpa`, :mod:`padding` make Megatron's as its users run it;
+* :mod:`systems` defines the systems; :mod:`sdpa` and :mod:`padding` set up Megatron the way its users run it;
 * :mod:`worker` runs one system on one rank and measures it; :mod:`launch` starts the ranks;
-* :mod:`tables` compares what they measured and refuses to compare what did not compute the same;
-* :mod:`predict` computes the iteration times of the paper's cluster from its schedules.
+* :mod:`tables` compares the measurements, and refuses to compare systems whose losses differ;
+* :mod:`paper` repeats the paper's experiments on a small scale, and predicts its figures from its schedules.
 """

@@ -1,4 +1,4 @@
-"""What ranks are asked to measure, and what they answer. No torch."""
+"""What ranks are asked to measure, and their answers. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ class Job:
 
     system: str
     common: PretrainConfig
-    """Model, data and steps that all systems share; the system changes it."""
+    """Model, data and steps, shared by all systems; each system changes it."""
     world_size: int
     warmup_steps: int = 1
     steps: int = 3
     threads: int = 1
-    """Threads of a rank's kernels."""
+    """Kernel threads per rank."""
     pin: bool = True
-    """Bind rank r to core r modulo the cores."""
+    """Bind rank r to core r modulo the number of cores."""
     profile_memory: bool = True
-    """Run one more step, untimed, under torch's profiler."""
+    """Run an additional, untimed step with torch's profiler."""
     measure_ceiling: bool = True
+    """Measure the rate of matrix products first."""
     memory_budget_bytes: int | None = None
-    """Private memory that a rank may take beyond Python and its libraries; None: no limit."""
+    """Private memory that a rank may use in addition to Python and its libraries; None for no limit."""
 
     def to_json(self) -> str:
         """Text for :meth:`from_json`."""
@@ -50,51 +51,51 @@ class StepMeasurement:
 
     seconds: float
     cpu_seconds: float
-    """Processor time of the rank's threads: what a step costs a machine that is busy with other things, too."""
+    """CPU time of the rank's threads: the cost of a step on a machine that is also used by others."""
     loss: float
     bytes_sent: int
-    """Through torch.distributed: attention's transfers, Megatron's collectives, gradients."""
+    """Through torch.distributed: attention's transfers, Megatron's collectives, and gradients."""
     attention_bytes_sent: int
-    """Of these, attention's transfers; 0 where attention does not communicate."""
+    """The part of these that is sent by attention; 0 if attention does not communicate."""
     exposed_seconds: float | None
-    """Wall clock in communication calls and waits, while the host computed nothing; None on GPUs."""
+    """Wall clock time in communication calls and waits, when the host computes nothing; None on GPUs."""
     attention_forwards: int
     link_bytes_sent: int | None
-    """Payload that the kernel saw leave through the ranks' interface."""
+    """Payload that left through the network interface of the ranks, as counted by the operating system."""
     warmup: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What one rank measured."""
+    """The measurements of one rank."""
 
     steps: tuple[StepMeasurement, ...]
     peak_resident_bytes: int
     peak_tensor_bytes: int | None
     matmul_flops_per_second: float | None
     counts_forwards: bool
-    """Whether ``attention_forwards`` means anything: Transformer Engine does not count."""
+    """Whether ``attention_forwards`` is valid: Transformer Engine does not count them."""
 
     @staticmethod
     def from_dict(answer: dict[str, Any]) -> Measurement:
-        """From what a worker answered."""
+        """From the answer of a rank."""
         fields = dict(answer)
         steps = tuple(StepMeasurement(**step) for step in fields.pop("steps"))
         return Measurement(**fields, steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """A system's answer: every rank's measurement, or why there is none."""
+class JobResult:
+    """The measurements of all ranks, or why there are none."""
 
     system: str
     ranks: tuple[Measurement, ...] = ()
     refusal: str | None = None
-    """The system cannot run here at all, in words."""
+    """Why the system cannot run on this machine."""
     failure: str | None = None
-    """It started and failed: the end of its log."""
+    """The end of the log, if it started and failed."""
     out_of_memory: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Values for JSON."""
         return asdict(self)

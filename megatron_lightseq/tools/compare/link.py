@@ -1,9 +1,9 @@
-"""What crosses the link between two hosts: as the schedule says, and as the kernel's interface counters saw it.
+"""Traffic on the link between two hosts: according to the schedule, and according to the interface counters.
 
     python -m megatron_lightseq.tools.compare.link DIR RATE...
 
-prints and writes DIR/two-hosts.{md,json,png} from the comparisons DIR/two-hosts-RATE.json that
-scripts/compare_two_hosts.sh has made, one a rate in Gbit/s.
+prints and writes DIR/two-hosts.{md,json,png} from the comparisons DIR/two-hosts-RATE.json of
+scripts/compare_two_hosts.sh, one per rate in Gbit/s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_lightseq.schedule.ir import Direction
 from megatron_lightseq.tools.markdown import markdown_table
 
 BYTES_TOLERANCE = 0.03
-"""Between predicted and counted bytes: what the processes say to agree on a step is in the count only."""
+"""Relative, between predicted and counted bytes: small control messages are only in the count."""
 _MIB = 2**20
 _HEADER = (
     "link",
@@ -37,10 +37,10 @@ _HEADER = (
 
 
 def scheduled_bytes(config: PretrainConfig) -> int | None:
-    """Bytes that the busiest rank's attention sends in a step, by the schedule alone; None where none says.
+    """Bytes that attention sends in a step on the busiest rank, computed from the schedule alone.
 
-    Without repeats: attention is kept, or not recomputed. Ulysses exchanges heads and RSA rows of scores, beside or
-    instead of what schedules list.
+    None if the schedule does not say: for recomputed attention, and for Ulysses and RSA, which also send heads or rows
+    of scores that are not in the schedule.
     """
     context, model, training = config.context, config.model, config.training
     method = METHODS.get(context.cp_method)
@@ -62,14 +62,14 @@ def scheduled_bytes(config: PretrainConfig) -> int | None:
     sent = [0] * ranks
     for direction in Direction:
         schedule = build(method, layout, direction=direction, seq_length=training.seq_length)
-        played = simulate(schedule, shape=shape)
-        sent = [total + more for total, more in zip(sent, played.bytes_sent, strict=True)]
+        simulated = simulate(schedule, shape=shape)
+        sent = [total + more for total, more in zip(sent, simulated.bytes_sent, strict=True)]
     micro_batches = training.global_batch_size // training.micro_batch_size
     return max(sent) * model.num_layers * micro_batches
 
 
 def rows(rate: str, comparison: dict[str, Any]) -> list[list[str]]:
-    """The table's rows of one rate."""
+    """The rows of the table for one rate."""
     found = []
     for row in comparison["figures"]:
         if row["problem"] is not None:
@@ -96,7 +96,7 @@ def rows(rate: str, comparison: dict[str, Any]) -> list[list[str]]:
 
 
 def predicted_bytes(row: dict[str, Any]) -> int:
-    """What one rank on each of two hosts should send: attention by its schedule, collectives by their sizes."""
+    """Bytes that one rank per host should send: attention by its schedule, collectives by their sizes."""
     attention = (
         row["attention_bytes_sent"] if row["scheduled_bytes_sent"] is None else row["scheduled_bytes_sent"]
     )
@@ -104,7 +104,7 @@ def predicted_bytes(row: dict[str, Any]) -> int:
 
 
 def bytes_agree(comparison: dict[str, Any]) -> bool:
-    """Whether every count on the link is within the tolerance of its prediction."""
+    """Whether all counts on the link are within the tolerance of their predictions."""
     return all(
         abs(row["link_bytes_sent"] / predicted_bytes(row) - 1) <= BYTES_TOLERANCE
         for row in comparison["figures"]
@@ -123,7 +123,7 @@ def markdown(comparisons: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(comparisons: dict[str, dict[str, Any]], path: Path) -> None:
-    """Speed-up against rate, a line a system."""
+    """Plot speed-ups against rates, with a line per system."""
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -144,7 +144,7 @@ def draw(comparisons: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Summarise; exit status 0 when losses and bytes agree at every rate."""
+    """Summarise; exit status 0 if losses and bytes agree at all rates."""
     folder, rates = Path(arguments[0]), arguments[1:]
     comparisons = {rate: json.loads((folder / f"two-hosts-{rate}.json").read_text()) for rate in rates}
     text = markdown(comparisons)

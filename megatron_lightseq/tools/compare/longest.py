@@ -1,4 +1,4 @@
-"""The longest sequence that fits: found by trying, under a limit that the operating system enforces."""
+"""The longest sequence that fits into memory: found by trying, with a limit that the operating system enforces."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron_lightseq.tools.ranks import Cluster
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Longest:
-    """What a search found."""
+    """The result of a search."""
 
     system: str
     fits: int
-    """Tokens; 0 when not even the first length fitted."""
+    """Tokens; 0 if not even the first length fits."""
     too_long: int | None
-    """The length that ran out of memory; None when the search ended before one did."""
+    """The length that ran out of memory; None if the search ended before."""
 
 
 def longest_sequence(
@@ -31,18 +31,19 @@ def longest_sequence(
     cluster: Cluster | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Longest:
-    """Double the sequence of ``job`` from ``start`` until a rank runs out of its ``memory_budget_bytes``.
+    """Double the sequence length of ``job`` from ``start`` until a rank exceeds its ``memory_budget_bytes``.
 
-    One optimizer step is run at every length. A failure of another kind ends the search as well, and is reported.
+    Runs one optimizer step at each length. Any other failure also ends the search, and is reported.
 
     Args:
-        job: with a system and a memory budget.
-        start: first length, in tokens; limit: last one to try.
-        halvings: how often to try the middle between what fits and what does not, once doubling has found both.
-        cluster: where to run; default: this host.
-        report: gets a line after every length.
+        job: With a system and a memory budget.
+        start: First length, in tokens.
+        limit: Last length to try.
+        halvings: Number of times to try the middle between a length that fits and one that does not.
+        cluster: Where to run; default: this host.
+        report: Called with a line of progress after each length.
     """
-    assert job.memory_budget_bytes is not None, "a search for what fits needs a limit"
+    assert job.memory_budget_bytes is not None, "the search needs a memory budget"
     cluster = cluster or Cluster()
     fits, length = 0, start
     while length <= limit and _runs(job, length, cluster, report):
@@ -60,7 +61,7 @@ def longest_sequence(
 
 
 def _runs(job: Job, length: int, cluster: Cluster, report: Callable[[str], None]) -> bool:
-    """Whether a step with so many tokens fits."""
+    """Whether a step with ``length`` tokens fits."""
     tried = replace(
         job,
         common=with_values(job.common, seq_length=length),

@@ -1,4 +1,4 @@
-"""Memory of a process: what tensors take at most, and a limit on all of it."""
+"""Memory of a process: the peak of its tensors, and a limit for all of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of all tensors that Python can reach; storage that several share counts once."""
+    """Bytes of all tensors that Python can reach; shared storage counts once."""
     storages: dict[int, int] = {}
     for candidate in gc.get_objects():
         if type(candidate) in (torch.Tensor, torch.nn.Parameter) and candidate.layout is torch.strided:
@@ -23,9 +23,9 @@ def live_tensor_bytes() -> int:
 
 
 def peak_tensor_bytes(function: Callable[[], Any]) -> int:
-    """The most that tensors take at any moment of ``function()``, with those that were there before.
+    """Peak bytes of all tensors during ``function()``, including those that existed before.
 
-    On CUDA what the allocator saw; on CPUs the allocations and frees that torch's profiler records.
+    From the allocator's statistics on CUDA, and from the allocations that torch's profiler records on CPUs.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -43,9 +43,9 @@ def peak_tensor_bytes(function: Callable[[], Any]) -> int:
 
 
 def limit_memory(budget_bytes: int) -> None:
-    """Let this process have ``budget_bytes`` more than it has now: allocations beyond that fail.
+    """Limit this process to ``budget_bytes`` more than it uses now; allocations beyond that fail.
 
-    Counts private memory (RLIMIT_DATA, Linux 4.7 and later), which is what tensors, gradients and buffers are.
+    Limits private memory, such as tensors, gradients and buffers (RLIMIT_DATA, Linux 4.7 and later).
     """
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)

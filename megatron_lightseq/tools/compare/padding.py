@@ -1,8 +1,9 @@
-"""Initial weights of a model with padded heads: the model's own, and zeros.
+"""Initial weights of a model with padded heads: those of the original model, and zeros.
 
-A head whose projections are zero gives zero, and receives zero gradients: its output is zero, so the output
-projection learns nothing there, and that projection is zero, so nothing comes back. Adam and weight decay keep zeros
-zero. The padded model therefore trains exactly as the model does, and only costs more; losses can be compared.
+A head whose projections are all zero has zero output and zero gradients: the output projection gets no gradient because
+the head's output is zero, and the head gets no gradient because the output projection is zero. Adam and weight decay
+keep zeros unchanged. The padded model therefore trains exactly like the original, at a higher cost, and losses can be
+compared.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from megatron_lightseq.config import ModelConfig
 from megatron_lightseq.megatron.seeded_init import Init, WeightNames
 
 _QKV, _PROJECTION = ("weight", 0), ("residual", 0)
-"""Attention is built before the MLP, so its matrices are each layer's first of their role."""
+"""Attention is built before the MLP, so its matrices are the first ones with their role in each layer."""
 
 
 @dataclass(slots=True, kw_only=True)
 class PaddedWeightNames(WeightNames):
-    """Draws the weights of ``model`` into the larger matrices of the same model with more heads."""
+    """Initialises the larger matrices of a model with padded heads with the weights of ``model``."""
 
     model: ModelConfig
-    """Without padding."""
+    """The model without padding."""
 
     def normal(self, role: str, std: float) -> Init:
-        """As :meth:`WeightNames.normal`; the padded part of attention's matrices is zero."""
+        """Like :meth:`WeightNames.normal`, with zeros in the padded part of attention's matrices."""
         plain = WeightNames.normal(self, role, std)
 
         def draw(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,9 +44,9 @@ class PaddedWeightNames(WeightNames):
         return draw
 
     def _shape(self, role: str, index: int) -> tuple[int, int] | None:
-        """Rows and columns that the matrix has without padding; None for matrices that have no heads.
+        """Rows and columns of the matrix without padding; None for matrices without heads.
 
-        Megatron orders the rows of its joint projection by query group, so padding comes last.
+        Megatron orders the rows of the joint projection by query group, so padding comes last.
         """
         heads, groups = self.model.num_attention_heads, self.model.query_groups
         if (role, index) == _QKV:

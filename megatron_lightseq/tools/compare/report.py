@@ -1,4 +1,4 @@
-"""A comparison for people: a table in the terminal, Markdown, JSON and plots."""
+"""Reports of a comparison: a table in the terminal, Markdown, JSON and plots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MIB = 2**20
 
 
 def cells(comparison: Comparison, row: Figures) -> list[str]:
-    """One system's row of the table; a system without figures says why in its last cell."""
+    """One row of the table; for a system without figures, the last cell says why."""
     if row.problem is not None:
         word = "cannot run here" if row.refused else "failed"
         return [row.title, *["-"] * (len(COLUMNS) - 2), f"{word}: {row.problem.splitlines()[0]}"]
@@ -54,30 +54,28 @@ def cells(comparison: Comparison, row: Figures) -> list[str]:
 
 
 def caption(comparison: Comparison) -> str:
-    """What was run, in one line."""
-    run = comparison.setting
-    recompute = run["recompute_granularity"] or "no"
+    """What was measured, in one line."""
+    setting = comparison.setting
+    recompute = setting["recompute_granularity"] or "no"
     return (
-        f"{comparison.world_size} ranks of {run['threads_per_rank']} thread(s), {run['num_layers']} layers, "
-        f"hidden {run['hidden_size']}, {run['num_attention_heads']} heads ({run['num_query_groups']} key/value), "
-        f"{run['seq_length']} tokens, batch {run['global_batch_size']}, {comparison.precision}, "
-        f"{recompute} recompute unless said otherwise"
+        f"{comparison.world_size} ranks of {setting['threads_per_rank']} thread(s), {setting['num_layers']} layers, "
+        f"hidden size {setting['hidden_size']}, {setting['num_attention_heads']} heads "
+        f"({setting['num_query_groups']} key/value), {setting['seq_length']} tokens, batch size "
+        f"{setting['global_batch_size']}, {comparison.precision}, {recompute} recompute unless stated otherwise"
     )
 
 
 def verdict(comparison: Comparison) -> str:
-    """Whether the losses agree, and if not, whose do not."""
-    rule = f"every step's loss within {comparison.tolerance:g} (relative) of {comparison.baseline}'s"
+    """Whether the losses agree, and which systems differ or have failed."""
+    rule = f"the loss of every step is within {comparison.tolerance:g} (relative) of {comparison.baseline}"
     failures = [row for row in comparison.figures if row.problem is not None and not row.refused]
     lines = [f"{name}: {how}" for name, how in comparison.disagreements.items()]
     lines += [f"{row.system} failed: {row.problem}" for row in failures]
-    return (
-        f"losses agree: {rule}" if not lines else "\n".join([f"NOT comparable, the rule is {rule}", *lines])
-    )
+    return f"losses agree: {rule}" if not lines else "\n".join([f"NOT comparable, the rule: {rule}", *lines])
 
 
 def terminal_table(comparison: Comparison) -> Table:
-    """For rich."""
+    """The comparison as a table for rich."""
     table = Table(title=caption(comparison), title_justify="left")
     for number, column in enumerate(COLUMNS):
         table.add_column(
@@ -91,12 +89,14 @@ def terminal_table(comparison: Comparison) -> Table:
 def markdown(comparison: Comparison) -> str:
     """The table, its caption, the verdict and the machine."""
     table = markdown_table(COLUMNS, [cells(comparison, row) for row in comparison.figures])
-    said = verdict(comparison).replace("\n", "  \n")
-    return "\n".join([f"{caption(comparison)}.", "", table, "", f"{said}.", "", f"{comparison.machine}.", ""])
+    judgement = verdict(comparison).replace("\n", "  \n")
+    return "\n".join(
+        [f"{caption(comparison)}.", "", table, "", f"{judgement}.", "", f"{comparison.machine}.", ""]
+    )
 
 
 def write(comparison: Comparison, folder: Path, name: str = "compare") -> list[Path]:
-    """Write NAME.json, NAME.md and NAME.png into a folder; returns the paths."""
+    """Write NAME.json, NAME.md and NAME.png to a folder; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("json", "md", "png")]
     paths[0].write_text(json.dumps(comparison.to_dict(), indent=1) + "\n")
@@ -106,7 +106,7 @@ def write(comparison: Comparison, folder: Path, name: str = "compare") -> list[P
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Bars of speed, memory and bytes by system."""
+    """Draw bars of speed, memory and bytes by system."""
     from matplotlib.figure import Figure
 
     rows = [row for row in comparison.figures if row.problem is None][::-1]

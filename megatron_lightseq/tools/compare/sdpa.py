@@ -1,9 +1,9 @@
-"""Megatron's layers around torch's fused attention: the baseline that users without Transformer Engine run.
+"""Megatron's layers with torch's fused attention: the baseline for users without Transformer Engine.
 
-Megatron's own ``DotProductAttention`` holds the whole score matrix. Nobody trains long sequences that way, so a
-comparison against it would flatter us. ``F.scaled_dot_product_attention`` holds blocks only, on CPUs and GPUs.
+Megatron's own ``DotProductAttention`` stores the full score matrix. Nobody trains long sequences that way, so comparing
+with it would be unfair. ``F.scaled_dot_product_attention`` stores only blocks, on CPUs and GPUs.
 
-S = tokens, B = batch, H = query heads, G = key/value heads, D = head dim; all of this tensor-parallel rank.
+S = tokens, B = batch, H = query heads, G = key/value heads, D = head dim; all on one tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.errors import UnsupportedError, explain
 
 FUSED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-"""Never MATH: torch would fall back to it in silence and hold the score matrix."""
+"""Not MATH: torch would silently fall back to it and store the score matrix."""
 
 
 class SdpaCoreAttention(MegatronModule):
-    """``core_attention`` that calls torch's fused kernel; causal self-attention without context parallelism.
+    """A ``core_attention`` that calls torch's fused kernel: causal self-attention without context parallelism.
 
     Raises:
-        UnsupportedError: another mask, dropout, packing or context parallelism.
+        UnsupportedError: Another mask, dropout, packing or context parallelism is requested.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class SdpaCoreAttention(MegatronModule):
 
         Args:
             query: (S, B, H, D), key: (S, B, G, D), value: (S, B, G, D).
-            attention_mask: not read: the mask is causal.
+            attention_mask: Ignored; the mask is causal.
             attn_mask_type: None or causal.
-            extras: biases and packing; refused unless None.
+            extras: Biases and packing; refused unless None.
 
         Returns:
             (S, B, H * D).
@@ -89,19 +89,19 @@ class SdpaCoreAttention(MegatronModule):
         self._on_forward()
         share = query.shape[2] // key.shape[2]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # (B, H or G, S, D)
-        if share > 1:  # expanded, not flagged: not every fused kernel takes enable_gqa
+        if share > 1:  # repeated, because not all fused kernels support enable_gqa
             k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
         with sdpa_kernel(FUSED_BACKENDS):
             out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._softmax_scale)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def sharded_state_dict(self, *_args: Any, **_options: Any) -> dict[str, Any]:
-        """Nothing to save: there are no parameters."""
+        """Empty: there are no parameters to save."""
         return {}
 
 
 def sdpa_layer_spec(config: PretrainConfig, stats: AttentionStats) -> ModuleSpec:
-    """Megatron's local layer with :class:`SdpaCoreAttention`; ``stats`` counts its forwards."""
+    """Megatron's local layer with :class:`SdpaCoreAttention`; ``stats`` counts its forward passes."""
     spec = copy.deepcopy(
         get_gpt_layer_local_spec(
             normalization=config.model.normalization, qk_layernorm=config.model.qk_layernorm
@@ -109,9 +109,8 @@ def sdpa_layer_spec(config: PretrainConfig, stats: AttentionStats) -> ModuleSpec
     )
     attention = spec.submodules.self_attention.submodules
 
-    def count() -> (
-        None
-    ):  # a function, because Megatron deep-copies specifications, and would copy the counters
+    # A function, because Megatron deep-copies specifications, and would copy the counters.
+    def count() -> None:
         stats.forwards += 1
 
     attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params={"on_forward": count})
@@ -122,7 +121,7 @@ def _refusal(what: str) -> UnsupportedError:
     return UnsupportedError(
         explain(
             got=what,
-            rule="the SDPA baseline computes causal self-attention of whole sequences",
-            remedy="Use a system with LightSeq attention for it",
+            rule="the SDPA baseline only computes causal self-attention of whole sequences",
+            remedy="Use a system with LightSeq attention",
         )
     )

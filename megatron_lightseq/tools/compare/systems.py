@@ -1,7 +1,7 @@
-"""What is compared with what: every system as a change of configuration. No torch.
+"""The systems that are compared, each as changes to a configuration. Does not import torch.
 
-Each is set up as favourably as its users would: Megatron with a fused attention, with sequence parallelism and
-without it, with and without recomputation, with heads padded when tensor parallelism does not divide them.
+Each system is set up in the best way its users would: Megatron with fused attention, with and without sequence
+parallelism and recomputation, and with padded heads if tensor parallelism does not divide them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ NO_RECOMPUTE: Mapping[str, Any] = {
     "recompute_num_layers": None,
 }
 
-TILES: Mapping[str, Any] = {"mlp_tile_tokens": 512, "loss_tile_tokens": 512}
-"""Small enough that a tile's logits and MLP do not count beside the rest of a rank's memory."""
-NO_TILES: Mapping[str, Any] = dict.fromkeys(TILES)
-"""Megatron as its users run it: tiles are ours."""
+SLICES: Mapping[str, Any] = {"mlp_tile_tokens": 512, "loss_tile_tokens": 512}
+"""Slices of MLP and loss that are small enough for their activations to be negligible."""
+NO_SLICES: Mapping[str, Any] = dict.fromkeys(SLICES)
+"""Megatron as its users run it: slices are a feature of this package."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,24 +39,25 @@ class System:
 
     name: str
     title: str
-    """For tables."""
+    """Name in tables."""
     attention: Attention = "lightseq"
-    """Who computes attention: this package, torch's fused kernel, or Transformer Engine."""
+    """What computes attention: this package, torch's fused kernel, or Transformer Engine."""
     changes: Callable[[PretrainConfig, int], Mapping[str, Any]]
-    """From the common configuration and the number of ranks to the keys that differ."""
+    """Maps the common configuration and the number of ranks to the keys that change."""
     min_ranks: int = 1
+    """If greater than 1, the number of ranks must also be even."""
 
     def configure(self, common: PretrainConfig, world_size: int) -> PretrainConfig:
         """The configuration that this system runs on ``world_size`` ranks.
 
         Raises:
-            UnsupportedError: it cannot run there; the message says why.
+            UnsupportedError: It cannot run on them; the message says why.
         """
         if world_size < self.min_ranks or (self.min_ranks > 1 and world_size % 2):
             raise UnsupportedError(
                 explain(
                     got=f"{self.name} on {world_size} rank(s)",
-                    rule=f"it takes an even number of ranks, {self.min_ranks} or more",
+                    rule=f"it needs an even number of ranks, at least {self.min_ranks}",
                     remedy="Choose another number of ranks, or leave this system out",
                 )
             )
@@ -64,13 +65,13 @@ class System:
             raise UnsupportedError(
                 explain(
                     got=f"{self.name} without Transformer Engine",
-                    rule="Megatron's own context parallelism exists in Transformer Engine only",
+                    rule="Megatron's own context parallelism is implemented in Transformer Engine",
                     remedy="Install transformer_engine on a machine with NVIDIA GPUs, or leave this system out",
                 )
             )
         config = with_values(common, **self.changes(common, world_size))
         config = replace(config, model=padded_heads(config))
-        # The data are not the configuration's: the rule that asks for a corpus is answered.
+        # The data do not come from the configuration, so any data_path satisfies the rule that requires one.
         problems = violations(with_values(config, data_path=("text",)), Machine(world_size=world_size))
         if problems:
             raise UnsupportedError(f"{self.name} on {world_size} rank(s): {' '.join(problems)}")
@@ -78,7 +79,7 @@ class System:
 
 
 def padded_heads(config: PretrainConfig) -> ModelConfig:
-    """The model with as many heads as tensor parallelism divides; the added ones compute and contribute nothing."""
+    """The model with its heads padded to a multiple of the tensor-parallel size; the added heads have no effect."""
     model, size = config.model, config.parallel.tensor_model_parallel_size
     if model.num_attention_heads % size == 0 and (
         model.query_groups % size == 0 or size % model.query_groups == 0
@@ -103,10 +104,10 @@ def _ours(method: str, **more: Any) -> Callable[[PretrainConfig, int], Mapping[s
 
 
 def _megatron(tensor: Literal["all", "some", "none"]) -> Callable[[PretrainConfig, int], Mapping[str, Any]]:
-    """Tensor parallelism of all ranks, of as many as the heads allow, or of none; a pipeline of the rest."""
+    """Tensor parallelism over all ranks, over as many as the heads allow, or none; pipeline stages for the rest."""
 
     def changes(config: PretrainConfig, world_size: int) -> Mapping[str, Any]:
-        sizes = {"all": world_size, "some": _tensor_beside_pipeline(config, world_size), "none": 1}
+        sizes = {"all": world_size, "some": _tensor_size_with_pipeline(config, world_size), "none": 1}
         size = sizes[tensor]
         return {
             "cp_method": "megatron",
@@ -115,14 +116,14 @@ def _megatron(tensor: Literal["all", "some", "none"]) -> Callable[[PretrainConfi
             "context_parallel_size": 1,
             "tensor_model_parallel_size": size,
             "pipeline_model_parallel_size": world_size // size,
-            **NO_TILES,
+            **NO_SLICES,
         }
 
     return changes
 
 
-def _tensor_beside_pipeline(config: PretrainConfig, world_size: int) -> int:
-    """The largest tensor-parallel size that leaves two pipeline stages or more and needs no padding; else half."""
+def _tensor_size_with_pipeline(config: PretrainConfig, world_size: int) -> int:
+    """The largest tensor-parallel size with at least two pipeline stages and no padding, or else half the ranks."""
     groups = config.model.query_groups
     sizes = [size for size in range(2, world_size // 2 + 1) if world_size % size == 0 and groups % size == 0]
     return max(sizes, default=world_size // 2)
@@ -134,8 +135,8 @@ def _sequence_parallel(
     plain = _megatron(tensor)
 
     def changes(config: PretrainConfig, world_size: int) -> Mapping[str, Any]:
-        found = plain(config, world_size)
-        return {**found, "sequence_parallel": found["tensor_model_parallel_size"] > 1}
+        values = plain(config, world_size)
+        return {**values, "sequence_parallel": values["tensor_model_parallel_size"] > 1}
 
     return changes
 
@@ -145,7 +146,7 @@ def _context_parallel(_: PretrainConfig, world_size: int) -> Mapping[str, Any]:
         "cp_method": "megatron",
         "cp_layout": "zigzag",
         "context_parallel_size": world_size,
-        **NO_TILES,
+        **NO_SLICES,
     }
 
 
@@ -155,18 +156,8 @@ def _with(
     return lambda config, world_size: {**changes(config, world_size), **more}
 
 
-_TITLES = {
-    "lightseq": "LightSeq",
-    "ring": "unbalanced ring",
-    "zigzag": "zigzag ring",
-    "ulysses": "DeepSpeed-Ulysses",
-    "rsa": "Ring Self-Attention",
-    "usp": "USP (Ulysses x ring)",
-    "all_gather": "all-gather of K and V",
-    "mesh": "2-D mesh",
-}
 BASELINE = "megatron-tp-sp"
-"""What speed-ups are relative to unless asked otherwise."""
+"""The default baseline for speed-ups."""
 
 SYSTEMS: Mapping[str, System] = {
     system.name: system
@@ -199,10 +190,10 @@ SYSTEMS: Mapping[str, System] = {
             min_ranks=4,
         ),
         System(
-            name="megatron-tp-pp-tiles",
-            title="Megatron TP+PP with our tiles",
+            name="megatron-tp-pp-slices",
+            title="Megatron TP+PP with our slices",
             attention="sdpa",
-            changes=_with(_sequence_parallel("some"), TILES),
+            changes=_with(_sequence_parallel("some"), SLICES),
             min_ranks=4,
         ),
         System(
@@ -211,35 +202,32 @@ SYSTEMS: Mapping[str, System] = {
             attention="transformer_engine",
             changes=_context_parallel,
         ),
-        *(
-            System(name=method, title=_TITLES.get(method, method), changes=_ours(method))
-            for method in METHODS
-        ),
+        *(System(name=method, title=method, changes=_ours(method)) for method in METHODS),
         System(
             name="lightseq-plain-recompute",
-            title="LightSeq, attention recomputed",
+            title="lightseq, attention recomputed",
             changes=_ours("lightseq", keep_attention_on_recompute=False),
         ),
         System(
-            name="lightseq-tiles",
-            title="LightSeq, MLP and loss in tiles",
-            changes=_ours("lightseq", **TILES),
+            name="lightseq-slices",
+            title="lightseq, MLP and loss in slices",
+            changes=_ours("lightseq", **SLICES),
         ),
         System(
             name="lightseq-no-overlap",
-            title="LightSeq, no overlap",
+            title="lightseq, no overlap",
             changes=_ours("lightseq", cp_overlap=False),
         ),
     )
 }
-"""Every system, by name."""
+"""All systems by name."""
 
 
 def choose(names: str, world_size: int) -> list[System]:
-    """The systems of a comma-separated list; ``all`` for every one that a world of this size can hold.
+    """The systems of a comma-separated list; ``all`` selects the main ones that can run on ``world_size`` ranks.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: A name is unknown.
     """
     if names == "all":
         return [
@@ -247,7 +235,7 @@ def choose(names: str, world_size: int) -> list[System]:
             for system in SYSTEMS.values()
             if system.min_ranks <= world_size
             and not system.name.startswith("lightseq-")
-            and not system.name.endswith("-tiles")
+            and not system.name.endswith("-slices")
         ]
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in SYSTEMS]
@@ -256,7 +244,7 @@ def choose(names: str, world_size: int) -> list[System]:
             explain(
                 got=f"--systems {names!r}",
                 rule=f"the systems are {', '.join(SYSTEMS)}",
-                remedy="Write names separated by commas, or all",
+                remedy="Give names separated by commas, or all",
             )
         )
     return [SYSTEMS[name] for name in wanted]

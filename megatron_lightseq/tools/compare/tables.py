@@ -1,4 +1,4 @@
-"""From what ranks measured to figures that may be compared. No torch."""
+"""From the measurements of ranks to comparable figures. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_lightseq.config.accounting import step_flops
-from megatron_lightseq.tools.compare.job import Job, Measurement, Outcome, StepMeasurement
+from megatron_lightseq.tools.compare.job import Job, JobResult, Measurement, StepMeasurement
 from megatron_lightseq.tools.compare.link import scheduled_bytes
 from megatron_lightseq.tools.compare.systems import SYSTEMS
 from megatron_lightseq.tools.provenance import provenance
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
-"""Largest relative difference between losses of one step that counts as the same computation. In fp32 parallel
-layouts differ in the order of additions only (tests/megatron/test_parity.py asks for 1e-5 over five steps); in bf16
-each rounds activations at other places."""
+"""Largest relative difference of losses in a step that counts as the same computation. In fp32, parallel layouts differ
+only in the order of additions (tests/megatron/test_parity.py requires 1e-5 over five steps); in bf16, they round
+activations at different places."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """One system, all ranks and rounds together. Memory and bytes are those of the rank that has most."""
+    """One system, over all ranks and rounds. Memory and bytes are the maximum over ranks."""
 
     system: str
     title: str
     losses: tuple[float, ...] = ()
-    """Of every step, warm-up included."""
+    """Of every step, including warm-up."""
     step_seconds: tuple[float, ...] = ()
-    """Of every timed step: the slowest rank's."""
+    """Of every timed step, on the slowest rank."""
     cpu_seconds: float = math.nan
-    """Of a step, on the rank that computes most: median over steps."""
+    """CPU time of a step on the busiest rank, median over steps."""
     tokens_per_second: float = math.nan
-    """By the median step."""
+    """In the median step."""
     flops_per_second: float = math.nan
-    """Model FLOP/s of all ranks: without recomputation and padding."""
+    """Model FLOP/s of all ranks, without recomputation and padding."""
     ceiling_fraction: float | None = None
-    """Of the matrix products that all ranks do at once."""
+    """Relative to the rate of matrix products on all ranks."""
     peak_resident_bytes: int = 0
     peak_tensor_bytes: int | None = None
     bytes_sent: int = 0
@@ -45,57 +45,57 @@ class Figures:
     mean_bytes_sent: float = 0.0
     """Per step, mean over ranks."""
     attention_bytes_sent: int = 0
-    """Of these, attention's transfers, as counted."""
+    """The part of these that is sent by attention, as counted."""
     scheduled_bytes_sent: int | None = None
-    """The same by the schedule, computed without running; None where no schedule says."""
+    """The same computed from the schedule; None if the schedule does not say."""
     link_bytes_sent: int | None = None
-    """Per step through the watched interface, of the host that sends most."""
+    """Per step through the network interface, on the host that sends most."""
     exposed_seconds: float | None = None
-    """Per step: median over steps of the rank that waits longest."""
+    """Per step, on the rank that waits longest; median over steps."""
     attention_forwards: int | None = None
-    """Per step and rank: layers, times two where recomputation repeats them."""
+    """Per step and rank: the number of layers, doubled if attention is recomputed."""
     problem: str | None = None
     """Why there are no figures, or why they must not be compared."""
     refused: bool = False
-    """It cannot run here at all, which is no failure."""
+    """Whether it cannot run on this machine, which is not a failure."""
 
     @property
     def median_seconds(self) -> float:
-        """Of the timed steps."""
+        """Median duration of the timed steps."""
         return statistics.median(self.step_seconds) if self.step_seconds else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Systems side by side, and whether they may be compared."""
+    """The figures of all systems, and whether they can be compared."""
 
     baseline: str
     world_size: int
     precision: str
     setting: dict[str, Any]
-    """The common configuration's keys that say what was run."""
+    """The main keys of the common configuration."""
     figures: tuple[Figures, ...]
     tolerance: float
     machine: str = ""
-    """What it was measured on, with which versions."""
+    """Machine and versions of the measurement."""
     disagreements: dict[str, str] = field(default_factory=dict)
-    """System -> how its losses differ from the baseline's."""
+    """By system, how its losses differ from the baseline's."""
 
     @property
     def agrees(self) -> bool:
-        """Whether every system that can run here ran, with the baseline's losses."""
+        """Whether all systems that can run on this machine ran, with the losses of the baseline."""
         failed = [row for row in self.figures if row.problem is not None and not row.refused]
         return not failed and not self.disagreements
 
     def speedup(self, row: Figures) -> float | None:
-        """Tokens/s relative to the baseline's; None where losses differ or there is nothing to compare."""
+        """Tokens/s relative to the baseline; None if losses differ or one of the two has no figures."""
         base = next((other for other in self.figures if other.system == self.baseline), None)
         if base is None or not base.step_seconds or not row.step_seconds or row.system in self.disagreements:
             return None
         return base.median_seconds / row.median_seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; raw steps are part of it."""
+        """Values for JSON, including the individual steps."""
         rows = [
             {**asdict(row), "speedup": self.speedup(row), "median_seconds": row.median_seconds}
             for row in self.figures
@@ -113,13 +113,13 @@ class Comparison:
         }
 
 
-def compare(job: Job, outcomes: Sequence[Outcome], baseline: str, vocab_size: int) -> Comparison:
-    """Put the outcomes of one common job together; several of a system are rounds of it."""
-    names = list(dict.fromkeys(outcome.system for outcome in outcomes))
-    ceiling = _ceiling(outcomes)
+def compare(job: Job, results: Sequence[JobResult], baseline: str, vocab_size: int) -> Comparison:
+    """Combine the results of one common job; several results of a system are its rounds."""
+    names = list(dict.fromkeys(result.system for result in results))
+    ceiling = _ceiling(results)
     flops = step_flops(job.common, vocab_size)
     figures = tuple(
-        summarize(job, [outcome for outcome in outcomes if outcome.system == name], flops, ceiling)
+        summarize(job, [result for result in results if result.system == name], flops, ceiling)
         for name in names
     )
     precision = "bf16" if job.common.training.bf16 else "fp32"
@@ -136,19 +136,19 @@ def compare(job: Job, outcomes: Sequence[Outcome], baseline: str, vocab_size: in
     )
 
 
-def summarize(job: Job, rounds: Sequence[Outcome], flops: float, ceiling: float | None) -> Figures:
-    """One system's figures from its rounds."""
+def summarize(job: Job, rounds: Sequence[JobResult], flops: float, ceiling: float | None) -> Figures:
+    """The figures of one system from its rounds."""
     name, title = rounds[0].system, SYSTEMS[rounds[0].system].title
-    for outcome in rounds:
-        if not outcome.ranks:
-            problem = outcome.refusal or outcome.failure or "no measurement"
-            return Figures(system=name, title=title, problem=problem, refused=outcome.refusal is not None)
-    timed = [[step for step in rank.steps if not step.warmup] for outcome in rounds for rank in outcome.ranks]
-    per_step = [list(ranks) for outcome in rounds for ranks in _by_step(outcome.ranks)]
+    for result in rounds:
+        if not result.ranks:
+            problem = result.refusal or result.failure or "no measurement"
+            return Figures(system=name, title=title, problem=problem, refused=result.refusal is not None)
+    timed = [[step for step in rank.steps if not step.warmup] for result in rounds for rank in result.ranks]
+    per_step = [list(ranks) for result in rounds for ranks in _by_step(result.ranks)]
     seconds = tuple(max(step.seconds for step in ranks) for ranks in per_step)
     median = statistics.median(seconds)
     tokens = job.common.training.seq_length * job.common.training.global_batch_size
-    ranks = [rank for outcome in rounds for rank in outcome.ranks]
+    ranks = [rank for result in rounds for rank in result.ranks]
     sent = [steps[-1].bytes_sent for steps in timed]
     return Figures(
         system=name,
@@ -174,7 +174,7 @@ def summarize(job: Job, rounds: Sequence[Outcome], flops: float, ceiling: float 
 
 
 def _by_step(ranks: Sequence[Measurement]) -> Iterable[tuple[StepMeasurement, ...]]:
-    """The timed steps, each with all ranks'."""
+    """The timed steps, each with the measurements of all ranks."""
     return zip(*([step for step in rank.steps if not step.warmup] for rank in ranks), strict=True)
 
 
@@ -189,21 +189,21 @@ def _most(values: Iterable[Any]) -> Any:
     return max(known) if known else None
 
 
-def _ceiling(outcomes: Sequence[Outcome]) -> float | None:
-    """Matrix-product FLOP/s of all ranks at once: the best job's, for a busy machine only lowers it."""
-    jobs = [[rank.matmul_flops_per_second for rank in outcome.ranks] for outcome in outcomes if outcome.ranks]
+def _ceiling(results: Sequence[JobResult]) -> float | None:
+    """FLOP/s of matrix products on all ranks together: the highest of all jobs, because other load lowers it."""
+    jobs = [[rank.matmul_flops_per_second for rank in result.ranks] for result in results if result.ranks]
     return _most(sum(rates) for rates in jobs if rates and None not in rates)
 
 
 def find_disagreements(figures: Sequence[Figures], baseline: str, tolerance: float) -> dict[str, str]:
-    """Systems whose loss at any step is not the baseline's, in words."""
+    """Systems with a loss that differs from the baseline's, and where it does."""
     base = next((row for row in figures if row.system == baseline and row.losses), None)
     found: dict[str, str] = {}
     for row in figures:
         if base is None or not row.losses:
             continue
         for step, (mine, wanted) in enumerate(zip(row.losses, base.losses, strict=True)):
-            if not abs(mine - wanted) <= tolerance * abs(wanted):  # so that NaN is a difference
+            if not abs(mine - wanted) <= tolerance * abs(wanted):  # true for NaN
                 found[row.system] = f"loss {mine:.6f} at step {step}, {baseline} has {wanted:.6f}"
                 break
     return found

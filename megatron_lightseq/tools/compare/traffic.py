@@ -1,9 +1,9 @@
-"""Counts what a rank gives to torch.distributed, and how long it waits there: for any system alike.
+"""Counts the bytes that a rank sends through torch.distributed and the time it waits there, for any system.
 
-Bytes are those that a rank sends in the algorithms gloo and NCCL use for large tensors: rings, in which each of P
-ranks passes on (P - 1) / P of a gathered or reduced tensor. On gloo a reduce-scatter is an all-reduce whose other
-parts are thrown away (ProcessGroupGloo.cpp), and is counted as one. tests/compare/test_traffic.py and
-scripts/compare_two_hosts.sh hold the counts against a network interface's.
+Bytes are those of the algorithms that gloo and NCCL use for large tensors: rings in which each of P ranks sends
+(P - 1) / P of the gathered or reduced tensor. On gloo, a reduce-scatter is an all-reduce that discards the other parts
+(ProcessGroupGloo.cpp), and is counted as one. scripts/compare_two_hosts.sh compares the counts with those of a network
+interface.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Traffic:
 
     bytes_sent: int = 0
     calls: int = 0
-    """Collectives and sends."""
+    """Number of collectives and sends."""
     seconds: float = 0.0
-    """Wall clock in blocking calls and in waits: what communication costs a host that computes nothing meanwhile."""
+    """Wall clock time in blocking calls and waits, during which the host computes nothing."""
 
     def reset(self) -> None:
-        """Set every count to zero."""
+        """Set all counts to zero."""
         self.bytes_sent = self.calls = 0
         self.seconds = 0.0
 
 
 class _TimedWork:
-    """A ``Work`` whose waits are counted; everything else is the work's own."""
+    """A ``Work`` whose waits are timed; everything else is passed through."""
 
     def __init__(self, work: Any, traffic: Traffic) -> None:
         self._work, self._traffic = work, traffic
@@ -96,17 +96,17 @@ _COUNTED: dict[str, tuple[tuple[str, ...], _Bytes]] = {
     "recv": (("tensor",), lambda a, g: 0),
     "irecv": (("tensor",), lambda a, g: 0),
 }
-"""Function of torch.distributed -> its leading parameters, and the bytes that a call sends."""
+"""By function of torch.distributed: its first parameters, and a function for the bytes that a call sends."""
 
 
 @contextmanager
 def watch_traffic(traffic: Traffic) -> Iterator[Traffic]:
-    """Inside, every call of this process to torch.distributed's collectives and sends is counted in ``traffic``.
+    """Inside this context, calls to torch.distributed's collectives and sends are counted in ``traffic``.
 
-    Functions that Megatron's or this package's modules hold under names of their own are watched, too.
+    This includes functions that modules of Megatron or this package have imported by name.
     """
     watched = [dist, *(module for name, module in sys.modules.items() if name.startswith(_WATCHED_PACKAGES))]
-    # torch compares the functions in a P2POp with its own isend and irecv: both names must mean the counted ones.
+    # torch compares the functions in a P2POp with its own isend and irecv, so these must be replaced as well.
     places = {name: [*watched, *([c10d] if name in _POINT_TO_POINT else [])] for name in _COUNTED}
     substitutes = [(getattr(dist, name), _counted(name, traffic), places[name]) for name in _COUNTED]
     manager = c10d._coalescing_manager
@@ -144,7 +144,7 @@ def _counted(name: str, traffic: Traffic) -> Callable[..., Any]:
 def _timed_coalescing(
     function: Callable[..., AbstractContextManager[Any]], traffic: Traffic
 ) -> Callable[..., AbstractContextManager[Any]]:
-    """Coalesced collectives run when the manager is left."""
+    """Coalesced collectives run when the context exits, so its exit is timed."""
 
     @contextmanager
     def manager(*args: Any, **kwargs: Any) -> Iterator[Any]:

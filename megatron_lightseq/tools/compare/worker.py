@@ -1,4 +1,4 @@
-"""One rank of one system: build, warm up, time, and say what it took. A task of :mod:`tools.ranks`."""
+"""Builds, warms up and measures one system on one rank. A task for :mod:`tools.ranks`."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from megatron_lightseq.tools.compare.padding import PaddedWeightNames
 from megatron_lightseq.tools.compare.sdpa import sdpa_layer_spec
 from megatron_lightseq.tools.compare.systems import SYSTEMS
 from megatron_lightseq.tools.compare.traffic import Traffic, watch_traffic
-from megatron_lightseq.tools.ranks import Seat
-from megatron_lightseq.training.data.sources import ReadCounts, find_stdlib_files, read_documents
+from megatron_lightseq.tools.ranks import RankContext
+from megatron_lightseq.training.data.documents import ReadCounts, read_documents
+from megatron_lightseq.training.data.sources import find_stdlib_files
 from megatron_lightseq.training.reporting.memory import peak_resident_bytes
-from megatron_lightseq.training.setup import Training, build_training, initialize_parallel
+from megatron_lightseq.training.setup import Training, build_training, initialize_parallel, resolve_here
 from megatron_lightseq.training.step import train_step
 
 VOCAB_SIZE = 256
-"""Bytes."""
+"""Tokens are bytes."""
 _CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
-"""Rows of the square matrices: large enough for the device to be at its best."""
+"""Rows of the square matrices: large enough for the device to reach its peak."""
 _CEILING_SECONDS = 0.5
 
 
-def answer(request: str, seat: Seat) -> dict[str, Any]:
-    """The task of :func:`megatron_lightseq.tools.ranks.run_task`: a :class:`Job` as text in, a measurement out."""
-    return dataclasses.asdict(run(Job.from_json(request), seat))
+def answer(request: str, context: RankContext) -> dict[str, Any]:
+    """The task for :func:`megatron_lightseq.tools.ranks.run_task`: takes a :class:`Job`, returns a measurement."""
+    return dataclasses.asdict(measure_rank(Job.from_json(request), context))
 
 
-def run(job: Job, seat: Seat) -> Measurement:
-    """Measure the job's system on this rank; collective over all ranks of the job."""
+def measure_rank(job: Job, context: RankContext) -> Measurement:
+    """Measure the system of a job on this rank; collective over all ranks of the job."""
     torch.set_num_threads(job.threads)
     if job.pin:
-        seat.pin()
+        context.pin()
     if not torch.cuda.is_available():
         cpu_platform.activate()
-    seat.join()
+    context.join()
     dtype = torch.bfloat16 if job.common.training.bf16 else torch.float32
     ceiling = matmul_ceiling(dtype) if job.measure_ceiling else None
     stats, traffic = AttentionStats(), Traffic()
@@ -55,7 +56,7 @@ def run(job: Job, seat: Seat) -> Measurement:
     tensor_bytes: int | None = None
     with watch_traffic(traffic):
         for number in range(job.warmup_steps + job.steps):
-            steps.append(_timed_step(training, batches, stats, traffic, seat.interface))
+            steps.append(_timed_step(training, batches, stats, traffic, context.interface))
             steps[-1] = dataclasses.replace(steps[-1], warmup=number < job.warmup_steps)
         resident = peak_resident_bytes()
         if job.profile_memory:
@@ -71,13 +72,16 @@ def run(job: Job, seat: Seat) -> Measurement:
 
 def _build(job: Job, stats: AttentionStats) -> Training:
     system = SYSTEMS[job.system]
-    config = system.configure(job.common, job.world_size)
+    resolved = resolve_here(system.configure(job.common, job.world_size))
+    config = resolved.config
     sdpa = system.attention == "sdpa" and not use_transformer_engine()
-    groups = initialize_parallel(config)  # before the limit: each group has threads, and threads have stacks
+    groups = initialize_parallel(
+        resolved
+    )  # before the limit: each group has threads, and threads have stacks
     if job.memory_budget_bytes is not None:
         limit_memory(job.memory_budget_bytes)
     return build_training(
-        config,
+        resolved,
         vocab_size=VOCAB_SIZE,
         groups=groups,
         stats=stats,
@@ -119,22 +123,21 @@ def _timed_step(
 
 
 def _settle() -> None:
-    """All ranks begin and end a step together, so that every rank's interval holds the same traffic."""
+    """Synchronise before and after a step, so that all ranks measure the traffic of the same step."""
     dist.barrier()
 
 
 HEADER_BYTES = 14 + 20 + 32
-"""Of a packet: Ethernet, IPv4, and TCP with the timestamps that Linux sends."""
+"""Headers of a packet: Ethernet, IPv4, and TCP with the timestamps that Linux sends."""
 SEGMENT_BYTES = 1500 - 20 - 32
-"""Payload of a segment of TCP on Ethernet."""
+"""Payload of a TCP segment on Ethernet."""
 
 
 def link_bytes(interface: str | None) -> int | None:
-    """Payload that the kernel has sent through a network interface of this process's network namespace.
+    """Payload that was sent through a network interface in the network namespace of this process.
 
-    What the interface counted, without a header for each packet and without segments that TCP sent again: how much the
-    kernel puts into a packet, and how many a full queue drops, depends on the moment. Acknowledgements are packets of a
-    header alone.
+    The count of the interface, without packet headers and TCP retransmissions, because the size of packets and the
+    number of dropped ones vary. Acknowledgements consist only of a header.
     """
     if interface is None:
         return None
@@ -143,13 +146,13 @@ def link_bytes(interface: str | None) -> int | None:
 
 
 def resent_payload(net_snmp: str) -> int:
-    """Bytes of segments that TCP sent again, from the text of /proc/net/snmp; full segments are assumed."""
+    """Bytes that TCP retransmitted, from the text of /proc/net/snmp, assuming full segments."""
     names, values = (line.split() for line in net_snmp.splitlines() if line.startswith("Tcp:"))
     return int(values[names.index("RetransSegs")]) * SEGMENT_BYTES
 
 
 def sent_payload(net_dev: str, interface: str) -> int | None:
-    """Bytes without headers that ``interface`` has sent, from the text of /proc/net/dev; None if it is not there."""
+    """Bytes without headers that ``interface`` has sent, from the text of /proc/net/dev; None if it is not listed."""
     for line in net_dev.splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == interface:
@@ -159,9 +162,9 @@ def sent_payload(net_dev: str, interface: str) -> int | None:
 
 
 def text_batches(training: Training) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of real text, the Python standard library's own source as bytes: the same for every system.
+    """Micro-batches of real text, the same for every system: source files of the Python standard library, as bytes.
 
-    Each is (micro_batch_size, seq_length) as :func:`train_step` takes it, for this data-parallel rank.
+    Tensors are (micro_batch_size, seq_length), as :func:`train_step` expects, for this data-parallel rank.
     """
     settings = training.config.training
     length, micro = settings.seq_length, settings.micro_batch_size
@@ -180,18 +183,18 @@ def text_batches(training: Training) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _sequences(length: int) -> Iterator[torch.Tensor]:
-    """Pieces of ``length`` bytes of the standard library, from the beginning again when it ends."""
+    """Consecutive pieces of ``length`` bytes of the standard library, repeated endlessly."""
     held = bytearray()
     while True:
         for document in read_documents(find_stdlib_files(), ReadCounts()):
-            held += document.encode()
+            held += document.text.encode()
             while len(held) >= length:
                 yield torch.frombuffer(held[:length], dtype=torch.uint8).long()
                 del held[:length]
 
 
 def matmul_ceiling(dtype: torch.dtype) -> float:
-    """FLOP/s of this rank's matrix products while all other ranks do the same: what nothing here can exceed."""
+    """FLOP/s of matrix products on this rank while all ranks compute them: an upper bound for every system."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     size = _CEILING_SIZE[device.type]
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))

@@ -1,8 +1,9 @@
-"""Starts the ranks of a task, on this host or in network namespaces that play hosts, and collects what they answer.
+"""Starts the ranks of a task, on this host or in network namespaces that act as hosts, and collects their answers.
 
-torchrun is not used: every measurement needs fresh processes (a peak of memory never goes down), and importing torch
-and Megatron in each takes longer than measuring. A fork server imports once, and every rank is a fork of it; on GPUs,
-which do not survive a fork, ranks are spawned. Ranks meet in a file, so hosts need no addresses and ports.
+torchrun is not used: every measurement needs new processes (peak memory never decreases within a process), and
+importing torch and Megatron in each of them takes longer than the measurement. A fork server imports them once, and
+every rank is forked from it; with GPUs, where CUDA does not survive a fork, ranks are spawned. Ranks rendezvous
+through a file, so hosts need no addresses or ports.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lightseq.tools.ranks import process
-from megatron_lightseq.tools.ranks.rank_context import Seat
+from megatron_lightseq.tools.ranks.rank_context import RankContext
 
 _LOG_LINES = 12
 _POLL_S = 0.05
 _WHILE_STARTING = {
-    "OMP_NUM_THREADS": "1",  # a library's threads would not survive the fork
+    "OMP_NUM_THREADS": "1",  # threads of a library do not survive a fork
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    "PYTHONWARNINGS": "ignore",  # Megatron's, on optional packages that are absent
+    "PYTHONWARNINGS": "ignore",  # Megatron warns about optional packages that are not installed
 }
 
 
@@ -38,22 +39,22 @@ class Host:
     """Where ranks run."""
 
     network_namespace: str | None = None
-    """Name of a network namespace (``ip netns add NAME``); None for that of this process."""
+    """Name of a network namespace (``ip netns add NAME``); None for the one of this process."""
     interface: str = "lo"
-    """The network interface that ranks talk through."""
+    """Network interface for communication between ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Hosts with equally many ranks each, numbered host by host."""
+    """Hosts with the same number of ranks each; ranks are numbered host by host."""
 
     hosts: tuple[Host, ...] = (Host(),)
     timeout_s: float = 600.0
-    """A task that takes longer is ended and reported as failed."""
+    """A task that takes longer is stopped and reported as failed."""
 
     @staticmethod
     def of(namespaces: str | None, interface: str, timeout_s: float) -> Cluster:
-        """This host, or one in each of the network namespaces of a list like ``A,B``."""
+        """This host, or one host per network namespace of a list such as ``A,B``."""
         if namespaces is None:
             return Cluster(timeout_s=timeout_s)
         hosts = tuple(Host(network_namespace=name, interface=interface) for name in namespaces.split(","))
@@ -66,7 +67,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """What the ranks of a task returned, or why they did not."""
+    """What the ranks of a task returned, or why they failed."""
 
     by_rank: tuple[Any, ...] = ()
     failure: str | None = None
@@ -75,33 +76,35 @@ class Answers:
 
 
 def run_task(task: str, request: str, world_size: int, cluster: Cluster) -> Answers:
-    """Run a function on every rank to its end; never raises for what it does.
+    """Run a function on every rank and collect the results; failures of ranks are returned, not raised.
 
     Args:
-        task: ``package.module:function``; it is called with ``request`` and its :class:`Seat`, and returns what JSON
-            can hold.
-        request: what it is asked.
-        world_size: ranks.
-        cluster: where they run.
+        task: ``package.module:function``; called with ``request`` and a :class:`RankContext`; returns a value that JSON
+            can represent.
+        request: Text that is passed to the function.
+        world_size: Number of ranks.
+        cluster: Where the ranks run.
     """
     with tempfile.TemporaryDirectory(prefix="lightseq-ranks-") as folder:
         Path(folder, "request").write_text(request)
         statuses = _run_ranks(task, folder, world_size, cluster)
         if process.OUT_OF_MEMORY in statuses:
-            return Answers(out_of_memory=True, failure="out of the memory it was given")
+            return Answers(out_of_memory=True, failure="exceeded its memory budget")
         logs = [Path(folder, f"rank{rank}.log") for rank in range(world_size)]
         failed = [rank for rank, status in enumerate(statuses) if status != 0]
         if failed:
-            # The first to fail says why; the others were told to stop, or lost their peer.
-            told = [rank for rank in failed if statuses[rank] not in (None, -signal.SIGTERM, -signal.SIGKILL)]
-            first = min(told or failed, key=lambda rank: _last_change(logs[rank]))
+            # The first rank to fail has the cause; the others were stopped, or lost their peer.
+            by_themselves = [
+                rank for rank in failed if statuses[rank] not in (None, -signal.SIGTERM, -signal.SIGKILL)
+            ]
+            first = min(by_themselves or failed, key=lambda rank: _last_change(logs[rank]))
             return Answers(failure=f"rank {first}: {_tail(logs[first], statuses[first])}")
         answers = (Path(folder, f"rank{rank}.json").read_text() for rank in range(world_size))
         return Answers(by_rank=tuple(map(json.loads, answers)))
 
 
 def _run_ranks(task: str, folder: str, world_size: int, cluster: Cluster) -> list[int | None]:
-    """Exit statuses by rank, negative for a signal; None for a rank that did not end in time."""
+    """Exit statuses by rank, negative for a signal; None for a rank that did not finish in time."""
     processes = [
         _start(task, folder, rank, world_size, cluster.host_of(rank, world_size))
         for rank in range(world_size)
@@ -113,7 +116,7 @@ def _run_ranks(task: str, folder: str, world_size: int, cluster: Cluster) -> lis
             if None not in statuses or any(statuses):
                 break
             time.sleep(_POLL_S)
-        time.sleep(_POLL_S)  # ranks that fail together should all be heard
+        time.sleep(_POLL_S)  # so that ranks that fail together all get an exit status
         return [rank.exitcode for rank in processes]
     finally:
         for rank in processes:
@@ -128,7 +131,7 @@ def _start(task: str, folder: str, rank: int, world_size: int, host: Host) -> Ba
         context = mp.get_context("spawn")
     else:
         context.set_forkserver_preload([process.__name__, task.partition(":")[0]])
-    seat = Seat(
+    rank_context = RankContext(
         rank=rank,
         world_size=world_size,
         folder=folder,
@@ -136,7 +139,9 @@ def _start(task: str, folder: str, rank: int, world_size: int, host: Host) -> Ba
     )
     with _environment(_WHILE_STARTING):
         started = context.Process(
-            target=process.main, args=(task, seat, host.network_namespace, host.interface), daemon=True
+            target=process.main,
+            args=(task, rank_context, host.network_namespace, host.interface),
+            daemon=True,
         )
         started.start()
     return started
@@ -144,7 +149,7 @@ def _start(task: str, folder: str, rank: int, world_size: int, host: Host) -> Ba
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for processes that are started inside."""
+    """Set environment variables for processes that are started in this context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

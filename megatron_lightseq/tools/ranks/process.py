@@ -1,4 +1,4 @@
-"""The process around one rank: its log, its network, its exit status. Imports no torch until it must."""
+"""The process of one rank: its log, network namespace and exit status. Does not import torch by itself."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatron_lightseq.tools.ranks.rank_context import Seat
+from megatron_lightseq.tools.ranks.rank_context import RankContext
 
 OUT_OF_MEMORY = 3
-"""Exit status of a rank that hit its memory budget."""
+"""Exit status of a rank that exceeded its memory budget."""
 _CLONE_NEWNET = 0x40000000
 
 
-def main(task: str, seat: Seat, network_namespace: str | None, interface: str) -> None:
-    """Run ``task`` on the request in ``seat.folder``; leaves rank<N>.log and, if all went well, rank<N>.json there.
+def main(task: str, context: RankContext, network_namespace: str | None, interface: str) -> None:
+    """Run ``task`` on the request in ``context.folder``. Writes rank<N>.log and, on success, rank<N>.json there.
 
-    Ends the process: 0 done, OUT_OF_MEMORY beyond its budget, 1 anything else.
+    Ends the process with exit status 0 on success, OUT_OF_MEMORY if the memory budget was exceeded, else 1.
 
     Args:
-        task: ``package.module:function``, called with the request's text and ``seat``; what it returns becomes JSON.
-        seat: of this rank.
-        network_namespace: where to go first, or None to stay.
-        interface: what gloo talks through.
+        task: ``package.module:function``, called with the text of the request and ``context``; its result is written as
+            JSON.
+        context: Of this rank.
+        network_namespace: Network namespace to enter first; None to stay in the current one.
+        interface: Network interface for gloo.
     """
-    _redirect_output(Path(seat.folder, f"rank{seat.rank}.log"))
+    _redirect_output(Path(context.folder, f"rank{context.rank}.log"))
     try:
         if network_namespace is not None:
             enter_network_namespace(network_namespace)
@@ -36,16 +37,16 @@ def main(task: str, seat: Seat, network_namespace: str | None, interface: str) -
             os.environ["GLOO_SOCKET_IFNAME"] = interface
         module, _, function = task.partition(":")
         answer = getattr(importlib.import_module(module), function)(
-            Path(seat.folder, "request").read_text(), seat
+            Path(context.folder, "request").read_text(), context
         )
-        Path(seat.folder, f"rank{seat.rank}.json").write_text(json.dumps(answer))
+        Path(context.folder, f"rank{context.rank}.json").write_text(json.dumps(answer))
         status = 0
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the log and the status say so
+    except BaseException as error:  # noqa: BLE001 - any failure is reported through the log and the exit status
         traceback.print_exc()
         status = OUT_OF_MEMORY if is_out_of_memory(error) else 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # a rank whose peers failed would wait for them in the destructors of its process groups
+    os._exit(status)  # destructors of process groups would wait for peers that have failed
 
 
 def _redirect_output(log: Path) -> None:
@@ -55,7 +56,7 @@ def _redirect_output(log: Path) -> None:
 
 
 def enter_network_namespace(name: str) -> None:
-    """Give this process the network of ``ip netns`` NAME; needs root. Raises OSError."""
+    """Move this process into the network namespace ``name``; needs root. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/run/netns", name).open() as namespace:
         if libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0:
@@ -64,7 +65,7 @@ def enter_network_namespace(name: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be allocated."""
+    """Whether an exception means that memory could not be allocated."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(
         phrase in text for phrase in ("not enough memory", "out of memory", "cannot allocate memory")

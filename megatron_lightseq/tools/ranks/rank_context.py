@@ -1,4 +1,4 @@
-"""Where one rank sits: who it is, where it meets the others, and what it does before it measures."""
+"""What a rank of a measurement knows: its number, the rendezvous folder, and how to join the others."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
-    """A rank of a task, as the task's function is given it."""
+class RankContext:
+    """One rank of a task; passed to the task's function."""
 
     rank: int
     world_size: int
     folder: str
-    """Where ranks meet; shared by all hosts, gone with the task."""
+    """Rendezvous folder; shared by all hosts and removed after the task."""
     interface: str | None = None
-    """The network interface to another host, whose counters may be read; None on one host."""
+    """Network interface to the other hosts, whose counters can be read; None on a single host."""
 
     def pin(self) -> None:
-        """Bind this process to core ``rank`` modulo the cores, where the system can."""
+        """Bind this process to core number ``rank`` modulo the number of cores, if the system supports it."""
         if hasattr(os, "sched_setaffinity"):
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[self.rank % len(cores)]})
 
     def join(self) -> None:
-        """Initialise torch.distributed: NCCL where there are GPUs, a GPU for each rank, else gloo."""
+        """Initialise torch.distributed: NCCL with one GPU per rank if there are GPUs, else gloo."""
         import torch
         import torch.distributed as dist
 

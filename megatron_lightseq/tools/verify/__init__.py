@@ -1,1 +1,1 @@
-"""`lightseq verify`: does every way to cut a sequence, in every way to cut a model, train like one process?"""
+"""`lightseq verify`: does every method, with every kind of model parallelism, train like a single process?"""

@@ -1,4 +1,4 @@
-"""The parity matrix: what is compared with one process, and how closely it must agree."""
+"""The parity matrix: what is compared with a single process, and how closely it must agree."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.schedule import method_names
 
 Values = Mapping[str, Any]
-"""Configuration by flat keys."""
+"""Configuration values by flat key."""
 
 SMALL: dict[str, Any] = {
     "num_layers": 4,
@@ -22,23 +23,23 @@ SMALL: dict[str, Any] = {
     "seq_length": 96,  # a multiple of 2 x 3 and 2 x 8
     "micro_batch_size": 1,
     "global_batch_size": 4,
-    "clip_grad": 1e9,  # norms are compared, gradients are left as they are
+    "clip_grad": 1e9,  # gradient norms are compared, and gradients are not clipped
 }
-"""A model that trains a step in a fraction of a second; grouped queries, and four micro-batches of gradients."""
+"""A model that trains one step in a fraction of a second, with grouped queries and four micro-batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """How far a cell may be from one process, all relative."""
+    """Allowed relative differences between a cell and a single process."""
 
     loss: float = 1e-5
     grad_norm: float = 1e-5
     gradient: float = 2e-5
-    """Of each parameter's gradient: norm of the difference over norm of the reference."""
+    """For the gradient of each parameter: norm of the difference over norm of the reference."""
 
 
 BF16 = Tolerance(loss=1e-3, grad_norm=5e-3, gradient=1e-3)
-"""Beyond what bf16 costs Megatron itself: see :func:`megatron_lightseq.tools.verify.parity.budget`."""
+"""In addition to Megatron's own rounding errors, see :func:`megatron_lightseq.tools.verify.parity.budget`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +49,9 @@ class Cell:
     name: str
     world_size: int
     values: Values
-    """What differs from :data:`SMALL` in how the model is run."""
+    """Changes to :data:`SMALL` in how the model is run."""
     model: Values = field(default_factory=dict)
-    """What differs from :data:`SMALL` in the model itself, the same in the reference."""
+    """Changes to :data:`SMALL` in the model itself, also made in the reference."""
     tolerance: Tolerance = field(default_factory=Tolerance)
 
 
@@ -78,14 +79,14 @@ _SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "ove
 _FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 _BLOCK = {**_FULL, "recompute_method": "block"}
 _SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)}
-_REDONE = {**_FULL, "keep_attention_on_recompute": False}
+_ALL_RECOMPUTED = {**_FULL, "keep_attention_on_recompute": False}
 
 _MHA = {"num_query_groups": 4}
 _MQA = {"num_query_groups": 1}
 _ONE_HEAD = {"num_attention_heads": 1, "num_query_groups": 1}
 _ODD_HEADS = {"num_attention_heads": 3, "num_query_groups": 3, "hidden_size": 48}
 _QK_NORM = {"qk_layernorm": True, "rotary_percent": 0.5}
-_WINDOW = {"window_size": (20, 0)}  # of 96 tokens: across two ranks in places, on four across three
+_WINDOW = {"window_size": (20, 0)}  # with 96 tokens, windows reach across 2 of 2 ranks, and 3 of 4
 _SOME_WINDOWS = {"window_size": (40, 0), "window_attn_skip_freq": 2, "num_query_groups": 4}
 _OFF_BY_ONE = {"softmax_type": "off-by-one"}
 _SINKS = {"softmax_type": "learnable"}
@@ -120,20 +121,20 @@ _LATENT = {
 }
 _DIRECT_QUERIES = {**_LATENT, "q_lora_rank": None, "qk_layernorm": True}
 _MULTI_TOKEN = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
-_AVERAGE_OF_AVERAGES = {"calculate_per_token_loss": False}
-_MULTI_TOKEN_AVERAGE = {**_MULTI_TOKEN, **_AVERAGE_OF_AVERAGES}
+_MEAN_PER_BATCH = {"calculate_per_token_loss": False}
+_MULTI_TOKEN_AVERAGE = {**_MULTI_TOKEN, **_MEAN_PER_BATCH}
 _EVERYTHING = {**_MULTI_TOKEN, **_LATENT, **_EXPERTS}
 
-_METHODS = ("lightseq", "ring", "zigzag", "all_gather", "mesh", "ulysses", "usp", "rsa", "auto")
+_METHODS = method_names()
 
 CELLS: tuple[Cell, ...] = (
-    *(_cell(f"cp2 {method}", _cp(2, method)) for method in _METHODS),
-    *(_cell(f"cp3 {method}", _cp(3, method)) for method in ("lightseq", "zigzag", "all_gather", "ulysses")),
-    *(_cell(f"cp4 {method}", _cp(4, method)) for method in ("lightseq", "zigzag", "mesh", "ulysses", "rsa")),
+    *(_cell(f"cp2 {method}", _cp(2, method)) for method in (*_METHODS, "auto")),
+    *(_cell(f"cp3 {method}", _cp(3, method)) for method in _METHODS),
+    *(_cell(f"cp4 {method}", _cp(4, method)) for method in _METHODS),
     _cell("cp4 usp, heads over 2", _cp(4, "usp", cp_ulysses_size=2)),
     _cell("cp4 usp on zigzag", _cp(4, "usp", cp_layout="zigzag")),
-    _cell("cp4 ring on stripes", _cp(4, "ring", cp_layout="striped")),
-    _cell("cp4 one kind a layer", _cp(4, "lightseq", cp_comm_type=("p2p", "all_gather", "a2a", "a2a+p2p"))),
+    _cell("cp4 ring on striped", _cp(4, "ring", cp_layout="striped")),
+    _cell("cp4 one type per layer", _cp(4, "lightseq", cp_comm_type=("p2p", "all_gather", "a2a", "a2a+p2p"))),
     _cell("cp2 lightseq without overlap", _cp(2, "lightseq", cp_overlap=False)),
     *(_cell(f"cp8 {method}", _cp(8, method)) for method in ("lightseq", "mesh", "usp")),
     _cell("cp8 ulysses, twice as many ranks as heads", _cp(8, "ulysses")),
@@ -150,7 +151,7 @@ CELLS: tuple[Cell, ...] = (
     _cell("dp2 pp2 cp2 all_gather, sharded optimizer", {**_SHARDED, **_PP2, **_cp(2, "all_gather")}, data=2),
     _cell("dp2 tp2 cp2 auto", {**_TP2, **_cp(2, "auto")}, data=2),
     _cell("cp2 lightseq, full recompute", {**_FULL, **_cp(2, "lightseq")}),
-    _cell("cp2 lightseq, full recompute with attention", {**_REDONE, **_cp(2, "lightseq")}),
+    _cell("cp2 lightseq, full recompute with attention", {**_ALL_RECOMPUTED, **_cp(2, "lightseq")}),
     _cell("cp2 ulysses, full recompute", {**_FULL, **_cp(2, "ulysses")}),
     _cell("cp4 mesh, block recompute", {**_BLOCK, **_cp(4, "mesh")}),
     _cell("cp2 rsa, selective recompute", {**_SELECTIVE, **_cp(2, "rsa")}),
@@ -164,11 +165,13 @@ CELLS: tuple[Cell, ...] = (
     _cell("qk norm cp2 zigzag", _cp(2, "zigzag"), _QK_NORM),
     _cell("gpt-2 tp2 cp2 lightseq", {**_TP2, **_cp(2, "lightseq")}, _GPT2),
     _cell("gpt-2 pp2 cp2 usp", {**_PP2, **_cp(2, "usp")}, _GPT2),
-    *(_cell(f"window cp2 {method}", _cp(2, method), _WINDOW) for method in _METHODS),
+    *(_cell(f"window cp2 {method}", _cp(2, method), _WINDOW) for method in (*_METHODS, "auto")),
     _cell("window cp4 zigzag, full recompute", {**_FULL, **_cp(4, "zigzag")}, _WINDOW),
-    _cell("window cp4 ring on stripes", _cp(4, "ring", cp_layout="striped"), _WINDOW),
+    _cell("window cp4 ring on striped", _cp(4, "ring", cp_layout="striped"), _WINDOW),
     _cell(
-        "windows but in every second layer, pp2 cp3 lightseq", {**_PP2, **_cp(3, "lightseq")}, _SOME_WINDOWS
+        "windows except in every second layer, pp2 cp3 lightseq",
+        {**_PP2, **_cp(3, "lightseq")},
+        _SOME_WINDOWS,
     ),
     _cell("off-by-one cp2 mesh", _cp(2, "mesh"), _OFF_BY_ONE),
     _cell("sinks cp2 lightseq, full recompute", {**_FULL, **_cp(2, "lightseq")}, _SINKS),
@@ -176,7 +179,7 @@ CELLS: tuple[Cell, ...] = (
     _cell("sinks cp4 usp", _cp(4, "usp"), _SINKS),
     _cell("sinks cp2 rsa", _cp(2, "rsa"), _SINKS),
     _cell("sinks and windows pp2 cp2 zigzag", {**_PP2, **_cp(2, "zigzag")}, {**_SINKS, **_SOME_WINDOWS}),
-    _cell("average of averages dp2 cp2 mesh", _cp(2, "mesh"), _AVERAGE_OF_AVERAGES, data=2),
+    _cell("loss averaged per micro-batch, dp2 cp2 mesh", _cp(2, "mesh"), _MEAN_PER_BATCH, data=2),
     _cell("experts cp2 lightseq", _cp(2, "lightseq"), _EXPERTS),
     _cell("experts ep2", _EP2, _EXPERTS, data=2),
     _cell("experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, _EXPERTS),
@@ -191,13 +194,12 @@ CELLS: tuple[Cell, ...] = (
     _cell("experts pp2 cp2 ep2 ring, full recompute", {**_PP2, **_EP2, **_FULL, **_cp(2, "ring")}, _EXPERTS),
     _cell("experts, gathered tokens, ep2 cp2 mesh", {**_EP2, **_GATHERED, **_cp(2, "mesh")}, _ONE_OF_FOUR),
     _cell(
-        "experts, average of averages, cp2 lightseq", _cp(2, "lightseq"), {**_EXPERTS, **_AVERAGE_OF_AVERAGES}
+        "experts, loss averaged per micro-batch, cp2 lightseq",
+        _cp(2, "lightseq"),
+        {**_EXPERTS, **_MEAN_PER_BATCH},
     ),
     _cell("shared expert tp2 sp ep2 cp2 lightseq", {**_TP2_SP, **_EP2, **_cp(2, "lightseq")}, _SHARED_EXPERT),
-    *(
-        _cell(f"latent cp2 {method}", _cp(2, method), _LATENT)
-        for method in ("lightseq", "zigzag", "ulysses", "rsa")
-    ),
+    *(_cell(f"latent cp2 {method}", _cp(2, method), _LATENT) for method in _METHODS),
     _cell("latent cp3 lightseq", _cp(3, "lightseq"), _LATENT),
     _cell("latent cp4 mesh, full recompute", {**_FULL, **_cp(4, "mesh")}, _LATENT),
     _cell("latent tp2 cp2 ring", {**_TP2, **_cp(2, "ring")}, _LATENT),
@@ -213,14 +215,17 @@ CELLS: tuple[Cell, ...] = (
     _cell("multi-token pp2 cp2 zigzag, full recompute", {**_PP2, **_FULL, **_cp(2, "zigzag")}, _MULTI_TOKEN),
     _cell("multi-token tp2 sp cp2 striped", {**_TP2_SP, **_cp(2, "ring", cp_layout="striped")}, _MULTI_TOKEN),
     _cell(
-        "multi-token, average of averages, dp2 cp2 lightseq", _cp(2, "lightseq"), _MULTI_TOKEN_AVERAGE, data=2
+        "multi-token, loss averaged per micro-batch, dp2 cp2 lightseq",
+        _cp(2, "lightseq"),
+        _MULTI_TOKEN_AVERAGE,
+        data=2,
     ),
     _cell("multi-token latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, _EVERYTHING),
     _cell("bf16 cp2 lightseq", _cp(2, "lightseq"), {"bf16": True}, tolerance=BF16),
     _cell("bf16 cp2 ulysses", _cp(2, "ulysses"), {"bf16": True}, tolerance=BF16),
     _cell("bf16 latent cp2 zigzag", _cp(2, "zigzag"), {"bf16": True, **_LATENT}, tolerance=BF16),
-    # A rounding error may send a token whose experts are nearly tied to another expert, and gradients jump. Where all
-    # tokens take all experts, there is no such tie; where they choose, Megatron's own gradients jump as far.
+    # If two experts are nearly tied for a token, a rounding error can change its expert, and gradients jump. There are
+    # no ties if all tokens use all experts; otherwise Megatron's own gradients jump by as much.
     _cell(
         "bf16 all experts ep2 cp2 lightseq",
         {**_EP2, **_cp(2, "lightseq")},
@@ -238,10 +243,10 @@ CELLS: tuple[Cell, ...] = (
 
 
 def select(pattern: str | None, most_ranks: int, cells: Sequence[Cell] = CELLS) -> list[Cell]:
-    """The cells whose name the pattern is found in, on at most ``most_ranks`` ranks.
+    """The cells whose names contain a match of the pattern, and that need at most ``most_ranks`` ranks.
 
     Raises:
-        ConfigError: the pattern is no regular expression, or nothing is left.
+        ConfigError: The pattern is not a valid regular expression, or no cell is left.
     """
     try:
         wanted = re.compile(pattern or "")
@@ -249,8 +254,8 @@ def select(pattern: str | None, most_ranks: int, cells: Sequence[Cell] = CELLS) 
         raise ConfigError(
             explain(
                 got=f"--cells {pattern!r} ({error})",
-                rule="it is a regular expression, searched for in the names of cells",
-                remedy="Write, for example, --cells 'cp2|ulysses'",
+                rule="it is a regular expression that is searched for in the names of cells",
+                remedy="Use, for example, --cells 'cp2|ulysses'",
             )
         ) from error
     chosen = [cell for cell in cells if wanted.search(cell.name) and cell.world_size <= most_ranks]

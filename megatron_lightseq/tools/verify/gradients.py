@@ -1,4 +1,4 @@
-"""Gradients of a whole model, put together from its tensor- and pipeline-parallel pieces."""
+"""Gradients of a whole model, assembled from its tensor- and pipeline-parallel pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_lightseq.training.setup import Training, gpt_model
 
 Gradients = dict[str, list[Tensor]]
-"""By the parameter's name; one for each of its replicas, which must agree."""
+"""By parameter name; one gradient per replica, which must all be equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,21 +21,21 @@ class Piece:
     """One rank's part of one parameter's gradient."""
 
     name: str
-    """Of the parameter in a model that is not cut."""
+    """Of the parameter in an unsharded model."""
     replica: int
-    """Number among the ranks that must all hold the same: data- and context-parallel ones, of experts fewer or more."""
+    """Index among the ranks that hold the same gradient: data- and context-parallel ranks; differs for experts."""
     num_replicas: int
     tensor_rank: int
     num_tensor_ranks: int
     dim: int | None
-    """The dimension that tensor parallelism cuts; None for a parameter that every rank holds whole."""
+    """The dimension that tensor parallelism shards; None for a parameter that every rank holds entirely."""
     parts: int
-    """Blocks that are cut each for itself: 2 where gate and up projection lie in one matrix."""
+    """Number of blocks that are sharded separately: 2 if gate and up projection share a matrix."""
     gradient: Tensor
 
 
 def pieces_of(training: Training) -> list[Piece]:
-    """This rank's pieces, after a step; collective over data- and context-parallel ranks."""
+    """This rank's pieces after a training step; collective over data- and context-parallel ranks."""
     if training.config.parallel.use_distributed_optimizer:
         _gather_shards(training)
     groups = training.collection
@@ -44,7 +44,7 @@ def pieces_of(training: Training) -> list[Piece]:
         of_experts = ".experts." in name
         replicas = groups.expt_dp if of_experts else groups.dp_cp
         tensor_ranks = groups.expt_tp if of_experts else groups.tp
-        is_cut = getattr(parameter, "tensor_model_parallel", False)
+        is_sharded = getattr(parameter, "tensor_model_parallel", False)
         gated = training.config.model.swiglu and "linear_fc1" in name
         found.append(
             Piece(
@@ -53,7 +53,7 @@ def pieces_of(training: Training) -> list[Piece]:
                 num_replicas=replicas.size(),
                 tensor_rank=tensor_ranks.rank(),
                 num_tensor_ranks=tensor_ranks.size(),
-                dim=parameter.partition_dim if is_cut else None,
+                dim=parameter.partition_dim if is_sharded else None,
                 parts=2 if gated else 1,
                 gradient=parameter.main_grad.detach().float().cpu().clone(),
             )
@@ -62,7 +62,8 @@ def pieces_of(training: Training) -> list[Piece]:
 
 
 def _named_parameters(training: Training) -> Iterator[tuple[str, Any]]:
-    """Parameters by their names in an uncut model: layers and experts counted through, a tied output layer left out."""
+    """Parameters by their names in an unsharded model, with global numbers of layers and experts, without a tied output
+    layer."""
     tied = not training.config.model.untie_embeddings_and_output_weights
     for chunk in training.chunks:
         model = gpt_model(chunk)
@@ -80,13 +81,13 @@ def _named_parameters(training: Training) -> Iterator[tuple[str, Any]]:
 
 
 def _renamed(name: str, numbers: dict[str, str]) -> str:
-    """The name with the longest of these prefixes replaced."""
+    """The name with the longest matching prefix replaced."""
     prefix = max((prefix for prefix in numbers if name.startswith(prefix)), key=len, default="")
     return numbers.get(prefix, "") + name[len(prefix) :]
 
 
 def _gather_shards(training: Training) -> None:
-    """Complete the gradient buffers: with a sharded optimizer a rank has reduced only its own part of each."""
+    """Complete the gradient buffers: with a sharded optimizer, each rank has reduced only its shard of them."""
     for chunk in training.chunks:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
@@ -96,7 +97,7 @@ def _gather_shards(training: Training) -> None:
 
 
 def assemble(pieces: list[Piece]) -> Gradients:
-    """The whole gradient of every parameter, once for each of its replicas."""
+    """The whole gradient of every parameter, once per replica."""
     by_name: dict[str, dict[tuple[int, int], Piece]] = {}
     for piece in pieces:
         by_name.setdefault(piece.name, {})[piece.replica, piece.tensor_rank] = piece

@@ -1,4 +1,4 @@
-"""One training step of a cell, and its comparison with one process."""
+"""One training step of a cell, and its comparison with a single process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.config import PretrainConfig, with_values
-from megatron_lightseq.config.resolved import with_chosen_layout
 from megatron_lightseq.tools.verify.cells import SMALL, Cell, Tolerance, Values
 from megatron_lightseq.tools.verify.gradients import Gradients, Piece, assemble, pieces_of
 from megatron_lightseq.training.setup import Training, build_training
@@ -22,33 +21,33 @@ VOCAB_SIZE = 61
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a step left: the losses, the norm of all gradients, and each parameter's on every replica."""
+class TrainedStep:
+    """Results of a training step: losses, gradient norm, and the gradients of all parameters on all replicas."""
 
     loss: float
     grad_norm: float
     gradients: Gradients
     mtp_loss: float | None = None
-    """Of multi-token prediction, where there is any."""
+    """Of multi-token prediction; None without it."""
     load_balancing_loss: float | None = None
-    """Of experts, where they have one."""
+    """Of experts; None without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """How far a cell is from one process, relative."""
+    """Relative differences between a cell and a single process."""
 
     loss: float
-    """Of the next token, of multi-token prediction or of load balancing, whichever is furthest."""
+    """The largest difference of the losses: next token, multi-token prediction and load balancing."""
     grad_norm: float
     gradient: float
-    """Of the parameter that is furthest."""
+    """Of the parameter with the largest difference."""
     parameter: str
     tolerance: Tolerance
 
     @property
     def passed(self) -> bool:
-        """Whether all are within their tolerance; a NaN is not."""
+        """Whether all differences are within their tolerances; NaN is not."""
         return (
             self.loss <= self.tolerance.loss
             and self.grad_norm <= self.tolerance.grad_norm
@@ -58,11 +57,11 @@ class Verdict:
 
 def configure(values: Values, extra: Values) -> PretrainConfig:
     """The small model run with ``values``; ``extra`` is what the user adds to every cell."""
-    return with_chosen_layout(with_values(PretrainConfig(), **{**SMALL, **extra, **values}))
+    return with_values(PretrainConfig(), **{**SMALL, **extra, **values})
 
 
 def reference_values(cell: Cell) -> dict[str, Any]:
-    """One process with Megatron's own attention, which knows nothing of ours."""
+    """A single process with Megatron's own attention, without any of our code in it."""
     return {**cell.model, "cp_method": "megatron", "cp_layout": "auto", "cp_kernel": "auto"}
 
 
@@ -71,12 +70,12 @@ def exact_values(cell: Cell) -> dict[str, Any]:
     return {**reference_values(cell), "bf16": False}
 
 
-def run_step(config: PretrainConfig) -> Outcome | None:
-    """Build the model, train one step, collect the gradients on rank 0; None on other ranks. Collective."""
+def run_step(config: PretrainConfig) -> TrainedStep | None:
+    """Build the model, train one step and collect the gradients on rank 0; None on other ranks. Collective."""
     from megatron.core import parallel_state
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron's about fields that are left at their defaults
+        warnings.simplefilter("ignore")  # Megatron warns about fields that have their default values
         try:
             training = build_training(config, vocab_size=VOCAB_SIZE)
             result = train_step(training, [batches(training) for _ in training.chunks])
@@ -87,7 +86,7 @@ def run_step(config: PretrainConfig) -> Outcome | None:
     dist.gather_object(pieces, gathered, dst=0)
     if gathered is None:
         return None
-    return Outcome(
+    return TrainedStep(
         loss=result.loss,
         mtp_loss=result.mtp_loss,
         load_balancing_loss=result.load_balancing_loss,
@@ -97,12 +96,12 @@ def run_step(config: PretrainConfig) -> Outcome | None:
 
 
 def batches(training: Training) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of this data-parallel rank: the same on any number of ranks; loss masks uneven along them."""
+    """Micro-batches of this data-parallel rank: the same for any number of ranks, with uneven loss masks."""
     settings = training.config.training
     length = settings.seq_length
     generator = torch.Generator().manual_seed(settings.seed)
     text = torch.randint(0, VOCAB_SIZE, (settings.global_batch_size, length + 1), generator=generator)
-    kept = torch.linspace(0.1, 1.0, length)  # early tokens are masked far more often than late ones
+    kept = torch.linspace(0.1, 1.0, length)  # early tokens are masked more often than late ones
     mask = (torch.rand(settings.global_batch_size, length, generator=generator) < kept).float()
     shape = (training.num_microbatches, training.sizes.data, settings.micro_batch_size, -1)
     data_rank = 0 if training.groups.dp is None else training.groups.dp.rank()
@@ -116,20 +115,20 @@ def batches(training: Training) -> Iterator[dict[str, torch.Tensor]]:
         }
 
 
-def compare(outcome: Outcome, reference: Outcome, tolerance: Tolerance) -> Verdict:
-    """The distance of a cell, over all parameters of all replicas.
+def compare(got: TrainedStep, reference: TrainedStep, tolerance: Tolerance) -> Verdict:
+    """The differences of a cell from the reference, over all parameters and replicas.
 
-    A parameter that only one of the two has counts as infinitely far.
+    A parameter that only one of the two has counts as an infinite difference.
     """
     whole = {name: gradient for name, (gradient,) in reference.gradients.items()}
     overall = max(gradient.norm().item() for gradient in whole.values())
     worst, parameter = 0.0, ""
-    for name in whole.keys() ^ outcome.gradients.keys():
+    for name in whole.keys() ^ got.gradients.keys():
         worst, parameter = math.inf, name
-    for name in sorted(whole.keys() & outcome.gradients.keys()):
-        # Gradients that vanish by symmetry (key biases) are noise: they count against the largest one.
+    for name in sorted(whole.keys() & got.gradients.keys()):
+        # Gradients that vanish by symmetry (key biases) are rounding noise: compare them with the largest gradient.
         size = max(whole[name].norm().item(), 1e-3 * overall)
-        for gradient in outcome.gradients[name]:
+        for gradient in got.gradients[name]:
             distance = (gradient - whole[name]).norm().item() / size
             if math.isnan(distance):
                 distance = math.inf
@@ -137,24 +136,24 @@ def compare(outcome: Outcome, reference: Outcome, tolerance: Tolerance) -> Verdi
                 worst, parameter = distance, name
     losses = ("loss", "mtp_loss", "load_balancing_loss")
     return Verdict(
-        loss=max(_distance(getattr(outcome, name), getattr(reference, name)) for name in losses),
-        grad_norm=_distance(outcome.grad_norm, reference.grad_norm),
+        loss=max(_distance(getattr(got, name), getattr(reference, name)) for name in losses),
+        grad_norm=_distance(got.grad_norm, reference.grad_norm),
         gradient=worst,
         parameter=parameter,
         tolerance=tolerance,
     )
 
 
-def budget(reference: Outcome, exact: Outcome, tolerance: Tolerance) -> Tolerance:
-    """What a cell in 16 bits may lose: on top of ``tolerance``, twice what Megatron's own process in 16 bits loses.
+def budget(reference: TrainedStep, exact: TrainedStep, tolerance: Tolerance) -> Tolerance:
+    """The tolerance of a cell in bf16: twice the error of Megatron's own process in bf16, plus ``tolerance``.
 
-    Both are held against the process in fp32, so that a cell is asked for the right result and not for Megatron's
+    Both are compared with the process in fp32, so that a cell must be accurate, rather than reproduce Megatron's
     rounding errors.
 
     Args:
-        reference: one process in 16 bits.
-        exact: the same in fp32.
-        tolerance: what is granted besides.
+        reference: A single process in bf16.
+        exact: The same process in fp32.
+        tolerance: Allowed in addition.
     """
     lost = compare(reference, exact, tolerance)
     return Tolerance(
@@ -165,7 +164,7 @@ def budget(reference: Outcome, exact: Outcome, tolerance: Tolerance) -> Toleranc
 
 
 def _distance(got: float | None, expected: float | None) -> float:
-    """Relative; infinite where only one of the two is there, or either is not a number."""
+    """Relative difference; infinite if only one of the two is given, or one of them is NaN."""
     if got is None or expected is None:
         return 0.0 if got is expected else math.inf
     distance = abs(got - expected) / abs(expected)

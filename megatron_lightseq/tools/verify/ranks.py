@@ -1,7 +1,7 @@
-"""Long-lived processes that train cell after cell: an import of Megatron costs more than a step.
+"""Processes that train one cell after another: importing Megatron takes longer than a training step.
 
-Every process walks the same list of cells. Rank 0 announces each through the store; the ranks that a cell needs form
-a process group for it and dissolve it again, the others wait for the next announcement.
+All processes go through the same list of cells. Rank 0 announces each cell through the store. The ranks that it needs
+form a process group and dissolve it afterwards; the others wait for the next announcement.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
 from megatron_lightseq.tools.verify.cells import Cell, Tolerance, Values
 from megatron_lightseq.tools.verify.parity import (
-    Outcome,
+    TrainedStep,
     Verdict,
     budget,
     compare,
@@ -34,16 +34,16 @@ from megatron_lightseq.training.job.launch import Launch
 
 CELL_TIMEOUT = timedelta(seconds=120)
 """How long a rank waits for another within a cell."""
-PATIENCE = timedelta(hours=2)
+MATRIX_TIMEOUT = timedelta(hours=2)
 """How long a rank that a cell does not need waits for the next one."""
 
-_BEGIN, _PASS_BY = "begin", "pass by"
-"""What rank 0 announces of a cell; the latter if it could not make the reference: nobody waits for it then."""
+_BEGIN, _SKIP = "begin", "skip"
+"""What rank 0 announces about a cell; it is skipped if its reference could not be trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """One cell's end."""
+    """The result of one cell."""
 
     cell: Cell
     seconds: float
@@ -52,36 +52,36 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether it ran and was within its tolerance."""
+        """Whether it ran, with differences within its tolerance."""
         return self.verdict is not None and self.verdict.passed
 
 
 @dataclass(slots=True, kw_only=True)
-class Walk:
-    """The cells, as one rank goes through them."""
+class Verification:
+    """The cells, and one rank's part in training them."""
 
     rank: int
     store: dist.Store
     cells: Sequence[Cell]
     extra: Values
-    """Configuration that the user adds to every cell."""
+    """The user's values for all cells."""
     processes: Sequence[BaseProcess] = ()
-    """Those that rank 0 has started."""
-    _references: dict[str, Outcome] = field(default_factory=dict)
+    """Processes that rank 0 has started."""
+    _references: dict[str, TrainedStep] = field(default_factory=dict)
 
     def follow(self) -> None:
-        """Take part in every cell that needs this rank (not rank 0)."""
+        """Take part in all cells that need this rank; for ranks other than 0."""
         for index, cell in enumerate(self.cells):
-            self.store.wait([f"cell {index}"], PATIENCE)
-            called = self.store.get(f"cell {index}").decode() == _BEGIN
-            if called and self.rank < cell.world_size:
+            self.store.wait([f"cell {index}"], MATRIX_TIMEOUT)
+            begins = self.store.get(f"cell {index}").decode() == _BEGIN
+            if begins and self.rank < cell.world_size:
                 try:
                     self._train(f"cell {index}", cell.world_size, {**cell.model, **cell.values})
-                except Exception as error:  # noqa: BLE001 - told to rank 0, and the next cell begins
+                except Exception as error:  # noqa: BLE001 - reported to rank 0; the next cell follows
                     self.store.set(f"error {index} {self.rank}", f"rank {self.rank}: {_first_line(error)}")
 
     def lead(self) -> Iterator[Report]:
-        """Run the cells on rank 0, with one process for comparison first; a report each."""
+        """Run all cells on rank 0, each after its single-process reference; yields a report per cell."""
         for index, cell in enumerate(self.cells):
             began = time.perf_counter()
             verdict, error = None, None
@@ -92,22 +92,22 @@ class Walk:
                 assert outcome is not None, "rank 0 collects"
                 verdict = compare(outcome, reference, tolerance)
             except Exception as failure:  # noqa: BLE001 - reported as a cell that failed
-                self.store.set(f"cell {index}", _PASS_BY)
+                self.store.set(f"cell {index}", _SKIP)
                 error = "; ".join(self._errors(index, cell) or [f"rank 0: {_first_line(failure)}"])
             yield Report(cell=cell, seconds=time.perf_counter() - began, verdict=verdict, error=error)
             if any(not process.is_alive() for process in self.processes):
                 break
 
-    def _reference(self, cell: Cell) -> tuple[Outcome, Tolerance]:
-        """What a cell is compared with, and how far from it the cell may be."""
+    def _reference(self, cell: Cell) -> tuple[TrainedStep, Tolerance]:
+        """The reference of a cell, and the allowed differences from it."""
         reference = self._alone(reference_values(cell))
         if not cell.model.get("bf16"):
             return reference, cell.tolerance
         exact = self._alone(exact_values(cell))
         return exact, budget(reference, exact, cell.tolerance)
 
-    def _alone(self, values: Values) -> Outcome:
-        """One process, trained once."""
+    def _alone(self, values: Values) -> TrainedStep:
+        """A single process with these values; trained once and remembered."""
         key = repr(sorted(values.items()))
         if key not in self._references:
             outcome = self._train(f"reference {key}", 1, values)
@@ -115,7 +115,7 @@ class Walk:
             self._references[key] = outcome
         return self._references[key]
 
-    def _train(self, name: str, world_size: int, values: Values) -> Outcome | None:
+    def _train(self, name: str, world_size: int, values: Values) -> TrainedStep | None:
         config = configure(values, self.extra)
         store = dist.PrefixStore(name, self.store)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -128,7 +128,7 @@ class Walk:
             dist.destroy_process_group()
 
     def _errors(self, index: int, cell: Cell) -> list[str]:
-        """What other ranks said before rank 0 lost patience with them."""
+        """Errors that other ranks reported."""
         keys = [f"error {index} {rank}" for rank in range(1, cell.world_size)]
         return [self.store.get(key).decode() for key in keys if self.store.check([key])]
 
@@ -138,10 +138,10 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def local_ranks(num_processes: int, cells: Sequence[Cell], extra: Values) -> Iterator[Walk]:
-    """This process as rank 0, and as many others on this machine as are needed."""
+def local_ranks(num_processes: int, cells: Sequence[Cell], extra: Values) -> Iterator[Verification]:
+    """Start the other ranks on this machine; this process is rank 0."""
     _prepare(0)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=MATRIX_TIMEOUT)
     context = mp.get_context("spawn")
     processes = [
         context.Process(target=_follow, args=(rank, store.port, list(cells), dict(extra)), daemon=True)
@@ -150,29 +150,29 @@ def local_ranks(num_processes: int, cells: Sequence[Cell], extra: Values) -> Ite
     for process in processes:
         process.start()
     try:
-        yield Walk(rank=0, store=store, cells=cells, extra=extra, processes=processes)
+        yield Verification(rank=0, store=store, cells=cells, extra=extra, processes=processes)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def launched_ranks(launch: Launch, cells: Sequence[Cell], extra: Values) -> Walk:
-    """The ranks that torchrun has started, on one machine or several."""
+def launched_ranks(launch: Launch, cells: Sequence[Cell], extra: Values) -> Verification:
+    """Use the ranks that torchrun has started, on one or more machines."""
     _prepare(launch.local_rank)
-    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    return Walk(rank=launch.rank, store=store, cells=cells, extra=extra)
+    store, _, _ = next(dist.rendezvous("env://", timeout=MATRIX_TIMEOUT))
+    return Verification(rank=launch.rank, store=store, cells=cells, extra=extra)
 
 
 def _follow(rank: int, port: int, cells: list[Cell], extra: dict[str, object]) -> None:
-    """Main function of a process that :func:`local_ranks` starts."""
+    """Main function of the processes that :func:`local_ranks` starts."""
     _prepare(rank)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
-    Walk(rank=rank, store=store, cells=cells, extra=extra).follow()
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=MATRIX_TIMEOUT)
+    Verification(rank=rank, store=store, cells=cells, extra=extra).follow()
 
 
 def _prepare(local_rank: int) -> None:
-    """A device and one thread for this process: its peers share the machine's cores."""
+    """Select the device, and use one thread: the processes share the cores of the machine."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return
@@ -181,6 +181,6 @@ def _prepare(local_rank: int) -> None:
 
 
 def most_processes(asked: int | None) -> int:
-    """How many ranks this machine may run: as many as it has GPUs, or, on CPUs, as the largest cell wants."""
+    """Maximum number of ranks on this machine: the number of GPUs, or on CPUs the size of the largest cell."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else max(8, os.cpu_count() or 1)
     return min(available, 8 if asked is None else asked)

@@ -1,5 +1,5 @@
 """From text to batches: preparation, checks, Megatron's datasets, and resumable iterators.
 
-`tokenizers`, `sources`, `corpus` and `prepare` need numpy only, so that `lightseq prepare-data` starts at once;
-`datasets` and `loaders` import Megatron.
+`tokenizers`, `sources`, `documents`, `corpus` and `prepare` do not import Megatron or torch, so that
+`lightseq prepare-data` starts quickly; `datasets` and `loaders` import Megatron.
 """

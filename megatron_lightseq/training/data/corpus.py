@@ -1,15 +1,16 @@
 """A prepared corpus on disk: Megatron's `PREFIX.bin` and `PREFIX.idx`, and our facts in `PREFIX.json`.
 
-Megatron maps an index into memory and trusts every number in it: a damaged one ends in a crash or in other tokens.
-:func:`check_index` reads the same bytes first and refuses by name. Nothing here executes what it reads.
+Megatron maps an index into memory and trusts every number in it, so a damaged one causes a crash or wrong tokens.
+:func:`check_index` reads the same bytes first and names what is wrong. Nothing here executes what it reads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +29,33 @@ TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {
     5: np.int64,
     8: np.uint16,
 }
-"""Megatron's codes of the token types that are integers."""
+"""Megatron's codes of integer token types."""
 _HEADER = struct.Struct("<9sQBQQ")
 _PREPARE = "Prepare the corpus again with `lightseq prepare-data`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusFacts:
-    """What `prepare-data` knows about a corpus; stored as `PREFIX.json`."""
+    """What `prepare-data` records about a corpus; stored as `PREFIX.json`."""
 
     fingerprint: str
-    """SHA-256 over inputs (names, sizes, times), tokenizer and format: equal means up to date."""
+    """SHA-256 over inputs (names and contents), tokenizer, options and format: equal means up to date."""
     content: str
     """SHA-256 over the tokens and the document lengths: equal means the same corpus."""
     tokenizer: dict[str, str]
     vocab_size: int
     documents: int
     tokens: int
-    """End-of-document tokens included."""
+    """Including end-of-document tokens."""
     entropy: float
-    """Unigram entropy of the tokens in nats: the loss of a model that knows frequencies only."""
+    """Unigram entropy of the tokens in nats: the loss of a model that knows only their frequencies."""
     length_histogram: list[list[int]]
     """Rows of (shortest, longest, number of documents), in powers of two."""
     files: int
     skipped: dict[str, int]
+    """Number of files that were left out, by reason."""
+    skipped_records: dict[str, int] = field(default_factory=dict)
+    """Number of lines, rows and items that were left out, by reason."""
     bin_bytes: int
     idx_bytes: int
 
@@ -62,18 +66,18 @@ class Index:
 
     token_type: type[np.integer[Any]]
     lengths: npt.NDArray[np.int32]
-    """Tokens of every sequence."""
+    """Number of tokens of each sequence."""
     documents: npt.NDArray[np.int64]
-    """First sequence of every document, and the number of sequences."""
+    """First sequence of each document, then the number of sequences."""
 
 
 def file_of(prefix: Path | str, suffix: str) -> Path:
-    """`PREFIX.suffix`; a dot in the prefix stays."""
+    """`PREFIX.suffix`; the prefix may contain dots."""
     return Path(f"{prefix}.{suffix}")
 
 
 def write_index(path: Path, lengths: npt.NDArray[np.int32], token_type: type[np.integer[Any]]) -> None:
-    """Write an index with one sequence per document, byte for byte as Megatron's IndexedDatasetBuilder does."""
+    """Write an index with one sequence per document, identical to the output of Megatron's IndexedDatasetBuilder."""
     code = next(code for code, known in TOKEN_TYPES.items() if known is token_type)
     ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(token_type).itemsize
     pointers = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(lengths)]
@@ -85,7 +89,7 @@ def write_index(path: Path, lengths: npt.NDArray[np.int32], token_type: type[np.
 
 
 def check_index(prefix: Path | str) -> Index:
-    """Read and check `PREFIX.idx` against `PREFIX.bin`; raises DataError naming the file and the fault."""
+    """Read `PREFIX.idx` and check it against `PREFIX.bin`; raises DataError that names the file and the fault."""
     path, data = file_of(prefix, "idx"), file_of(prefix, "bin")
     for file in (path, data):
         if not file.is_file():
@@ -123,7 +127,7 @@ def check_index(prefix: Path | str) -> Index:
 
 
 def _mapped(path: Path, kind: type[np.integer[Any]], offset: int, count: int) -> npt.NDArray[Any]:
-    """Numbers of a file, without reading it into memory; an empty file region cannot be mapped."""
+    """Numbers in a file, memory-mapped; mmap does not accept an empty region."""
     return np.memmap(path, kind, "r", offset, (count,)) if count else np.zeros(0, kind)
 
 
@@ -139,18 +143,23 @@ def _check_sequences(
         bool((lengths >= 0).all()), path, f"a sequence has {lengths.min()} tokens", "lengths are not negative"
     )
     _require(bool((pointers >= 0).all()), path, f"a pointer is {pointers.min()}", "pointers are not negative")
-    _require(bool((pointers % item_size == 0).all()), path, "a pointer is inside a token", "tokens are whole")
+    _require(
+        bool((pointers % item_size == 0).all()),
+        path,
+        "a pointer is inside a token",
+        "pointers are at the start of tokens",
+    )
     _require(
         bool((pointers <= data_size - lengths.astype(np.int64) * item_size).all()),
         path,
         f"a sequence ends after byte {data_size}",
-        "that is the end of the .bin file, which was cut or belongs to another index",
+        "that is the end of the .bin file, which was truncated or belongs to another index",
     )
 
 
 def _check_documents(path: Path, documents: npt.NDArray[np.int64], num_sequences: int) -> None:
     ordered = len(documents) > 0 and documents[0] == 0 and bool((np.diff(documents) >= 0).all())
-    _require(ordered, path, "document marks are out of order", "they begin at 0 and never fall")
+    _require(ordered, path, "document marks are out of order", "they begin at 0 and never decrease")
     _require(
         int(documents[-1]) == num_sequences,
         path,
@@ -165,7 +174,7 @@ def _require(holds: bool, path: Path, got: str, rule: str) -> None:
 
 
 def read_facts(prefix: Path | str) -> CorpusFacts | None:
-    """The facts of a corpus; None where there are none (data that Megatron's own tools prepared)."""
+    """The facts of a corpus; None if it has none (Megatron's own tools write no such file)."""
     path = file_of(prefix, "json")
     if not path.is_file():
         return None
@@ -173,15 +182,39 @@ def read_facts(prefix: Path | str) -> CorpusFacts | None:
         facts = CorpusFacts(**json.loads(path.read_text(encoding="utf-8")))
         if not (isinstance(facts.entropy, float) and isinstance(facts.vocab_size, int)):
             raise TypeError("wrong types")
+        if not 0 <= facts.entropy < math.inf:
+            raise ValueError("entropy out of range")
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
             explain(
                 got=f"{path} is damaged ({type(error).__name__})",
-                rule="it holds the facts that prepare-data wrote",
+                rule="it contains the facts that prepare-data wrote",
                 remedy=_PREPARE,
             )
         ) from error
     return facts
+
+
+def check_facts(prefix: Path | str, facts: CorpusFacts, index: Index) -> None:
+    """Raises DataError where facts and files disagree, as when only one of them was replaced.
+
+    Index caches are named after the facts: those of another corpus would point into the wrong tokens.
+    """
+    found = {
+        "documents": len(index.lengths),
+        "tokens": int(index.lengths.sum(dtype=np.int64)),
+        "bin_bytes": file_of(prefix, "bin").stat().st_size,
+        "idx_bytes": file_of(prefix, "idx").stat().st_size,
+    }
+    for name, value in found.items():
+        if getattr(facts, name) != value:
+            raise DataError(
+                explain(
+                    got=f"{file_of(prefix, 'json')} says {name} = {getattr(facts, name)}, the files have {value}",
+                    rule="the three files of a corpus are written together",
+                    remedy=_PREPARE,
+                )
+            )
 
 
 def write_facts(path: Path, facts: CorpusFacts) -> None:
@@ -204,7 +237,7 @@ def length_histogram(lengths: npt.NDArray[np.int32]) -> list[list[int]]:
 
 
 def content_digest(prefix: Path | str) -> str:
-    """What tells one corpus from another: the stored digest, else one over sizes and times of the files."""
+    """Identifies a corpus: the stored digest, or else one over sizes and modification times of the files."""
     facts = read_facts(prefix)
     if facts is not None:
         return facts.content

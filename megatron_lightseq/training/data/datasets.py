@@ -1,7 +1,7 @@
 """Megatron's GPTDataset over checked corpora.
 
-Two steps, because they fail differently: :func:`open_corpora` reads and checks files before any process group
-exists, alike on every rank; :func:`build_datasets` then builds Megatron's index caches, rank 0 first.
+There are two steps because they fail differently: :func:`open_corpora` reads and checks files before any process group
+exists, in the same way on every rank; :func:`build_datasets` then builds Megatron's index caches, rank 0 first.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ import numpy as np
 from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.config.rules_run import split_shares
 from megatron_lightseq.errors import DataError, explain
-from megatron_lightseq.training.data.corpus import CorpusFacts, Index, check_index, content_digest, read_facts
+from megatron_lightseq.training.data.corpus import (
+    CorpusFacts,
+    Index,
+    check_facts,
+    check_index,
+    content_digest,
+    read_facts,
+)
 from megatron_lightseq.training.data.safe_cache import safe_index_caches
 from megatron_lightseq.training.data.tokenizers import Tokenizer, build_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpora:
-    """The corpora of a run, read and checked; no process group is needed."""
+    """The corpora of a run, read and checked; needs no process group."""
 
     tokenizer: Tokenizer
     prefixes: tuple[str, ...]
@@ -32,15 +39,15 @@ class Corpora:
     """Weight of each prefix; None for one prefix without a weight."""
     indexes: tuple[Index, ...]
     facts: tuple[CorpusFacts | None, ...]
-    """None where Megatron's own tools prepared the data."""
+    """None for data that Megatron's own tools prepared."""
     cache: Path
-    """Folder of index caches; named after the contents, so that other data never meets old indexes."""
+    """Folder of index caches; named after the contents, so that indexes are never used with other data."""
     vocab_size: int
     """Number of token ids before padding."""
 
     @property
     def entropy(self) -> float | None:
-        """Unigram entropy in nats, weighted over corpora; None where a corpus has no facts."""
+        """Unigram entropy in nats, weighted over corpora; None if a corpus has no facts."""
         weights = self.weights or (1.0,)
         known = [facts.entropy for facts in self.facts if facts is not None]
         if len(known) < len(self.facts):
@@ -49,7 +56,7 @@ class Corpora:
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of contents where `prepare-data` noted them, else of the lengths of all documents."""
+        """Short hash of the contents that `prepare-data` recorded, or else of the lengths of all documents."""
         digest = hashlib.sha256()
         for facts, index in zip(self.facts, self.indexes, strict=True):
             digest.update(index.lengths.tobytes() if facts is None else facts.content.encode())
@@ -58,16 +65,16 @@ class Corpora:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Datasets:
-    """What `build_datasets` gives; items are dicts of `tokens`, `labels`, `position_ids` (int64, (seq_length,)) and
+    """Result of `build_datasets`; items are dicts of `tokens`, `labels`, `position_ids` (int64, (seq_length,)) and
     `loss_mask` (fp32, (seq_length,))."""
 
     train: Any
     valid: Any | None
-    """None where `eval_interval` is null."""
+    """None if `eval_interval` is null."""
 
 
 def open_corpora(config: PretrainConfig) -> Corpora:
-    """Read and check everything that `data_path` names; raises DataError naming file, fault and remedy."""
+    """Read and check everything that `data_path` names; raises DataError with file, fault and remedy."""
     tokenizer = build_tokenizer(config.data)
     prefixes, weights = split_blend(config.data.data_path)
     indexes = tuple(check_index(prefix) for prefix in prefixes)
@@ -75,6 +82,7 @@ def open_corpora(config: PretrainConfig) -> Corpora:
     for prefix, known, index in zip(prefixes, facts, indexes, strict=True):
         if known is not None:
             _check_tokenizer(prefix, known, tokenizer)
+            check_facts(prefix, known, index)
         _check_splits(prefix, index, config)
     digest = hashlib.sha256("".join(map(content_digest, prefixes)).encode()).hexdigest()[:16]
     folder = config.data.data_cache_path or str(Path(prefixes[0]).parent / "cache")
@@ -99,14 +107,24 @@ def split_blend(data_path: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[floa
 def build_datasets(config: PretrainConfig, corpora: Corpora) -> Datasets:
     """Training and validation datasets; with a process group, a collective call (rank 0 builds, others then read).
 
-    `seed`, `seq_length`, `train_iters * global_batch_size` and `split` decide the order of samples.
+    The order of samples depends on `seed`, `seq_length`, `train_iters * global_batch_size` and `split`.
+
+    Raises:
+        DataError: The cache folder cannot be used, or an index cache in it is damaged. Reading a sample with a token
+            id outside the model's vocabulary raises DataError, too.
     """
+    from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    from megatron_lightseq.training.data.checked_dataset import (
+        CheckedGPTDataset,
+        CheckedGPTDatasetConfig,
+        check_blend,
+    )
 
     _make_cache_folder(corpora.cache)
     blend = (list(corpora.prefixes), None if corpora.weights is None else list(corpora.weights))
-    dataset_config = GPTDatasetConfig(
+    dataset_config = CheckedGPTDatasetConfig(
         random_seed=config.training.seed,
         sequence_length=config.training.seq_length,
         blend=blend,
@@ -117,6 +135,7 @@ def build_datasets(config: PretrainConfig, corpora: Corpora) -> Datasets:
         reset_attention_mask=False,
         eod_mask_loss=config.data.eod_mask_loss,
         create_attention_mask=False,
+        model_vocab_size=corpora.vocab_size,
     )
     evaluates = config.training.eval_interval is not None
     assert dataset_config.split_matrix is not None
@@ -124,8 +143,11 @@ def build_datasets(config: PretrainConfig, corpora: Corpora) -> Datasets:
     batch = config.training.global_batch_size
     sizes = [config.training.train_iters * batch, config.training.eval_iters * batch, 0]
     with safe_index_caches():
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, dataset_config)
+        builder = BlendedMegatronDatasetBuilder(CheckedGPTDataset, sizes, lambda: True, dataset_config)
         train, valid, _ = builder.build()
+    for dataset in (train, valid):
+        if isinstance(dataset, BlendedDataset):
+            check_blend(dataset)
     return Datasets(train=train, valid=valid)
 
 
@@ -134,16 +156,16 @@ def _check_tokenizer(prefix: str, facts: CorpusFacts, tokenizer: Tokenizer) -> N
         raise DataError(
             explain(
                 got=f"{prefix} was prepared with {facts.tokenizer}, the run has {tokenizer.unique_identifiers}",
-                rule="a run reads tokens with the tokenizer that wrote them",
-                remedy="Set tokenizer_type and tokenizer_model as in prepare-data, or prepare the corpus again",
+                rule="a run must use the tokenizer that wrote its corpus",
+                remedy="Set tokenizer_type, tokenizer_model and eod_token as in prepare-data, or prepare it again",
             )
         )
 
 
 def _check_splits(prefix: str, index: Index, config: PretrainConfig) -> None:
-    """Every split that is used must hold a sequence: Megatron would search for one without end."""
+    """Every split that is used must have at least one sequence: Megatron would look for one in an endless loop."""
     shares = split_shares(config.data.split)
-    assert shares is not None, "the rules let no other split pass"
+    assert shares is not None, "a rule requires a valid split"
     needed = config.training.seq_length + 1
     bounds = [0.0, shares[0], shares[0] + shares[1]]
     wanted = {"training": (bounds[0], bounds[1])}
@@ -156,7 +178,7 @@ def _check_splits(prefix: str, index: Index, config: PretrainConfig) -> None:
             raise DataError(
                 explain(
                     got=f"the {name} split of {prefix} has {last - first} documents with {tokens} tokens",
-                    rule=f"one sequence takes seq_length + 1 = {needed}",
+                    rule=f"one sequence needs seq_length + 1 = {needed}",
                     remedy="Prepare more text, change split, or lower seq_length",
                 )
             )
@@ -168,7 +190,7 @@ def _vocabulary(config: PretrainConfig, tokenizer: Tokenizer) -> int:
         raise DataError(
             explain(
                 got=f"vocab_size {asked} with a tokenizer of {tokenizer.vocab_size} tokens",
-                rule="the model must know every token",
+                rule="the vocabulary of the model includes every token",
                 remedy=f"Set vocab_size to null or to at least {tokenizer.vocab_size}",
             )
         )
@@ -176,7 +198,7 @@ def _vocabulary(config: PretrainConfig, tokenizer: Tokenizer) -> int:
 
 
 def _make_cache_folder(folder: Path) -> None:
-    """Create the folder on every rank before rank 0 writes: a refusal later would leave the others waiting."""
+    """Create the folder on every rank before rank 0 writes: an error later would leave the other ranks waiting."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         usable = os.access(folder, os.W_OK)
@@ -187,7 +209,7 @@ def _make_cache_folder(folder: Path) -> None:
         raise DataError(
             explain(
                 got=f"the cache folder {folder} cannot be used ({reason})",
-                rule="index caches are written beside the data unless data_cache_path says where",
-                remedy="Set data_cache_path to a folder that all ranks share and can write",
+                rule="index caches are written next to the data unless data_cache_path is set",
+                remedy="Set data_cache_path to a folder that all ranks share and can write to",
             )
         )

@@ -1,4 +1,4 @@
-"""Batches for every rank: deterministic, and resumable from the number of samples already used."""
+"""Batches for every rank: deterministic, and resumable from the number of consumed samples."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from megatron_lightseq.training.data.datasets import Datasets
 Batch = dict[str, torch.Tensor]
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-"""What a batch holds; tensors are (micro_batch_size, seq_length), whole sequences."""
+"""Tensors of a batch, (micro_batch_size, seq_length): whole sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataShare:
-    """Which part of every global batch a rank reads: alike for all tensor, pipeline and context parallel ranks."""
+    """Which part of each global batch a rank reads: the same for all tensor, pipeline and context parallel ranks."""
 
     rank: int = 0
     """Data parallel rank."""
     size: int = 1
-    """Data parallel ranks."""
+    """Number of data parallel ranks."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size, f"data parallel rank {self.rank} of {self.size}"
@@ -35,8 +35,8 @@ class DataShare:
 class ShareSampler:
     """Indexes of one rank's micro-batches, in order, from `consumed_samples` to `num_samples`.
 
-    Of every micro_batch_size * size consecutive samples rank r takes the r-th micro_batch_size; a last group that is
-    not whole is left out.
+    Rank r takes the r-th micro_batch_size of every micro_batch_size * size consecutive samples; an incomplete last
+    group is left out.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class ShareSampler:
 def train_iterator(
     config: PretrainConfig, datasets: Datasets, share: DataShare, *, consumed_samples: int = 0
 ) -> Iterator[Batch]:
-    """Micro-batches of training data after `consumed_samples` sequences (over all ranks); ends with `train_iters`.
+    """Micro-batches of training data after `consumed_samples` sequences (over all ranks), up to `train_iters`.
 
-    Raises DataError when the dataset is shorter than the run.
+    Raises:
+        DataError: The dataset is shorter than the run.
     """
     needed = config.training.train_iters * config.training.global_batch_size
     if len(datasets.train) < needed:
@@ -69,14 +70,14 @@ def train_iterator(
             explain(
                 got=f"the training data has {len(datasets.train)} samples",
                 rule=f"train_iters * global_batch_size = {needed}",
-                remedy="Remove the index cache, it is of another run",
+                remedy="Remove the index cache, which belongs to another run",
             )
         )
     return _iterate(config, datasets.train, share, first=consumed_samples, last=needed)
 
 
 def valid_iterator(config: PretrainConfig, datasets: Datasets, share: DataShare) -> Iterator[Batch]:
-    """The `eval_iters` validation batches: the same ones at every evaluation, so that losses compare."""
+    """The `eval_iters` validation batches: the same at every evaluation, so that losses are comparable."""
     assert datasets.valid is not None, "eval_interval is null: there is no validation data"
     needed = config.training.eval_iters * config.training.global_batch_size
     return _iterate(config, datasets.valid, share, first=0, last=needed)
@@ -91,8 +92,8 @@ def _iterate(
         micro_batch_size=config.training.micro_batch_size,
         share=share,
     )
-    # A loader without a generator of its own draws one number from the global one whenever it is iterated: a
-    # resumed run, which makes one more iterator, would then differ in every dropout mask.
+    # Without a generator argument, the loader draws from the global generator whenever an iterator is made. A resumed
+    # run makes one more iterator, so all of its dropout masks would differ.
     generator = torch.Generator().manual_seed(config.training.seed)
     loader = DataLoader(
         dataset,
@@ -105,6 +106,6 @@ def _iterate(
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Stack samples; drops what only a blend adds."""
+    """Stack samples; drops the keys that only a blend adds."""
     batch: Batch = default_collate([{key: sample[key] for key in KEYS} for sample in samples])
     return batch

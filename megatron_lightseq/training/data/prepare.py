@@ -1,7 +1,7 @@
-"""`lightseq prepare-data`: documents to a corpus, repeatable and all or nothing.
+"""`lightseq prepare-data`: from documents to a corpus, reproducibly and atomically.
 
-Tokens go to temporary files beside the target, which take their names only when all are complete: an interrupted
-run leaves either the corpus that was there before, or none, and never half an index.
+Tokens are written to temporary files next to the target and renamed when all of them are complete. An interrupted
+run leaves the previous corpus, or none, but never an incomplete index.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,13 +29,16 @@ from megatron_lightseq.training.data.corpus import (
     write_facts,
     write_index,
 )
-from megatron_lightseq.training.data.sources import ReadCounts, SourceFile, read_documents
-from megatron_lightseq.training.data.tokenizers import Tokenizer
+from megatron_lightseq.training.data.documents import Document, ReadCounts, ReadOptions, read_documents
+from megatron_lightseq.training.data.sources import SourceFile
+from megatron_lightseq.training.data.tokenizers import Tokenizer, Tokens
 
-FORMAT = 1
-"""Raised when the same inputs would give other files."""
+FORMAT = 2
+"""Incremented when the same inputs give other files than before."""
 BATCH = 256
-"""Documents tokenized at once: enough for the tokenizer's threads, little enough for a live progress bar."""
+"""Documents tokenized together: enough for the tokenizer's threads, and few enough for a live progress bar."""
+LARGEST_ID = 2**31 - 1
+"""Token ids are stored as uint16 or int32."""
 MAX_TOKENS_PER_DOCUMENT = 2**31 - 1
 """Megatron stores lengths as int32."""
 
@@ -49,16 +52,29 @@ class _Written:
 
     lengths: list[int] = field(default_factory=list)
     frequency: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Occurrences by token id, up to the largest id so far."""
     digest: Any = field(default_factory=hashlib.sha256)
 
+    def add(self, tokens: Sequence[np.ndarray[Any, Any]], stream: BinaryIO) -> None:
+        """Write documents, each with its end-of-document token."""
+        together = np.concatenate(tokens)
+        content = together.tobytes()
+        stream.write(content)
+        self.digest.update(content)
+        self.lengths.extend(map(len, tokens))
+        counts = np.bincount(together, minlength=len(self.frequency))
+        counts[: len(self.frequency)] += self.frequency
+        self.frequency = counts
 
-def fingerprint(files: Sequence[SourceFile], tokenizer: Tokenizer) -> str:
-    """SHA-256 over everything that decides the corpus; reads no file."""
+
+def fingerprint(files: Sequence[SourceFile], tokenizer: Tokenizer, options: ReadOptions | None = None) -> str:
+    """SHA-256 over everything that decides the corpus, including the content of every file."""
     digest = hashlib.sha256()
     identity = {
         "format": FORMAT,
         "tokenizer": tokenizer.unique_identifiers,
         "vocabulary": tokenizer.vocab_size,
+        "options": asdict(options or ReadOptions()),
     }
     digest.update(json.dumps(identity, sort_keys=True).encode())
     for file in files:
@@ -67,7 +83,7 @@ def fingerprint(files: Sequence[SourceFile], tokenizer: Tokenizer) -> str:
 
 
 def up_to_date(prefix: Path, wanted: str) -> CorpusFacts | None:
-    """The facts of the corpus at a prefix if it is whole and has the wanted fingerprint."""
+    """The facts of the corpus at a prefix if it is complete and has the wanted fingerprint, else None."""
     try:
         facts = read_facts(prefix)
     except DataError:
@@ -83,21 +99,37 @@ def up_to_date(prefix: Path, wanted: str) -> CorpusFacts | None:
 
 
 def prepare(
-    files: Sequence[SourceFile], tokenizer: Tokenizer, prefix: Path, *, advance: Advance = lambda _: None
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    prefix: Path,
+    *,
+    options: ReadOptions | None = None,
+    advance: Advance = lambda _: None,
 ) -> CorpusFacts:
-    """Tokenize files into the corpus at `prefix`; raises DataError when they hold no document.
+    """Tokenize files into the corpus at `prefix`.
 
     Each document becomes one sequence that ends with the end-of-document token.
+
+    Args:
+        files: From :func:`find_files`.
+        tokenizer: Its ids must be below its ``vocab_size``.
+        prefix: Of the files `.bin`, `.idx` and `.json`; its folder is created.
+        options: How records are read.
+        advance: Called with the number of files that have been read since the last call.
+
+    Raises:
+        DataError: The files have no document, or one that cannot be read or tokenized.
     """
-    print_name = fingerprint(files, tokenizer)
+    inputs = fingerprint(
+        files, tokenizer, options
+    )  # before reading: a file that changes meanwhile is then out of date
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    token_type: type[np.integer[Any]] = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+    token_type = _token_type(tokenizer)
     with _temporary(prefix) as staged:
         counts = ReadCounts()
         with file_of(staged, "bin").open("wb") as stream:
-            written = _write_tokens(
-                read_documents(_announced(files, advance), counts), tokenizer, token_type, stream
-            )
+            documents = read_documents(_announced(files, advance), counts, options)
+            written = _write_tokens(documents, tokenizer, token_type, stream)
             _flush(stream)
         if not written.lengths:
             raise _no_documents(counts)
@@ -105,7 +137,7 @@ def prepare(
         write_index(file_of(staged, "idx"), lengths, token_type)
         written.digest.update(lengths.tobytes())
         facts = CorpusFacts(
-            fingerprint=print_name,
+            fingerprint=inputs,
             content=written.digest.hexdigest(),
             tokenizer=tokenizer.unique_identifiers,
             vocab_size=tokenizer.vocab_size,
@@ -115,6 +147,7 @@ def prepare(
             length_histogram=length_histogram(lengths),
             files=counts.files,
             skipped=counts.skipped,
+            skipped_records=counts.skipped_records,
             bin_bytes=file_of(staged, "bin").stat().st_size,
             idx_bytes=file_of(staged, "idx").stat().st_size,
         )
@@ -123,27 +156,65 @@ def prepare(
     return facts
 
 
+def _token_type(tokenizer: Tokenizer) -> type[np.integer[Any]]:
+    """The type that holds the largest id; raises DataError if none does."""
+    largest = tokenizer.vocab_size - 1
+    if largest > LARGEST_ID:
+        raise DataError(
+            explain(
+                got=f"the largest token id of the vocabulary is {largest}",
+                rule=f"a corpus stores ids up to {LARGEST_ID}",
+                remedy="Use a tokenizer with smaller ids",
+            )
+        )
+    return np.uint16 if largest < 2**16 else np.int32
+
+
 def _write_tokens(
-    documents: Iterator[str], tokenizer: Tokenizer, token_type: type[np.integer[Any]], stream: BinaryIO
+    documents: Iterator[Document], tokenizer: Tokenizer, token_type: type[np.integer[Any]], stream: BinaryIO
 ) -> _Written:
-    written = _Written(frequency=np.zeros(tokenizer.vocab_size, np.int64))
+    written = _Written()
     while batch := list(islice(documents, BATCH)):
-        for tokens in tokenizer.encode(batch):
-            if len(tokens) >= MAX_TOKENS_PER_DOCUMENT:
-                raise DataError(
-                    explain(
-                        got=f"document {len(written.lengths)} has {len(tokens)} tokens",
-                        rule=f"a document has fewer than {MAX_TOKENS_PER_DOCUMENT}",
-                        remedy="Cut it into several files or lines",
-                    )
-                )
-            ended = np.append(tokens, tokenizer.eod).astype(token_type)
-            content = ended.tobytes()
-            stream.write(content)
-            written.digest.update(content)
-            written.lengths.append(len(ended))
-            written.frequency += np.bincount(ended, minlength=tokenizer.vocab_size)
+        ended: list[np.ndarray[Any, Any]] = []
+        for document, tokens in zip(batch, _encoded(batch, tokenizer), strict=True):
+            _check_tokens(tokens, document, len(written.lengths) + len(ended), tokenizer)
+            ended.append(np.append(tokens, tokenizer.eod).astype(token_type))
+        written.add(ended, stream)
     return written
+
+
+def _encoded(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterable[Tokens]:
+    """Token ids of each document; raises DataError with the place of a document that has none."""
+    try:
+        return tokenizer.encode([document.text for document in batch])
+    except DataError:
+        for document in batch:  # one by one, to find it
+            try:
+                tokenizer.encode([document.text])
+            except DataError as error:
+                raise DataError(f"{document.place}: {error}") from error
+        raise
+
+
+def _check_tokens(tokens: Tokens, document: Document, number: int, tokenizer: Tokenizer) -> None:
+    """Raises DataError where a document is too long or has an id outside the vocabulary."""
+    if len(tokens) >= MAX_TOKENS_PER_DOCUMENT:
+        raise DataError(
+            explain(
+                got=f"{document.place} (document {number}) has {len(tokens)} tokens",
+                rule=f"a document has fewer than {MAX_TOKENS_PER_DOCUMENT}",
+                remedy="Divide it into several files or lines",
+            )
+        )
+    outside = tokens[(tokens < 0) | (tokens >= tokenizer.vocab_size)]
+    if len(outside):
+        raise DataError(
+            explain(
+                got=f"{document.place} (document {number}) has the token id {outside[0]}",
+                rule=f"ids of this tokenizer are between 0 and {tokenizer.vocab_size - 1}",
+                remedy="Use a tokenizer file whose vocabulary has all of its ids",
+            )
+        )
 
 
 def _announced(files: Iterable[SourceFile], advance: Advance) -> Iterator[SourceFile]:
@@ -154,12 +225,12 @@ def _announced(files: Iterable[SourceFile], advance: Advance) -> Iterator[Source
 
 @contextlib.contextmanager
 def _temporary(prefix: Path) -> Iterator[Path]:
-    """A prefix beside the target for files that are not complete; whatever is left there is removed.
+    """A prefix next to the target for incomplete files, which are removed on exit.
 
-    It names host and process: nodes that share the folder may all prepare the corpus at the start of a job.
+    It contains host and process: nodes that share the folder may all prepare the corpus at the start of a job.
     """
     own = f".{prefix.name}.tmp-{socket.gethostname()}-"
-    for left in list(prefix.parent.iterdir()):  # by a run that was killed, on this host
+    for left in list(prefix.parent.iterdir()):  # left by a process of this host that was killed
         process = left.name.removeprefix(own).partition(".")[0]
         if left.name.startswith(own) and process.isdecimal() and not _is_running(int(process)):
             left.unlink(missing_ok=True)
@@ -176,14 +247,14 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # a process of another user
         return True
     return True
 
 
 def _publish(staged: Path, prefix: Path) -> None:
-    """Give complete files their names. Three renames are not one: the index goes first and comes last but one, so
-    that a cut in between leaves a corpus without index (which is refused), and the facts of no other corpus."""
+    """Rename complete files. Three renames are not atomic: the old facts and index are removed first, and the new ones
+    appear after the tokens, so that an interruption leaves a corpus without an index, which is refused."""
     for suffix in ("json", "idx"):
         file_of(prefix, suffix).unlink(missing_ok=True)
     for suffix in ("bin", "idx", "json"):
@@ -203,13 +274,16 @@ def _flush(stream: BinaryIO) -> None:
 
 
 def _no_documents(counts: ReadCounts) -> DataError:
-    skipped = (
-        ", ".join(f"{number} {reason}" for reason, number in sorted(counts.skipped.items())) or "none skipped"
-    )
+    left_out = {**counts.skipped, **{f"records: {why}": n for why, n in counts.skipped_records.items()}}
     return DataError(
         explain(
-            got=f"{counts.files} files hold no document ({skipped})",
+            got=f"{counts.files} files have no document ({counted(left_out) or 'none skipped'})",
             rule="a corpus has at least one document with text",
             remedy="Give a folder of text files, or a .jsonl file",
         )
     )
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """Counts by reason as text, such as "1 binary, 2 empty"."""
+    return ", ".join(f"{number:,} {reason}" for reason, number in sorted(reasons.items()))

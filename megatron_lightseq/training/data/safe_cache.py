@@ -1,10 +1,10 @@
-"""The one seam between Megatron's index caches and this package: no pickle, no half file.
+"""Makes Megatron read and write its index caches safely: no pickles, no incomplete files.
 
-Megatron-Core 0.16.1 reads its caches with `numpy.load(..., allow_pickle=True)`, which executes what a file named
-`.npy` tells it to, and writes them in place, so that an interrupted run leaves half of one. Both go through the name
-`numpy` of two of its modules. Inside :func:`safe_index_caches` that name is a view of numpy whose `load` refuses
-pickles, foreign types and negative indexes, and whose `save` writes to a temporary file and renames. The fix exists
-upstream only after 0.16.1; where a version has it, this seam changes nothing.
+Megatron-Core 0.16.1 reads its caches with `numpy.load(..., allow_pickle=True)`, which executes code from a prepared
+`.npy` file, and writes them in place, so that an interrupted run leaves an incomplete one. Both use the name `numpy` in
+two of its modules. Inside :func:`safe_index_caches` that name is a view of numpy whose `load` refuses pickles, foreign
+types, wrong sizes and negative indexes, and whose `save` writes to a temporary file and renames it. Upstream fixed this
+after 0.16.1; with such a version nothing changes.
 """
 
 from __future__ import annotations
@@ -22,20 +22,32 @@ from megatron_lightseq.errors import DataError, explain
 
 
 def load_index_cache(file: str | Path, mmap_mode: Any = "r", **_: Any) -> np.ndarray[Any, Any]:
-    """An array of indexes from a `.npy` file; raises DataError for a pickle or anything else that is none."""
+    """An array of indexes from a `.npy` file.
+
+    Raises:
+        DataError: The file is a pickle or anything else that is not an array of indexes, or its header states
+            another size than the file has.
+    """
     try:
-        array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        with np.errstate(over="ignore"):  # of a header that claims more bytes than there are numbers for
+            array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError, OSError, OverflowError) as error:
         raise _refused(file, f"is no plain array ({error})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
         raise _refused(file, f"holds {getattr(array, 'dtype', type(array).__name__)}, not integers")
+    size = Path(file).stat().st_size
+    if isinstance(array, np.memmap) and array.offset + array.nbytes != size:
+        raise _refused(
+            file,
+            f"has {size} bytes, and its header of shape {array.shape} needs {array.offset + array.nbytes}",
+        )
     if array.size and array.min() < 0:
         raise _refused(file, f"holds the index {array.min()}")
     return array
 
 
 def save_index_cache(file: str | Path, array: np.ndarray[Any, Any], **_: Any) -> None:
-    """Write an array of indexes such that the name appears only with the whole content."""
+    """Write an array of indexes atomically."""
     temporary = Path(f"{file}.tmp-{os.getpid()}")
     with temporary.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
@@ -56,7 +68,7 @@ class _SafeNumpy(ModuleType):
 
 @contextlib.contextmanager
 def safe_index_caches() -> Iterator[None]:
-    """While this lasts, Megatron's GPTDataset and BlendedDataset read and write caches through this module."""
+    """Inside this context, Megatron's GPTDataset and BlendedDataset read and write caches through this module."""
     from megatron.core.datasets import blended_dataset, gpt_dataset
 
     modules = (blended_dataset, gpt_dataset)
@@ -75,6 +87,6 @@ def _refused(file: str | Path, problem: str) -> DataError:
         explain(
             got=f"the index cache {file} {problem}",
             rule="caches hold plain arrays of indexes, and nothing in them is executed",
-            remedy="Remove the folder of that file: it is built again",
+            remedy="Remove the folder of that file; it will be rebuilt",
         )
     )

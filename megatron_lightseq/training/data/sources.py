@@ -1,12 +1,12 @@
-"""Where documents come from: folders, text files and JSON lines."""
+"""Which files a corpus is made of: folders are searched, links are followed, and what is left out has a reason."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,142 +16,141 @@ STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
     | {"encodings", "pydoc_data"}
 )
-"""Folders of the standard library that hold other people's code, test data or generated tables."""
+"""Folders of the standard library that hold third-party code, test data or generated tables."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceFile:
-    """A file that holds one document, or many as JSON lines."""
+    """A file that holds one document or many."""
 
     path: Path
     name: str
-    """Path relative to the input that found it: decides the order, and stays the same on another machine."""
-
-    @property
-    def is_jsonl(self) -> bool:
-        """Whether every line is a JSON object of its own."""
-        return self.path.suffix in (".jsonl", ".ndjson")
+    """Path relative to the input that contains it: decides the order, and is the same on another machine."""
+    explicit: bool = False
+    """Named by the user, not found in a folder: refused rather than skipped if its format is unclear."""
+    problem: str | None = None
+    """Why it cannot be read, as far as its folder entry tells; it is counted as skipped for this reason."""
 
     def stamp(self) -> str:
-        """Name, size and modification time: what tells whether the file changed."""
-        status = self.path.stat()
-        return f"{self.name}\0{status.st_size}\0{status.st_mtime_ns}"
-
-
-@dataclass(kw_only=True, slots=True)
-class ReadCounts:
-    """What became of the files."""
-
-    files: int = 0
-    documents: int = 0
-    bytes: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    """Number of files by reason."""
-
-    def skip(self, reason: str) -> None:
-        """Count one file that is left out."""
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        """Name and SHA-256 of the content: decides whether a corpus is up to date. Reads the file."""
+        if self.problem is not None:
+            return f"{self.name}\0{self.problem}"
+        try:
+            with self.path.open("rb") as stream:
+                return f"{self.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+        except OSError as error:
+            return f"{self.name}\0{error.strerror}"
 
 
 def find_files(inputs: Sequence[Path]) -> list[SourceFile]:
-    """The files of folders (recursively) and single files, in an order that depends on names only.
+    """Files that are named or found in folders (recursively), in an order that depends only on their names.
 
     Within a folder the order is that of the SHA-256 of the relative names: a split by document then takes a fair
-    sample instead of the end of the alphabet. Hidden entries, caches and symbolic links are not followed.
+    sample instead of the end of the alphabet. Hidden entries and caches are ignored. Symbolic links are followed;
+    broken ones, loops, and links to what is read under another name are returned with a ``problem``.
+
+    Raises:
+        DataError: An input does not exist, or is neither a folder nor a regular file.
     """
     found: list[SourceFile] = []
     for given in inputs:
         if given.is_dir():
-            names = sorted(_walk(given, skipped=frozenset()), key=_mixed)
-            found.extend(SourceFile(path=given / name, name=name) for name in names)
+            found.extend(sorted(_Search(root=given).files(), key=_mixed))
         elif given.is_file():
-            found.append(SourceFile(path=given, name=given.name))
+            found.append(SourceFile(path=given, name=given.name, explicit=True))
         else:
             raise DataError(
                 explain(
-                    got=f"{given} does not exist",
-                    rule="an input is a folder, a text file or a .jsonl file",
-                    remedy="Check the path, or leave it out for the Python standard library",
+                    got=f"{given} is a pipe or a device" if given.exists() else f"{given} does not exist",
+                    rule="an input is a folder, a text file or a file of documents (.jsonl, .json, .parquet)",
+                    remedy="Check the path, or omit it to use the Python standard library",
                 )
             )
     return found
 
 
 def find_stdlib_files() -> list[SourceFile]:
-    """The standard library's own Python source files, in the order of :func:`find_files`."""
+    """The standard library's own Python source files, in the order of :func:`find_files`; links are ignored."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = [name for name in _walk(root, skipped=STDLIB_SKIPPED) if name.endswith(".py")]
-    return [SourceFile(path=root / name, name=name) for name in sorted(names, key=_mixed)]
+    found = _Search(root=root, ignored=STDLIB_SKIPPED, follow_links=False).files()
+    return sorted((file for file in found if file.name.endswith(".py")), key=_mixed)
 
 
-def _walk(root: Path, *, skipped: frozenset[str]) -> Iterator[str]:
-    for folder, folders, files in os.walk(root, followlinks=False):
-        folders[:] = [
-            name for name in folders if not (name.startswith((".", "__pycache__")) or name in skipped)
-        ]
-        for name in files:
-            path = Path(folder, name)
-            if not name.startswith(".") and not path.is_symlink():
-                yield path.relative_to(root).as_posix()
+def _mixed(file: SourceFile) -> bytes:
+    return hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).digest()
 
 
-def _mixed(name: str) -> bytes:
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+@dataclass(kw_only=True, slots=True)
+class _Search:
+    """Walks one folder. Links wait until everything that is really there has been visited: names then decide which of
+    several paths to a file is used, and no order in which a file system lists its entries."""
 
+    root: Path
+    ignored: frozenset[str] = frozenset()
+    """Names of folders that are not searched."""
+    follow_links: bool = True
+    _folders: deque[str] = field(default_factory=lambda: deque([""]))
+    """Names of folders to visit; the root is the empty name."""
+    _links: deque[str] = field(default_factory=deque)
+    _seen: set[str] = field(default_factory=set)
+    """Real paths of the files and folders visited so far."""
 
-def read_documents(files: Iterable[SourceFile], counts: ReadCounts) -> Iterator[str]:
-    """The text of every document; files that are no text are counted and left out."""
-    for file in files:
-        counts.files += 1
-        for text in _read_jsonl(file.path) if file.is_jsonl else _read_text(file.path, counts):
-            counts.documents += 1
-            yield text
+    def files(self) -> Iterator[SourceFile]:
+        """All files, with a problem where they cannot be read."""
+        while self._folders or (self._links and self.follow_links):
+            if self._folders:
+                yield from self._visit(self._folders.popleft())
+            else:
+                yield from self._follow(self._links.popleft())
 
-
-def _read_text(path: Path, counts: ReadCounts) -> Iterator[str]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        counts.skip(f"unreadable ({error.strerror})")
-        return
-    if not content:
-        counts.skip("empty")
-    elif b"\0" in content:
-        counts.skip("binary")
-    else:
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError:
-            counts.skip("not UTF-8")
+    def _visit(self, folder: str) -> Iterator[SourceFile]:
+        real = os.path.realpath(self.root / folder)
+        if real in self._seen:
             return
-        counts.bytes += len(content)
-        yield text
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
+        self._seen.add(real)
+        try:
+            with os.scandir(self.root / folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            yield self._file(folder, f"folder that cannot be read ({error.strerror})")
+            return
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
                 continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise _bad_line(path, number, type(error).__name__) from error
-            if not isinstance(text, str):
-                raise _bad_line(path, number, f"text is {type(text).__name__}")
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-                raise _bad_line(path, number, f"text is no Unicode, {error.reason}") from error
-            if text:
-                yield text
+            if entry.is_symlink():
+                self._links.append(name)
+            elif entry.is_dir():
+                if not (entry.name.startswith("__pycache__") or entry.name in self.ignored):
+                    self._folders.append(name)
+            elif not entry.is_file():
+                yield self._file(name, "pipe or device")
+            elif self._is_new(name):
+                yield self._file(name)
 
+    def _follow(self, link: str) -> Iterator[SourceFile]:
+        path = self.root / link
+        real = os.path.realpath(path)
+        if not path.exists():
+            yield self._file(link, "broken link")
+        elif path.is_dir():
+            if os.path.realpath(path.parent).startswith(os.path.join(real, "")) or real in self._seen:
+                yield self._file(link, "link to a folder that is read already")
+            else:
+                self._folders.append(link)
+        elif not path.is_file():
+            yield self._file(link, "pipe or device")
+        elif self._is_new(link):
+            yield self._file(link)
+        else:
+            yield self._file(link, "link to a file that is read already")
 
-def _bad_line(path: Path, number: int, problem: str) -> DataError:
-    return DataError(
-        explain(
-            got=f"{path} line {number} ({problem})",
-            rule='every line of a .jsonl file is an object with the key "text"',
-            remedy="Correct or remove the line",
-        )
-    )
+    def _is_new(self, name: str) -> bool:
+        """Whether a file has not been met under another name; remembers it."""
+        real = os.path.realpath(self.root / name)
+        is_new = real not in self._seen
+        self._seen.add(real)
+        return is_new
+
+    def _file(self, name: str, problem: str | None = None) -> SourceFile:
+        return SourceFile(path=self.root / name, name=name or ".", problem=problem)

@@ -1,11 +1,13 @@
 """Text to token ids: bytes, a Hugging Face `tokenizers` file, or ids written as text.
 
-A tokenizer also plays the part that Megatron's GPTDataset asks for: `vocab_size`, `eod`, `unique_identifiers`.
+A tokenizer also provides what Megatron's GPTDataset reads: `vocab_size`, `eod`, `unique_identifiers`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +23,31 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 Tokens = npt.NDArray[np.integer[Any]]
+_IS_NUMBER = re.compile(r"-?[0-9]+")
 
-END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-"""What published tokenizers call their end-of-document token, in the order in which they are tried."""
+END_OF_DOCUMENT_NAMES = (
+    "<|endoftext|>",  # GPT-2, gpt-oss, Qwen, OLMo, Phi, StarCoder
+    "<|end_of_text|>",  # Llama 3
+    "<｜end▁of▁sentence｜>",  # DeepSeek
+    "</s>",  # Llama 1 and 2, Mistral, T5
+    "<eos>",  # Gemma
+    "<|eos|>",
+    "[EOS]",
+    "<EOS_TOKEN>",
+    "<|im_end|>",
+    "[SEP]",  # BERT
+)
+"""What published tokenizers call their end-of-document token, in the order in which the names are tried."""
+SHOWN_NAMES = 20
+"""Special tokens that an error message lists."""
 
 
 class Tokenizer(Protocol):
-    """What preparation and datasets need to know."""
+    """What corpus preparation and datasets need."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, the end-of-document token included."""
+        """The largest token id plus one, including the end-of-document token."""
 
     @property
     def eod(self) -> int:
@@ -39,7 +55,7 @@ class Tokenizer(Protocol):
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """What tells this tokenizer from any other; part of the fingerprint of a corpus and of index caches."""
+        """What distinguishes this tokenizer from others; part of the fingerprints of corpora and index caches."""
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Token ids of each text, without the end-of-document token."""
@@ -54,7 +70,7 @@ class ByteTokenizer:
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """The class alone."""
+        """Only the class: all byte tokenizers are the same."""
         return {"class": "ByteTokenizer"}
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
@@ -64,7 +80,7 @@ class ByteTokenizer:
 
 @dataclass(frozen=True, slots=True)
 class NullTokenizer:
-    """Text that already is token ids, separated by blanks; the largest id is the end of a document."""
+    """For text that already is token ids, separated by whitespace; the largest id ends a document."""
 
     vocab_size: int
 
@@ -83,13 +99,16 @@ class NullTokenizer:
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> Tokens:
+        words = text.split()
         try:
-            ids = np.array([int(word) for word in text.split()], dtype=np.int64)
+            if not all(map(_IS_NUMBER.fullmatch, words)):
+                raise ValueError("not decimal digits")
+            ids = np.array(list(map(int, words)), dtype=np.int64)
         except (ValueError, OverflowError) as error:
             raise DataError(
                 explain(
                     got=f"the text {text[:40]!r}",
-                    rule="the null tokenizer reads token ids separated by blanks",
+                    rule="the null tokenizer reads token ids separated by whitespace",
                     remedy="Use --tokenizer-type byte for text",
                 )
             ) from error
@@ -97,7 +116,7 @@ class NullTokenizer:
             raise DataError(
                 explain(
                     got=f"token ids from {ids.min()} to {ids.max()} with vocab_size {self.vocab_size}",
-                    rule="ids lie between 0 and vocab_size - 1",
+                    rule="ids are between 0 and vocab_size - 1",
                     remedy=f"Set vocab_size to at least {ids.max() + 1}",
                 )
             )
@@ -109,27 +128,46 @@ class HFTokenizer:
     """A Hugging Face `tokenizers` JSON file."""
 
     digest: str
+    vocab_size: int
+    """The largest id plus one: published vocabularies have gaps, so the number of entries can be smaller."""
     eod: int
     tokenizer: HuggingFaceTokenizer = field(compare=False, repr=False)
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
-
-    @property
     def unique_identifiers(self) -> dict[str, str]:
-        """Class and digest of the file."""
-        return {"class": "HFTokenizer", "sha256": self.digest}
+        """Class, digest of the file and end-of-document token."""
+        return {"class": "HFTokenizer", "sha256": self.digest, "eod": str(self.eod)}
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """Ids of each text; the library uses all cores."""
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Ids of each text, using all cores; raises DataError where the library cannot encode one."""
+        try:
+            encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(
+                explain(
+                    got=f"the tokenizer cannot encode this text ({error})",
+                    rule="a tokenizer has ids for every text, if only an unknown token",
+                    remedy="Add its unknown token to the tokenizer file, or remove the text",
+                )
+            ) from error
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
 
-def load_hf_tokenizer(path: Path) -> HFTokenizer:
-    """Read a `tokenizers` JSON file; raises DataError when it is none or names no end-of-document token."""
+def load_hf_tokenizer(path: Path, eod_token: str | None = None) -> HFTokenizer:
+    """Read a `tokenizers` JSON file.
+
+    Truncation, padding and dropout are often stored in published files. They are meant for inference and fine-tuning,
+    and would cut, lengthen or randomise documents, so they are switched off.
+
+    Args:
+        path: The JSON file.
+        eod_token: Name of the end-of-document token; None for the first of END_OF_DOCUMENT_NAMES in the file, special
+            tokens before ordinary ones.
+
+    Raises:
+        DataError: The file cannot be read, its added tokens get other ids than it says, or it has no such
+            end-of-document token.
+    """
     import tokenizers
 
     try:
@@ -143,26 +181,67 @@ def load_hf_tokenizer(path: Path) -> HFTokenizer:
                 remedy="Give the tokenizer.json that comes with a Hugging Face model",
             )
         ) from error
-    eod = next(
-        filter(lambda found: found is not None, map(tokenizer.token_to_id, END_OF_DOCUMENT_NAMES)), None
+    _check_stored_ids(path, content, tokenizer)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return HFTokenizer(
+        digest=hashlib.sha256(content).hexdigest(),
+        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+        eod=_end_of_document(path, tokenizer, eod_token),
+        tokenizer=tokenizer,
     )
-    if eod is None:
-        raise DataError(
-            explain(
-                got=f"{path} has none of {', '.join(END_OF_DOCUMENT_NAMES)}",
-                rule="documents need an end-of-document token",
-                remedy="Add one of them to the tokenizer's added tokens",
+
+
+def _check_stored_ids(path: Path, content: bytes, tokenizer: HuggingFaceTokenizer) -> None:
+    """Raises DataError where the library numbers an added token differently from the file: it closes gaps silently."""
+    for token in json.loads(content).get("added_tokens") or ():
+        name, stored = token["content"], token["id"]
+        loaded = tokenizer.token_to_id(name)
+        if loaded != stored:
+            raise DataError(
+                explain(
+                    got=f"{path} has the added token {name!r} with id {stored}, and the library loads it as {loaded}",
+                    rule="ids of added tokens continue the vocabulary without a gap, or repeat an entry of it",
+                    remedy="Add entries for the missing ids to the vocabulary of the file",
+                )
             )
+
+
+def _end_of_document(path: Path, tokenizer: HuggingFaceTokenizer, name: str | None) -> int:
+    """Id of the end-of-document token; raises DataError where there is none."""
+    special = {
+        token.content: number
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
+    }
+    ordinary = tokenizer.get_vocab(with_added_tokens=True)
+    for candidates in (
+        special,
+        ordinary,
+    ):  # "</s>" may also be a fragment of HTML that was learned as one token
+        for known in END_OF_DOCUMENT_NAMES if name is None else (name,):
+            if known in candidates:
+                return candidates[known]
+    shown = ", ".join(list(special)[:SHOWN_NAMES]) or "none"
+    raise DataError(
+        explain(
+            got=f"{path} has no token {name!r}"
+            if name
+            else f"{path} has none of {', '.join(END_OF_DOCUMENT_NAMES)}",
+            rule="documents need an end-of-document token",
+            remedy=f"Set --eod-token to the one that ends a text; the special tokens of the file are: {shown}",
         )
-    return HFTokenizer(digest=hashlib.sha256(content).hexdigest(), eod=eod, tokenizer=tokenizer)
+    )
 
 
 def build_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer of a configuration; raises DataError when its file is none."""
+    """The tokenizer of a configuration; raises DataError when its file cannot be used."""
     if data.tokenizer_type == "hf":
-        assert data.tokenizer_model is not None, "the rules let hf pass with a model only"
-        return load_hf_tokenizer(Path(data.tokenizer_model))
+        assert data.tokenizer_model is not None, "a rule requires tokenizer_model with hf"
+        return load_hf_tokenizer(Path(data.tokenizer_model), data.eod_token)
     if data.tokenizer_type == "null":
-        assert data.vocab_size is not None, "the rules let null pass with a vocabulary only"
+        assert data.vocab_size is not None, "a rule requires vocab_size with null"
         return NullTokenizer(vocab_size=data.vocab_size)
     return ByteTokenizer()

@@ -1,4 +1,4 @@
-"""Joining the other ranks: environment, store, control channel, preflight, process group, in that order."""
+"""Joining the other ranks: environment, store, control channel, preflight and process group, in that order."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_lightseq.config import PretrainConfig
-from megatron_lightseq.config.resolved import methods
+from megatron_lightseq.config import PretrainConfig, ResolvedConfig
 from megatron_lightseq.kernels.registry import resolve_kernel
-from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
-from megatron_lightseq.schedule import build
+from megatron_lightseq.schedule import Direction
 from megatron_lightseq.training.job.control_channel import ControlChannel, FaultLimits
 from megatron_lightseq.training.job.launch import Launch
-from megatron_lightseq.training.job.preflight import agree, describe
+from megatron_lightseq.training.job.preflight import agree, describe, ranges
 
 _CONTROL_TIMEOUT = timedelta(seconds=5)
 
@@ -33,22 +31,28 @@ class Job:
     channel: ControlChannel
     device: torch.device
     backend: str
+    """``nccl`` or ``gloo``."""
+    kernel: str
+    """Name of the attention kernel that runs."""
 
 
 @contextmanager
-def join(config: PretrainConfig, corpus: str) -> Iterator[Job]:
+def join(resolved: ResolvedConfig, corpus: str) -> Iterator[Job]:
     """Meet the other ranks, make sure that all run the same thing, and initialise ``torch.distributed``.
 
-    ``corpus`` is the fingerprint of what this rank reads: hosts may have folders of one name and other contents, and
-    ranks that cut different texts would train on a mixture without an error.
-
-    Inside, an error of another rank arrives as a PeerFailureError; see
+    Inside the block, an error of another rank arrives as a PeerFailureError; see
     :meth:`~megatron_lightseq.training.job.control_channel.ControlChannel.guard`.
 
+    Args:
+        resolved: configuration of the run.
+        corpus: fingerprint of the data that this rank reads. Folders of the same name may have different contents on
+            different hosts, and ranks that read different texts would silently train on a mixture.
+
     Raises:
-        ConfigError: the ranks disagree, before any collective.
+        ConfigError: the ranks disagree; raised before any collective.
         PeerFailureError: a rank did not come, or failed first.
     """
+    config = resolved.config
     launch = Launch.from_environment()
     timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
     device = _choose_device(launch)
@@ -70,9 +74,10 @@ def join(config: PretrainConfig, corpus: str) -> Iterator[Job]:
     )
     channel.start()
     with channel.guard():
+        kernel = kernel_name(config, device)
         agree(
             dist.PrefixStore(prefix, store),
-            {**facts(config, device), "corpus": corpus},
+            {**facts(resolved, device, kernel), "corpus": corpus},
             rank=launch.rank,
             world_size=launch.world_size,
             timeout_s=min(timeout_s, 120.0),
@@ -85,33 +90,29 @@ def join(config: PretrainConfig, corpus: str) -> Iterator[Job]:
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-        yield Job(launch=launch, channel=channel, device=device, backend=backend)
+        yield Job(launch=launch, channel=channel, device=device, backend=backend, kernel=kernel)
     channel.close()
     dist.destroy_process_group()
 
 
-def facts(config: PretrainConfig, device: torch.device) -> dict[str, str]:
-    """What all ranks must agree on before the first collective, as text by name."""
-    more = {
-        "device": device.type,
-        "num_threads": str(torch.get_num_threads()),
-        "kernel": kernel_name(config, device),
-    }
-    if config.context.cp_method != "megatron":
-        layout = SequenceLayout(config.context.layout_name, config.parallel.context_parallel_size)
-        for direction, method in methods(config).items():
-            schedule = build(
-                method,
-                layout,
-                direction=direction,
-                seq_length=config.training.seq_length,
-            )
-            more[f"{direction} schedule"] = schedule.fingerprint
-    return describe(config, **more)
+def facts(resolved: ResolvedConfig, device: torch.device, kernel: str) -> dict[str, str]:
+    """What all ranks must agree on before the first collective, as text by name.
+
+    Among it are the fingerprints of the schedules that the attention layers will run, of every kind of layer.
+    """
+    more = {"device": device.type, "num_threads": str(torch.get_num_threads()), "kernel": kernel}
+    if resolved.attention is not None:
+        kinds = resolved.attention.kinds
+        for kind in kinds:
+            layers = f" of layers {ranges(kind.layers)}" if len(kinds) > 1 else ""
+            for direction in Direction:
+                fingerprint = kind.schedules.schedule(direction).fingerprint
+                more[f"{direction} schedule{layers}"] = fingerprint
+    return describe(resolved.config, **more)
 
 
 def kernel_name(config: PretrainConfig, device: torch.device) -> str:
-    """The attention kernel that the run will use."""
+    """The name of the attention kernel that the run will use."""
     if config.context.cp_method == "megatron":
         return "megatron"
     model = config.model
@@ -145,15 +146,15 @@ def _rendezvous(launch: Launch, timeout_s: float) -> dist.TCPStore:
 
 
 def _store_prefix(launch: Launch) -> str:
-    """Keys of one attempt.
+    """Prefix of the keys of one attempt.
 
-    torchrun may keep one store over restarts, with the dead ranks' keys in it. Over several machines it makes
-    a new one (the launch scripts ask it to), and each machine counts its own restarts.
+    torchrun may keep one store over restarts, with the dead ranks' keys in it. On several machines it makes a new store
+    (the launch scripts ask it to), and there each machine counts its own restarts.
     """
     return f"mls/{launch.attempt}" if launch.world_size == launch.local_world_size else "mls"
 
 
 def _stay_on_loopback(launch: Launch) -> None:
-    """On one machine gloo need not listen to the network; a name that does not resolve cannot stop it, either."""
+    """On one machine, keep gloo off the network; then a host name that does not resolve cannot stop it, either."""
     if launch.world_size == launch.local_world_size and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

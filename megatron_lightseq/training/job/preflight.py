@@ -1,7 +1,7 @@
-"""Before the first collective on data: do all ranks run the same thing?
+"""Before the first collective: make sure that all ranks run the same thing.
 
-Every rank puts versions, the whole configuration, its kernel and the fingerprint of its schedules into the
-job's store; rank 0 compares and publishes one verdict. Plain key-value traffic, because a collective between
+Every rank writes versions, the whole configuration, its kernel and the fingerprints of its schedules to the job's
+store; rank 0 compares them and publishes one verdict. This is plain key-value traffic, because a collective between
 ranks that disagree on sizes or types aborts without a traceback.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -33,7 +33,7 @@ def config_fingerprint(config: PretrainConfig) -> str:
 
 
 def describe(config: PretrainConfig, **more: str) -> dict[str, str]:
-    """What must be equal on all ranks, as text by name; ``more`` adds the kernel, schedules and the like."""
+    """What must be equal on all ranks, as text by name; ``more`` adds kernel, schedules and the like."""
     facts = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -47,10 +47,10 @@ def describe(config: PretrainConfig, **more: str) -> dict[str, str]:
 def agree(
     store: dist.Store, facts: Mapping[str, str], *, rank: int, world_size: int, timeout_s: float
 ) -> None:
-    """Return when all ranks have reported the same facts.
+    """Return once all ranks have reported the same facts.
 
     Raises:
-        ConfigError: they differ; the message is a table of key, ranks and values, the same on every rank.
+        ConfigError: they differ; the message is a table of keys, values and ranks, the same on every rank.
         PeerFailureError: a rank did not report in time; the message names it.
     """
     store.set(f"preflight/{rank}", json.dumps(dict(facts)))
@@ -77,7 +77,7 @@ def _judge(store: dist.Store, world_size: int, timeout_s: float) -> tuple[str, s
 
 
 def compare(reports: list[dict[str, Any]]) -> str:
-    """A table of the facts that differ between ranks, empty if none does."""
+    """A table of the facts that differ between ranks; empty if none do."""
     keys = sorted({key for report in reports for key in report})
     rows = [("key", "value", "ranks")]
     for key in keys:
@@ -86,26 +86,26 @@ def compare(reports: list[dict[str, Any]]) -> str:
             if len(set(values)) == 1:
                 break
             ranks = [rank for rank, other in enumerate(values) if other == value]
-            rows.append((key if index == 0 else "", value, _ranges(ranks)))
+            rows.append((key if index == 0 else "", value, ranges(ranks)))
     if len(rows) == 1:
         return ""
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return explain(
         got="The ranks disagree before the first step",
-        rule="all ranks run the same versions, configuration, kernel and schedule",
+        rule="all ranks must run the same versions, configuration, data, kernel and schedules",
         remedy="Start every rank with the same environment, files and flags",
     ) + "".join(f"\n  {line.rstrip()}" for line in lines)
 
 
-def _ranges(ranks: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers in short: ``[0, 1, 2, 5]`` as ``0-2, 5``."""
     parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and parts[-1][-1] == rank - 1:
-            parts[-1][1:] = [rank]
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
         else:
-            parts.append([rank])
+            parts.append([number])
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 

@@ -1,4 +1,4 @@
-"""What is said about a run before its first step and after its last, and the pictures that go with it."""
+"""The header of a run before its first step, and the summary and pictures after its last."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lightseq.config import PretrainConfig
-from megatron_lightseq.config.resolved import attention_mask, methods
-from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.schedule import Direction, build
+from megatron_lightseq.config import PretrainConfig, ResolvedAttention, ResolvedConfig
+from megatron_lightseq.config.choices import AUTO
+from megatron_lightseq.schedule import Direction
 from megatron_lightseq.training.checkpoint.save_load import Position
 from megatron_lightseq.training.data.datasets import Corpora
-from megatron_lightseq.training.job.join import Job, kernel_name
+from megatron_lightseq.training.job.join import Job
 from megatron_lightseq.training.reporting.metrics import TrainMetrics, ValidationMetrics, read_metrics
 from megatron_lightseq.training.reporting.progress import count, describe_sizes, duration, verdict
 from megatron_lightseq.training.setup import Training
@@ -68,7 +67,7 @@ def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, st
         "distributed optimizer" if config.parallel.use_distributed_optimizer else "",
         _expert_ranks(config),
     ]
-    attention = f"{config.context.cp_method}, kernel {kernel_name(config, job.device)}"
+    attention = f"{_methods(training.resolved)}, kernel {job.kernel}"
     if config.context.cp_comm_type:
         attention += f", replaced where cp_comm_type says so ({', '.join(config.context.cp_comm_type)})"
     if sizes.context > 1:
@@ -98,6 +97,15 @@ def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, st
             f"{settings.train_iters} of {settings.global_batch_size} x {settings.seq_length} = {batch:,} tokens",
         ),
     ]
+
+
+def _methods(resolved: ResolvedConfig) -> str:
+    """The configured method; with `auto`, also what it stands for."""
+    method = resolved.config.context.cp_method
+    if method != AUTO or resolved.attention is None:
+        return method
+    chosen = dict.fromkeys(kind.schedules.name for kind in resolved.attention.kinds)
+    return f"{method} ({', '.join(chosen)})"
 
 
 def _heads(config: PretrainConfig) -> str:
@@ -150,8 +158,9 @@ def num_parameters(training: Training) -> int:
     return int(dense) // groups.dp_cp.size() + int(experts) // groups.expt_dp.size()
 
 
-def finish(config: PretrainConfig, corpora: Corpora, outcome: Outcome) -> list[str]:
-    """Write summary and pictures into ``report_dir``; the lines that close a run. Rank 0 only."""
+def finish(resolved: ResolvedConfig, corpora: Corpora, outcome: Outcome) -> list[str]:
+    """Write summary and pictures to ``report_dir``; returns the closing lines of a run. Rank 0 only."""
+    config = resolved.config
     history = [] if outcome.metrics_path is None else read_metrics(outcome.metrics_path)
     steps = [metrics for metrics in history if isinstance(metrics, TrainMetrics)]
     checks = [metrics for metrics in history if isinstance(metrics, ValidationMetrics)]
@@ -167,7 +176,7 @@ def finish(config: PretrainConfig, corpora: Corpora, outcome: Outcome) -> list[s
     ]
     pictures = []
     if config.logging.report_dir is not None:
-        pictures = _write(Path(config.logging.report_dir), config, summary, history)
+        pictures = _write(Path(config.logging.report_dir), resolved.attention, summary, history)
     return [*lines, *_files(config, outcome, pictures)]
 
 
@@ -191,7 +200,7 @@ def _summarise(
 
 
 def _write(
-    folder: Path, config: PretrainConfig, summary: Summary, history: list[Any]
+    folder: Path, attention: ResolvedAttention | None, summary: Summary, history: list[Any]
 ) -> list[tuple[str, Path]]:
     from megatron_lightseq.plots import draw_loss, draw_schedule
 
@@ -199,11 +208,8 @@ def _write(
     (folder / SUMMARY_NAME).write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
     written = [("summary", folder / SUMMARY_NAME), ("loss", folder / LOSS_PICTURE)]
     draw_loss(history, summary.entropy, folder / LOSS_PICTURE)
-    if config.context.cp_method != "megatron":
-        layout = SequenceLayout(config.context.layout_name, config.parallel.context_parallel_size)
-        method = methods(config)[Direction.FORWARD]
-        schedule = build(method, layout, mask=attention_mask(config), seq_length=config.training.seq_length)
-        draw_schedule(schedule, folder / SCHEDULE_PICTURE)
+    if attention is not None:
+        draw_schedule(attention.kinds[0].schedules.schedule(Direction.FORWARD), folder / SCHEDULE_PICTURE)
         written.append(("schedule", folder / SCHEDULE_PICTURE))
     return written
 

@@ -1,3 +1,3 @@
-"""Iteration times of the paper's cluster, computed: :mod:`published` measurements, a cost :mod:`model`, its
-:mod:`fit`. Standard library and this package's schedules; numpy for the fit.
+"""The paper's experiments: its :mod:`published` measurements, a cost :mod:`model` of its cluster with constants from a
+:mod:`fit`, and the same experiments on a small scale (:mod:`rows`).
 """

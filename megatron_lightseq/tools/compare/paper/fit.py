@@ -1,4 +1,4 @@
-"""Finds the constants: least squares on the logarithms of the fitted cells (Levenberg-Marquardt)."""
+"""Fits the constants of the cost model: least squares on the logarithms of the cells (Levenberg-Marquardt)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FREE = (
     "node_link_bytes_per_s",
     "fixed_s",
 )
-"""Constants that are fitted; the others are measured ones of the hardware."""
+"""Constants that are fitted; the others are measured properties of the hardware."""
 START = Constants(
     linear_flops_per_s=200e12,
     attention_flops_per_s=180e12,
@@ -28,7 +28,7 @@ START = Constants(
     node_link_bytes_per_s=100e9,
     fixed_s=0.3,
 )
-"""Specifications: FlashAttention-2's published rates, eight InfiniBand cards of 100 Gbps a node."""
+"""From specifications: FlashAttention-2's published rates, and eight InfiniBand cards of 100 Gbps per node."""
 _ITERATIONS = 40
 _STEP = 1e-4
 _LARGEST_CHANGE = 0.3
@@ -37,7 +37,7 @@ _LARGEST_CHANGE = 0.3
 def fit(
     cells: Sequence[Cell] = FITTED, measured: Mapping[Cell, float] = TABLE_1, start: Constants = START
 ) -> Constants:
-    """The constants that predict ``cells`` best, by squared relative error."""
+    """The constants that predict ``cells`` with the smallest squared relative error."""
     logs = np.log([getattr(start, name) for name in FREE])
 
     def constants(at: np.ndarray) -> Constants:

@@ -1,13 +1,13 @@
-"""The cost model: what one iteration takes, from counts of work and bytes and eight constants of the hardware.
+"""The cost model: the duration of an iteration, from counts of operations and bytes and eight hardware constants.
 
-    linear layers      4 forwards' worth (forward, recomputation, twice for backward), shared evenly
-    attention          2 matrix products forward, 5 backward, over the causal half of the square; Megatron and Ulysses
-                       run it on whole sequences, and once more for recomputation; LightSeq plays its schedule
-    TP + SP            14 all-gathers and reduce-scatters of the whole activation a layer, with recomputation
-                       (DistFlashAttn, section 3.3); its heads are padded to a multiple of the GPUs
-    Ulysses            all-to-all of q, k, v and out; heads padded likewise
+    linear layers      4 times the forward pass (forward, recomputation, and backward twice as much), evenly shared
+    attention          2 matrix products forward, 5 backward, for the causal half of the scores; Megatron and Ulysses
+                       compute whole sequences, with recomputation; LightSeq is simulated with its schedule
+    TP + SP            14 all-gathers and reduce-scatters of the full activation per layer, with recomputation
+                       (DistFlashAttn, section 3.3); heads are padded to a multiple of the number of GPUs
+    Ulysses            all-to-all of q, k, v and out; heads are padded in the same way
 
-Norms, activations and data parallelism are not counted one by one: the rate of the linear layers covers them.
+Norms, activations and data parallelism are not modelled individually: the rate of the linear layers includes them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule import Costs, Method, Schedule, Simulation, TensorShape, build, simulate
+from megatron_lightseq.schedule import (
+    Costs,
+    Method,
+    Problem,
+    Schedule,
+    Simulation,
+    TensorShape,
+    build,
+    simulate,
+)
 from megatron_lightseq.schedule.ir import Direction, Payload, Placement
 from megatron_lightseq.schedule.network import Network
 from megatron_lightseq.schedule.place import all_tiles
@@ -26,32 +34,32 @@ from megatron_lightseq.tools.compare.paper.published import Cell, PaperModel
 GPUS_PER_NODE = 8
 _ELEMENT_BYTES = 2
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 4, 10
-"""Of attention, per (query, key) pair, head and head dimension: 2 and 5 matrix products."""
+"""Operations of attention per (query, key) pair, head and head dimension: 2 and 5 matrix products."""
 _TP_COLLECTIVES = 14
 _NOMINAL_CHUNK = 64
-"""Schedules do not depend on the length, so that short ones are played and scaled."""
+"""Schedules do not depend on the sequence length, so short ones are simulated, and times are scaled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constants:
-    """One set for all systems. The two of NVLink are measured ones of the hardware; six are fitted."""
+    """One set of constants for all systems: two measured ones of NVLink, and six fitted ones."""
 
     linear_flops_per_s: float
-    """Everything but attention, per GPU (an A100's peak is 312e12)."""
+    """Everything except attention, per GPU (the peak of an A100 is 312e12)."""
     attention_flops_per_s: float
     """FlashAttention-2 on whole causal sequences, per GPU."""
     tile_flops_per_s: float
-    """The same on tiles of a schedule."""
+    """FlashAttention-2 on the tiles of a schedule, per GPU."""
     node_collective_bytes_per_s: float
-    """Bus bandwidth of all-gather and reduce-scatter over two nodes."""
+    """Bus bandwidth of all-gather and reduce-scatter across two nodes."""
     node_link_bytes_per_s: float
-    """What one node sends the other in point-to-point messages and all-to-all, each way."""
+    """Bandwidth between two nodes for point-to-point messages and all-to-all, in each direction."""
     fixed_s: float
-    """Per iteration: optimizer, and whatever else does not grow with the sequence."""
+    """Per iteration: the optimizer, and everything else that does not depend on the sequence length."""
     nvlink_collective_bytes_per_s: float = 230e9
-    """Bus bandwidth of NCCL's all-gather on 8 A100 with NVSwitch, as nccl-tests reports it; not fitted."""
+    """Bus bandwidth of NCCL's all-gather on 8 A100s with NVSwitch, as reported by nccl-tests; not fitted."""
     nvlink_bytes_per_s: float = 200e9
-    """Point to point between two A100 of a node; not fitted."""
+    """Point-to-point bandwidth between two A100s of a node; not fitted."""
 
 
 A100_CLUSTER = Constants(
@@ -62,13 +70,13 @@ A100_CLUSTER = Constants(
     node_link_bytes_per_s=59.39e9,
     fixed_s=0.4445,
 )
-"""What :func:`fit.fit` finds on the 12 cells of :data:`published.FITTED`; a test fits again and compares. For what
-they mean: eight cards of 100 Gbps a node carry 100e9 bytes per second, and FlashAttention-2 reports 170e12 to 190e12
+"""The result of :func:`fit.fit` for the 12 cells of :data:`published.FITTED`; a test repeats the fit. The values are
+plausible: eight cards of 100 Gbps per node carry 100e9 bytes per second, and FlashAttention-2 reports 170e12 to 190e12
 FLOP/s for causal training on an A100."""
 
 
 def iteration_seconds(cell: Cell, constants: Constants = A100_CLUSTER) -> float:
-    """Predicted seconds of one iteration."""
+    """Predicted duration of one iteration in seconds."""
     heads, groups = _heads(cell)
     model, tokens = cell.model, cell.seq_length / cell.gpus
     linear = 8 * _layer_parameters(model, heads, groups) * model.num_layers
@@ -83,7 +91,7 @@ def iteration_seconds(cell: Cell, constants: Constants = A100_CLUSTER) -> float:
 
 
 def _heads(cell: Cell) -> tuple[int, int]:
-    """Query and key/value heads that are computed, padding included."""
+    """Number of query and key/value heads that are computed, including padding."""
     model = cell.model
     if cell.system.startswith("lightseq"):
         return model.num_heads, model.num_query_groups
@@ -97,7 +105,7 @@ def _layer_parameters(model: PaperModel, heads: int, groups: int) -> int:
 
 
 def _tensor_parallel(cell: Cell, heads: int, groups: int, constants: Constants) -> float:
-    """Seconds of a layer's collectives."""
+    """Duration of the collectives of one layer in seconds."""
     del heads, groups
     on_one_node = cell.gpus <= GPUS_PER_NODE
     rate = constants.nvlink_collective_bytes_per_s if on_one_node else constants.node_collective_bytes_per_s
@@ -106,29 +114,29 @@ def _tensor_parallel(cell: Cell, heads: int, groups: int, constants: Constants) 
 
 
 def _all_to_all(cell: Cell, heads: int, groups: int, constants: Constants) -> float:
-    """Seconds of a layer's exchanges of q, k, v and out: forward, recomputation and backward."""
+    """Duration of the exchanges of q, k, v and out of one layer in seconds: forward, recomputation and backward."""
     sent = 3 * (2 * heads + 2 * groups) * cell.model.head_dim * _ELEMENT_BYTES * cell.seq_length / cell.gpus
-    elsewhere = 1 - GPUS_PER_NODE / cell.gpus
-    inside = GPUS_PER_NODE / cell.gpus - 1 / cell.gpus
-    between = sent * GPUS_PER_NODE * elsewhere / constants.node_link_bytes_per_s
-    return max(between, sent * inside / constants.nvlink_bytes_per_s)
+    to_other_nodes = 1 - GPUS_PER_NODE / cell.gpus
+    within_node = GPUS_PER_NODE / cell.gpus - 1 / cell.gpus
+    between_nodes_s = sent * GPUS_PER_NODE * to_other_nodes / constants.node_link_bytes_per_s
+    return max(between_nodes_s, sent * within_node / constants.nvlink_bytes_per_s)
 
 
 def _scheduled_attention(cell: Cell, constants: Constants) -> float:
-    """Seconds of a layer's attention, transfers that kernels do not hide with it."""
-    forward = play(PAPER_LIGHTSEQ, cell, Direction.FORWARD, constants).makespan_s
-    backward = play(PAPER_LIGHTSEQ, cell, Direction.BACKWARD, constants).makespan_s
+    """Duration of attention in one layer in seconds, including transfers that are not hidden."""
+    forward = simulate_attention(PAPER_LIGHTSEQ, cell, Direction.FORWARD, constants).makespan_s
+    backward = simulate_attention(PAPER_LIGHTSEQ, cell, Direction.BACKWARD, constants).makespan_s
     return backward + forward * (2 if cell.system == "lightseq-recompute" else 1)
 
 
-def play(
+def simulate_attention(
     method: Method,
     cell: Cell,
     direction: Direction,
     constants: Constants = A100_CLUSTER,
     overlap: bool = True,
 ) -> Simulation:
-    """One layer's attention by ``method`` on the cell's GPUs, in seconds."""
+    """Simulate attention of one layer with ``method`` on the GPUs of a cell; times are in seconds."""
     model, schedule = cell.model, _schedule(method, cell.gpus, direction)
     longer = cell.seq_length / schedule.seq_length
     flops = _FORWARD_FLOPS if direction is Direction.FORWARD else _BACKWARD_FLOPS
@@ -148,20 +156,19 @@ def play(
 
 
 class PaperShape(TensorShape):
-    """Partial results and gradients travel in the inputs' 16 bits there, and statistics are not counted."""
+    """Partial results and gradients are sent with 16 bits in the paper, and softmax statistics are not counted."""
 
     def bytes_per_token(self, payload: Payload) -> int:
-        """Bytes that one token of ``payload`` takes on the wire."""
+        """Bytes sent per token of ``payload``."""
         q = self.num_heads * self.head_dim * _ELEMENT_BYTES * self.batch
         kv = 2 * self.num_query_groups * self.head_dim * _ELEMENT_BYTES * self.batch
-        sizes = {Payload.KV: kv, Payload.DKV: kv, Payload.QDO: 3 * q}  # q, out and dout: delta is not shipped
+        sizes = {Payload.KV: kv, Payload.DKV: kv, Payload.QDO: 3 * q}  # q, out and dout; delta is not sent
         return sizes.get(payload, q)
 
 
-def place_paper(layout: SequenceLayout, mask: Mask) -> Placement:
-    """Algorithm 2 as published: for even P half of the ranks have nothing to do in the last step."""
-    del mask
-    size = layout.cp_size
+def place_paper(problem: Problem) -> Placement:
+    """Algorithm 2 as published: for even P, half of the ranks are idle in the last step."""
+    layout, size = problem.layout, problem.layout.cp_size
 
     def remote(rank: int, t: int) -> list[tuple[int, int]]:
         if t <= rank:

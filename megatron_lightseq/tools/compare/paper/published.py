@@ -1,7 +1,7 @@
-"""What DistFlashAttn (arXiv 2310.03294v2, COLM 2024) reports, in seconds per iteration unless said otherwise.
+"""Measurements published in DistFlashAttn (arXiv 2310.03294v2, COLM 2024), in seconds per iteration.
 
-Cluster: one or two DGX boxes of 8 A100-80GB, NVLink inside, InfiniBand between; Adam, one sequence per iteration,
-full activation recomputation, bf16/fp16, FlashAttention-2 in every system.
+Cluster: one or two DGX nodes with 8 A100-80GB, NVLink within and InfiniBand between nodes; Adam, one sequence per
+iteration, full activation recomputation, bf16/fp16, FlashAttention-2 in all systems.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 PaperSystem = Literal["megatron", "lightseq", "lightseq-recompute", "ulysses"]
-"""megatron: TP + SP over all GPUs; lightseq: attention kept on recomputation; lightseq-recompute: HuggingFace's
-checkpointing, which repeats attention; ulysses: DeepSpeed-Ulysses."""
+"""megatron: TP + SP over all GPUs; lightseq: attention is kept instead of recomputed; lightseq-recompute: HuggingFace's
+checkpointing, which recomputes attention; ulysses: DeepSpeed-Ulysses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperModel:
-    """Section 4 and Table 1: 32 layers of Llama's shape."""
+    """A model of section 4 and Table 1: 32 layers with Llama's dimensions."""
 
     name: str
     hidden_size: int = 4096
@@ -36,13 +36,13 @@ LLAMA_33H = PaperModel(name="Llama-33H", hidden_size=4224, num_heads=33, num_que
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One published measurement's coordinates."""
+    """Identifies one published measurement."""
 
     system: PaperSystem
     gpus: int
     """8 on one node, 16 on two."""
     seq_length: int
-    """Tokens in all."""
+    """Tokens over all GPUs."""
     model: PaperModel
 
 
@@ -62,7 +62,7 @@ TABLE_1: Mapping[Cell, float] = {
     for model, pair in zip((LLAMA_7B, LLAMA_GQA, LLAMA_33H), row, strict=True)
     for system, seconds in zip(_COLUMNS, pair, strict=True)
 }
-"""18 cells of Megatron and 18 of DistFlashAttn."""
+"""18 cells for Megatron and 18 for DistFlashAttn."""
 
 TABLE_4: Mapping[Cell, float] = {
     Cell("ulysses", 16, 256 * _K, LLAMA_7B): 37.53,
@@ -76,13 +76,13 @@ TABLE_5: Mapping[Cell, float] = {
     Cell("lightseq-recompute", 8, 8 * tokens * _K, LLAMA_7B): seconds
     for tokens, seconds in ((1, 0.84), (2, 1.29), (4, 2.64), (8, 6.93), (16, 21.44), (32, 76.38))
 }
-"""HuggingFace's checkpointing on one node, by 1K to 32K tokens per GPU."""
+"""HuggingFace's checkpointing on one node, for 1K to 32K tokens per GPU."""
 
 TABLE_5_KEPT: Mapping[Cell, float] = {
     Cell("lightseq", 8, 8 * tokens * _K, LLAMA_7B): seconds
     for tokens, seconds in ((1, 0.84), (2, 1.36), (4, 2.50), (8, 5.98), (16, 17.26), (32, 58.46))
 }
-"""The same with attention kept; from 8K on these are Table 1's."""
+"""The same with attention kept; from 8K tokens on, these cells are also in Table 1."""
 
 FITTED: tuple[Cell, ...] = (
     Cell("megatron", 8, 64 * _K, LLAMA_7B),
@@ -98,13 +98,5 @@ FITTED: tuple[Cell, ...] = (
     Cell("lightseq", 8, 128 * _K, LLAMA_GQA),
     Cell("lightseq", 16, 256 * _K, LLAMA_GQA),
 )
-"""The 12 cells of Table 1 that the constants are fitted on: the ends of every length range for the plain model, and
-one middle each for padding and grouped queries. The other 24, and all of Tables 4 and 5, are predicted."""
-
-OTHER_CLAIMS: Mapping[str, str] = {
-    "longest sequence, 16 A100-40GB": "2x to 8x Megatron's for 8 to 2 heads (Table 2)",
-    "Ring Self-Attention": "5.64x and 4.45x, 8x longer sequences (Table 3)",
-    "unbalanced ring": "1.67x: 7.5x against 4.5x of one GPU, on 8 (Figure 4)",
-    "overlap": "up to 1.32x on two nodes (Figure 4)",
-}
-"""Claims without cells."""
+"""The 12 cells of Table 1 that the constants are fitted to: the shortest and longest sequences for the plain model, and
+one length in the middle each for padding and grouped queries. The other 24, and Tables 4 and 5, are predicted."""

@@ -1,4 +1,4 @@
-"""Published and predicted iteration times, side by side, with the errors."""
+"""A table of published and predicted iteration times, with the errors of the predictions."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Prediction:
     published: float
     predicted: float
     fitted: bool
-    """Whether the constants have seen it."""
+    """Whether the constants were fitted to it."""
 
     @property
     def error(self) -> float:
-        """Relative, positive where the prediction is too slow."""
+        """Relative error; positive if the predicted time is too long."""
         return self.predicted / self.published - 1
 
 
 def predictions(constants: Constants = A100_CLUSTER) -> list[Prediction]:
-    """Every cell of Tables 1, 4 and 5."""
+    """The predictions for all cells of Tables 1, 4 and 5."""
     tables: Mapping[str, Mapping[Cell, float]] = {"1": TABLE_1, "4": TABLE_4, "5": TABLE_5}
     return [
         Prediction(
@@ -54,31 +54,31 @@ def predictions(constants: Constants = A100_CLUSTER) -> list[Prediction]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """How good the predictions of cells are that the constants have not seen; relative errors without sign."""
+    """Accuracy for cells that the constants were not fitted to; absolute values of relative errors."""
 
     held_out: int
-    """Cells of Table 1."""
+    """Number of cells of Table 1."""
     median: float
     worst: float
     ulysses_worst: float
 
     @property
     def holds(self) -> bool:
-        """Whether all errors are within their bounds."""
+        """Whether all errors are within the bounds."""
         return (
             self.median <= MEDIAN_BOUND and self.worst <= WORST_BOUND and self.ulysses_worst <= ULYSSES_BOUND
         )
 
     def __str__(self) -> str:
         return (
-            f"{self.held_out} cells of Table 1 that no constant was fitted on: median error {self.median:.1%} "
-            f"(bound {MEDIAN_BOUND:.0%}), worst {self.worst:.1%} (bound {WORST_BOUND:.0%}); Ulysses, Table 4: worst "
-            f"{self.ulysses_worst:.1%} (bound {ULYSSES_BOUND:.0%})"
+            f"{self.held_out} cells of Table 1 that the constants were not fitted to: median error {self.median:.1%} "
+            f"(bound {MEDIAN_BOUND:.0%}), largest {self.worst:.1%} (bound {WORST_BOUND:.0%}); Ulysses, Table 4: "
+            f"largest {self.ulysses_worst:.1%} (bound {ULYSSES_BOUND:.0%})"
         )
 
 
 def accuracy(found: Iterable[Prediction]) -> Accuracy:
-    """Of all predictions."""
+    """The accuracy of a list of predictions."""
     found = list(found)
     errors = [abs(one.error) for one in found if one.table == "1" and not one.fitted]
     return Accuracy(
@@ -105,12 +105,12 @@ def _row(one: Prediction) -> list[str]:
 
 
 def markdown(found: list[Prediction]) -> str:
-    """The table and the accuracy."""
+    """The table and the accuracy as Markdown."""
     return f"{markdown_table(_HEADER, map(_row, found))}\n\n{accuracy(found)}.\n"
 
 
 def show_paper(console: Console, folder: Path | None) -> int:
-    """Print the table, write paper.json and paper.md if a folder is given; exit status 0 when errors are in bounds."""
+    """Print the table, and write paper.json and paper.md to a folder; exit status 0 if errors are within bounds."""
     found = predictions()
     table = Table(
         title="DistFlashAttn (arXiv 2310.03294v2), A100-80GB, NVLink, InfiniBand", title_justify="left"

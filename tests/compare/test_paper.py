@@ -14,7 +14,12 @@ from rich.console import Console
 from megatron_lightseq.schedule import METHODS, Direction
 from megatron_lightseq.tools.compare.paper import model
 from megatron_lightseq.tools.compare.paper.fit import FREE, fit
-from megatron_lightseq.tools.compare.paper.model import A100_CLUSTER, PAPER_LIGHTSEQ, iteration_seconds, play
+from megatron_lightseq.tools.compare.paper.model import (
+    A100_CLUSTER,
+    PAPER_LIGHTSEQ,
+    iteration_seconds,
+    simulate_attention,
+)
 from megatron_lightseq.tools.compare.paper.published import (
     FITTED,
     LLAMA_7B,
@@ -90,7 +95,7 @@ def test_bounds_fail_without(
 
 
 def test_keeping_attention_pays_as_table_5_says() -> None:
-    """Not fitted at all: from 8K tokens a GPU on, where iterations are more than launch overheads."""
+    """Not fitted: from 8K tokens per GPU on, where launch overheads are negligible."""
     for cell, seconds in TABLE_5.items():
         if cell.seq_length >= 64 * 1024:
             assert iteration_seconds(cell) == pytest.approx(seconds, rel=0.05)
@@ -98,9 +103,11 @@ def test_keeping_attention_pays_as_table_5_says() -> None:
 
 def test_balance_of_the_published_schedule() -> None:
     cell = Cell("lightseq", 8, 256 * 1024, LLAMA_7B)
-    assert play(PAPER_LIGHTSEQ, cell, Direction.FORWARD).busy == pytest.approx(8 / 9, rel=1e-3)
-    ring = play(METHODS["ring"], cell, Direction.FORWARD).makespan_s
-    assert ring / play(PAPER_LIGHTSEQ, cell, Direction.FORWARD).makespan_s == pytest.approx(1.67, rel=0.05)
+    assert simulate_attention(PAPER_LIGHTSEQ, cell, Direction.FORWARD).busy == pytest.approx(8 / 9, rel=1e-3)
+    ring = simulate_attention(METHODS["ring"], cell, Direction.FORWARD).makespan_s
+    assert ring / simulate_attention(PAPER_LIGHTSEQ, cell, Direction.FORWARD).makespan_s == pytest.approx(
+        1.67, rel=0.05
+    )
 
 
 def test_paper_table_is_shown_and_written(tmp_path: Path) -> None:
@@ -108,7 +115,7 @@ def test_paper_table_is_shown_and_written(tmp_path: Path) -> None:
     assert show_paper(Console(file=stream, width=200), tmp_path) == 0
     shown = stream.getvalue()
     assert "216.70" in shown
-    assert "24 cells of Table 1 that no constant was fitted on" in shown
+    assert "24 cells of Table 1 that the constants were not fitted to" in shown
     record = json.loads((tmp_path / "paper.json").read_text())
     assert len(record["cells"]) == 46
     assert (tmp_path / "paper.md").read_text() == markdown(predictions())

@@ -1,8 +1,8 @@
-"""The few figures that a README shows, taken from the records of whole comparisons.
+"""A summary of the comparisons for the README, from their records.
 
-    python -m megatron_lightseq.tools.compare.headline FOLDER
+    python -m megatron_lightseq.tools.compare.summary FOLDER
 
-writes FOLDER/headline.md from the records there; those that are missing are left out.
+writes FOLDER/summary.md from the records in FOLDER; missing records are left out.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _HEADER = ("what", "Megatron", "LightSeq", "ratio")
 _BASELINE, _OURS = "megatron-tp-sp", "lightseq"
 
 
-def headline(folder: Path) -> str:
-    """The table, as Markdown."""
+def summary(folder: Path) -> str:
+    """The summary as a Markdown table."""
     rows = [*_speeds(folder), *_two_hosts(folder), *_lengths(folder), *_predictions(folder)]
     return markdown_table(_HEADER, rows) + "\n"
 
@@ -31,7 +31,7 @@ def _record(folder: Path, name: str) -> Any:
 
 
 def _pair(what: str, comparison: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One comparison's two systems; no ratio where their losses differ."""
+    """The row of one comparison; without a ratio if the losses differ."""
     rows = {row["system"]: row for row in comparison["figures"]}
     if not {_BASELINE, _OURS} <= set(rows) or rows[_BASELINE]["problem"] or rows[_OURS]["problem"]:
         return
@@ -44,8 +44,8 @@ def _speeds(folder: Path) -> Iterator[tuple[str, ...]]:
     for precision in ("fp32", "bf16"):
         comparison = _record(folder, f"long-{precision}.json")
         if comparison is not None:
-            run = comparison["setting"]
-            heads, tokens = run["num_attention_heads"], run["seq_length"]
+            setting = comparison["setting"]
+            heads, tokens = setting["num_attention_heads"], setting["seq_length"]
             yield from _pair(f"two processes, {heads} heads, {tokens} tokens, {precision}", comparison)
 
 
@@ -69,18 +69,18 @@ def _predictions(folder: Path) -> Iterator[tuple[str, ...]]:
         return
     seconds: dict[tuple[Any, ...], dict[str, float]] = {}
     for cell in record["cells"]:
-        place = (cell["gpus"], cell["seq_length"], cell["model"]["name"])
-        seconds.setdefault(place, {})[cell["system"]] = cell["predicted"]
+        key = (cell["gpus"], cell["seq_length"], cell["model"]["name"])
+        seconds.setdefault(key, {})[cell["system"]] = cell["predicted"]
     ratios = [times["megatron"] / times["lightseq"] for times in seconds.values() if "megatron" in times]
     what = f"predicted for 8 and 16 A100, {len(ratios)} cells of the paper's Table 1"
     yield what, "-", "-", f"{min(ratios):.2f}-{max(ratios):.2f}x"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write and print it."""
+    """Write and print the summary of a folder."""
     folder = Path(arguments[0])
-    text = headline(folder)
-    (folder / "headline.md").write_text(text)
+    text = summary(folder)
+    (folder / "summary.md").write_text(text)
     sys.stdout.write(text)
     return 0
 

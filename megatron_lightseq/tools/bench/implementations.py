@@ -1,4 +1,4 @@
-"""The kernels that the benchmark sets side by side, each in the layout and with the calls that suit it.
+"""The attention implementations that the CPU benchmark compares, each in its preferred layout.
 
 Shape letters: S = tokens, B = batch (1), H = query heads, G = key/value heads, D = head dim.
 """
@@ -33,15 +33,15 @@ class Inputs:
 
     @staticmethod
     def random(case: KernelCase, seed: int = 0) -> Inputs:
-        """Standard normal values, the same for every contender."""
+        """Standard normal values, the same for every implementation."""
         generator = torch.Generator().manual_seed(seed)
         heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads, case.num_heads)
         shapes = [(case.seq_length, 1, count, case.head_dim) for count in heads]
         return Inputs(*(torch.randn(shape, generator=generator).to(case.dtype) for shape in shapes))
 
 
-class Contender(Protocol):
-    """One way to compute an attention: forward first, then backward of the same inputs."""
+class Implementation(Protocol):
+    """One way to compute attention: first forward, then backward for the same inputs."""
 
     name: str
 
@@ -56,9 +56,9 @@ class Contender(Protocol):
 
 
 class TileKernel:
-    """A kernel of this package as one rank calls it, with what it does around: delta, and casts where it must.
+    """A kernel of this package, called as one rank calls it, including delta and casts.
 
-    Results are rounded to the inputs' dtype by the kernel where it can, and by torch elsewhere.
+    Results are rounded to the inputs' dtype by the kernel if it can do that, and otherwise by torch.
     """
 
     def __init__(self, kernel: Kernel, case: KernelCase, inputs: Inputs) -> None:
@@ -73,7 +73,7 @@ class TileKernel:
         self._dtype = inputs.q.dtype if kernel.rounds_results else self._sums
 
     def forward(self) -> None:
-        """One tile of all tokens."""
+        """One tile with all tokens."""
         x = self._inputs
         out = torch.empty((*x.q.shape[:3], x.v.shape[3]), dtype=self._dtype)
         self._lse = torch.empty(1, x.q.shape[2], x.q.shape[0], dtype=self._sums)
@@ -81,7 +81,7 @@ class TileKernel:
         self._out = out.to(x.q.dtype)
 
     def backward(self) -> None:
-        """delta and one tile."""
+        """Compute delta, then one tile."""
         x = self._inputs
         delta = attention_delta(self._out, x.dout)
         gradients = [torch.empty(tensor.shape, dtype=self._dtype) for tensor in (x.q, x.k, x.v)]
@@ -89,7 +89,7 @@ class TileKernel:
         self._gradients = [gradient.to(x.q.dtype) for gradient in gradients]
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As in :class:`Contender`."""
+        """As in :class:`Implementation`."""
         dq, dk, dv = self._gradients
         return self._out, dq, dk, dv
 
@@ -97,8 +97,8 @@ class TileKernel:
 class TorchSdpa:
     """torch's fused attention in its own layout (1, heads, S, D).
 
-    Full and causal masks take its flash kernel; windows and equal documents need a dense mask; short documents
-    are faster as a loop over the documents, so that is what they get.
+    Full and causal masks use its flash kernel; windows and documents of equal length need a dense mask; short documents
+    are faster in a loop over the documents, so a loop is used.
     """
 
     name = "torch"
@@ -110,7 +110,7 @@ class TorchSdpa:
         if case.mask_kind in ("window", "documents"):
             self._dense = visible(case.tile_mask(), case.seq_length, case.seq_length, torch.device("cpu"))
         bounds = case.cu_seqlens() if case.mask_kind == "short documents" else (0, case.seq_length)
-        # Every document has tensors of its own: slicing would charge torch for the gradients of slices.
+        # Every document has separate tensors: gradients of slices would add to torch's time.
         self._pieces = [
             [
                 x[start:end].permute(1, 2, 0, 3).contiguous()
@@ -123,7 +123,7 @@ class TorchSdpa:
                 leaf.requires_grad_()
 
     def forward(self) -> None:
-        """All pieces."""
+        """Compute all pieces."""
         self._outs = [self._attend(q, k, v) for q, k, v, _ in self._pieces]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -133,26 +133,26 @@ class TorchSdpa:
         return out
 
     def backward(self) -> None:
-        """All pieces, by autograd."""
+        """Compute the gradients of all pieces with autograd."""
         self._gradients = [
             torch.autograd.grad(out, piece[:3], piece[3])
             for out, piece in zip(self._outs, self._pieces, strict=True)
         ]
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As in :class:`Contender`."""
+        """As in :class:`Implementation`."""
         pieces = [(out.detach(), *grads) for out, grads in zip(self._outs, self._gradients, strict=True)]
         out, dq, dk, dv = (torch.cat(parts, 2).permute(2, 0, 1, 3) for parts in zip(*pieces, strict=True))
         return out, dq, dk, dv
 
 
-def contenders(case: KernelCase, inputs: Inputs) -> list[Contender]:
+def implementations(case: KernelCase, inputs: Inputs) -> list[Implementation]:
     """Ours and torch's."""
     return [TileKernel(CpuKernel(), case, inputs), TorchSdpa(case, inputs)]
 
 
 def exact_results(case: KernelCase, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same by the textbook formulas in fp64."""
+    """out, dq, dk and dv by the textbook formulas in fp64."""
     wide = Inputs(*(x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.dout)))
     exact = TileKernel(ReferenceKernel(), case, wide)
     exact.forward()

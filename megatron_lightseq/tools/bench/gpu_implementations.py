@@ -1,4 +1,4 @@
-"""Who takes part in the GPU benchmark: our kernel, torch's fused backends, and torch's Triton kernel (flex_attention).
+"""What the GPU benchmark compares: our kernel, torch's fused backends, and torch's Triton kernel (flex_attention).
 
 Shape letters: S tokens, B batch, H query heads, G key/value heads, D head dim.
 """
@@ -25,7 +25,7 @@ FAR = 1 << 30
 BACKENDS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 RING_STEPS = 4
 FLEX_LONGEST = 16384
-"""Tokens: what makes flex_attention's block masks holds S x S indices."""
+"""Largest number of tokens: building flex_attention's block masks needs S x S indices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,26 +36,28 @@ class GpuCase:
     head_dim: int
     causal: bool
     kv_share: int
-    """Query heads per key/value head: 1 is MHA."""
+    """Query heads per key/value head; 1 for MHA."""
     tokens: int = 16384
     width: int = 2048
 
     @property
     def batch(self) -> int:
+        """Number of sequences."""
         return max(1, self.tokens // self.seq_length)
 
     @property
     def heads(self) -> int:
+        """Number of query heads."""
         return self.width // self.head_dim
 
     @property
     def forward_flops(self) -> float:
-        """Useful operations of forward; backward has 2.5 times as many."""
+        """Useful operations of the forward pass; the backward pass has 2.5 times as many."""
         whole = 4.0 * self.batch * self.heads * self.seq_length**2 * self.head_dim
         return whole / 2 if self.causal else whole
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, dout in Megatron's (S, B, H, D), at random."""
+        """Random q, k, v, dout in Megatron's layout (S, B, H, D)."""
 
         def normal(heads: int) -> Tensor:
             shape = (self.seq_length, self.batch, heads, self.head_dim)
@@ -69,25 +71,29 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 Call = Callable[[], object]
 
 
-class Contender(Protocol):
-    """One way to compute attention: what is to be timed, for tensors (S, B, H, D) as :meth:`GpuCase.tensors` makes."""
+class GpuImplementation(Protocol):
+    """One way to compute attention: returns the calls to be timed, for tensors from :meth:`GpuCase.tensors`."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """For tables."""
 
     def settings(self) -> AbstractContextManager[Any]:
-        """What must be in force while it runs."""
+        """Context in which its calls are made and timed."""
 
-    def forward(self, case: GpuCase, tensors: Tensors) -> Call: ...
+    def forward(self, case: GpuCase, tensors: Tensors) -> Call:
+        """The forward pass."""
 
-    def backward(self, case: GpuCase, tensors: Tensors) -> Call: ...
+    def backward(self, case: GpuCase, tensors: Tensors) -> Call:
+        """The backward pass; the forward pass has already run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """Our kernel on Megatron's layout; backward includes delta, zeroing the fp32 gradients and rounding them.
+    """Our kernel in Megatron's layout; backward includes delta, and zeroing and rounding the fp32 gradients.
 
-    With ``blocks`` > 1 the keys come in blocks that are merged through the accumulated state, as on a ring of ranks.
+    With ``blocks`` > 1 the keys are processed in blocks that are merged through the accumulated state, as on a ring of
+    ranks.
     """
 
     kernel: Kernel
@@ -145,7 +151,7 @@ class Ours:
 
 
 class _Differentiable:
-    """A function of q, k, v in torch's layout (B, H, S, D), timed through autograd."""
+    """A function of q, k, v in torch's layout (B, H, S, D), differentiated with autograd."""
 
     def attend(self, case: GpuCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         raise NotImplementedError
@@ -176,7 +182,7 @@ class Sdpa(_Differentiable):
 
     backend: str
     repeat: bool = False
-    """Give every query head its own copy of its key/value head, made outside the timing: not all know GQA."""
+    """Repeat key/value heads for backends without GQA; the copies are made outside the timed region."""
 
     @property
     def name(self) -> str:
@@ -201,7 +207,7 @@ class Sdpa(_Differentiable):
 
 @dataclass(frozen=True, slots=True)
 class Flex(_Differentiable):
-    """torch's flex_attention, compiled: the Triton kernel that comes with torch."""
+    """torch's flex_attention, compiled to the Triton kernel that is part of torch."""
 
     compiler: Callable[..., Any] = torch.compile
 
@@ -210,7 +216,7 @@ class Flex(_Differentiable):
         return "flex (Triton)"
 
     def settings(self) -> AbstractContextManager[Any]:
-        # A compiled backward that may reuse what forward kept refuses to run again, as timing does.
+        # With donated buffers, a compiled backward pass cannot run several times on one forward pass.
         context: AbstractContextManager[Any] = functorch.patch(donated_buffer=False)
         return context
 
@@ -224,7 +230,7 @@ class Flex(_Differentiable):
                     got=f"flex_attention for {case.seq_length} tokens", rule=reason, remedy="Leave it out"
                 )
             )
-        torch.compiler.reset()  # every case is compiled for its own shapes; too many would end in the slow path
+        torch.compiler.reset()  # cases have different shapes, and torch stops recompiling after a few
         mask = None
         if case.causal:
             length = case.seq_length
@@ -236,7 +242,9 @@ class Flex(_Differentiable):
 
     def _refusal(self, case: GpuCase, device: torch.device) -> str | None:
         if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-            return "it is compiled by Triton, which is not installed"
+            return "it needs Triton, which is not installed"
         if case.seq_length > FLEX_LONGEST:
-            return f"its block masks are made of S x S indices: at most {FLEX_LONGEST} tokens here"
+            return (
+                f"building its block mask needs S x S indices, so at most {FLEX_LONGEST} tokens are measured"
+            )
         return None

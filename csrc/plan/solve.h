@@ -1,0 +1,32 @@
+// Who computes what; megatron_lightseq/schedule/balance/solve.py explains the algorithm and is this file's
+// oracle: every operation is the same and in the same order, so that both make the same plan bit for bit.
+#pragma once
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "rows.h"
+
+namespace mls::plan {
+
+struct Prices {
+  double query, key, far;
+};
+
+struct Grant {
+  int64_t helper, row, start, stop;
+};
+
+struct Assignment {
+  std::vector<Row> rows;
+  std::vector<Grant> grants;
+  std::vector<int64_t> loads;
+  int64_t grain;
+
+  int64_t piece_length() const { return rows.back().stop / static_cast<int64_t>(loads.size()); }
+};
+
+Assignment solve(std::vector<Row> rows, int64_t grain, const Prices& prices, std::vector<int64_t> nodes,
+                 double target, double tolerance);
+
+}  // namespace mls::plan

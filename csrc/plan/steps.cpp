@@ -1,0 +1,232 @@
+#include "steps.h"
+
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <tuple>
+
+namespace mls::plan {
+namespace {
+
+// --- blocks ----------------------------------------------------------------------------------------------
+
+// `count` rows from `first` on against the keys of [start, stop), cut where the keys change their owner, and
+// to what rows see.
+void by_key_piece(const Row* first, size_t count, int64_t start, int64_t stop, int64_t length,
+                  std::vector<Block>& out) {
+  const int64_t quantum = quantum_of(length);
+  start = start / quantum * quantum;
+  stop = (stop + quantum - 1) / quantum * quantum;
+  for (int64_t piece = start / length; piece < (stop + length - 1) / length; ++piece) {
+    const int64_t a = std::max(start, piece * length), b = std::min(stop, (piece + 1) * length);
+    for (size_t i = 0; i < count;) {
+      Block block{{first[i].start}, {}, std::numeric_limits<int64_t>::max(), 0};
+      for (; i < count; ++i) {
+        const int64_t pairs = first[i].pairs(a, b);
+        if (!pairs) break;
+        block.borders.push_back(first[i].stop);
+        block.areas.push_back(pairs);
+        block.k_start = std::min(block.k_start, first[i].edges.front());
+        block.k_stop = std::max(block.k_stop, first[i].last_key());
+      }
+      if (block.areas.empty()) {
+        ++i;
+        continue;
+      }
+      block.k_start = std::max(a, block.k_start / quantum * quantum);
+      block.k_stop = std::min(b, (block.k_stop + quantum - 1) / quantum * quantum);
+      out.push_back(std::move(block));
+    }
+  }
+}
+
+void kept_blocks(const Assignment& plan, int64_t piece, std::vector<Block>& out) {
+  const Row* rows = &plan.rows[piece * plan.grain];
+  for (int64_t i = 0; i < plan.grain;) {
+    if (rows[i].given) {
+      ++i;
+      continue;
+    }
+    const int64_t begin = i;
+    int64_t start = rows[i].first_key(), stop = rows[i].last_key();
+    for (; i < plan.grain && !rows[i].given && rows[i].taken == rows[begin].taken; ++i) {
+      start = std::min(start, rows[i].first_key());
+      stop = std::max(stop, rows[i].last_key());
+    }
+    by_key_piece(rows + begin, i - begin, start, stop, plan.piece_length(), out);
+  }
+}
+
+bool continues(const Grant& last, const Grant& grant, const Assignment& plan) {
+  if (grant.helper != last.helper || grant.row != last.row + 1 || grant.row % plan.grain == 0) return false;
+  if (grant.start == last.start && grant.stop == last.stop) return true;
+  const Row &a = plan.rows[last.row], &b = plan.rows[grant.row];
+  const bool to_the_end = last.stop == a.last_key() && grant.stop == b.last_key();
+  const bool from_the_start = last.start == a.edges.front() && grant.start == b.edges.front();
+  return to_the_end && (from_the_start || grant.start == last.start);
+}
+
+std::vector<std::vector<Block>> blocks_of(const Assignment& plan) {
+  std::vector<std::vector<Block>> found(plan.loads.size());
+  for (size_t piece = 0; piece < found.size(); ++piece) kept_blocks(plan, piece, found[piece]);
+  std::vector<Grant> grants = plan.grants;
+  std::sort(grants.begin(), grants.end(), [](const Grant& a, const Grant& b) {
+    return std::tie(a.helper, a.row, a.start) < std::tie(b.helper, b.row, b.start);
+  });
+  for (size_t i = 0; i < grants.size();) {
+    const size_t begin = i;
+    int64_t start = grants[i].start, stop = grants[i].stop;
+    for (++i; i < grants.size() && continues(grants[i - 1], grants[i], plan); ++i) {
+      start = std::min(start, grants[i].start);
+      stop = std::max(stop, grants[i].stop);
+    }
+    by_key_piece(&plan.rows[grants[begin].row], i - begin, start, stop, plan.piece_length(),
+                 found[grants[begin].helper]);
+  }
+  return found;
+}
+
+// --- cutting ---------------------------------------------------------------------------------------------
+
+using Parts = std::pair<std::optional<Block>, std::optional<Block>>;
+
+Parts cut_in_row(const Block& block, size_t i, double share, int64_t quantum) {
+  const int64_t start = block.borders[i], stop = block.borders[i + 1];
+  int64_t at = start + static_cast<int64_t>((stop - start) * share / quantum + 0.5) * quantum;
+  Block head{{}, {block.areas.begin(), block.areas.begin() + i}, block.k_start, block.k_stop};
+  Block tail{{}, {block.areas.begin() + i, block.areas.end()}, block.k_start, block.k_stop};
+  if (at >= stop) {
+    at = stop;
+    head.areas.push_back(block.areas[i]);
+    tail.areas.erase(tail.areas.begin());
+  } else if (at != start) {
+    const int64_t part = block.areas[i] * (at - start) / (stop - start);
+    head.areas.push_back(part);
+    tail.areas.front() -= part;
+  }
+  for (const int64_t border : block.borders)
+    if (border < at) head.borders.push_back(border);
+  head.borders.push_back(at);
+  tail.borders.push_back(at);
+  for (const int64_t border : block.borders)
+    if (border > at) tail.borders.push_back(border);
+  Parts parts;
+  if (!head.areas.empty()) parts.first = std::move(head);
+  if (!tail.areas.empty()) parts.second = std::move(tail);
+  return parts;
+}
+
+// The block cut between two queries, as near to `area` pairs as multiples of `quantum` queries allow.
+Parts cut(const Block& block, double area, int64_t quantum) {
+  int64_t filled = 0;
+  for (size_t i = 0; i < block.areas.size(); ++i) {
+    if (static_cast<double>(filled + block.areas[i]) > area)
+      return cut_in_row(block, i, (area - static_cast<double>(filled)) / static_cast<double>(block.areas[i]),
+                        quantum);
+    filled += block.areas[i];
+  }
+  return {block, std::nullopt};
+}
+
+// --- steps -----------------------------------------------------------------------------------------------
+
+class Stage {
+ public:
+  Stage(const Assignment& plan, int64_t num_steps, double edge, const std::vector<int64_t>& nodes)
+      : length_(plan.piece_length()), quantum_(quantum_of(length_)), last_(num_steps - 1), nodes_(nodes) {
+    const int64_t total = std::accumulate(plan.loads.begin(), plan.loads.end(), int64_t{0});
+    const double mean = static_cast<double>(total) / static_cast<double>(plan.loads.size());
+    const double unit = mean / (static_cast<double>(num_steps) - 2 + 2 * edge);
+    for (int64_t step = 0; step < last_; ++step) ends_.push_back(unit * (edge + static_cast<double>(step)));
+    ends_.push_back(std::numeric_limits<double>::infinity());
+  }
+
+  void piece(int64_t piece, std::vector<Block> blocks) {
+    std::vector<Block> own, remote;
+    for (Block& block : blocks) {
+      const bool mine = block.q_start() / length_ == piece && block.k_start / length_ == piece;
+      (mine ? own : remote).push_back(std::move(block));
+    }
+    std::stable_sort(own.begin(), own.end(), [](const Block& a, const Block& b) {
+      return std::make_pair(a.q_start(), a.k_start) < std::make_pair(b.q_start(), b.k_start);
+    });
+    std::stable_sort(remote.begin(), remote.end(),
+                     [&](const Block& a, const Block& b) { return order(a, piece) < order(b, piece); });
+    double total = 0;
+    for (const Block& block : own) total += static_cast<double>(block.area());
+    std::vector<Block> rest;
+    double filled = cut_head(own, std::min(ends_.front(), total / 2), piece, rest);
+    for (const Block& block : remote) {
+      spread(block, filled, 1, last_ - (block.q_start() / length_ != piece), piece);
+      filled += static_cast<double>(block.area());
+    }
+    for (const Block& block : rest) {
+      spread(block, filled, 0, last_, piece);
+      filled += static_cast<double>(block.area());
+    }
+  }
+
+  std::vector<Timed> take() { return std::move(out_); }
+
+ private:
+  // Puts the blocks that hold the first `area` pairs into step 0 and those behind into `rest`; the area of
+  // the first.
+  double cut_head(const std::vector<Block>& own, double area, int64_t piece, std::vector<Block>& rest) {
+    double filled = 0;
+    size_t i = 0;
+    for (; i < own.size() && static_cast<double>(own[i].area()) <= area; ++i) {
+      area -= static_cast<double>(own[i].area());
+      filled += static_cast<double>(own[i].area());
+      out_.push_back({0, piece, own[i]});
+    }
+    if (i < own.size()) {
+      Parts parts = cut(own[i++], area, quantum_);
+      if (parts.first) {
+        filled += static_cast<double>(parts.first->area());
+        out_.push_back({0, piece, std::move(*parts.first)});
+      }
+      if (parts.second) rest.push_back(std::move(*parts.second));
+    }
+    rest.insert(rest.end(), own.begin() + i, own.end());
+    return filled;
+  }
+
+  void spread(Block block, double filled, int64_t earliest, int64_t latest, int64_t piece) {
+    int64_t step = earliest;
+    for (; step < latest; ++step) {
+      if (filled >= ends_[step]) continue;
+      Parts parts = cut(block, ends_[step] - filled, quantum_);
+      if (parts.first) {
+        filled += static_cast<double>(parts.first->area());
+        out_.push_back({step, piece, std::move(*parts.first)});
+      }
+      if (!parts.second) return;
+      block = std::move(*parts.second);
+    }
+    out_.push_back({step, piece, std::move(block)});
+  }
+
+  // Near inputs first, among them what has to go home.
+  std::tuple<bool, bool, int64_t, int64_t, int64_t> order(const Block& block, int64_t piece) const {
+    const int64_t q_piece = block.q_start() / length_, k_piece = block.k_start / length_;
+    const bool far = nodes_[q_piece] != nodes_[piece] || nodes_[k_piece] != nodes_[piece];
+    return {far, q_piece == piece, std::abs(piece - k_piece), block.q_start(), block.k_start};
+  }
+
+  int64_t length_, quantum_, last_;
+  const std::vector<int64_t>& nodes_;
+  std::vector<double> ends_;
+  std::vector<Timed> out_;
+};
+
+}  // namespace
+
+std::vector<Timed> stage(const Assignment& assignment, int64_t num_steps, double edge,
+                         const std::vector<int64_t>& nodes) {
+  Stage stage(assignment, num_steps, edge, nodes);
+  std::vector<std::vector<Block>> blocks = blocks_of(assignment);
+  for (size_t piece = 0; piece < blocks.size(); ++piece) stage.piece(piece, std::move(blocks[piece]));
+  return stage.take();
+}
+
+}  // namespace mls::plan

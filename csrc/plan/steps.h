@@ -1,0 +1,33 @@
+// An assignment as rectangles, and when each is computed; blocks.py and steps.py of
+// megatron_lightseq/schedule/balance are the oracles.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "solve.h"
+
+namespace mls::plan {
+
+struct Block {
+  std::vector<int64_t> borders, areas;
+  int64_t k_start, k_stop;
+
+  int64_t q_start() const { return borders.front(); }
+  int64_t q_stop() const { return borders.back(); }
+  int64_t area() const {
+    int64_t sum = 0;
+    for (const int64_t pairs : areas) sum += pairs;
+    return sum;
+  }
+};
+
+struct Timed {
+  int64_t step, piece;
+  Block block;
+};
+
+// All blocks, by piece and, within a piece, in the order in which they were given a step.
+std::vector<Timed> stage(const Assignment& assignment, int64_t num_steps, double edge,
+                         const std::vector<int64_t>& nodes);
+
+}  // namespace mls::plan

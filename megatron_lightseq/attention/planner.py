@@ -1,0 +1,116 @@
+"""Makes plans: from the inputs of a call to the runs of both directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_lightseq.attention.agreement import Agreement
+from megatron_lightseq.attention.head_exchange import HeadExchange, HeadRun, UlyssesGroups
+from megatron_lightseq.attention.inputs import Inputs
+from megatron_lightseq.attention.plan import Plan, Run, TileRun
+from megatron_lightseq.attention.ring_self_attention import RowRun
+from megatron_lightseq.attention.runtime import BoundProgram, Runtime
+from megatron_lightseq.kernels.registry import Kernel
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule import (
+    Direction,
+    Method,
+    Network,
+    Problem,
+    Schedule,
+    SchedulePair,
+    compile_program,
+)
+from megatron_lightseq.schedule.heads import HeadCut
+from megatron_lightseq.transport import SubTransport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planner:
+    """Plans attention of one kind over one group, for any inputs."""
+
+    rank: int
+    """This rank's number in the group."""
+    layout: SequenceLayout
+    methods: dict[Direction, Method] | None
+    """The method of each direction; None for ``auto``, which predicts them from the inputs."""
+    mask: Mask
+    network: Network | None
+    """What ``auto`` predicts with, and what placements may look at."""
+    schedules: SchedulePair | None
+    """Schedules that exist already; None: they are built for the inputs."""
+    runtime: Runtime
+    """Runs programs over the whole group."""
+    agreement: Agreement
+
+    def plan(self, inputs: Inputs, kernel: Kernel) -> Plan:
+        """The plan for one kind of inputs. Collective: every rank of the group must plan for equal inputs.
+
+        Raises:
+            LayoutError: the sequence does not divide among the ranks.
+            UnsupportedError: the method does not work on the layout.
+            TransportError: the ranks plan different things.
+        """
+        pair = self._pair(inputs)
+        sizes = [pair.method(direction).ulysses_size(self.layout.cp_size) for direction in Direction]
+        plan = [str(pair.schedule(direction)) for direction in Direction]
+        texts = [*plan, f"heads over {sizes}", kernel.name, inputs.describe()]
+        self.agreement.check("\n".join(texts), inputs.describe())
+        forward, backward = (self._run(pair, direction, inputs, kernel) for direction in Direction)
+        return Plan(forward, backward, self.runtime.stats)
+
+    def _pair(self, inputs: Inputs) -> SchedulePair:
+        """The schedules for these inputs: those that exist, or new ones of the given or of the fastest methods."""
+        problem = Problem(
+            layout=self.layout,
+            mask=self.mask,
+            seq_length=inputs.q_shape[0] * self.layout.cp_size,
+            shape=inputs.shape,
+            network=self.network,
+        )
+        if self.schedules is not None:
+            return self.schedules.fitted(problem)
+        if self.methods is None:
+            return SchedulePair.fastest(problem)
+        forward, backward = (self.methods[direction] for direction in Direction)
+        return SchedulePair(problem=problem, forward_method=forward, backward_method=backward)
+
+    def _run(self, pair: SchedulePair, direction: Direction, inputs: Inputs, kernel: Kernel) -> Run:
+        """How this rank executes a schedule: as it is, between two exchanges of heads, or over full rows."""
+        method, schedule = pair.method(direction), pair.schedule(direction)
+        size = method.ulysses_size(self.layout.cp_size)
+        if method.full_rows:
+            # Scores are recomputed in the backward pass, as the forward pass of this method computes them.
+            same = pair if pair.forward_method == method else SchedulePair.of(method, pair.problem)
+            forward = same.schedule(Direction.FORWARD)
+            forward_program, program = (self._bound(s, self.rank, inputs.device) for s in (forward, schedule))
+            return RowRun(forward_program, program, self.runtime)
+        if size == 1 or self.runtime.transport is None:
+            return TileRun(self._bound(schedule, self.rank, inputs.device), kernel, self.runtime)
+        return self._head_run(size, schedule, inputs, kernel)
+
+    def _head_run(self, size: int, schedule: Schedule, inputs: Inputs, kernel: Kernel) -> HeadRun:
+        """Heads exchanged among ``size`` ranks around the schedule of the ring between such groups."""
+        whole = self.runtime.transport
+        assert whole is not None, "a single rank exchanges no heads"
+        groups = UlyssesGroups.of(self.layout, size, self.rank)
+        cut = HeadCut.of(inputs.shape, size)
+        exchange = HeadExchange(
+            SubTransport(whole, groups.ulysses), groups.ulysses, self.layout, cut, self.runtime.stats
+        )
+        ring = Runtime(
+            transport=SubTransport(whole, groups.ring) if len(groups.ring) > 1 else None,
+            overlap=self.runtime.overlap,
+            stats=self.runtime.stats,
+        )
+        program = self._bound(schedule, groups.ring.index(self.rank), inputs.device)
+        return HeadRun(
+            exchange, TileRun(program, kernel, ring, gradients_are_parts=not cut.groups_are_disjoint)
+        )
+
+    @staticmethod
+    def _bound(schedule: Schedule, rank: int, device: torch.device) -> BoundProgram:
+        return BoundProgram.bind(compile_program(schedule, rank), device)

@@ -1,0 +1,73 @@
+"""The placement of the `balanced` method: the solver's plan in chunks of the layout."""
+
+from __future__ import annotations
+
+from megatron_lightseq.schedule.balance.plan import BalanceOptions, plan_blocks
+from megatron_lightseq.schedule.balance.rows import quantum_of
+from megatron_lightseq.schedule.balance.solve import Prices
+from megatron_lightseq.schedule.ir import Placement, Tile
+from megatron_lightseq.schedule.network import Network
+from megatron_lightseq.schedule.problem import Problem
+
+STEPS = 8
+TARGET_PERCENT = 100
+_MANY_RANKS = 16
+_MOST_EXPENSIVE = 8.0
+"""Transfers between nodes are taken to cost at most this many times those within a node."""
+
+
+def splits_of(problem: Problem) -> int:
+    """Chunks per piece: as fine as cuts may be."""
+    length = problem.seq_length // problem.layout.cp_size
+    return length // quantum_of(length)
+
+
+def place_balanced(
+    problem: Problem, num_steps: int = STEPS, target_percent: int = TARGET_PERCENT
+) -> Placement:
+    """Owners compute, and ranks with little work take rectangles of it over from ranks with much (``solve.py``).
+
+    Args:
+        problem: what to place; its shape sets the prices of moving queries and keys, its network the nodes.
+        num_steps: steps with work.
+        target_percent: ranks are filled up to this share of the mean load. More than 100 leaves some imbalance where
+            moving work costs more than it saves.
+    """
+    num_pieces = problem.layout.cp_size
+    owners = [problem.layout.owner[piece * problem.layout.splits] for piece in range(num_pieces)]
+    network = problem.network
+    options = BalanceOptions(
+        prices=prices_of(problem),
+        nodes=tuple(0 if network is None else network.node(rank) for rank in owners),
+        grain=16 if num_pieces <= _MANY_RANKS else 8,
+        num_steps=max(3, num_steps),
+        target=target_percent / 100,
+    )
+    blocks = plan_blocks(problem.mask, problem.seq_length, options)
+    quantum = quantum_of(problem.seq_length // num_pieces)
+    placement: Placement = [
+        [[] for _ in owners] for _ in range(1 + max((block.step for block in blocks), default=-1))
+    ]
+    for block in blocks:
+        tile = Tile(
+            block.q_start // quantum,
+            block.k_start // quantum,
+            (block.q_stop - block.q_start) // quantum,
+            (block.k_stop - block.k_start) // quantum,
+        )
+        placement[block.step][owners[block.piece]].append(tile)
+    return placement
+
+
+def prices_of(problem: Problem) -> Prices:
+    """Prices in bytes per token of what travels in the problem's direction."""
+    query, key = problem.shape.bytes_per_side(problem.direction)
+    return Prices(query=float(query), key=float(key), far=_far(problem.network))
+
+
+def _far(network: Network | None) -> float:
+    """How many times as long a transfer between nodes takes, all ranks of a node sending at the same time."""
+    if network is None or network.ranks_per_node is None:
+        return 1.0
+    share = network.nic_bytes_per_s / network.ranks_per_node
+    return min(_MOST_EXPENSIVE, max(1.0, network.link_bytes_per_s / share))
