@@ -1,8 +1,12 @@
-"""From a dense mask, as Megatron-Core and Hugging Face hand it to attention, to the mask that it is."""
+"""From a dense mask, as Megatron-Core and Hugging Face give it to attention, to the :class:`Mask` that it is.
+
+Shape letters: S = tokens of the sequence, R = rows (queries) at hand, T = intervals per row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -10,49 +14,27 @@ from torch import Tensor
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.mask import Mask, Term
 from megatron_lightseq.mask.edge import NOTHING, edge_of
-from megatron_lightseq.mask.recognise import documents_of
+
+MOST_INTERVALS = 4
+"""Intervals per row up to which a mask is worth expressing: each one is a kernel call."""
 
 
-def mask_from_dense(allowed: Tensor, most_terms: int = 4) -> Mask | None:
-    """The :class:`Mask` that allows what a dense mask allows; exact.
+def mask_from_dense(allowed: Tensor, most_intervals: int = MOST_INTERVALS) -> Mask | None:
+    """The mask that allows what a dense one allows; exact.
 
-    Causal and full masks and windows come back for any length, every other mask for its own. Reads the whole tensor, so
-    call it once per batch: on a GPU it waits for the device.
+    Causal and full masks and windows come back for any length, every other mask for its own. The whole tensor is read,
+    on a GPU with a wait for the device: call it once per batch.
 
     Args:
         allowed: (S, S) or (B, 1, S, S), bool; True where the query (first S) may attend to the key (second S).
-        most_terms: intervals of keys per query up to which it is worth one kernel call for each.
+        most_intervals: how many separate intervals of keys a query may see.
 
     Returns:
-        None where the batch rows differ, or where a query sees its keys in more than ``most_terms`` intervals.
+        None if sequences of the batch differ, or if a query sees more than ``most_intervals``.
 
     Raises:
         ConfigError: the tensor has another shape or dtype.
     """
-    rows = _one_for_all_rows(allowed)
-    if rows is None:
-        return None
-    length = rows.shape[0]
-    edges = torch.nn.functional.pad(rows.to("cpu", torch.int8), (1, 1)).diff(dim=1)
-    number = (edges > 0).sum(1)
-    num_terms = int(number.max()) if length else 0
-    if num_terms > most_terms:
-        return None
-    # The k-th rising and the k-th falling edge of a row bound its k-th interval.
-    index_in_row = torch.arange(int(number.sum())) - (number.cumsum(0) - number).repeat_interleave(number)
-    bounds = torch.full((2, num_terms, length), NOTHING)
-    for side, sign in enumerate((1, -1)):
-        row, key = (edges == sign).nonzero(as_tuple=True)
-        bounds[side, index_in_row, row] = key
-    terms = tuple(Term(*(edge_of(_pieces(edge)) for edge in bounds[:, term])) for term in range(num_terms))
-    documents = documents_of(terms, length)
-    if documents is not None and documents[0] == (0, length):
-        return Mask.window(*documents[1])
-    return Mask(terms, length)
-
-
-def _one_for_all_rows(allowed: Tensor) -> Tensor | None:
-    """(S, S); None where rows of the batch differ."""
     shape = tuple(allowed.shape)
     is_batch = allowed.dim() == 4 and shape[0] > 0 and shape[1] == 1
     if allowed.dtype != torch.bool or not (allowed.dim() == 2 or is_batch) or shape[-1] != shape[-2]:
@@ -60,23 +42,70 @@ def _one_for_all_rows(allowed: Tensor) -> Tensor | None:
             explain(
                 got=f"a dense mask {shape} of {allowed.dtype}",
                 rule="a dense mask is (S, S) or (B, 1, S, S) of torch.bool, True where a query may attend to a key",
-                remedy="Invert Megatron's masks, which are True where attention is masked out",
+                remedy="Invert Megatron's masks, which are True where a key is hidden",
             )
         )
-    if is_batch:
-        first = allowed[0, 0]
-        return first if bool((allowed == first).all()) else None
-    return allowed
+    rows = allowed[0, 0] if is_batch else allowed
+    if is_batch and not bool((allowed == rows).all()):
+        return None
+    intervals = visible_intervals(rows, most_intervals)
+    return None if intervals is None else mask_from_intervals(intervals)
+
+
+def visible_intervals(allowed: Tensor, most_intervals: int = MOST_INTERVALS) -> Tensor | None:
+    """The intervals of keys that each row of a dense mask sees.
+
+    Args:
+        allowed: (R, S), bool; True where a query may attend to a key.
+        most_intervals: T.
+
+    Returns:
+        (R, T, 2), int64, on the device of ``allowed``: first key and end of each interval, from left to right; equal
+        where a row has fewer. None if a row has more.
+    """
+    changes = torch.nn.functional.pad(allowed.to(torch.int8), (1, 1)).diff(dim=1)
+    number = (changes > 0).sum(1)
+    if number.numel() and int(number.max()) > most_intervals:
+        return None
+    # The k-th rise and the k-th fall of a row bound its k-th interval.
+    place = torch.arange(int(number.sum()), device=allowed.device)
+    place -= (number.cumsum(0) - number).repeat_interleave(number)
+    intervals = torch.zeros(len(allowed), most_intervals, 2, dtype=torch.int64, device=allowed.device)
+    for side, sign in enumerate((1, -1)):
+        row, key = (changes == sign).nonzero(as_tuple=True)
+        intervals[row, place, side] = key
+    return intervals
+
+
+def mask_from_intervals(intervals: Tensor) -> Mask:
+    """The mask in which the query at position p sees the keys of ``intervals[p]``.
+
+    Causal and full masks and windows come back for any length, every other mask for its own.
+
+    Args:
+        intervals: (S, 2) or (S, T, 2), integers: first key and end of each interval; no key where they are equal.
+    """
+    length = len(intervals)
+    bounds = intervals.reshape(length, -1, 2).cpu()
+    bounds = bounds.masked_fill((bounds[..., :1] >= bounds[..., 1:]), NOTHING)
+    parts = [
+        Mask((Term(*(edge_of(_pieces(edge)) for edge in part.unbind(1))),), length)
+        for part in bounds.unbind(1)
+        if length and bool((part != NOTHING).any())
+    ]
+    mask = reduce(Mask.__or__, parts, Mask((), length))
+    packing = mask.packing(length)
+    return mask if packing is None or packing[0] != (0, length) else Mask.window(*packing[1])
 
 
 def _pieces(edge: Tensor) -> Iterator[tuple[int, int, bool]]:
     """Pieces ``(end, offset, moving)`` of an edge (S,) that is given for every query."""
-    length = len(edge)
     steps = edge.diff()
     breaks = (steps != 0) & (steps != 1)
     breaks[1:] |= steps[1:] != steps[:-1]
     firsts = [0, *(breaks.nonzero().squeeze(1) + 1).tolist()]
-    values = edge[firsts].tolist()
-    for first, end, value in zip(firsts, (*firsts[1:], length), values, strict=True):
-        moving = end - first > 1 and int(steps[first]) == 1
+    ends, values = [*firsts[1:], len(edge)], edge[firsts].tolist()
+    rises = [*(steps == 1).tolist(), False]
+    for first, end, value in zip(firsts, ends, values, strict=True):
+        moving = end - first > 1 and rises[first]
         yield end, value - first if moving else value, moving

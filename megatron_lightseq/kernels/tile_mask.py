@@ -89,7 +89,7 @@ class _Tile:
                 most = min(most, 1 - end)
             elif lowest >= num_keys:  # behind all keys
                 least = max(least, num_keys - first)
-            elif line.moving or end - first == 1:
+            elif line.moving:
                 least, most = max(least, lowest - first), min(most, lowest - first)
             else:
                 return None
@@ -125,7 +125,7 @@ class _Tile:
             by_row = at.int().repeat_interleave(lengths, output_size=num_queries)
             return by_row, int((at - rows[1:]).min()) + 1, int((at - rows[:-1]).max())
         at = _divided_up(at + moving * self.queries.start, self.stride)
-        at = torch.where(moving, at.clamp(0, num_keys), at.clamp(0, num_keys))
+        at = torch.where(moving, at.clamp(-num_queries, num_keys), at.clamp(0, num_keys))
         by_row = at.int().repeat_interleave(lengths, output_size=num_queries)
         moves = moving.int().repeat_interleave(lengths, output_size=num_queries)
         by_row.addcmul_(moves, torch.arange(num_queries, dtype=torch.int32)).clamp_(0, num_keys)

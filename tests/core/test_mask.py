@@ -14,7 +14,7 @@ from torch import Tensor
 
 import megatron_lightseq as mls
 from megatron_lightseq.errors import ConfigError, UnsupportedError
-from megatron_lightseq.kernels.dense_mask import mask_from_dense
+from megatron_lightseq.kernels.dense_mask import mask_from_dense, mask_from_intervals, visible_intervals
 from megatron_lightseq.kernels.reference import visible
 from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.layout import LAYOUTS, SequenceLayout
@@ -357,17 +357,17 @@ def test_what_a_mask_says_of_itself() -> None:
 @given(st.data(), lengths)
 def test_a_dense_mask_becomes_the_mask_that_it_was_made_of(data: st.DataObject, length: int) -> None:
     mask, allowed = data.draw(combined(length))
-    found = mask_from_dense(allowed, most_terms=8)
+    found = mask_from_dense(allowed, most_intervals=8)
     assert found is not None
     assert found & whole(length) == mask & whole(length)
-    assert mask_from_dense(allowed.expand(3, 1, length, length), most_terms=8) == found
+    assert mask_from_dense(allowed.expand(3, 1, length, length), most_intervals=8) == found
 
 
 @given(st.integers(1, 9), st.integers(0, 2**81))
 def test_random_dense_masks_round_trip_unless_they_have_too_many_intervals(length: int, bits: int) -> None:
     allowed = torch.tensor([bool(bits >> i & 1) for i in range(length**2)]).reshape(length, length)
     intervals = max((row.int().diff(prepend=torch.zeros(1)) > 0).sum().item() for row in allowed)
-    found = mask_from_dense(allowed, most_terms=2)
+    found = mask_from_dense(allowed, most_intervals=2)
     assert (found is None) == (intervals > 2)
     if found is not None:
         assert torch.equal(dense(found, length), allowed)
@@ -387,12 +387,22 @@ def test_dense_masks_of_the_common_kinds() -> None:
     assert mask_from_dense(~ones) == Mask.sinks(0) & whole(12)
 
 
+def test_rows_of_several_ranks_together_are_a_mask() -> None:
+    """Every rank finds the intervals of its own rows; gathered, they are the mask."""
+    layout, mask = SequenceLayout.zigzag(3), Mask.parse("window(4,0)|causal&sinks(2)")
+    rows = [dense(mask, 24)[layout.positions(rank, 24)] for rank in range(3)]
+    parts = [visible_intervals(part) for part in rows]
+    assert mask_from_intervals(layout.unshard(parts, 0)) == mask & whole(24)
+    assert mask_from_intervals(torch.tensor([[0, 1], [0, 2], [0, 3]])) == Mask.causal()
+    assert mask_from_intervals(torch.tensor([[0, 1], [1, 2], [9, 2]])).keys_of(2) == ()
+
+
 def test_dense_masks_that_are_no_one_mask() -> None:
     rows = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     rows[1, 0, 3, 1] = False
     assert mask_from_dense(rows) is None
     assert mask_from_dense(rows[:1]) == Mask.causal()
-    assert mask_from_dense(rows[1:], most_terms=1) is None
+    assert mask_from_dense(rows[1:], most_intervals=1) is None
 
 
 @pytest.mark.parametrize(
