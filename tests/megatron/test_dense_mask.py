@@ -252,9 +252,11 @@ def test_documents_do_not_see_each_other(size: int, method: str) -> None:
 
 
 def _two_refusals() -> list[str]:
-    padded = dense(Mask.causal(), 16)[None, None].clone()
-    padded[..., 14:] = True  # only the last rank's rows differ from causal ones
-    return [str(_second_half(1, mask, "lightseq")) for mask in (padded, torch.zeros(1, 16, dtype=torch.bool))]
+    striped = dense(Mask.causal(), 16)[None, None].clone()
+    striped[..., 8:, ::2] = True  # only the last rank's rows see more intervals than attention can follow
+    return [
+        str(_second_half(1, mask, "lightseq")) for mask in (striped, torch.zeros(1, 16, dtype=torch.bool))
+    ]
 
 
 def test_every_rank_refuses_the_mask_that_one_rank_cannot_follow() -> None:
