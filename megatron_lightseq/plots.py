@@ -220,8 +220,9 @@ def _merge_moves(schedule: Schedule, moves: Sequence[Move]) -> dict[tuple[str, i
 
 def _fit_label(tiles: Sequence[Tile], room_in: float) -> tuple[str, float]:
     """A label for the tiles that fits into ``room_in`` inches, with its font size; empty if none fits."""
-    queries, keys = sorted({tile.q for tile in tiles}), sorted({tile.k for tile in tiles})
-    whole_block = len(tiles) == len(queries) * len(keys)
+    queries = sorted({chunk for tile in tiles for chunk in tile.q_chunks})
+    keys = sorted({chunk for tile in tiles for chunk in tile.k_chunks})
+    whole_block = sum(tile.queries * tile.keys for tile in tiles) == len(queries) * len(keys)
     short = f"q{_ranges(queries)}\u00b7k{_ranges(keys)}" if whole_block else " ".join(map(str, tiles))
     for size in (9.0, 7.5):
         if len(short) * size * 0.0086 < room_in:

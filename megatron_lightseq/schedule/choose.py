@@ -122,7 +122,7 @@ class Chooser:
         played = simulate(
             self._profile(found, problem),
             Costs(
-                seconds_per_pair=_seconds_per_pair(share, direction, self.device),
+                seconds_per_pair=seconds_per_pair(share, direction, self.device),
                 network=network.of_one_ring(cut.size),
                 overlap=self.overlap,
             ),
@@ -193,7 +193,7 @@ class Chooser:
         names = candidates(self._problem(layout, direction, shape, network))
         names.sort(key=lambda name: -resolve_method(name).ulysses_size(self.cp_size))
         whole = range(self.seq_length)
-        pair_s = _seconds_per_pair(shape, direction, self.device)
+        pair_s = seconds_per_pair(shape, direction, self.device)
         ideal_s = self.mask.area(whole, whole) * pair_s / self.cp_size
         predictions: list[Prediction] = []
         for name in names:
@@ -242,7 +242,7 @@ def exchange_messages(problem: Problem, cut: HeadCut) -> tuple[list[Message], li
     return there, back
 
 
-def _seconds_per_pair(shape: TensorShape, direction: Direction, device: Device) -> float:
+def seconds_per_pair(shape: TensorShape, direction: Direction, device: Device) -> float:
     """Kernel time per allowed pair: two matrix products forward, five backward, 2 operations per multiply-add."""
     if direction is Direction.FORWARD:
         flops, rate = 2 * (shape.head_dim + shape.value_dim), device.forward_flops_per_s

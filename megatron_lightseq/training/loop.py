@@ -19,7 +19,7 @@ from megatron_lightseq.training.checkpoint.random_state import restore_random_st
 from megatron_lightseq.training.checkpoint.save_load import Position, load_checkpoint, save_checkpoint
 from megatron_lightseq.training.data.datasets import Corpora, Datasets, build_datasets
 from megatron_lightseq.training.data.loaders import DataShare, train_iterator, valid_iterator
-from megatron_lightseq.training.job.control_channel import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
+from megatron_lightseq.training.job.failure import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
 from megatron_lightseq.training.job.join import Job
 from megatron_lightseq.training.job.signals import StopRequest
 from megatron_lightseq.training.reporting.memory import peak_resident_bytes

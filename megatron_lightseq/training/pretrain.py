@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from megatron_lightseq.config import Machine, PretrainConfig, ResolvedConfig, resolve
 from megatron_lightseq.errors import PeerFailureError
-from megatron_lightseq.training.job.control_channel import EXIT_PEER_FAILED
+from megatron_lightseq.training.job.failure import EXIT_PEER_FAILED
 from megatron_lightseq.training.job.launch import Launch
 from megatron_lightseq.training.job.signals import StopRequest, stop_on_signals
 

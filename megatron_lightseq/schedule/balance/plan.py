@@ -44,7 +44,7 @@ class BalanceOptions:
     num_steps: int = 8
     target: float = 1.0
     tolerance: float = 0.02
-    edge: float = 0.15
+    edge: float = 0.4
     """Length of the first and the last step, as a share of the others'."""
 
 
