@@ -85,6 +85,11 @@ class Method:
         accepted = self.only_layouts or LAYOUTS
         return tuple(dict.fromkeys((self.default_layout, *accepted)))
 
+    @property
+    def exchanges_heads(self) -> bool:
+        """Whether ranks exchange heads for tokens before and after the tiles."""
+        return self.ulysses_size is not no_exchange
+
     def candidates(self, problem: Problem) -> Sequence[str]:
         """The names under which ``auto`` considers this method; none on a layout it cannot compute on."""
         if problem.layout.name not in self.layouts:
