@@ -1,7 +1,7 @@
 """Attention masks that are given as dense tensors: which :class:`~megatron_lightseq.mask.Mask` hides the same keys.
 
 Megatron's dense masks are boolean, (B or 1, 1, S, S), and True where a key is hidden. Attention here computes masks in
-which each query sees one interval of positions. A dense mask of that kind is recognised by its rows; any other is
+which each query sees a few intervals of positions. A dense mask of that kind is recognised by its rows; any other is
 refused, because attention would otherwise have to ignore it.
 
 Shapes: S positions of the whole sequence, R rows (queries) that this rank holds.
@@ -19,94 +19,50 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.dense_mask import MOST_INTERVALS, mask_from_intervals, visible_intervals
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 
 _ROWS_AT_A_TIME = 1024
 """Bounds temporary tensors to as many rows of a mask."""
-_NO_INTERVAL = -1
+_NO_INTERVALS = -1
 _REMEMBERED = 8
 """Masks whose meaning is remembered: those of the micro-batches that a pipeline has in flight."""
 
 
-def mask_from_dense(hidden: Tensor) -> Mask | None:
-    """The mask that hides the same keys as a dense one.
+def mask_from_hidden(hidden: Tensor) -> Mask | None:
+    """The mask that hides the same keys as a dense one of Megatron's.
 
     Args:
         hidden: (..., S, S), bool, True where a key is hidden; all leading entries must be equal.
 
     Returns:
-        A causal or full mask, a window, or documents (causal or not), whichever is exact; None if none is.
+        None if leading entries differ, or if a query sees more separate intervals of keys than
+        :func:`kernels.dense_mask.mask_from_dense` expresses.
     """
-    return mask_from_intervals(visible_intervals(hidden))
+    return _mask_of(_intervals_of_rows(hidden))
 
 
-def visible_intervals(hidden: Tensor) -> Tensor:
-    """The keys that each row sees, as an interval.
-
-    Args:
-        hidden: (..., R, S), bool.
-
-    Returns:
-        (R, 2) int64: first visible key and the one after the last. A row is (-1, -1) where its visible keys are no
-        interval, or differ between leading entries.
-    """
+def _intervals_of_rows(hidden: Tensor) -> Tensor:
+    """(R, T, 2) int64: the intervals of keys that each row of (..., R, S) sees; -1 in rows for which there are none."""
     rows, length = hidden.shape[-2:]
     whole = hidden.reshape(-1, rows, length)
     blocks = [
-        _intervals(whole[:, begin : begin + _ROWS_AT_A_TIME]) for begin in range(0, rows, _ROWS_AT_A_TIME)
+        _intervals_of_block(whole[:, at : at + _ROWS_AT_A_TIME]) for at in range(0, rows, _ROWS_AT_A_TIME)
     ]
     return torch.cat(blocks)
 
 
-def _intervals(hidden: Tensor) -> Tensor:
-    visible = ~hidden[0]
-    first = visible.to(torch.uint8).argmax(-1)
-    stop = visible.shape[-1] - visible.flip(-1).to(torch.uint8).argmax(-1)
-    interval = (visible.sum(-1) == stop - first) & (hidden == hidden[:1]).flatten(2).all(-1).all(0)
-    return torch.where(interval[:, None], torch.stack([first, stop], -1), _NO_INTERVAL)
+def _intervals_of_block(hidden: Tensor) -> Tensor:
+    intervals = visible_intervals(~hidden[0]) if bool((hidden == hidden[:1]).all()) else None
+    if intervals is None:
+        shape = (hidden.shape[1], MOST_INTERVALS, 2)
+        return torch.full(shape, _NO_INTERVALS, dtype=torch.int64, device=hidden.device)
+    return intervals
 
 
-def mask_from_intervals(intervals: Tensor) -> Mask | None:
-    """The mask in which the query at position p sees the keys of ``intervals[p]``; None if there is none.
-
-    Args:
-        intervals: (S, 2) int64, as :func:`visible_intervals` returns them for all rows.
-    """
-    intervals = intervals.cpu()
-    for candidate in _candidates(intervals):
-        if torch.equal(_intervals_of(candidate, len(intervals)), intervals):
-            return candidate
-    return None
-
-
-def _candidates(intervals: Tensor) -> list[Mask]:
-    """The only masks of each kind that can be meant: read off the first and the last row, and the borders."""
-    length = len(intervals)
-    first, stop = intervals.unbind(-1)
-    left, right = length - 1 - int(first[-1]), int(stop[0]) - 1
-    candidates = [Mask.causal(), Mask.full()]
-    if left >= 0 and right >= 0:
-        sides = (None if side == length - 1 else side for side in (left, right))
-        candidates.append(Mask.window(*sides))
-    starts = (first == torch.arange(length)).nonzero().flatten().tolist()
-    borders = [*starts, length] if starts[:1] == [0] else [0, length]
-    candidates.append(Mask.documents(borders))
-    beginnings = [0, *(1 + (first[1:] != first[:-1]).nonzero().flatten()).tolist(), length]
-    return [*candidates, Mask.documents(beginnings, causal=False)]
-
-
-def _intervals_of(mask: Mask, length: int) -> Tensor:
-    """(S, 2): what the rows of a mask see."""
-    positions = torch.arange(length)
-    borders = torch.tensor(mask.cu_seqlens or (0, length))
-    document = torch.bucketize(positions, borders, right=True)
-    first, stop = borders[document - 1], borders[document]
-    if mask.left is not None:
-        first = torch.maximum(first, positions - mask.left)
-    if mask.right is not None:
-        stop = torch.minimum(stop, positions + mask.right + 1)
-    return torch.stack([first, stop], -1)
+def _mask_of(intervals: Tensor) -> Mask | None:
+    return None if bool((intervals == _NO_INTERVALS).any()) else mask_from_intervals(intervals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,22 +127,23 @@ def _read(hidden: Tensor, layout: SequenceLayout, group: dist.ProcessGroup | Non
     if hidden.dtype != torch.bool or rows not in (length, length // layout.cp_size):
         return None  # alike on all ranks
     if group is None or layout.cp_size == 1:
-        return mask_from_dense(hidden)
+        return mask_from_hidden(hidden)
     if rows == length:
         positions = torch.tensor(layout.positions(group.rank(), length), device=hidden.device)
         hidden = hidden.index_select(-2, positions)
-    intervals = visible_intervals(hidden)
+    intervals = _intervals_of_rows(hidden)
     parts = [torch.empty_like(intervals) for _ in range(layout.cp_size)]
     dist.all_gather(parts, intervals, group=group)
-    return mask_from_intervals(layout.unshard(parts, 0))
+    return _mask_of(layout.unshard(parts, 0))
 
 
 def _not_understood(hidden: Tensor, found: str) -> UnsupportedError:
     return UnsupportedError(
         explain(
             got=f"attention_mask of shape {tuple(hidden.shape)}, {str(hidden.dtype).removeprefix('torch.')}: {found}",
-            rule="attention follows boolean masks (True: hidden) that hide later tokens (causal), tokens outside of a "
-            "sliding window, or tokens of other documents, in the same way in every sequence of the micro-batch",
+            rule="attention follows boolean masks (True: hidden) in which each query sees at most "
+            f"{MOST_INTERVALS} intervals of keys, the same in every sequence of the micro-batch, and in a causal layer "
+            "no later token",
             remedy="Pass attention_mask=None for causal attention; for padding at the end of sequences that is enough, "
             "with a loss_mask of 0 there",
         )

@@ -70,7 +70,11 @@ class LayoutRotaryEmbedding(torch.nn.Module):
                         remedy="Use unpacked sequences and the model's own context-parallel group",
                     )
                 )
-        return self._shards.get((max_seq_len, offset), lambda: self._angles(max_seq_len, offset))
+        return self._shards.get((max_seq_len, offset), lambda: self._kept_angles(max_seq_len, offset))
+
+    @torch.inference_mode(False)  # or training could not use what an evaluation has left here
+    def _kept_angles(self, max_seq_len: int, offset: int) -> Any:
+        return self._angles(max_seq_len, offset)
 
     def get_cached_cos_sin(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the tables of YaRN for fused latent attention are cut by Megatron's zigzag."""

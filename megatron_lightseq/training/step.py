@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_lightseq.megatron.batch import shard_batch
 from megatron_lightseq.training.auxiliary_losses import (
-    clear_books,
+    clear_trackers,
     from_last_stage,
     load_balancing_loss,
     mtp_loss,
@@ -82,7 +82,7 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
         chunk.train()
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    clear_books()
+    clear_trackers()
     reports = _run_schedule(training, data_iterators, training.num_microbatches, forward_only=False)
     learning_rate = training.optimizer.param_groups[0]["lr"]
     updated, grad_norm, _ = training.optimizer.step()

@@ -137,3 +137,15 @@ def test_groups_are_checked_against_the_configuration() -> None:
         groups.check(ParallelSizes(world_size=1))
     ProcessGroups.single().check(ParallelSizes(world_size=1))
     assert ProcessGroups.from_group(None) == ProcessGroups.single()
+
+
+def test_buffers_taken_in_inference_mode_may_be_written_in_training() -> None:
+    pool = BufferPool()
+    with torch.inference_mode():
+        taken = pool.take((2, 3), torch.float32, torch.device("cpu"))
+        taken.zero_()
+        pool.give(taken)
+    again = pool.take((2, 3), torch.float32, torch.device("cpu"))
+    assert again is taken
+    assert not again.is_inference()
+    again.add_(1.0)

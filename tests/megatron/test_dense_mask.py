@@ -39,17 +39,17 @@ EXPRESSIBLE = [
 
 @pytest.mark.parametrize("mask", EXPRESSIBLE, ids=str)
 def test_a_mask_is_recognised_by_what_it_hides(mask: Mask) -> None:
-    from megatron_lightseq.megatron.dense_mask import mask_from_dense
+    from megatron_lightseq.megatron.dense_mask import mask_from_hidden
 
     hidden = dense(mask)
-    found = mask_from_dense(hidden.expand(3, 1, -1, -1))
+    found = mask_from_hidden(hidden.expand(3, 1, -1, -1))
     assert found is not None
     assert torch.equal(dense(found), hidden)
     assert found in (mask, Mask.window(0)), "documents of one token are a window of one"
 
 
-def other_masks() -> dict[str, Tensor]:
-    """Masks that no Mask expresses."""
+def irregular_masks() -> dict[str, Tensor]:
+    """Masks without a kind of their own, in which each query sees a few intervals of keys."""
     causal = dense(Mask.causal())
     padding = causal.clone()
     padding[:, 20:] = True
@@ -61,37 +61,52 @@ def other_masks() -> dict[str, Tensor]:
     sink[:, 0] = False
     nothing = causal.clone()
     nothing[5] = True
+    return {"padding": padding, "prefix": prefix, "hole": hole, "sink": sink, "empty row": nothing}
+
+
+@pytest.mark.parametrize("name", irregular_masks())
+def test_masks_of_a_few_intervals_are_expressed_exactly(name: str) -> None:
+    from megatron_lightseq.megatron.dense_mask import mask_from_hidden
+
+    hidden = irregular_masks()[name]
+    found = mask_from_hidden(hidden)
+    assert found is not None
+    assert torch.equal(dense(found), hidden)
+
+
+def other_masks() -> dict[str, Tensor]:
+    """Masks that no Mask expresses: too many intervals in a row, and two sequences that differ."""
+    causal = dense(Mask.causal())
+    stripes = causal.clone()
+    stripes[:, ::2] = True
     two = torch.stack([causal, dense(Mask.documents((0, 12, 24)))])[:, None]
-    return {
-        "padding": padding,
-        "prefix": prefix,
-        "hole": hole,
-        "sink": sink,
-        "empty row": nothing,
-        "two": two,
-    }
+    return {"stripes": stripes, "two": two}
 
 
 @pytest.mark.parametrize("name", other_masks())
 def test_any_other_mask_has_no_equal(name: str) -> None:
-    from megatron_lightseq.megatron.dense_mask import mask_from_dense
+    from megatron_lightseq.megatron.dense_mask import mask_from_hidden
 
-    assert mask_from_dense(other_masks()[name]) is None
+    assert mask_from_hidden(other_masks()[name]) is None
 
 
 def test_long_masks_are_read_in_blocks() -> None:
-    from megatron_lightseq.megatron.dense_mask import mask_from_dense
+    from megatron_lightseq.megatron.dense_mask import mask_from_hidden
 
     hidden = torch.ones(2500, 2500, dtype=torch.bool).triu(1)
     hidden[1800:, :1800] = True
-    assert mask_from_dense(hidden) == Mask.documents((0, 1800, 2500))
+    assert mask_from_hidden(hidden) == Mask.documents((0, 1800, 2500))
 
 
 # --- in attention ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("mask", [Mask.causal(), Mask.documents((0, 5, 13)), Mask.window(4)], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [Mask.causal(), Mask.documents((0, 5, 13)), Mask.window(4), Mask.window(3) | Mask.sinks(1)],
+    ids=str,
+)
 def test_attention_follows_a_dense_mask_like_megatrons(mask: Mask) -> None:
     from tests.megatron.test_core_attention import build, megatrons, qkv, transformer_config
 
@@ -118,6 +133,7 @@ def test_attention_without_a_mask_type_follows_a_dense_mask() -> None:
 REFUSED: dict[str, Tensor] = {
     **{name: hidden.expand(2, 1, LENGTH, LENGTH) for name, hidden in other_masks().items()},
     "later tokens": dense(Mask.full()).expand(2, 1, LENGTH, LENGTH),
+    "prefix in a causal layer": irregular_masks()["prefix"].expand(2, 1, LENGTH, LENGTH),
     "padding of (B, S)": torch.zeros(2, LENGTH, dtype=torch.bool),
     "padding of (B, 1, 1, S)": torch.zeros(2, 1, 1, LENGTH, dtype=torch.bool),
     "numbers that are added": torch.zeros(1, 1, LENGTH, LENGTH),
@@ -131,7 +147,8 @@ def test_attention_refuses_any_other_mask_in_words(name: str) -> None:
     from tests.megatron.test_core_attention import build, qkv, transformer_config
 
     with pytest.raises(
-        UnsupportedError, match=r"attention_mask of shape \(.*hide later tokens.*attention_mask=None"
+        UnsupportedError,
+        match=r"attention_mask of shape \(.*at most 4 intervals of keys.*attention_mask=None",
     ):
         build(transformer_config())(*qkv(length=LENGTH), REFUSED[name])
 
@@ -161,8 +178,8 @@ def test_a_tensor_is_read_once_until_it_changes(monkeypatch: pytest.MonkeyPatch)
         reads += 1
         return original(hidden)
 
-    original = dense_mask.mask_from_dense
-    monkeypatch.setattr(dense_mask, "mask_from_dense", counted)
+    original = dense_mask.mask_from_hidden
+    monkeypatch.setattr(dense_mask, "mask_from_hidden", counted)
     masks = dense_mask.DenseMasks()
 
     def read(hidden: Tensor) -> Mask:
