@@ -55,7 +55,7 @@ from megatron_lightseq.config.typed import describe, field_docstrings, section_t
 from megatron_lightseq.kernels.specs import KERNELS
 from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
 from megatron_lightseq.megatron.lm.patch_points import DEFAULT_LAYERS, PATCH_POINTS
-from megatron_lightseq.megatron.lm.refusals import SIZES
+from megatron_lightseq.megatron.lm.refusals import SIZE_ARGUMENTS
 from megatron_lightseq.schedule import METHODS, TensorShape, simulate
 from megatron_lightseq.tools.markdown import markdown_table
 
@@ -172,7 +172,7 @@ def launcher(verdict: str) -> str:
     for option, flags_ in found.values():
         only = f" {', '.join(option.only)}" if option.only else ""
         condition = f", {option.condition.text}" if option.condition else ""
-        names_ = [*KEYS, *option.names, *SIZES]
+        names_ = [*KEYS, *option.names, *SIZE_ARGUMENTS]
         text = with_flags(f"{option.reason}|{option.remedy}", names_)
         rows.append([f"{', '.join(flags_)}{only}{with_flags(condition, names_)}", *text.split("|")])
     columns = ["argument", "because", "instead"]

@@ -15,7 +15,7 @@ from megatron_lightseq.config.megatron_option import Option, as_flag, with_flags
 from megatron_lightseq.config.megatron_options import launcher_options
 from megatron_lightseq.errors import explain
 
-SIZES = (
+SIZE_ARGUMENTS = (
     "context_parallel_size",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -67,7 +67,7 @@ def _message(name: str, value: Any, option: Option, ours: Mapping[str, Any]) -> 
         rule=option.reason,
         remedy=option.remedy,
     )
-    return with_flags(text, [*ours, *option.names, *SIZES])
+    return with_flags(text, [*ours, *option.names, *SIZE_ARGUMENTS])
 
 
 def _as_given(name: str, value: Any) -> str:
