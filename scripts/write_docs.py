@@ -55,6 +55,7 @@ from megatron_lightseq.config.typed import describe, field_docstrings, section_t
 from megatron_lightseq.kernels.specs import KERNELS
 from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
 from megatron_lightseq.megatron.lm.patch_points import DEFAULT_LAYERS, PATCH_POINTS
+from megatron_lightseq.megatron.lm.refusals import SIZE_ARGUMENTS
 from megatron_lightseq.schedule import METHODS, TensorShape, simulate
 from megatron_lightseq.tools.markdown import markdown_table
 
@@ -171,8 +172,9 @@ def launcher(verdict: str) -> str:
     for option, flags_ in found.values():
         only = f" {', '.join(option.only)}" if option.only else ""
         condition = f", {option.condition.text}" if option.condition else ""
-        text = with_flags(f"{option.reason}|{option.remedy}", [*KEYS, *option.names])
-        rows.append([f"{', '.join(flags_)}{only}{with_flags(condition, KEYS)}", *text.split("|")])
+        names_ = [*KEYS, *option.names, *SIZE_ARGUMENTS]
+        text = with_flags(f"{option.reason}|{option.remedy}", names_)
+        rows.append([f"{', '.join(flags_)}{only}{with_flags(condition, names_)}", *text.split("|")])
     columns = ["argument", "because", "instead"]
     shown = len(columns) if verdict == "refused" else 2
     return markdown_table(columns[:shown], [row[:shown] for row in rows])

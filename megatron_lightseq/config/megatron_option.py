@@ -54,7 +54,8 @@ class Option:
     attention: Verdict | None = None
     """In a model built with our layers; None: attention never sees it."""
     launcher: Verdict | None = None
-    """On Megatron-LM's command line; None: as in attention. What is not refused or replaced is passed on."""
+    """On Megatron-LM's command line; None: as in attention. What is not refused or replaced is passed on, and "outside"
+    marks refused fields that have no flag."""
     recipe: Spelling | Literal["key"] | None = None
     """In a recipe: a key of the same name, or what it stands for; None: as :func:`recipe_spellings` derives it."""
     kind: Kind = "field"

@@ -36,6 +36,7 @@ from megatron_lightseq.config.recipe_arguments import RECIPE
 
 _OTHER_ATTENTION = "it selects another attention"
 _OWN_LAYERS = "its layers take their attention from their own specification"
+_UNTESTED_OFFLOADING = "it was not tested together with attention's buffers"
 _PACKED = "it packs several documents into one sequence, and shards here are cut from whole sequences"
 _LOCAL_COUNT = (
     "each rank would count its own tokens only, so the loss would depend on how many ranks share them"
@@ -74,6 +75,7 @@ ATTENTION: tuple[Option, ...] = (
     refused(
         "fp8_dot_product_attention fp8_multi_head_attention",
         "attention takes fp32, bf16 and fp16 inputs only",
+        launcher="outside",
     ),
     row(
         "attention_backend",
@@ -91,7 +93,7 @@ ATTENTION: tuple[Option, ...] = (
         harmless=(None,),
     ),
     refused("experimental_attention_variant linear_attention_freq use_kitchen_attention", _OTHER_ATTENTION),
-    refused("enable_autocast", "attention computes in the dtype of its inputs"),
+    refused("enable_autocast", "attention computes in the dtype of its inputs", launcher="outside"),
     # Context parallelism.
     honoured("context_parallel_size", "must be the size of the context-parallel group", recipe="key"),
     honoured("cp_comm_type", "one method for all layers, or one per layer", recipe="key"),
@@ -128,11 +130,11 @@ ATTENTION: tuple[Option, ...] = (
         "cuda_graph_retain_backward_graph cuda_graph_warmup_steps",
         "read with CUDA graphs only",
     ),
-    refused(
-        "cpu_offloading fine_grained_activation_offloading", "not tested together with attention's buffers"
-    ),
+    refused("cpu_offloading", _UNTESTED_OFFLOADING, launcher="outside"),
+    refused("fine_grained_activation_offloading", _UNTESTED_OFFLOADING),
+    outside("cpu_offloading_num_layers", _UNTESTED_OFFLOADING, launcher="refused", harmless=(0, None)),
     outside(
-        "cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights cpu_offloading_double_buffering "
+        "cpu_offloading_activations cpu_offloading_weights cpu_offloading_double_buffering "
         "cpu_offloading_retain_pinned_cpu_buffers _cpu_offloading_context offload_modules min_offloaded_tensor_size "
         "fine_grained_offloading_max_inflight_offloads delay_offload_until_cuda_graph "
         "delta_offload_bytes_across_pp_ranks activation_offload_fraction",
@@ -218,6 +220,7 @@ ATTENTION: tuple[Option, ...] = (
     refused(
         "heterogeneous_block_specs",
         "gpt_layer_spec is one specification for all layers",
+        launcher="outside",
         remedy="Put LightSeqCoreAttention into the specifications of your own layers",
     ),
     outside("hetereogenous_dist_checkpoint", "it concerns checkpoints"),
@@ -316,8 +319,8 @@ LAUNCHER: tuple[Option, ...] = (
     ),
     launcher_row(
         "reset_attention_mask",
-        "documents are kept apart by the mask of the data loader, which attention gets on every layer and can follow "
-        "for one sequence at a time only then",
+        "attention follows the masks of the data loader, which must reach every layer and be the same for the whole "
+        "micro-batch",
         condition=LOST_DOCUMENTS,
         recipe=instead(f"In recipes the documents of a sequence attend to each other; {IN_LAUNCHER}"),
     ),

@@ -15,6 +15,14 @@ from megatron_lightseq.config.megatron_option import Option, as_flag, with_flags
 from megatron_lightseq.config.megatron_options import launcher_options
 from megatron_lightseq.errors import explain
 
+SIZE_ARGUMENTS = (
+    "context_parallel_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "micro_batch_size",
+)
+"""Other arguments that reasons and remedies mention."""
+
 
 def refusals(arguments: Any, ours: Mapping[str, Any]) -> list[str]:
     """A message for every argument that would be ignored, with its value, the reason and a remedy.
@@ -59,15 +67,7 @@ def _message(name: str, value: Any, option: Option, ours: Mapping[str, Any]) -> 
         rule=option.reason,
         remedy=option.remedy,
     )
-    return with_flags(text, [*ours, *option.names, *_OTHERS])
-
-
-_OTHERS = (
-    "context_parallel_size",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "micro_batch_size",
-)
+    return with_flags(text, [*ours, *option.names, *SIZE_ARGUMENTS])
 
 
 def _as_given(name: str, value: Any) -> str:
