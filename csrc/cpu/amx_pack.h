@@ -207,29 +207,32 @@ MLS_INLINE AmxPartRows tile_rows(const TokenTensor<const void>& tensor, int64_t 
   return padded_rows<Element>(tensor, group, at, tile.first_row, tile.num_rows, kTileRows, dim, copy);
 }
 
-// The rows with zeros instead of non-finite values: in `copy` if there are any, and then sets `is_finite` to
-// false.
-template <int kParts>
-inline AmxPartRows finite_rows(AmxPartRows rows, int64_t num_rows, int64_t width, AmxParts<uint16_t> copy,
-                               bool& is_finite) {
+// Whether there are extreme values in rows of bf16 values, or of the first parts of fp32 values.
+inline bool any_extreme(AmxRows rows, int64_t num_rows, int64_t width) {
   constexpr int kValues = 2;  // per word
-  const auto load = [&](int part, int64_t r, int64_t d) __attribute__((always_inline)) {
-    return reinterpret_cast<WordVec>(_mm512_loadu_si512(rows[part][r] + d));
-  };
-  // The first part of a value is finite exactly if the value is.
   WordVec marks{};
   for (int64_t r = 0; r < num_rows; ++r) {
-    for (int64_t d = 0; d < width; d += kAmxBlock) marks |= mark_non_finite<kValues>(load(0, r, d));
+    for (int64_t d = 0; d < width; d += kAmxBlock)
+      marks |= mark_extreme<kValues>(reinterpret_cast<WordVec>(_mm512_loadu_si512(rows[r] + d)));
   }
-  if (!any_non_finite<kValues>(marks)) return rows;
-  is_finite = false;
+  return any_marked<kValues>(marks);
+}
+
+// If the rows have extreme values, sets `is_extreme` and returns a copy with zeros instead of non-finite
+// values.
+template <int kParts>
+inline AmxPartRows finite_rows(AmxPartRows rows, int64_t num_rows, int64_t width, AmxParts<uint16_t> copy,
+                               bool& is_extreme) {
+  if (!any_extreme(rows[0], num_rows, width)) return rows;
+  is_extreme = true;
   for (int64_t r = 0; r < num_rows; ++r) {
     for (int64_t d = 0; d < width; d += kAmxBlock) {
-      const WordVec cleared = non_finite_bits<kValues>(load(0, r, d));
-      for (int part = 0; part < kParts; ++part) {
-        _mm512_storeu_si512(copy[part] + r * width + d,
-                            reinterpret_cast<__m512i>(load(part, r, d) & ~cleared));
-      }
+      const auto load = [&](int part) __attribute__((always_inline)) {
+        return reinterpret_cast<WordVec>(_mm512_loadu_si512(rows[part][r] + d));
+      };
+      const WordVec kept = ~non_finite_bits<2>(load(0));
+      for (int part = 0; part < kParts; ++part)
+        _mm512_storeu_si512(copy[part] + r * width + d, reinterpret_cast<__m512i>(load(part) & kept));
     }
   }
   return {{copy.data, copy.size}, width};

@@ -26,11 +26,11 @@
 //     void load_rows(const RowTile&);
 //     // Adds the gradients of these rows with keys [begin, end), which are in one panel of the chunk.
 //     void differentiate(const BackwardTile&, int64_t begin, int64_t end, const Gradients&);
-//     // Whether all values of K in the chunk, and of Q and dO in the row tile, are finite. Others were
-//     replaced by
-//     // zeros in the products with P and dS (isolation.h).
-//     bool keys_are_finite() const;
-//     bool rows_are_finite() const;
+//     // Whether K of the chunk, or Q or dO of the row tile, has extreme values. Those not finite were
+//     replaced by zeros
+//     // in the products with P and dS (isolation.h).
+//     bool has_extreme_keys() const;
+//     bool has_extreme_rows() const;
 //   };
 #pragma once
 #include "isolation.h"
@@ -45,6 +45,7 @@ struct BackwardTile {
   RowTile rows;
   alignas(MLS_VEC_BYTES) float lse_log2[kTileRows];
   alignas(MLS_VEC_BYTES) float delta[kTileRows];
+  bool has_nan;  // in lse or delta; or delta is infinite
 };
 
 // Sums that an engine adds to, without softmax_scale. Keys count from first_key, the start of the chunk.
@@ -142,7 +143,7 @@ class BackwardChunk {
       const int64_t end = std::min(sums_.first_key + panel_end, rows.key_end);
       if (begin < end) engine_.differentiate(*tile_, begin, end, sums_);
     }
-    if (engine_.keys_are_finite() && engine_.rows_are_finite()) return;
+    if (!engine_.has_extreme_keys() && !engine_.has_extreme_rows()) return;
     p_.element_type == ElementType::kBFloat16 ? add_non_finite<BFloat16>() : add_non_finite<Float32>();
   }
 
@@ -150,11 +151,11 @@ class BackwardChunk {
   template <class Element>
   void add_non_finite() {
     const int64_t begin = sums_.first_key, end = begin + num_keys_;
-    if (!engine_.keys_are_finite()) {
+    if (engine_.has_extreme_keys()) {
       add_non_finite_keys<Element>(p_.k, at_, begin, end, shape_.head_dim, tile_->rows, sums_.dq_lanes,
                                    Engine::lanes(width_));
     }
-    if (engine_.rows_are_finite()) return;
+    if (!engine_.has_extreme_rows()) return;
     const auto adder = [&](float* sums, int64_t width) {
       return [=](int64_t key, int64_t d, Vec values) {
         float* const sum = sums + Engine::sum_at(width, key - begin, d);
@@ -168,6 +169,7 @@ class BackwardChunk {
   }
 
   void load_row_values() {
+    tile_->has_nan = false;
     for (int i = 0; i < kTileRows; ++i) {
       tile_->lse_log2[i] = kInfinity;  // rows past the end and rows that see no key: P = 2^-inf = 0
       tile_->delta[i] = 0.0f;
@@ -176,6 +178,7 @@ class BackwardChunk {
       if (lse == -kInfinity) continue;
       tile_->lse_log2[i] = lse * kLog2E;
       tile_->delta[i] = row_value(p_.delta, group_, at_, tile_->rows.first_row + i);
+      tile_->has_nan |= std::isnan(lse) || !std::isfinite(tile_->delta[i]);
     }
   }
 

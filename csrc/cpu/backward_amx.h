@@ -56,7 +56,7 @@ class AmxBackward {
 
   void load_chunk(int64_t first, int64_t last) {
     const AttentionShape& shape = p_.shape;
-    keys_are_finite_ = true;
+    has_extreme_keys_ = has_extreme_values_ = false;
     for (int64_t key = first; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
       const int64_t next = key + kAmxBlock, next_end = std::min(next + kAmxBlock, last);
@@ -64,17 +64,18 @@ class AmxBackward {
       prefetch_key_rows<Element>(p_.v, at_, next, next_end, shape.value_dim);
       const AmxPartRows k = key_rows<Element>(p_.k, at_, key, count, shape.head_dim, rows_);
       for (int part = 0; part < kParts; ++part) rows_to_tiles(k[part], width_, k_[part] + to * width_);
-      const AmxPartRows finite = finite_rows<kParts>(k, kAmxBlock, width_, rows_, keys_are_finite_);
+      const AmxPartRows finite = finite_rows<kParts>(k, kAmxBlock, width_, rows_, has_extreme_keys_);
       for (int part = 0; part < kParts; ++part)
         keys_to_column_tiles(finite[part], width_, k_columns_[part] + to * width_);
       const AmxPartRows v = key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_);
       for (int part = 0; part < kParts; ++part)
         rows_to_tiles(v[part], value_width_, v_[part] + to * value_width_);
+      has_extreme_values_ |= any_extreme(v[0], kAmxBlock, value_width_);
     }
   }
 
   void load_rows(const RowTile& tile) {
-    rows_are_finite_ = true;
+    has_extreme_rows_ = false;
     load_rows(p_.q, tile, p_.shape.head_dim, q_lanes_, q_pairs_);
     load_rows(p_.dout, tile, p_.shape.value_dim, do_lanes_, do_pairs_);
     prefetch_rows(tile);
@@ -96,8 +97,8 @@ class AmxBackward {
     products_.finish();
   }
 
-  bool keys_are_finite() const { return keys_are_finite_; }
-  bool rows_are_finite() const { return rows_are_finite_; }
+  bool has_extreme_keys() const { return has_extreme_keys_; }
+  bool has_extreme_rows() const { return has_extreme_rows_; }
 
  private:
   // With one part, there are too few products to interleave the other work with.
@@ -119,6 +120,9 @@ class AmxBackward {
     uint32_t key_pairs[kParts * kStepWords];  // dS^T in pairs of keys
   };
 
+  // What is masked: nothing, the scores, or also P and dS (isolation.h).
+  enum class Masking { kNone, kScores, kIsolated };
+
   // Keys [key, key + num_keys) of the chunk.
   struct Step {
     int64_t key = 0, num_keys = 0;  // 0: no step
@@ -132,7 +136,7 @@ class AmxBackward {
     const AmxPartRows rows = tile_rows<Element>(tensor, p_.shape.heads_per_group(), at_, tile, dim, rows_);
     for (int part = 0; part < kParts; ++part)
       rows_to_word_tiles(rows[part], kTileRows, amx_width(dim), lanes[part]);
-    const AmxPartRows finite = finite_rows<kParts>(rows, kTileRows, amx_width(dim), rows_, rows_are_finite_);
+    const AmxPartRows finite = finite_rows<kParts>(rows, kTileRows, amx_width(dim), rows_, has_extreme_rows_);
     for (int part = 0; part < kParts; ++part)
       rows_to_pair_tiles(finite[part], kTileRows, amx_width(dim), pairs[part]);
   }
@@ -183,10 +187,12 @@ class AmxBackward {
       multiply(work);
       work.rest();
     };
-    if (tile.rows.needs_mask(first, first + step.num_keys)) {
-      differentiate(Differentiation<true>(*this, tile, step, first, calls));
+    if (!tile.rows.needs_mask(first, first + step.num_keys)) {
+      differentiate(Differentiation<Masking::kNone>(*this, tile, step, first, calls));
+    } else if (tile.has_nan || has_extreme_rows_ || has_extreme_values_) {
+      differentiate(Differentiation<Masking::kIsolated>(*this, tile, step, first, calls));
     } else {
-      differentiate(Differentiation<false>(*this, tile, step, first, calls));
+      differentiate(Differentiation<Masking::kScores>(*this, tile, step, first, calls));
     }
   }
 
@@ -238,7 +244,7 @@ class AmxBackward {
 
   // Computes P^T = 2^(S^T * scale * log2(e) - lse) and dS^T = P^T (dP^T - delta), in units of two keys and
   // two vectors.
-  template <bool kMasked>
+  template <Masking kMask>
   class Differentiation {
    public:
     Differentiation(AmxBackward& engine, const BackwardTile& tile, const Step& step, int64_t first_key,
@@ -276,10 +282,12 @@ class AmxBackward {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const uint64_t from = i * kAmxRow + x * kRight;
-          Vec weight = weight_exp2<kParts>(load(s + from) * scale_ - lse);
-          Vec dscore = weight * load(dp + from);
-          if constexpr (kMasked) {
-            const IntVec seen = sees(tile_->rows, first_key_ + 2 * pair + i, vector);
+          Vec score = load(s + from);
+          const auto key = first_key_ + 2 * pair + i;
+          if constexpr (kMask != Masking::kNone) score = mask_scores(tile_->rows, key, vector, score);
+          Vec weight = weight_exp2<kParts>(score * scale_ - lse), dscore = weight * load(dp + from);
+          if constexpr (kMask == Masking::kIsolated) {
+            const IntVec seen = sees(tile_->rows, key, vector);
             weight = select(seen, weight, Vec{}), dscore = select(seen, dscore, Vec{});
           }
           p[i][x] = split<kParts>(weight);
@@ -318,7 +326,7 @@ class AmxBackward {
   const AmxParts<uint32_t> do_lanes_, do_pairs_;  // the same for dO, with value_width
   Scores* const scores_;                          // of the steps in flight
   const AmxParts<uint16_t> rows_;                 // staging
-  bool keys_are_finite_ = true, rows_are_finite_ = true;
+  bool has_extreme_keys_ = false, has_extreme_values_ = false, has_extreme_rows_ = false;
   alignas(MLS_VEC_BYTES) float minus_delta_[kTileRows];
 };
 

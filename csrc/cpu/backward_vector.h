@@ -56,14 +56,14 @@ class BackwardProducts {
     }
   }
 
-  bool keys_are_finite() const { return keys_are_finite_; }
-  bool rows_are_finite() const { return rows_are_finite_; }
+  bool has_extreme_keys() const { return has_extreme_keys_; }
+  bool has_extreme_rows() const { return has_extreme_rows_; }
 
  protected:
   const int64_t dim_, value_dim_;
   const float log2_scale_;
   const int64_t chunk_keys_;
-  bool keys_are_finite_ = true, rows_are_finite_ = true;
+  bool has_extreme_keys_ = false, has_extreme_values_ = false, has_extreme_rows_ = false;
   const int64_t width_, value_width_;  // padded(words of D), padded(words of Dv)
   float* const k_;                     // [chunk keys][width]
   float* const k_copy_;                // K in the order of copy_columns
@@ -99,25 +99,38 @@ class BackwardProducts {
   template <int V>
   void probabilities(const BackwardTile& tile, const KeySegment& keys, const float* k) {
     const Vec scale = splat(log2_scale_);
-    const bool masked = needs_mask(tile.rows, keys);
+    const bool masked = needs_mask(tile.rows, keys), isolated = masked && needs_isolation(tile);
     const float *const q = q_lanes_ + keys.first_row(), *const lse = tile.lse_log2 + keys.first_row();
     float *const weights = weights_, *const weight_rows = weight_rows_;
     const int64_t depth = words<Words>(dim_), stride = width_;
     for_row_groups<Words::kValues>(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
       multiply<Words, Order::kRowMajor>(k + r * stride, stride, q, kTileRows, depth, acc);
-      acc.for_each([&](int, int x, Vec& score) __attribute__((always_inline)) {
+      if (masked) {
+        acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
+          score = mask_scores(tile.rows, keys.begin + r + i, keys.first_vec + x, score);
+        });
+      }
+      acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
         score = exp2(score * scale - load(lse + x * kLanes));
+        store(weights + (r + i) * kTileRows + x * kLanes, score);
       });
-      if (masked) clear_masked(tile.rows, keys, r, acc);
-      acc.for_each([&](int i, int x, Vec& weight) __attribute__((always_inline)) {
-        store(weights + (r + i) * kTileRows + x * kLanes, weight);
-      });
+      if (isolated) {
+        clear_masked(tile.rows, keys, r, acc);
+        acc.for_each([&](int i, int x, Vec& weight) __attribute__((always_inline)) {
+          store(weights + (r + i) * kTileRows + x * kLanes, weight);
+        });
+      }
       if constexpr (Words::kValues > 1) Words::store_row_words(acc, weight_rows + r * kRowWords);
     });
   }
 
-  // Zeros where rows may not see keys, which count from r in the segment.
+  // Whether masked P and dS may be NaN.
+  bool needs_isolation(const BackwardTile& tile) const {
+    return tile.has_nan || has_extreme_rows_ || has_extreme_values_;
+  }
+
+  // Sets values to zero where rows may not see keys, which count from r in the segment.
   template <int R, int V>
   static MLS_INLINE void clear_masked(const RowTile& tile, const KeySegment& keys, int64_t r,
                                       Accumulator<R, V>& acc) {
@@ -129,7 +142,7 @@ class BackwardProducts {
   // dS^T = P^T (V dO^T - delta), zero where masked
   template <int V>
   void score_gradients(const BackwardTile& tile, const KeySegment& keys, const float* v) {
-    const bool masked = needs_mask(tile.rows, keys);
+    const bool isolated = needs_isolation(tile) && needs_mask(tile.rows, keys);
     const float *const dout = do_lanes_ + keys.first_row(), *const delta = tile.delta + keys.first_row();
     const float* const weights = weights_;
     float *const dscore_rows = dscore_rows_, *const dscore_keys = dscore_keys_;
@@ -140,7 +153,7 @@ class BackwardProducts {
       acc.for_each([&](int i, int x, Vec& dp) __attribute__((always_inline)) {
         dp = load(weights + (r + i) * kTileRows + x * kLanes) * (dp - load(delta + x * kLanes));
       });
-      if (masked) clear_masked(tile.rows, keys, r, acc);
+      if (isolated) clear_masked(tile.rows, keys, r, acc);
       Words::store_row_words(acc, dscore_rows + r * kRowWords);
       Words::store_key_words(acc, dscore_keys + words<Words>(r) * kTileRows);
     });
@@ -204,21 +217,22 @@ class VectorBackward : public BackwardProducts<typename Operands::Words> {
     const int64_t count = last - first;
     Operands::load_keys(p_.k, at_, first, count, dim_, k_);
     const float* const k = Words::join_rows(k_, count, dim_, k_joined_);
-    keys_are_finite_ = all_finite<Words>(k, words<Words>(count) * padded(dim_));
-    if (keys_are_finite_ && is_narrow(p_.shape, p_.mask)) {
+    has_extreme_keys_ = any_extreme<Words>(k, words<Words>(count) * padded(dim_));
+    if (!has_extreme_keys_ && is_narrow(p_.shape, p_.mask)) {
       k_columns_ = columns_in_place(k, dim_);
     } else {
       k_columns_ = copy_columns(k, words<Words>(count), dim_, words<Words>(chunk_keys_), k_copy_);
     }
     // Not in k_: scores need the values as they are.
-    if (!keys_are_finite_) {
+    if (has_extreme_keys_) {
       clear_non_finite<Words>(k_copy_, words<Words>(chunk_keys_) * round_up(dim_, kMicroRows));
     }
     Operands::load_keys(p_.v, at_, first, count, value_dim_, v_);
+    has_extreme_values_ = any_extreme<Words>(v_, count * value_width_);
   }
 
   void load_rows(const RowTile& tile) {
-    rows_are_finite_ = true;
+    has_extreme_rows_ = false;
     q_rows_ = load_rows(p_.q, tile, dim_, q_loaded_, q_joined_, q_lanes_);
     do_rows_ = load_rows(p_.dout, tile, value_dim_, do_loaded_, do_joined_, do_lanes_);
   }
@@ -226,8 +240,8 @@ class VectorBackward : public BackwardProducts<typename Operands::Words> {
  private:
   using Products::dim_, Products::value_dim_, Products::chunk_keys_, Products::width_, Products::value_width_,
       Products::k_, Products::k_copy_, Products::k_columns_, Products::v_, Products::q_lanes_,
-      Products::do_lanes_, Products::q_rows_, Products::do_rows_, Products::keys_are_finite_,
-      Products::rows_are_finite_;
+      Products::do_lanes_, Products::q_rows_, Products::do_rows_, Products::has_extreme_keys_,
+      Products::has_extreme_values_, Products::has_extreme_rows_;
 
   // Fills `lanes`; returns the rows in words of rows, `loaded` or `joined`, with zeros instead of non-finite
   // values.
@@ -236,7 +250,7 @@ class VectorBackward : public BackwardProducts<typename Operands::Words> {
     Operands::load_rows(tensor, p_.shape.heads_per_group(), at_, tile, dim, loaded);
     rows_to_lanes(loaded, words<Words>(dim), lanes);
     float* const rows = Words::join_rows(loaded, kTileRows, dim, joined);
-    rows_are_finite_ &= clear_non_finite<Words>(rows, words<Words>(kTileRows) * padded(dim));
+    has_extreme_rows_ |= clear_if_extreme<Words>(rows, words<Words>(kTileRows) * padded(dim));
     return rows;
   }
 

@@ -23,8 +23,8 @@
 //     out);
 //     // Completes the products that attend() has left pending.
 //     void finish_panel();
-//     // Whether all values of the panel are finite. Others were replaced by zeros (isolation.h).
-//     bool values_are_finite() const;
+//     // Whether V of the panel has extreme values. Those not finite were replaced by zeros (isolation.h).
+//     bool has_extreme_values() const;
 //
 //     // The driver calls prefetch_keys_later() before the last kPrefetchRowTiles row tiles of a panel: the
 //     engine
@@ -120,7 +120,7 @@ class ForwardBlock {
       if (from < to) engine_.attend(t, tiles_[t], states_[t], first, from, to, out_lanes(t));
     }
     engine_.finish_panel();
-    if (engine_.values_are_finite()) return;
+    if (!engine_.has_extreme_values()) return;
     for (int t = 0; t < num_tiles; ++t) {
       const bool is_bf16 = p_.element_type == ElementType::kBFloat16;
       is_bf16 ? add_non_finite_values<BFloat16>(t, begin, end)

@@ -83,7 +83,7 @@ class AmxForward {
 
   void load_panel(int64_t first, int64_t begin, int64_t last) {
     const AttentionShape& shape = p_.shape;
-    values_are_finite_ = true;
+    has_extreme_values_ = false;
     for (int64_t key = first + (begin - first) / kAmxBlock * kAmxBlock; key < last; key += kAmxBlock) {
       const int64_t count = std::min<int64_t>(kAmxBlock, last - key), to = key - first;
       prefetch_keys(key + kAmxBlock, std::min(key + 2 * kAmxBlock, shape.num_keys));
@@ -91,7 +91,7 @@ class AmxForward {
       for (int part = 0; part < kParts; ++part) rows_to_tiles(k[part], width_, k_[part] + to * width_);
       const AmxPartRows v =
           finite_rows<kParts>(key_rows<Element>(p_.v, at_, key, count, shape.value_dim, rows_), kAmxBlock,
-                              value_width_, rows_, values_are_finite_);
+                              value_width_, rows_, has_extreme_values_);
       for (int part = 0; part < kParts; ++part)
         keys_to_column_tiles(v[part], value_width_, v_columns_[part] + to * value_width_);
     }
@@ -114,7 +114,7 @@ class AmxForward {
     }
   }
 
-  bool values_are_finite() const { return values_are_finite_; }
+  bool has_extreme_values() const { return has_extreme_values_; }
 
   void prefetch_keys_later(int64_t begin, int64_t end) { coming_key_ = begin, coming_end_ = end; }
 
@@ -447,7 +447,7 @@ class AmxForward {
   float *scores_, *next_scores_;        // S^T of a step: for each vector of rows [keys][kLanes]
   Weights new_weights_, old_weights_;   // being computed by recent steps; being multiplied with V
   Step current_;
-  bool values_are_finite_ = true;            // of the panel
+  bool has_extreme_values_ = false;          // of the panel
   int64_t coming_key_ = 0, coming_end_ = 0;  // keys of the next panel that are still to be prefetched
 };
 

@@ -42,7 +42,7 @@ class ForwardProducts {
   void clear(int, float* out) { std::memset(out, 0, value_width_ * kTileRows * sizeof(float)); }
   void complete(int, float*) {}
   void finish_panel() {}
-  bool values_are_finite() const { return values_are_finite_; }
+  bool has_extreme_values() const { return has_extreme_values_; }
   static constexpr int kPrefetchRowTiles = 0;  // no prefetching
   void prefetch_keys_later(int64_t, int64_t) {}
 
@@ -75,7 +75,7 @@ class ForwardProducts {
   float* const k_;            // [kPanelKeys][width]
   float* const v_copy_;       // V in the order of copy_columns
   PanelColumns v_columns_{};  // V in v_copy_ or where it was loaded; its "keys" are words of keys
-  bool values_are_finite_ = true;
+  bool has_extreme_values_ = false;
   float* const scores_;  // S^T, then P^T in words of keys: [kVectorPanelKeys][kTileRows]
 
  private:
@@ -170,7 +170,7 @@ class VectorForward : public ForwardProducts<typename Operands::Words> {
     Operands::load_keys(p_.k, at_, first_key_, count, dim_, k_);
     Operands::load_keys(p_.v, at_, first_key_, count, value_dim_, v_rows_);
     const int64_t loaded = round_up(count, Words::kValues) * padded(words<Words>(value_dim_));
-    values_are_finite_ = clear_non_finite<Words>(v_rows_, loaded);
+    has_extreme_values_ = clear_if_extreme<Words>(v_rows_, loaded);
     const float* const v = Words::join_rows(v_rows_, count, value_dim_, v_joined_);
     v_columns_ = is_narrow(p_.shape, p_.mask)
                      ? columns_in_place(v, value_dim_)
@@ -179,7 +179,7 @@ class VectorForward : public ForwardProducts<typename Operands::Words> {
 
  private:
   using Products::dim_, Products::value_dim_, Products::width_, Products::q_, Products::first_key_,
-      Products::k_, Products::v_copy_, Products::v_columns_, Products::values_are_finite_;
+      Products::k_, Products::v_copy_, Products::v_columns_, Products::has_extreme_values_;
 
   const ForwardParams& p_;
   const KeyHead at_;

@@ -1,15 +1,18 @@
 // Isolation of rows and keys that the mask separates, such as those of different documents.
 //
-// A (row, key) pair that the mask excludes has weight zero, but zero times a value that is not finite is NaN.
-// So the products of a tile would spread NaN and infinity from one document to the rows and keys of another.
-// Two rules prevent this:
+// A (row, key) pair that the mask excludes has weight zero, but zero times infinity or NaN is NaN. So the
+// products of a tile would spread them from one document to the rows and keys of another. Where extreme
+// values occur, two rules prevent this:
 //
-// * P and dS are set to zero where masked after they are computed: a masked score alone does not give zero if
-// its
-//   row's lse is NaN, and a masked dP may not be finite.
+// * P and dS are set to zero where masked after they are computed, because a masked dP may not be finite, and
+// a
+//   masked score of -inf minus an lse of NaN is NaN.
 // * The other operand of their products (V, dO, K or Q) has zeros instead of its non-finite values. The rows
 // and keys
 //   that do see these values get them added afterwards, without weights: the sum is not finite either way.
+//
+// Values are extreme if they are not finite or so large that products of V and dO might overflow. Looking for
+// them when operands are loaded takes little time; the rest costs nothing unless there are any.
 #pragma once
 #include "pack.h"
 #include "row_tile.h"
@@ -23,18 +26,26 @@ constexpr uint32_t kSignBits = kValues == 1 ? 0x80000000u : 0x80008000u;
 template <int kValues>
 constexpr uint32_t kExponentBits = kValues == 1 ? 0x7f800000u : 0x7f807f80u;
 
-// Has the sign bit of each value that is not finite, whose exponent is all ones. Other bits are arbitrary.
+// 2^56 as fp32, and as two bf16: products of smaller values do not overflow, nor do sums of many of them.
 template <int kValues>
-MLS_INLINE WordVec mark_non_finite(WordVec words) {
-  constexpr uint32_t kLowestBits = kExponentBits<kValues> & ~(kExponentBits<kValues> << 1);
+constexpr uint32_t kExtreme = kValues == 1 ? 0x5b800000u : 0x5b805b80u;
+
+// Has the sign bit of each value of at least `limit` (a power of two, in each value of the word) in
+// magnitude. Other bits are arbitrary.
+template <int kValues>
+MLS_INLINE WordVec mark_from(WordVec words, uint32_t limit) {
   const WordVec exponents = words & kExponentBits<kValues>;
-  return exponents + kLowestBits;
+  return exponents + (kSignBits<kValues> - limit);
+}
+template <int kValues>
+MLS_INLINE WordVec mark_extreme(WordVec words) {
+  return mark_from<kValues>(words, kExtreme<kValues>);
 }
 
-// Has all bits of each value that is not finite, and no others.
+// Has all bits of each value that is not finite, whose exponent is all ones, and no others.
 template <int kValues>
 MLS_INLINE WordVec non_finite_bits(WordVec words) {
-  const WordVec signs = mark_non_finite<kValues>(words) & kSignBits<kValues>;
+  const WordVec signs = mark_from<kValues>(words, kExponentBits<kValues>) & kSignBits<kValues>;
   return signs | (signs - (signs >> (32 / kValues - 1)));
 }
 
@@ -42,31 +53,36 @@ MLS_INLINE WordVec load_words(const float* words) {
   return reinterpret_cast<WordVec>(load(words));
 }
 
-// Whether any of the marked words has a value that is not finite.
 template <int kValues>
-inline bool any_non_finite(WordVec marks) {
+inline bool any_marked(WordVec marks) {
   uint32_t all = 0;
   for (int i = 0; i < kLanes; ++i) all |= marks[i];
   return (all & kSignBits<kValues>) != 0;
 }
 
-// Whether all values of `count` words are finite; `count` is rounded up to whole vectors.
+// Whether any of the values of `count` words is extreme; `count` is rounded up to whole vectors.
 template <class Words>
-inline bool all_finite(const float* words, int64_t count) {
+inline bool any_extreme(const float* words, int64_t count) {
   WordVec marks{};
-  for (int64_t i = 0; i < count; i += kLanes) marks |= mark_non_finite<Words::kValues>(load_words(words + i));
-  return !any_non_finite<Words::kValues>(marks);
+  for (int64_t i = 0; i < count; i += kLanes) marks |= mark_extreme<Words::kValues>(load_words(words + i));
+  return any_marked<Words::kValues>(marks);
 }
 
-// Replaces non-finite values by zeros, and returns whether there were none; `count` as above.
+// Replaces non-finite values by zeros; `count` as above.
 template <class Words>
-inline bool clear_non_finite(float* words, int64_t count) {
-  if (all_finite<Words>(words, count)) return true;
+inline void clear_non_finite(float* words, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const WordVec value = load_words(words + i);
     store(words + i, reinterpret_cast<Vec>(value & ~non_finite_bits<Words::kValues>(value)));
   }
-  return false;
+}
+
+// The same, if there are extreme values; returns whether there are.
+template <class Words>
+inline bool clear_if_extreme(float* words, int64_t count) {
+  const bool extreme = any_extreme<Words>(words, count);
+  if (extreme) clear_non_finite<Words>(words, count);
+  return extreme;
 }
 
 // The values of a row from src on, with zeros instead of finite values and past the end.
@@ -78,8 +94,9 @@ MLS_INLINE Vec load_non_finite(const typename Element::Storage* src, int64_t cou
   return reinterpret_cast<Vec>(values & non_finite_bits<1>(values));
 }
 
-MLS_INLINE bool has_non_finite(Vec values) {
-  return any_non_finite<1>(mark_non_finite<1>(reinterpret_cast<WordVec>(values)));
+// Whether load_non_finite() has found any.
+MLS_INLINE bool any_non_finite(Vec values) {
+  return any_marked<1>(mark_extreme<1>(reinterpret_cast<WordVec>(values)));
 }
 
 // lanes[d][row] += value d of each key in [begin, end) that the row sees, where that value is not finite.
@@ -91,7 +108,7 @@ inline void add_non_finite_keys(const TokenTensor<const void>& tensor, KeyHead a
     const auto* const values = row_pointer(keys, 1, at, key);
     for (int64_t d = 0; d < dim; d += kLanes) {
       const Vec added = load_non_finite<Element>(values + d, dim - d);
-      if (!has_non_finite(added)) continue;
+      if (!any_non_finite(added)) continue;
       for (int i = 0; i < std::min<int64_t>(kLanes, dim - d); ++i) {
         for (int x = 0; x < kMicroVecs; ++x) {
           float* const sum = lanes + layout.at(d + i, x * kLanes);
@@ -114,7 +131,7 @@ inline void add_non_finite_rows(const TokenTensor<const void>& tensor, int64_t g
                   last = std::min<int64_t>(end, tile.end[row]);
     for (int64_t d = 0; first < last && d < dim; d += kLanes) {
       const Vec added = load_non_finite<Element>(values + d, dim - d);
-      if (!has_non_finite(added)) continue;
+      if (!any_non_finite(added)) continue;
       for (int64_t key = first; key < last; ++key) add(key, d, added);
     }
   }

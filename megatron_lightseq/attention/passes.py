@@ -11,7 +11,8 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_lightseq.kernels.merge import merge_into
-from megatron_lightseq.kernels.registry import Kernel, TileMask
+from megatron_lightseq.kernels.registry import Kernel
+from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.schedule import Payload
 from megatron_lightseq.schedule.program import Call
 

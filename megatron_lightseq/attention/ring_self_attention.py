@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron_lightseq.attention.passes import Bundle
 from megatron_lightseq.attention.runtime import BoundProgram, Runtime
 from megatron_lightseq.kernels.reference import visible
-from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype
+from megatron_lightseq.kernels.registry import accumulator_dtype
+from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.schedule import Payload
 from megatron_lightseq.schedule.program import Call
 
@@ -76,6 +77,11 @@ class _RowPass:
         keys = call.k_positions
         return rows[..., call.q.start : call.q.stop, keys.start : keys.stop : keys.step]
 
+    def seen(self, rows: Tensor, call: Call, mask: TileMask) -> Tensor:
+        """The same with zeros for the pairs that are another call's: a tile may take several."""
+        hidden = ~visible(mask, len(call.q_positions), len(call.k_positions), rows.device)
+        return self.part(rows, call).masked_fill(hidden, 0.0)
+
     def add(self, call: Call, total: Tensor, part: Tensor) -> None:
         total.copy_(part) if call.fresh else total.add_(part)
 
@@ -103,8 +109,8 @@ class _Scores(_RowPass):
         scores = (
             torch.einsum("sbgrd,nbgd->bgrsn", _grouped(q, k.shape[2]), k.to(self.rows.dtype)) * self.scale
         )
-        hidden = ~visible(mask, q.shape[0], k.shape[0], q.device)
-        self.part(self.rows, call).copy_(scores.masked_fill(hidden, float("-inf")))
+        part, seen = self.part(self.rows, call), visible(mask, q.shape[0], k.shape[0], q.device)
+        part.copy_(torch.where(seen, scores, part))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +123,7 @@ class _Outputs(_RowPass):
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
         (v,), ((out,),) = k_side, results
-        weights = self.part(self.rows, call)
+        weights = self.seen(self.rows, call, mask)
         self.add(call, out, torch.einsum("bgrsn,nbgd->sbgrd", weights, v.to(weights.dtype)).flatten(2, 3))
 
 
@@ -134,7 +140,7 @@ class _ValueGradients(_RowPass):
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
         (dout,), (v,), (_, (dv,)) = q_side, k_side, results
-        weights, grouped = self.part(self.rows, call), _grouped(dout, v.shape[2])
+        weights, grouped = self.seen(self.rows, call, mask), _grouped(dout, v.shape[2])
         dweights = torch.einsum("sbgrd,nbgd->bgrsn", grouped, v.to(weights.dtype))
         self.part(self.dweights, call).copy_(dweights)
         self.add(call, dv, torch.einsum("bgrsn,sbgrd->nbgd", weights, grouped))
@@ -156,7 +162,7 @@ class _KeyGradients(_RowPass):
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
         (q,), (k,), ((dq,), (dk,)) = q_side, k_side, results
-        dscores = self.part(self.rows, call)
+        dscores = self.seen(self.rows, call, mask)
         dq_part = torch.einsum("bgrsn,nbgd->sbgrd", dscores, k.to(dscores.dtype)).flatten(2, 3)
         self.add(call, dq, dq_part)
         self.add(call, dk, torch.einsum("bgrsn,sbgrd->nbgd", dscores, _grouped(q, k.shape[2])))

@@ -10,14 +10,14 @@ Token dimension: 0 in (S, B, H, D) tensors, last in (B, H, S) statistics.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from megatron_lightseq.attention.passes import Bundle, Pass
 from megatron_lightseq.attention.stats import AttentionStats
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.schedule import Payload, Program
 from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS
 from megatron_lightseq.schedule.program import OWN, Call, Operand, ProgramStep, Span, Transfer
@@ -28,7 +28,10 @@ _MAX_BUNDLE = 4
 
 @dataclass(frozen=True, slots=True)
 class BoundProgram:
-    """A program with the masks of its calls, in the form that kernels take, on one device."""
+    """A program with the masks of its calls, in the form that kernels take, on one device.
+
+    A mask of several terms takes several kernel calls for a tile; each is a call of the bound program.
+    """
 
     program: Program
     masks: tuple[tuple[TileMask, ...], ...]
@@ -36,13 +39,18 @@ class BoundProgram:
     @staticmethod
     def bind(program: Program, device: torch.device) -> BoundProgram:
         """Compute the masks of all calls once; those that need tensors have them on ``device``."""
-        masks = tuple(
-            tuple(
-                TileMask.of(program.mask, call.q_positions, call.k_positions, device) for call in step.calls
-            )
-            for step in program.steps
-        )
-        return BoundProgram(program, masks)
+        steps, masks = [], []
+        for step in program.steps:
+            bound = [
+                (call if number == 0 else replace(call, fresh=False), mask)
+                for call in step.calls
+                for number, mask in enumerate(
+                    TileMask.of(program.mask, call.q_positions, call.k_positions, device)
+                )
+            ]
+            steps.append(replace(step, calls=tuple(call for call, _ in bound)))
+            masks.append(tuple(mask for _, mask in bound))
+        return BoundProgram(replace(program, steps=tuple(steps)), tuple(masks))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -102,17 +102,6 @@ def layers_divide_by_virtual_stages(c: PretrainConfig, _: Machine) -> bool:
 
 @PARALLEL.rule(
     "num_layers_per_virtual_pipeline_stage",
-    "overlap_p2p_comm",
-    text="the interleaved schedule is exact only with overlap_p2p_comm: without it, several messages between two "
-    "ranks share one batch, and Megatron-Core silently trains on wrong activations",
-    remedy="Set overlap_p2p_comm to true",
-)
-def virtual_pipeline_needs_overlap(c: PretrainConfig, _: Machine) -> bool:
-    return not c.parallel.virtual_pipeline or c.parallel.overlap_p2p_comm
-
-
-@PARALLEL.rule(
-    "num_layers_per_virtual_pipeline_stage",
     "pipeline_model_parallel_size",
     "micro_batch_size",
     "global_batch_size",

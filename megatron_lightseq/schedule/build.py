@@ -41,13 +41,14 @@ def build(
     Raises:
         UnsupportedError: an unknown method, or one that does not work on this layout.
         LayoutError: the sequence does not divide among the ranks.
+        ConfigError: the mask is for sequences of another length.
         ScheduleError: the placement loses, repeats or misplaces a tile.
     """
     method = resolve_method(method)
     method.check_layout(layout)
     mask = Mask.causal() if mask is None else mask
     if seq_length is None:
-        seq_length = mask.cu_seqlens[-1] if mask.cu_seqlens else method.nominal_length(layout)
+        seq_length = mask.length or method.nominal_length(layout)
     problem = Problem(
         layout=layout,
         mask=mask,

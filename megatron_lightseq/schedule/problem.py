@@ -20,7 +20,7 @@ class Problem:
 
     Raises:
         LayoutError: at construction, if the ranks cannot hold equal shards of ``seq_length`` tokens.
-        ConfigError: at construction, if the mask's documents do not end at ``seq_length``.
+        ConfigError: at construction, if the mask is for sequences of another length.
     """
 
     layout: SequenceLayout
@@ -62,6 +62,7 @@ class TileAreas:
         self._layout = layout
         self._mask = mask
         self._seq_length = seq_length
+        self._is_window = mask.window_size is not None
         self._known: dict[tuple[int, int, int, int], int] = {}
 
     def __call__(self, tile: Tile) -> int:
@@ -73,8 +74,8 @@ class TileAreas:
 
     def between(self, queries: range, keys: range) -> int:
         """The area of queries against keys at these global positions, which have the same stride."""
-        # Without documents an area depends only on the lengths and on the distance from the queries to the keys.
-        at = 0 if self._mask.cu_seqlens is None else queries.start
+        # In a window an area depends only on the lengths and on the distance from the queries to the keys.
+        at = 0 if self._is_window else queries.start
         like = (at, keys.start - queries.start, len(queries), len(keys))
         area = self._known.get(like)
         if area is None:

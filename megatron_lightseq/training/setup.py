@@ -31,11 +31,11 @@ from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.batch import adopt_layout
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
-from megatron_lightseq.megatron.fixes.apply import mend_gradients
+from megatron_lightseq.megatron.fixes.apply import fix_gradients
 from megatron_lightseq.megatron.fixes.experts import with_invariant_experts
 from megatron_lightseq.megatron.fixes.torch_norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
-from megatron_lightseq.megatron.sequence_slices import compute_in_tiles
+from megatron_lightseq.megatron.sequence_slices import compute_in_slices
 from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec
 from megatron_lightseq.training.machine import this_machine
 from megatron_lightseq.training.parallel_groups import ProcessGroups
@@ -285,7 +285,7 @@ def _build_model(
         else None,
         vp_stage=vp_stage,
     )
-    compute_in_tiles(
+    compute_in_slices(
         built,
         config.recompute.mlp_tile_tokens,
         config.recompute.loss_tile_tokens,
@@ -299,7 +299,7 @@ def _adopt_layout(config: PretrainConfig, models: list[GPTModel]) -> SequenceLay
     if config.context.cp_method != "megatron":
         return adopt_layout(models)
     for model in models:
-        mend_gradients(model)
+        fix_gradients(model)
     return SequenceLayout.zigzag(cp_size) if cp_size > 1 else SequenceLayout.contiguous(1)
 
 

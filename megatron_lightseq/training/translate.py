@@ -65,6 +65,8 @@ def transformer_config(config: PretrainConfig, names: WeightNames | None = None)
         virtual_pipeline_model_parallel_size=virtual_stages(config),
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # Without overlap, the interleaved schedule puts several messages between two ranks into one batch, and trains
+        # on wrong activations; the plain schedule does not support it.
         overlap_p2p_comm=parallel.virtual_pipeline,
         batch_p2p_comm=not parallel.virtual_pipeline,
         params_dtype=dtype,

@@ -2,40 +2,80 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
 from torch import Tensor
 
-_Key = tuple[tuple[int, ...], torch.dtype, torch.device]
+_Key = tuple[int, torch.device]
 
-
-MAX_SHAPES = 64
-"""Shapes whose free tensors are kept. A schedule needs fewer than ten for one sequence length."""
+CLASSES_PER_OCTAVE = 8
+"""Block sizes between a number of bytes and its double: at most an eighth of a block is unused."""
+SMALLEST_BLOCK = 512
+"""Bytes."""
 
 
 class BufferPool:
-    """Free tensors by shape, dtype and device. A pool serves one stream of calls; it is not thread-safe.
+    """Free blocks of memory by size and device. A pool serves one stream of calls; it is not thread-safe.
 
-    Tensors of the least recently used shapes are dropped, so that changing lengths do not fill the memory.
+    Free blocks never hold more bytes than were in use at one time: sequence lengths and masks may change with every
+    call, and memory stays flat. The blocks of the sizes that have not been used for longest are dropped first.
     """
 
     def __init__(self) -> None:
         self._free: OrderedDict[_Key, list[Tensor]] = OrderedDict()
+        self._free_bytes = 0
+        self._used_bytes = 0
+        self._most_used_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that the pool holds and nobody uses."""
+        return self._free_bytes
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous, uninitialised tensor."""
-        free = self._free.get((shape, dtype, device))
-        if free:
-            return free.pop()
-        # A tensor that is allocated in inference mode may not be written to outside it, when it is reused in training.
-        with torch.inference_mode(False):
-            return torch.empty(shape, dtype=dtype, device=device)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        block = self._block(_block_size(num_bytes), device)
+        return block[:num_bytes].view(dtype).view(shape)
 
     def give(self, tensor: Tensor) -> None:
         """Return a tensor from :meth:`take` that is no longer read or written."""
-        key = (tuple(tensor.shape), tensor.dtype, tensor.device)
-        self._free.setdefault(key, []).append(tensor)
-        self._free.move_to_end(key)
-        if len(self._free) > MAX_SHAPES:
-            self._free.popitem(last=False)
+        storage = tensor.untyped_storage()
+        block = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        size = storage.nbytes()
+        self._used_bytes -= size
+        self._free.setdefault((size, tensor.device), []).append(block)
+        self._free.move_to_end((size, tensor.device))
+        self._free_bytes += size
+        while self._free_bytes > self._most_used_bytes:
+            self._drop_oldest()
+
+    def _block(self, size: int, device: torch.device) -> Tensor:
+        free = self._free.get((size, device))
+        self._used_bytes += size
+        self._most_used_bytes = max(self._most_used_bytes, self._used_bytes)
+        if free:
+            self._free_bytes -= size
+            return free.pop()
+        with torch.inference_mode(
+            False
+        ):  # a block outlives the call, and inference tensors cannot be written later
+            return torch.empty(size, dtype=torch.uint8, device=device)
+
+    def _drop_oldest(self) -> None:
+        key, blocks = next(iter(self._free.items()))
+        if blocks:
+            blocks.pop()
+            self._free_bytes -= key[0]
+        if not blocks:
+            del self._free[key]
+
+
+def _block_size(num_bytes: int) -> int:
+    """The smallest block that holds ``num_bytes``."""
+    if num_bytes <= SMALLEST_BLOCK:
+        return SMALLEST_BLOCK
+    grain = (1 << (num_bytes - 1).bit_length() - 1) // CLASSES_PER_OCTAVE
+    return -(-num_bytes // grain) * grain

@@ -211,7 +211,6 @@ FLAGS: dict[str, dict[str, Any]] = {
         "softmax_type": "off-by-one",
     },
     "--recompute-activations": {"recompute_granularity": "selective"},
-    "--no-overlap-p2p-communication": {"overlap_p2p_comm": False},
     "--group-query-attention --num-query-groups 2": {"num_query_groups": 2},
     "--use-mcore-models --attention-softmax-in-fp32": {},
 }
