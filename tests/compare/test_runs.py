@@ -210,4 +210,4 @@ def test_two_hosts_are_skipped_without_the_tools(tmp_path: Path) -> None:
         )
     done = two_hosts(tmp_path, PATH=str(tools), RATES="10 1")
     assert done.returncode == 77
-    assert "skipped, 2 comparison(s) not made: ip (package iproute2) is not installed" in done.stdout
+    assert "skipped 2 comparison(s): ip (package iproute2) is not installed" in done.stdout
