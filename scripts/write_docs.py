@@ -12,6 +12,7 @@ KIND is one of
     schedule METHOD P [DIRECTION]  a schedule over P ranks, as it prints
     balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
     balance_by_mask          the same on eight ranks, by method and mask
+    packed_schedule          a plan of the method balanced for packed documents
     traffic                  bytes sent by method and P
     patch_points             what is replaced in Megatron-LM (megatron_lightseq/megatron/lm/patch_points.py)
     launcher VERDICT         arguments of Megatron-LM that the launcher refuses or replaces (config/megatron_options.py)
@@ -99,6 +100,17 @@ def layout_for(method: str, size: int) -> mls.SequenceLayout:
 def schedule(method: str, size: str, direction: str = "forward") -> str:
     """A schedule as it prints."""
     built = mls.schedule.build(method, layout_for(method, int(size)), direction=direction)
+    return f"```text\n{built}\n```"
+
+
+def packed_schedule() -> str:
+    """A plan of `balanced` for two documents on four ranks, as it prints."""
+    built = mls.schedule.build(
+        "balanced",
+        mls.SequenceLayout.contiguous(4),
+        mask=mls.Mask.documents((0, 824, 1024)),
+        shape=TensorShape(num_heads=8, num_query_groups=1),
+    )
     return f"```text\n{built}\n```"
 
 
@@ -394,6 +406,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "methods": methods,
     "balance": balance,
     "balance_by_mask": balance_by_mask,
+    "packed_schedule": packed_schedule,
     "traffic": traffic,
     "patch_points": patch_points,
     "launcher": launcher,

@@ -79,9 +79,18 @@ def _bench_packed(options: argparse.Namespace) -> int:
             )
             rows += packed.measure(case, options.methods.split(","))
             sys.stderr.write(f"{lengths} {direction}: done\n")
-    written = [] if options.json is None else [packed.write_json(rows, options.json)]
+    written = (
+        []
+        if options.json is None
+        else packed.write_json(rows, options.json, _command(options), options.draws)
+    )
     _show(packed.HEADER, [packed.cells(row) for row in rows], packed.caption(options.draws), written)
     return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    size = f"--cp {options.cp} --tokens-per-rank {options.tokens_per_rank}"
+    return f"lightseq bench packed {size} --draws {options.draws} --seed {options.seed} --json {options.json}"
 
 
 def _selected(cases: Sequence[KernelCase], only: str) -> list[KernelCase]:
@@ -278,7 +287,12 @@ def _packed_parser(made: argparse.ArgumentParser) -> None:
     made.add_argument("--network", default="nvlink+8x400gbps", metavar="NET", help="default: %(default)s")
     made.add_argument("--draws", type=int, default=20, metavar="K", help="average over K draws (default: 20)")
     made.add_argument("--seed", type=int, default=0, metavar="S", help="of the first draw (default: 0)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    made.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the rows to FILE, and a table to FILE with .md for .json",
+    )
 
 
 def _overlap_parser(made: argparse.ArgumentParser) -> None:

@@ -34,6 +34,7 @@ from megatron_lightseq.schedule.choose import seconds_per_pair
 from megatron_lightseq.schedule.simulate import Profile
 from megatron_lightseq.tools.bench.partitions import PARTITIONS, Partition
 from megatron_lightseq.tools.lengths import draw
+from megatron_lightseq.tools.markdown import markdown_table
 from megatron_lightseq.tools.provenance import processor, versions
 
 METHODS_COMPARED = ("balanced", "lightseq", "zigzag", "all_gather", "ulysses")
@@ -220,13 +221,42 @@ def caption(draws: int) -> str:
     return (
         "totals and barrier: mean over busiest rank, over the whole pass and step by step; busiest_bytes: in one "
         f"rank's queries; plan_ms: CPU time on {processor()}; simulated: ideal over simulated time on H100s. "
-        f"Means of {draws} draws. The last two methods are counted, not run."
+        f"Means of {draws} draws. The last two methods are counted, not run, without what short pieces cost in kernels."
     )
 
 
-def write_json(rows: Sequence[PackedRow], path: Path) -> Path:
-    """The rows with machine and versions."""
-    document = {"cpu": processor(), "versions": versions(), "rows": [asdict(row) for row in rows]}
+def summary(rows: Sequence[PackedRow]) -> str:
+    """One line per method, one column per distribution: totals forward, and simulated time forward and backward."""
+    lengths = list(dict.fromkeys(row.lengths for row in rows))
+    found = {(row.method, row.lengths, row.direction): row for row in rows}
+
+    def cell(method: str, name: str) -> str:
+        forward, backward = (found.get((method, name, str(direction))) for direction in Direction)
+        if forward is None or backward is None:
+            return "-"
+        return f"{forward.totals:.2f}, {forward.simulated:.2f} / {backward.simulated:.2f}"
+
+    methods = dict.fromkeys(row.method for row in rows)
+    return markdown_table(("method", *lengths), [[m, *(cell(m, name) for name in lengths)] for m in methods])
+
+
+def write_json(rows: Sequence[PackedRow], path: Path, command: str, draws: int) -> list[Path]:
+    """The rows with machine and versions, and next to them a summary as a Markdown table."""
+    document = {
+        "command": command,
+        "cpu": processor(),
+        "versions": versions(),
+        "rows": [asdict(row) for row in rows],
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
+    table = path.with_suffix(".md")
+    first = rows[0]
+    text = (
+        f"Each cell: mean over busiest rank by the pairs of a forward pass, then ideal over simulated time on H100s, "
+        f"forward / backward. {first.cp_size} ranks, {round(1 / first.kv_ratio)} query heads per key/value head, "
+        f"means of {draws} draws. The last two rows are partitions that other systems use: counted, not run, without what short "
+        f"pieces cost in kernels. `{command}`"
+    )
+    table.write_text(f"{summary(rows)}\n\n{text}\n")
+    return [path, table]
