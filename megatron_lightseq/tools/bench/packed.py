@@ -255,8 +255,8 @@ def write_json(rows: Sequence[PackedRow], path: Path, command: str, draws: int) 
     text = (
         f"Each cell: mean over busiest rank by the pairs of a forward pass, then ideal over simulated time on H100s, "
         f"forward / backward. {first.cp_size} ranks, {round(1 / first.kv_ratio)} query heads per key/value head, "
-        f"means of {draws} draws. The last two rows are partitions that other systems use: counted, not run, without what short "
-        f"pieces cost in kernels. `{command}`"
+        f"means of {draws} draws. The last two rows are partitions that other systems use: counted, not run, without "
+        f"what short pieces cost in kernels. `{command}`"
     )
     table.write_text(f"{summary(rows)}\n\n{text}\n")
     return [path, table]
