@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 
 from megatron_lightseq.cli import run
+from megatron_lightseq.training.job.exit import CleanExit
 
 
 def main() -> int:
     """Run the command line of this process; returns its exit status."""
-    return run(sys.argv[1:])
+    end = CleanExit()
+    end.status = run(sys.argv[1:])
+    return end.status
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from megatron_lightseq.errors import LayoutError, explain
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class LayoutRule:
     """How a layout cuts a sequence: into how many pieces, and which of them each rank holds."""
 
     pieces_of: Callable[[int, int], tuple[int, ...]]
@@ -36,7 +36,7 @@ class Cut:
     interleaved: bool = False
     """Whether piece i of M is every M-th token starting at token i, instead of the i-th of M equal stretches."""
 
-    @lru_cache(maxsize=256)  # noqa: B019 - a Cut is one entry of a table and lives as long as the table
+    @lru_cache(maxsize=256)  # noqa: B019 - a rule is an entry of a table and lives as long as the table
     def pieces(self, cp_size: int) -> tuple[tuple[int, ...], ...]:
         """The pieces of every rank, checked.
 
@@ -55,10 +55,10 @@ class Cut:
         return held
 
 
-LAYOUTS: dict[str, Cut] = {
-    "contiguous": Cut(lambda rank, cp_size: (rank,)),
-    "zigzag": Cut(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank)),
-    "striped": Cut(lambda rank, cp_size: (rank,), interleaved=True),
+LAYOUTS: dict[str, LayoutRule] = {
+    "contiguous": LayoutRule(lambda rank, cp_size: (rank,)),
+    "zigzag": LayoutRule(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank)),
+    "striped": LayoutRule(lambda rank, cp_size: (rank,), interleaved=True),
 }
 """Every layout by name."""
 

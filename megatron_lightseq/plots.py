@@ -1,4 +1,4 @@
-"""Pictures: data in, PNG out. matplotlib is imported when something is drawn, and never needs a display."""
+"""Plots: data in, PNG out. matplotlib is imported when something is drawn, and needs no display."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _DPI = 160
 
 
 def draw_loss(metrics: Sequence[Any], entropy: float | None, path: Path | str) -> None:
-    """Loss by step, its running mean, validation losses, and the unigram entropy as a line to beat.
+    """Plot the loss by step, its running mean, validation losses, and the unigram entropy as a line to beat.
 
     Args:
-        metrics: TrainMetrics and ValidationMetrics (anything with ``step`` and ``loss``), in order of steps.
-        entropy: nats per token, or None if it is not known.
+        metrics: TrainMetrics and ValidationMetrics (objects with ``step`` and ``loss``), in order of steps.
+        entropy: unigram entropy in nats per token, or None if it is not known.
         path: PNG file to write.
     """
     checks = [m for m in metrics if hasattr(m, "num_tokens")]
     steps = [m for m in metrics if not hasattr(m, "num_tokens")]
     figure, axes = _figure(8.0, 4.5)
     x, y = [m.step for m in steps], [m.loss for m in steps]
-    axes.plot(x, y, color=_LOSS, linewidth=1.0, label="training, each step")
+    axes.plot(x, y, color=_LOSS, linewidth=1.0, label="training, every step")
     if len(y) > 20:
         axes.plot(x, _running_mean(y, max(5, len(y) // 25)), color=_MEAN, linewidth=2.0, label="running mean")
     if checks:
@@ -51,7 +51,7 @@ def draw_loss(metrics: Sequence[Any], entropy: float | None, path: Path | str) -
     if entropy is not None:
         axes.axhline(entropy, color=_ENTROPY, linewidth=1.2, linestyle=(0, (5, 3)))
         axes.annotate(
-            f"unigram entropy {entropy:.2f}: token frequencies alone",
+            f"unigram entropy {entropy:.2f} (token frequencies only)",
             xy=(1.0, entropy),
             xycoords=("axes fraction", "data"),
             xytext=(-4, 5),
@@ -70,7 +70,7 @@ def draw_loss(metrics: Sequence[Any], entropy: float | None, path: Path | str) -
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the last ``width`` values at every position, of fewer at the beginning."""
+    """At every position, the mean of the last ``width`` values, or of as many as there are."""
     means, total = [], 0.0
     for index, value in enumerate(values):
         total += value - (values[index - width] if index >= width else 0.0)
@@ -100,12 +100,12 @@ def _label_last(axes: Axes, x: Sequence[int], y: Sequence[float]) -> None:
 
 
 def draw_schedule(schedule: Schedule, path: Path | str) -> None:
-    """Who computes what when: a lane for every rank, bars for tiles, arrows for transfers.
+    """Draw which rank computes what at which time: a lane for every rank, bars for tiles, arrows for transfers.
 
-    A bar is as long as its tiles have work and has the colour of the rank whose queries it serves; work done
-    for another rank is darker and framed. Hatching marks tiles on the diagonal of the mask. An arrow leaves
-    where its step begins and arrives where the next one begins: transfers run beside the bars above them.
-    Time is counted in whole tiles of one rank's queries by one rank's keys.
+    The length of a bar is the work of its tiles, and its colour is that of the rank that owns the queries; work for
+    another rank is darker and framed. Hatching marks tiles on the diagonal of the mask. An arrow starts where its
+    step begins and ends where the next step begins, since transfers run concurrently with the tiles of their step.
+    The unit of time is one whole tile: one rank's queries against one rank's keys.
 
     Args:
         schedule: any valid schedule.
@@ -201,7 +201,7 @@ class _Canvas:
 
 
 def _by_owner(schedule: Schedule, tiles: Sequence[Tile]) -> list[tuple[int, list[Tile]]]:
-    """Tiles of one rank and step, together where they serve the same queries' owner; own diagonal apart."""
+    """The tiles of one rank and step, grouped by the owner of their queries; diagonal tiles are separate groups."""
     groups: dict[tuple[int, bool], list[Tile]] = {}
     for tile in tiles:
         groups.setdefault((schedule.layout.owner[tile.q], tile.q == tile.k), []).append(tile)
@@ -209,7 +209,7 @@ def _by_owner(schedule: Schedule, tiles: Sequence[Tile]) -> list[tuple[int, list
 
 
 def _merge_moves(schedule: Schedule, moves: Sequence[Move]) -> dict[tuple[str, int, int], int]:
-    """How many moves of each kind go from which rank to which."""
+    """The number of moves of each kind from each rank to each other rank."""
     flow = DATAFLOW[schedule.direction]
     merged: dict[tuple[str, int, int], int] = {}
     for move in moves:
@@ -219,9 +219,10 @@ def _merge_moves(schedule: Schedule, moves: Sequence[Move]) -> dict[tuple[str, i
 
 
 def _fit_label(tiles: Sequence[Tile], room_in: float) -> tuple[str, float]:
-    """The longest way of naming the tiles that fits into ``room_in`` inches, with its font size."""
-    queries, keys = sorted({tile.q for tile in tiles}), sorted({tile.k for tile in tiles})
-    whole_block = len(tiles) == len(queries) * len(keys)
+    """A label for the tiles that fits into ``room_in`` inches, with its font size; empty if none fits."""
+    queries = sorted({chunk for tile in tiles for chunk in tile.q_chunks})
+    keys = sorted({chunk for tile in tiles for chunk in tile.k_chunks})
+    whole_block = sum(tile.queries * tile.keys for tile in tiles) == len(queries) * len(keys)
     short = f"q{_ranges(queries)}\u00b7k{_ranges(keys)}" if whole_block else " ".join(map(str, tiles))
     for size in (9.0, 7.5):
         if len(short) * size * 0.0086 < room_in:
@@ -237,7 +238,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _step_label(axes: Axes, t: int, starts: Sequence[float], ends: Sequence[float]) -> None:
-    """The step's number above its bars; a line where all ranks begin it together."""
+    """Write the step's number above its bars, and draw a line if all ranks begin it together."""
     axes.text(
         (max(starts) + max(ends)) / 2, -0.62, f"step {t}", ha="center", va="bottom", fontsize=8, color=_GREY
     )
@@ -285,7 +286,8 @@ def _legend(axes: Axes, schedule: Schedule, width: float, height: float) -> None
     )
     handles: list[Any] = [Patch(facecolor="#c9ced8", edgecolor=_GREY, label="own queries")]
     if helps:
-        handles.append(Patch(facecolor=_GREY, edgecolor=_INK, linewidth=1.4, label="help (colour: whose)"))
+        label = "for another rank, in its colour"
+        handles.append(Patch(facecolor=_GREY, edgecolor=_INK, linewidth=1.4, label=label))
     handles.append(Patch(facecolor="white", edgecolor=_GREY, hatch="////", label="diagonal"))
     handles += [
         Line2D([], [], color=_MOVE_COLOURS[kind], label=f"{names[kind]} moves")
@@ -303,7 +305,7 @@ def _legend(axes: Axes, schedule: Schedule, width: float, height: float) -> None
 
 
 def _rank_colours(num_ranks: int) -> list[Any]:
-    """As many colours as there are ranks, dark enough for white text, neighbours apart."""
+    """One colour per rank, dark enough for white text, with different colours for neighbours."""
     import colorsys
 
     from matplotlib import colormaps
@@ -314,7 +316,7 @@ def _rank_colours(num_ranks: int) -> list[Any]:
 
 
 def _tint(colour: Any, keep: float) -> tuple[float, ...]:
-    """The colour on white, at strength ``keep``."""
+    """The colour blended with white; ``keep`` is the share of the colour."""
     return tuple(1.0 - keep * (1.0 - channel) for channel in colour)
 
 
@@ -322,7 +324,7 @@ def _tint(colour: Any, keep: float) -> tuple[float, ...]:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure that no display and no global state of pyplot is needed for."""
+    """A figure that needs neither a display nor pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains the same model on the same text under several systems, Megatron's own among them, and compares them:
+# Trains the same model on the same text with several systems, including Megatron's own, and compares them:
 #
-#   bash scripts/compare_baselines.sh                      every system that can run here, on two processes
+#   bash scripts/compare_baselines.sh                      all systems that can run here, with two processes
 #   bash scripts/compare_baselines.sh FLAGS                the same with flags of `lightseq compare` (see its --help)
-#   bash scripts/compare_baselines.sh --docs               everything that docs/performance.md shows, and the document
+#   bash scripts/compare_baselines.sh --docs               all measurements in docs/performance.md, and the document
 #
-# Ends with status 0 when every loss agrees. Leave the machine alone meanwhile: times are wall clock.
+# Exit status 0 if all losses agree. Do not use the machine otherwise: times are wall clock times.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -22,7 +22,7 @@ shift
 
 results=$ROOT/docs/results
 failed='' skipped=0
-# part NAME COMMAND...: runs one part of the document; says how long it took, and goes on when it fails.
+# part NAME COMMAND...: runs one part of the document and prints how long it took; failures do not stop the script.
 part() {
     local name=$1 start=$SECONDS status=0
     shift
@@ -36,13 +36,13 @@ part() {
             ;;
     esac
 }
-# Two heads and 16384 tokens: where heads are too few for tensor parallelism and attention outweighs the rest.
+# Two heads and 16384 tokens: few heads for tensor parallelism, and attention dominates.
 long=(--num-attention-heads=2 --hidden-size=128 --seq-length=16384 --steps=2)
-beside=(--systems "megatron-tp-sp,megatron-tp,lightseq")
+systems=(--systems "megatron-tp-sp,megatron-tp,lightseq")
 
 part all-systems python -m megatron_lightseq compare --output "$results" --name all-systems "$@"
-part long-fp32 python -m megatron_lightseq compare --output "$results" --name long-fp32 --rounds 3 "${long[@]}" "${beside[@]}" "$@"
-part long-bf16 python -m megatron_lightseq compare --output "$results" --name long-bf16 --bf16 --rounds 3 "${long[@]}" "${beside[@]}" "$@"
+part long-fp32 python -m megatron_lightseq compare --output "$results" --name long-fp32 --rounds 3 "${long[@]}" "${systems[@]}" "$@"
+part long-bf16 python -m megatron_lightseq compare --output "$results" --name long-bf16 --bf16 --rounds 3 "${long[@]}" "${systems[@]}" "$@"
 part overlap python -m megatron_lightseq bench overlap --out "$results" --name overlap-loopback
 part two-hosts bash scripts/compare_two_hosts.sh "$results" "${long[@]}" "$@"
 part predictions python -m megatron_lightseq compare --paper --output "$results"
@@ -50,5 +50,5 @@ part paper bash scripts/reproduce_paper.sh "$results"
 part summary python -m megatron_lightseq.tools.compare.summary "$results"
 part document python scripts/write_docs.py
 
-say "all of it in $SECONDS s, $skipped part(s) skipped"
-[ -z "$failed" ] || die "these parts failed:$failed" "their tables above say what differs"
+say "all parts done in $SECONDS s, $skipped skipped"
+[ -z "$failed" ] || die "these parts failed:$failed" "their tables above show what differs"

@@ -1,11 +1,11 @@
-"""What pip is to install, and at which versions: for scripts/setup_env.sh. Standard library only.
+"""Requirements and constraints for pip, for scripts/setup_env.sh. Uses only the standard library.
 
-    python scripts/dependencies.py requirements [--dev]          requirement lines, from pyproject.toml alone
-    python scripts/dependencies.py constraints [--keep-torch]    constraint lines, from constraints.txt
+    python scripts/dependencies.py requirements [--dev]          requirement lines from pyproject.toml
+    python scripts/dependencies.py constraints [--keep-torch]    constraint lines from constraints.txt
 
-`--keep-torch` is for images that bring their own torch (NVIDIA's): whatever is installed of torch and the packages
-compiled against it is pinned at the version found, so that pip cannot replace it, and the image's own constraint
-file (`PIP_CONSTRAINT`) wins over ours.
+`--keep-torch` is for images that come with torch, such as NVIDIA's: torch and the packages compiled against it are
+pinned to the installed versions, so that pip does not replace them, and the image's constraint file (`PIP_CONSTRAINT`)
+overrides ours.
 
 LIGHTSEQ_MEGATRON_CORE=VERSION replaces the pinned version of megatron-core in both outputs.
 """

@@ -1,10 +1,10 @@
-"""How many processes a recipe needs on this node, with how many threads each: for scripts/pretrain_gpt.sh.
+"""The number of processes that a recipe needs on this node, and of threads per process; for scripts/pretrain_gpt.sh.
 
     python scripts/launch_plan.py [FILE.yaml ...] [--key value ...]
 
-prints one line, `PROCESSES THREADS DEVICE`, DEVICE being `gpu` or `cpu`. A recipe that breaks a rule ends here, with
-every broken rule in one report, before any process starts. Reads NNODES and NPROC_PER_NODE; starts no torch, so it
-answers in a fraction of a second.
+prints one line, `PROCESSES THREADS DEVICE`, where DEVICE is `gpu` or `cpu`. A recipe that breaks a rule is refused
+here, with all broken rules in one report, before any process starts. Reads NNODES and NPROC_PER_NODE. Does not import
+torch, so it takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from megatron_lightseq.errors import ConfigError, explain
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """What the launcher knows about the machines."""
+    """The machines, as far as the launcher knows."""
 
     num_gpus: int
     num_cores: int
     num_nodes: int = 1
     processes: int | None = None
-    """Processes per node that the user asked for; None: derived."""
+    """Processes per node requested by the user; None to derive it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What to start on one node."""
+    """What to start on each node."""
 
     processes: int
     threads: int
@@ -44,11 +44,13 @@ class Plan:
 
 
 def plan(config: PretrainConfig, node: Node) -> Plan:
-    """Processes for one node: all its GPUs when they hold whole replicas of the model, else one replica on CPUs.
+    """The plan for one node: as many model replicas as the GPUs hold, or one replica on CPUs if they hold none.
 
-    On one node the number of replicas is the largest that the GPUs hold and that divides the global batch. On several
-    nodes every GPU gets a process, and a model that does not fill them is refused by the configuration's own rules.
-    Raises ConfigError when a model cannot be cut evenly over CPU nodes.
+    On a single node, the number of replicas is the largest one that the GPUs hold and that divides the global batch. On
+    several nodes every GPU gets a process, and a model that does not fill them is refused by the configuration's rules.
+
+    Raises:
+        ConfigError: The model cannot be divided evenly over CPU nodes.
     """
     replica = config.parallel.model_parallel_size
     device = "gpu" if node.num_gpus * node.num_nodes >= replica else "cpu"
@@ -78,7 +80,7 @@ def _replicas(config: PretrainConfig, most: int) -> int:
 
 
 def visible_gpus() -> int:
-    """GPUs that torch will see, without importing it: none under a CPU build of torch."""
+    """Number of GPUs that torch will find, without importing it; 0 for a CPU build of torch."""
     if metadata.version("torch").endswith("+cpu"):
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -92,7 +94,7 @@ def visible_gpus() -> int:
 
 
 def this_node() -> Node:
-    """The node this process runs on; NNODES and NPROC_PER_NODE as the launcher was given them."""
+    """The node that this process runs on, with NNODES and NPROC_PER_NODE from the environment."""
     processes = os.environ.get("NPROC_PER_NODE")
     return Node(
         num_gpus=visible_gpus(),
@@ -115,8 +117,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if node.num_gpus and chosen.device == "cpu":
         print(
-            f"note: {node.num_gpus} GPU(s) a node are fewer than the ranks need: running on CPUs. Smaller "
-            "parallel sizes (--context-parallel-size 1, say) would run on the GPUs.",
+            f"note: running on CPUs, because {node.num_gpus} GPU(s) per node are fewer than the ranks need. Smaller "
+            "parallel sizes (such as --context-parallel-size 1) would run on the GPUs.",
             file=sys.stderr,
         )
     print(chosen.processes, chosen.threads, chosen.device)

@@ -1,11 +1,10 @@
-"""torchrun, with ends that a person can read: for scripts/pretrain_gpt.sh. Takes torchrun's arguments.
+"""torchrun with readable endings, for scripts/pretrain_gpt.sh. Takes torchrun's arguments.
 
-torchrun itself ends every run that was stopped or failed in a traceback of its own, below what the ranks had to say.
-Here
+torchrun prints a traceback after the messages of the ranks whenever a run is stopped or fails. Here
 
-* a run stopped by Ctrl-C or SIGTERM ends with 0 when all ranks ended by themselves (they save first), and with
-  128 + the signal when a second signal hurried them or when they had to be killed;
-* a run in which a rank failed ends with that rank's exit code, and one line that names it.
+* a run stopped by Ctrl-C or SIGTERM ends with status 0 if all ranks end by themselves (they save first), and with
+  128 + the signal after a second signal, or if ranks have to be killed;
+* a run in which a rank fails ends with that rank's exit code and one line that names it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _ELASTIC_LOGGER = "torch.distributed.elastic.multiprocessing.api"
 
 
 class KilledRanks(logging.Handler):
-    """Counts the ranks that torchrun had to kill, which it tells its log only."""
+    """Counts the ranks that torchrun has to kill, which it only reports in its log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -42,12 +41,12 @@ def launch(arguments: Sequence[str]) -> int:
     except SignalException as stopped:
         if killed.count:
             _say(f"{killed.count} rank(s) did not end in time after {stopped.sigval.name} and were killed")
-        hurried = isinstance(stopped.__context__, SignalException)
-        return 128 + stopped.sigval if killed.count or hurried else 0
+        second_signal = isinstance(stopped.__context__, SignalException)
+        return 128 + stopped.sigval if killed.count or second_signal else 0
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         how = f"exit code {failure.exitcode}" if failure.exitcode > 0 else f"signal {-failure.exitcode}"
-        _say(f"error: rank {rank} ended first, with {how}; what it had to say is above")
+        _say(f"error: rank {rank} failed first, with {how}; see its messages above")
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
 

@@ -1,33 +1,33 @@
 # shellcheck shell=bash
-# Functions shared by the scripts beside this file; source it, do not run it.
+# Functions shared by the scripts in this folder; source this file, do not run it.
 #
-# Variables a user may set:
-#   PYTHON           the Python to build the environment from (default: the first 3.11+ found)
-#   LIGHTSEQ_VENV    where the virtual environment lives (default: .venv in the repository);
-#                    `none` means the Python on PATH, with no virtual environment (containers)
+# Environment variables:
+#   PYTHON           the Python to create the environment with (default: the first 3.11+ found)
+#   LIGHTSEQ_VENV    path of the virtual environment (default: .venv in the repository);
+#                    `none` means the Python on PATH without a virtual environment (containers)
 #   LIGHTSEQ_MEGATRON_CORE   a release of megatron-core to install in place of the pinned one, such as 0.18.0 (from 0.17 on
 #                    it needs Python 3.12)
-#   LIGHTSEQ_SETUP   0 skips set-up altogether: the environment is known to be ready (jobs on a cluster)
+#   LIGHTSEQ_SETUP   0 skips setup, for environments that are known to be ready (jobs on a cluster)
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${LIGHTSEQ_VENV:-$ROOT/.venv}
 
 say() { printf '[lightseq] %s\n' "$*"; }
 
-# die REASON [REMEDY]: says what is wrong and what to do about it, and ends the script.
+# die REASON [REMEDY]: prints what is wrong and what to do about it, and ends the script.
 die() {
     printf '[lightseq] error: %s\n' "$1" >&2
     [ $# -lt 2 ] || printf '[lightseq] remedy: %s\n' "$2" >&2
     exit 1
 }
 
-# The python of the environment the scripts work in.
+# Prints the Python of the environment.
 env_python() {
     if [ "$VENV" = none ]; then command -v python3; else printf '%s\n' "$VENV/bin/python"; fi
 }
 
-# Prints the first interpreter that is Python 3.11 or newer. Candidates are started, not just looked up: a version
-# manager's shim exists for versions that are not installed. 3.11 comes first: it is the version the pins were made with.
+# Prints the first interpreter that is Python 3.11 or newer. Candidates are started, because shims of version managers
+# exist even for versions that are not installed. 3.11 comes first: the versions in constraints.txt are for it.
 find_python() {
     local candidate
     for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3 python3.12 python3.13 python; do
@@ -36,13 +36,13 @@ find_python() {
             return
         fi
         [ "$candidate" != "${PYTHON:-}" ] || die "PYTHON=$PYTHON is not a working Python 3.11 or newer" \
-            "point PYTHON at one, or unset it to have one looked for"
+            "set PYTHON to one, or unset it to search for one"
     done
     die "no Python 3.11 or newer was found on PATH" \
         "install one (Debian and Ubuntu: apt-get install python3 python3-venv python3-dev), or set PYTHON=/path/to/python3.11"
 }
 
-# Puts the environment's programs first on PATH, as `activate` does, without its prompt.
+# Puts the environment's programs first on PATH, like `activate`, but leaves the prompt alone.
 use_env() {
     [ "$VENV" != none ] || return 0
     [ -x "$VENV/bin/python" ] || die "there is no environment at $VENV" "run: bash $ROOT/scripts/setup_env.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every static check of the project: Python style and types, import directions, C++ format, shell, Dockerfile, workflows,
 # and the documents' site, built with warnings as errors.
-# All of them run, whatever fails first; the exit status says whether all passed.
+# All of them run even if one fails; the exit status is 0 if all passed.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -29,13 +29,13 @@ format_of_csrc() {
 check ruff ruff check --quiet .
 check ruff-format ruff format --quiet --check .
 check mypy mypy
-check mypy-scripts mypy scripts/*.py
+check mypy-scripts mypy scripts/*.py docs/site/conf.py
 check import-linter lint-imports
 check clang-format format_of_csrc
 check shellcheck shellcheck --external-sources --source-path=SCRIPTDIR scripts/*.sh scripts/*.sbatch .ci/run
 check hadolint hadolint --failure-threshold style Dockerfile
 check zizmor zizmor --offline --no-progress --quiet .github/workflows
-# Not among the pinned tools: installing it downloads a program from outside the package index.
+# Not one of the pinned tools, because installing it downloads a program from outside the package index.
 if command -v actionlint >/dev/null; then
     check actionlint actionlint
 else
@@ -43,4 +43,4 @@ else
 fi
 check documents sphinx-build --quiet --fail-on-warning --keep-going -c docs/site -d build/doctrees . build/site
 
-[ -z "$failed" ] || die "these checks failed:$failed" "ruff format . and clang-format -i fix layout; the others name what to change above"
+[ -z "$failed" ] || die "these checks failed:$failed" "ruff format . and clang-format -i fix the layout; the other checks name what to change above"

@@ -1,11 +1,11 @@
-"""The figures that are claimed of schedules, from the simulator alone: no cluster, no torch.
+"""Checks claims about schedules with the simulator; needs neither a cluster nor torch.
 
-    python scripts/measure_schedules.py balance   lightseq: busy share of the ranks when transfers are free
-    python scripts/measure_schedules.py mesh      bytes received by the busiest rank: mesh against the others
-    python scripts/measure_schedules.py auto      auto against every fixed method, over ranks, groups and networks
+    python scripts/measure_schedules.py balance   lightseq: busy share of the ranks if transfers take no time
+    python scripts/measure_schedules.py mesh      bytes received by the busiest rank: mesh against other methods
+    python scripts/measure_schedules.py auto      auto against every fixed method, for many ranks, groups and networks
 
---ranks 2 3 4 chooses the numbers of ranks. Schedules over hundreds of ranks take seconds each, and auto makes dozens.
-Exits with 1 if a figure is missed.
+--ranks 2 3 4 selects the numbers of ranks. A schedule for hundreds of ranks takes seconds, and auto needs dozens.
+Exits with 1 if a claim does not hold.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.schedule import (
+    METHODS,
     Chooser,
     Direction,
     Network,
@@ -41,7 +42,7 @@ RANKS = {
 
 
 def balance(ranks: Sequence[int]) -> bool:
-    """Busy share of lightseq, worst of ``ranks``."""
+    """Whether lightseq keeps its ranks busy, for all numbers of ranks."""
     worst, at = min(
         (simulate(build("lightseq", SequenceLayout.contiguous(size))).busy, size) for size in ranks
     )
@@ -52,10 +53,10 @@ def balance(ranks: Sequence[int]) -> bool:
 
 
 def mesh(ranks: Sequence[int]) -> bool:
-    """Received bytes of the busiest rank, forward, MHA, as a share of the best of the others."""
+    """Whether the busiest rank of mesh receives few bytes, compared with the best other method (forward, MHA)."""
     shape, held = TensorShape(num_heads=NUM_HEADS, num_query_groups=NUM_HEADS), True
     for size in ranks:
-        played = {
+        simulated = {
             method: simulate(build(method, SequenceLayout(layout, size)), shape=shape)
             for method, layout in (
                 ("mesh", "zigzag"),
@@ -64,9 +65,9 @@ def mesh(ranks: Sequence[int]) -> bool:
                 ("all_gather", "zigzag"),
             )
         }
-        received = {method: max(result.bytes_received) for method, result in played.items()}
+        received = {method: max(result.bytes_received) for method, result in simulated.items()}
         share = received["mesh"] / min(number for method, number in received.items() if method != "mesh")
-        busy = played["mesh"].busy
+        busy = simulated["mesh"].busy
         sys.stdout.write(
             f"mesh, P = {size}: {share:.2f}x the bytes of the best other method, busy {busy:.3f}\n"
         )
@@ -75,9 +76,9 @@ def mesh(ranks: Sequence[int]) -> bool:
 
 
 def fixed_methods(size: int) -> Iterator[tuple[str, str]]:
-    """Every method with every layout that it takes, and all meshes and exchanges that are possible."""
+    """All methods on all layouts that they accept, with all possible shapes of meshes and sizes of exchanges."""
     divisors = [d for d in range(2, size) if size % d == 0]
-    names = ["lightseq", "ring", "zigzag", "all_gather", "mesh", "ulysses", "usp"]
+    names = [name for name, method in METHODS.items() if not method.full_rows]
     names += [f"mesh:{d}x{size // d}" for d in divisors] + [
         f"usp:{d}" for d in exchange_sizes(size, NUM_HEADS)
     ]
@@ -87,7 +88,7 @@ def fixed_methods(size: int) -> Iterator[tuple[str, str]]:
 
 
 def auto(ranks: Sequence[int]) -> bool:
-    """Predicted time of auto against the best fixed method, worst over groups and networks."""
+    """Whether auto is predicted to be close to the best fixed method, for all groups and networks."""
     held = True
     for size in ranks:
         chooser = Chooser(size, size * TOKENS_PER_RANK)
@@ -114,7 +115,7 @@ def auto(ranks: Sequence[int]) -> bool:
 
 
 def main() -> int:
-    """Measure what was asked for."""
+    """Check one claim; returns the exit status."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("figure", choices=list(RANKS))
     made.add_argument("--ranks", type=int, nargs="+", metavar="P")

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The experiments of DistFlashAttn (arXiv 2310.03294), at the size of the machine at hand; each row shows the paper's
-# figure, ours here, and our prediction for the paper's own cluster.
+# The experiments of DistFlashAttn (arXiv 2310.03294), scaled to this machine; each row shows the paper's figure, ours on
+# this machine, and our prediction for the paper's cluster.
 #
 #   bash scripts/reproduce_paper.sh [OUTPUT_FOLDER [ROW ...]]
 #
-#   1  time per iteration against Megatron          5  recomputation that keeps attention against plain
-#   2  longest sequence in a fixed memory           6  overlap (reads what compare_two_hosts.sh left in the folder)
-#   3  against Ring Self-Attention                  7  load balance by the number of ranks
+#   1  time per iteration against Megatron          5  recompute with attention kept, against full recompute
+#   2  longest sequence with fixed memory           6  overlap (reads the results of compare_two_hosts.sh in the folder)
+#   3  against Ring Self-Attention                  7  load balance by number of ranks
 #   4  against the unbalanced ring and Ulysses
 #
-# Ends with status 0 when every loss agrees.
+# Exit status 0 if all losses agree.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

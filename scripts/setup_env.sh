@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes the environment the other scripts run in: a virtual environment, the pinned dependencies, the package with its
-# C++ extension. Every phase is skipped when nothing it depends on has changed, so running it again costs a second.
+# Sets up the environment for the other scripts: a virtual environment, the pinned dependencies, and the package with its
+# C++ extension. A phase is skipped if nothing that it depends on has changed, so running it again takes a second.
 #
-#   bash scripts/setup_env.sh [--dev]                     --dev adds what tests and linters need
+#   bash scripts/setup_env.sh [--dev]                     --dev adds the dependencies of tests and linters
 #   LIGHTSEQ_VENV=none bash scripts/setup_env.sh [--dev]  installs into the Python on PATH and keeps its torch (containers)
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -20,14 +20,14 @@ esac
 if [ "$VENV" = none ]; then STATE=$ROOT/build/setup; else STATE=$VENV/lightseq; fi
 LOG=$STATE/setup.log
 
-# phase NAME COMMAND...: runs a command with its output in the log; prints one line, with seconds, and the log's end on
-# failure. (`set -e` is off inside the command, bash's rule for conditions: functions given to it chain with &&.)
+# phase NAME COMMAND...: runs a command with its output in the log; prints one line with its duration, and the end of the
+# log on failure. (bash ignores `set -e` inside conditions, so functions passed as commands chain with &&.)
 phase() {
     local name=$1 start=$SECONDS
     shift
     if ! { "$@"; } >>"$LOG" 2>&1; then
         tail -n 25 "$LOG" >&2
-        die "$name failed after $((SECONDS - start)) s (the whole log: $LOG)" "${REMEDY:-see the log above}"
+        die "$name failed after $((SECONDS - start)) s (full log: $LOG)" "${REMEDY:-see the log above}"
     fi
     say "$name: done in $((SECONDS - start)) s"
 }
@@ -35,7 +35,7 @@ phase() {
 hash_of() { "$PY" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'; }
 
 make_venv() {
-    # --clear: whatever a broken earlier attempt left is not built upon.
+    # --clear removes what an earlier failed attempt left.
     "$1" -m venv --clear "$VENV" && mkdir -p "$STATE"
 }
 
@@ -43,17 +43,17 @@ ensure_venv() {
     [ "$VENV" != none ] || return 0
     "$VENV/bin/python" -c 'import pip' >/dev/null 2>&1 && return 0
     if [ -n "$(ls -A "$VENV" 2>/dev/null)" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
-        die "$VENV has files in it and is no virtual environment" "point LIGHTSEQ_VENV at a new folder, or unset it"
+        die "$VENV contains files and is not a virtual environment" "set LIGHTSEQ_VENV to a new folder, or unset it"
     fi
     local base
     base=$(find_python)
-    # The log's own folder would not outlive --clear.
+    # Not in the folder of the environment, which --clear empties.
     LOG=$(mktemp) REMEDY='Debian and Ubuntu: apt-get install python3-venv' \
         phase "environment ($("$base" -V 2>&1), $VENV)" make_venv "$base"
 }
 
 install_dependencies() {
-    # Everything is pinned: an unpinned torch would bring the newest build and gigabytes of CUDA libraries.
+    # Everything is pinned: without a pin, torch would be the newest build with gigabytes of CUDA libraries.
     "$PY" scripts/dependencies.py requirements $dev >"$STATE/requirements.txt" &&
         "$PY" scripts/dependencies.py constraints ${KEEP_TORCH:+--keep-torch} >"$STATE/constraints.txt" &&
         "$PY" -m pip install --disable-pip-version-check -r "$STATE/requirements.txt" -c "$STATE/constraints.txt"
@@ -62,16 +62,16 @@ install_dependencies() {
 ensure_dependencies() {
     local wanted
     wanted=$("$PY" scripts/dependencies.py requirements $dev | cat - constraints.txt | hash_of)
-    # What was installed with --dev serves runs without it too.
+    # An environment with --dev also serves runs without it.
     grep -qxF "$wanted" "$STATE/dependencies" 2>/dev/null && return 0
-    say "dependencies: installing (torch first; minutes on a slow line) ..."
-    REMEDY='check the network and pip configuration (pip config list), then run this again; it goes on where it stopped' \
+    say "dependencies: installing (torch first; takes minutes with a slow connection) ..."
+    REMEDY='check the network and pip configuration (pip config list), then run this again; it resumes where it stopped' \
         phase "dependencies" install_dependencies
     "$PY" scripts/dependencies.py requirements | cat - constraints.txt | hash_of >"$STATE/dependencies"
     echo "$wanted" >>"$STATE/dependencies"
 }
 
-# The compiler torch's extension builder will call.
+# Checks for the compiler that torch's extension builder will call.
 check_compiler() {
     local cxx=${CXX:-c++}
     command -v "${cxx%% *}" >/dev/null || die "no C++ compiler ($cxx) was found on PATH" \
@@ -82,8 +82,8 @@ check_compiler() {
         "Debian and Ubuntu: apt-get install python3-dev"
 }
 
-# Without isolation: the extension must be compiled against the torch that will load it. Under a CPU build of torch CUDA
-# kernels could never run, and nvcc takes minutes over them.
+# Without isolation, because the extension must be compiled against the torch that will load it. With a CPU build of torch,
+# CUDA kernels cannot run, so they are not compiled, which would take nvcc minutes.
 build_extension() {
     if [ -z "${MLS_CUDA:-}" ] && "$PY" -c 'import importlib.metadata as m, sys; sys.exit("+cpu" not in m.version("torch"))'; then
         export MLS_CUDA=0
@@ -105,20 +105,20 @@ ensure_extension() {
     fi
     check_compiler
     say "extension: compiling csrc/ ..."
-    REMEDY='the first error in the log names the file; when the compiler itself is too old (C++20 is needed), set CXX' \
+    REMEDY='the first error in the log names the file; if the compiler is too old (C++20 is needed), set CXX' \
         phase "extension" build_extension
     echo "$wanted" >"$STATE/extension"
 }
 
 cd "$ROOT"
-# Two runs started together (two terminals, two jobs on one file system) take turns; where there is no flock, or the file
-# system has no locks, they don't.
+# Two simultaneous runs (two terminals, two jobs on one file system) wait for each other, if there is flock and the file
+# system supports locks.
 exec 9<"$ROOT/scripts/setup_env.sh"
 flock 9 2>/dev/null || true
 ensure_venv
 mkdir -p "$STATE"
 : >"$LOG"
-PY=$(env_python) || die "no python3 is on PATH" "LIGHTSEQ_VENV=none uses the Python on PATH; unset it to get a virtual environment"
+PY=$(env_python) || die "no python3 is on PATH" "LIGHTSEQ_VENV=none uses the Python on PATH; unset it to use a virtual environment"
 KEEP_TORCH=''
 if [ "$VENV" = none ] && "$PY" -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then KEEP_TORCH=yes; fi
 ensure_dependencies

@@ -1,11 +1,11 @@
-"""Does what a new user does, and times it: clones the committed repository into an empty folder, and runs the
-README's two commands there in an empty environment.
+"""Does what a new user does and times it: clones the committed repository into an empty folder, and runs the README's
+two commands there in an empty environment.
 
     python scripts/try_fresh_clone.py [--no-tests] [--record]
 
-Nothing of this checkout's environment is used: PATH, an empty HOME, and pip's own variables (PIP_*) are all that the
-commands get. `--record` keeps the figures in docs/results/fresh_clone.json and the pictures in docs/images, from where
-the documents take them. Standard library only.
+The environment of this checkout is not used: the commands only get PATH, an empty HOME, and pip's variables (PIP_*).
+`--record` writes the figures to docs/results/fresh_clone.json and the pictures to docs/images, for the documents. Uses
+only the standard library.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ SHORT = ("--train-iters", "3", "--lr-warmup-iters", "1")
 
 @dataclass(slots=True)
 class Command:
-    """One command, run and timed."""
+    """A command and its timings."""
 
     words: list[str]
     seconds: float = 0.0
     status: int = 0
     phases: dict[str, int] = field(default_factory=dict)
-    """Seconds of each set-up phase, as the scripts report them."""
+    """Duration of each setup phase in seconds, as reported by the scripts."""
     first_step_s: float | None = None
-    """From the start of the command to the line of the first training step."""
+    """Seconds from the start of the command to the line of the first training step."""
     lines: list[str] = field(default_factory=list)
-    """What it printed."""
+    """Its output."""
 
 
 def run(words: Sequence[str], folder: Path, environment: dict[str, str]) -> Command:
-    """Run a command, show its output with the seconds since its start, and pick the figures out of it."""
+    """Run a command, show its output with the time since its start, and extract the figures."""
     command, start = Command(list(words)), time.monotonic()
     print(f"$ {' '.join(words)}", flush=True)
     with subprocess.Popen(
@@ -70,7 +70,7 @@ def run(words: Sequence[str], folder: Path, environment: dict[str, str]) -> Comm
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on."""
+    """Facts about the machine that the figures depend on."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists() and (name := re.search(r"model name\s*: (.+)", info.read_text())):
@@ -86,7 +86,7 @@ def machine() -> dict[str, object]:
 
 
 def excerpt(command: Command) -> list[str]:
-    """Of a training run: its header, the first and last steps and its end; of anything else, the last line."""
+    """The header, the first and last steps and the end of a training run; the last line of other commands."""
     steps = [number for number, line in enumerate(command.lines) if line.startswith("step ")]
     if len(steps) <= 2 * SHOWN_STEPS:
         return command.lines[-1:]
@@ -96,14 +96,14 @@ def excerpt(command: Command) -> list[str]:
 
 
 def path_without_environment() -> str:
-    """PATH less an activated virtual environment."""
+    """PATH without an activated virtual environment."""
     active = os.environ.get("VIRTUAL_ENV")
     folders = os.environ["PATH"].split(os.pathsep)
     return os.pathsep.join(f for f in folders if not active or not Path(f).is_relative_to(active))
 
 
 def record(report: Path, commands: dict[str, Command], commit: str) -> None:
-    """Keep figures and pictures of the first run for the documents."""
+    """Store figures and pictures of the first run for the documents."""
     summary = json.loads((report / "summary.json").read_text())
     figures = {
         "commit": commit,
@@ -120,12 +120,12 @@ def record(report: Path, commands: dict[str, Command], commit: str) -> None:
 
 
 def main() -> int:
-    """Try it; returns the exit status."""
+    """Run the commands; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--no-tests", action="store_true", help="the first command only")
-    parser.add_argument("--record", action="store_true", help="keep figures and pictures for the documents")
+    parser.add_argument("--no-tests", action="store_true", help="only run the training command")
+    parser.add_argument("--record", action="store_true", help="store figures and pictures for the documents")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lightseq-fresh-") as folder:
         clone, home = Path(folder) / "megatron_lightseq", Path(folder) / "home"
@@ -137,7 +137,7 @@ def main() -> int:
         environment = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         environment |= {"PATH": path_without_environment(), "HOME": str(home)}
         commands = {"pretrain": run(["bash", "scripts/pretrain_gpt.sh"], clone, environment)}
-        first_report = Path(folder) / "report"  # the second run writes its own over it
+        first_report = Path(folder) / "report"  # the second run overwrites it
         if (clone / REPORT).is_dir():
             shutil.copytree(clone / REPORT, first_report)
         commands["again"] = run(["bash", "scripts/pretrain_gpt.sh", *SHORT], clone, environment)
@@ -146,7 +146,7 @@ def main() -> int:
         failed = [name for name, command in commands.items() if command.status]
         if options.record and not failed:
             record(first_report, commands, commit)
-    print(f"failed: {', '.join(failed)}" if failed else f"all passed, at commit {commit}")
+    print(f"failed: {', '.join(failed)}" if failed else f"all commands passed at commit {commit}")
     return len(failed)
 
 

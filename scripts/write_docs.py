@@ -11,14 +11,16 @@ KIND is one of
     commands                 the subcommands of `lightseq`
     schedule METHOD P [DIRECTION]  a schedule over P ranks, as it prints
     balance                  the busy share of the ranks, by method and P (megatron_lightseq/schedule/simulate.py)
+    balance_by_mask          the same on eight ranks, by method and mask
     traffic                  bytes sent by method and P
-    seams                    what is replaced in Megatron-LM (megatron_lightseq/megatron/lm/seams.py)
-    refusals                 arguments of Megatron-LM that are refused (megatron_lightseq/megatron/lm/refusals.py)
+    patch_points             what is replaced in Megatron-LM (megatron_lightseq/megatron/lm/patch_points.py)
+    launcher VERDICT         arguments of Megatron-LM that the launcher refuses or replaces (config/megatron_options.py)
     variables                our options as environment variables, for Megatron-LM's --spec
     include FILE             a Markdown file that a command has written, as it is
     image FILE WORDS ...     a picture below docs/ that a command has drawn
     code FILE [FIRST | LAST] a file, or its lines from the one with FIRST to the next one with LAST
-    megatron_options VERDICT what becomes of Megatron's options (megatron_lightseq/megatron/options.py)
+    megatron_options VERDICT what attention does with Megatron's options (config/megatron_options.py)
+    recipe_spellings         what Megatron-LM's arguments mean in recipes (config/megatron_options.py)
     fresh_clone PART         what the README's commands did in a fresh clone (docs/results/fresh_clone.json)
     kernels                  every attention kernel (megatron_lightseq/kernels/specs.py)
     rooms                    the folders and modules of the package, by their docstrings
@@ -45,14 +47,15 @@ import megatron_lightseq as mls
 import megatron_lightseq.errors as mls_errors
 from megatron_lightseq.cli import COMMANDS
 from megatron_lightseq.config.flat import to_flat
+from megatron_lightseq.config.megatron_option import Option, as_flag, with_flags
+from megatron_lightseq.config.megatron_options import OPTIONS, launcher_options, recipe_spellings
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import dump_scalar
 from megatron_lightseq.config.typed import describe, field_docstrings, section_types
 from megatron_lightseq.kernels.specs import KERNELS
 from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
-from megatron_lightseq.megatron.lm.refusals import LOSS_TILE_REFUSALS, MLP_TILE_REFUSALS, REFUSALS
-from megatron_lightseq.megatron.lm.seams import DEFAULT_LAYERS, SEAMS
-from megatron_lightseq.megatron.options import CONFIG, CONSTRUCTOR, FORWARD
+from megatron_lightseq.megatron.lm.patch_points import DEFAULT_LAYERS, PATCH_POINTS
+from megatron_lightseq.megatron.lm.refusals import SIZE_ARGUMENTS
 from megatron_lightseq.schedule import METHODS, TensorShape, simulate
 from megatron_lightseq.tools.markdown import markdown_table
 
@@ -118,6 +121,23 @@ def balance() -> str:
     return markdown_table(["ranks", *methods], rows)
 
 
+def balance_by_mask() -> str:
+    """The same under other masks, on eight ranks of 2,048 tokens."""
+    length, methods = 8 * 2048, ("ring", "zigzag", "lightseq", "balanced")
+    causal, ends = mls.Mask.causal(), (0, 0.14, 0.5, 0.52, 0.97, 1)
+    masks = {
+        "causal": causal,
+        "causal, window of 6,144": mls.Mask.window(6143),
+        "causal, five documents of unequal length": causal
+        & mls.Mask.documents([int(x * length) for x in ends]),
+    }
+    rows = []
+    for name, mask in masks.items():
+        built = [mls.schedule.build(m, layout_for(m, 8), mask=mask, seq_length=length) for m in methods]
+        rows.append([name, *(f"{simulate(one).busy:.0%}" for one in built)])
+    return markdown_table(["mask", *methods], rows)
+
+
 def traffic() -> str:
     """Forward bytes that a rank sends, for MHA and for GQA, mean over ranks and busiest rank."""
     rows = []
@@ -136,25 +156,28 @@ def traffic() -> str:
     )
 
 
-def seams() -> str:
+def patch_points() -> str:
     """What is replaced in Megatron-LM."""
-    rows = [[f"`{seam.path}`", seam.purpose, seam.versions] for seam in (*SEAMS, DEFAULT_LAYERS)]
-    return markdown_table(["replaced, or with `--spec` called", "it is where", "core"], rows)
+    rows = [[f"`{point.path}`", point.purpose, point.versions] for point in (*PATCH_POINTS, DEFAULT_LAYERS)]
+    return markdown_table(["replaced, or called by `--spec`", "so that", "core"], rows)
 
 
-def refusals() -> str:
-    """Arguments of Megatron-LM that our attention would have to ignore."""
-    kinds = {
-        "": REFUSALS,
-        " with `--mlp-tile-tokens`": MLP_TILE_REFUSALS,
-        " with `--loss-tile-tokens`": LOSS_TILE_REFUSALS,
-    }
-    rows = [
-        [f"`--{refusal.argument.replace('_', '-')}`{asked}", refusal.rule, refusal.remedy]
-        for asked, refusals in kinds.items()
-        for refusal in refusals
-    ]
-    return markdown_table(["argument", "because", "instead"], rows)
+def launcher(verdict: str) -> str:
+    """Arguments of Megatron-LM that the launcher refuses, or replaces."""
+    found: dict[int, tuple[Option, list[str]]] = {}
+    for name, option in launcher_options():
+        if option.in_launcher == verdict:
+            found.setdefault(id(option), (option, []))[1].append(f"`{as_flag(name)}`")
+    rows = []
+    for option, flags_ in found.values():
+        only = f" {', '.join(option.only)}" if option.only else ""
+        condition = f", {option.condition.text}" if option.condition else ""
+        names_ = [*KEYS, *option.names, *SIZE_ARGUMENTS]
+        text = with_flags(f"{option.reason}|{option.remedy}", names_)
+        rows.append([f"{', '.join(flags_)}{only}{with_flags(condition, names_)}", *text.split("|")])
+    columns = ["argument", "because", "instead"]
+    shown = len(columns) if verdict == "refused" else 2
+    return markdown_table(columns[:shown], [row[:shown] for row in rows])
 
 
 def variables() -> str:
@@ -219,19 +242,34 @@ def include(path: str) -> str:
 
 
 def megatron_options(verdict: str) -> str:
-    """The options of one verdict, those of one reason together."""
-    by_reason: dict[tuple[str, str], list[str]] = {}
-    for table_, suffix in ((CONFIG, ""), (CONSTRUCTOR, " (argument)"), (FORWARD, " (argument)")):
-        for name, option in table_.items():
-            if option.verdict == verdict and option.reason:
-                names = by_reason.setdefault((option.reason, option.remedy), [])
-                names.extend([f"`{name}`{suffix}"] if f"`{name}`{suffix}" not in names else [])
-    what_to_do = verdict == "refused"
+    """The options with one verdict in attention, those with the same reason together."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for option in OPTIONS:
+        if option.attention == verdict and option.reason:
+            condition = option.condition.text if option.condition else ""
+            only = f"{', '.join(option.only)} " if option.only else ""
+            suffix = "" if option.kind == "field" else " (argument)"
+            names = found.setdefault((option.reason, option.remedy, f"{only}{condition}"), [])
+            names.extend(f"`{name}`{suffix}" for name in option.names if f"`{name}`{suffix}" not in names)
+    refused = verdict == "refused"
     rows = [
-        [", ".join(names), reason, *([remedy] if what_to_do else [])]
-        for (reason, remedy), names in by_reason.items()
+        [", ".join(names) + (f": {when}" if when else ""), reason, *([remedy] if refused else [])]
+        for (reason, remedy, when), names in found.items()
     ]
-    return markdown_table(["option", "why", *(["what to do"] if what_to_do else [])], rows)
+    return markdown_table(["option", "why", *(["what to do"] if refused else [])], rows)
+
+
+def recipe_spelling_rows() -> str:
+    """What Megatron-LM's arguments that are not keys mean in recipes."""
+    by_meaning: dict[str, list[str]] = {}
+    for name, spelling in recipe_spellings().items():
+        keys = [f"`{key}: {dump_scalar(value)}`" for key, value in spelling.values]
+        keys += [f"nothing; needs `{spelling.needs}`"] if spelling.needs else []
+        by_meaning.setdefault(spelling.refusal or ", ".join(keys) or "always the case", []).append(
+            f"`{name}`"
+        )
+    rows = [[", ".join(names), meaning] for meaning, names in by_meaning.items()]
+    return markdown_table(["argument of Megatron-LM", "in a recipe"], rows)
 
 
 def image(path: str, *words: str) -> str:
@@ -355,14 +393,16 @@ KINDS: dict[str, Callable[..., str]] = {
     "schedule": schedule,
     "methods": methods,
     "balance": balance,
+    "balance_by_mask": balance_by_mask,
     "traffic": traffic,
-    "seams": seams,
-    "refusals": refusals,
+    "patch_points": patch_points,
+    "launcher": launcher,
     "variables": variables,
     "code": code,
     "include": include,
     "image": image,
     "megatron_options": megatron_options,
+    "recipe_spellings": recipe_spelling_rows,
     "fresh_clone": fresh_clone,
     "kernels": kernels,
     "rooms": rooms,

@@ -1,8 +1,8 @@
-"""A method of one's own: keys and values stay where they are, and the queries travel.
+"""A custom method: keys and values stay where they are, and queries travel.
 
-Good when there are few query heads per key/value head and many ranks must not hold others' keys: rank r computes,
-at distance t, the tiles of rank r + t's queries against its own keys, and the partial results go home. Nothing else is
-written down: transfers, merging, the backward pass and the checks follow from the placement.
+At distance t, rank r computes the tiles of rank r + t's queries against its own keys and sends the partial results
+back. This suits models with few query heads per key/value head, and memory that has no room for other ranks' keys.
+Transfers, merging, the backward pass and the checks all follow from the placement.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ include_patterns = ["*.md", "docs/*.md", "docs/reference/*.md"]
 exclude_patterns = [".*", "build", "csrc", "data", "megatron_lightseq", "results", "runs", "tests"]
 
 html_theme = "furo"
-html_title = project
+html_title = "LightSeq for Megatron"
 html_copy_source = False
 html_show_sphinx = False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -47,17 +48,17 @@ def dist_attention(
 ) -> Tensor:
     """Attention over a sequence that is cut over the ranks of ``group`` (DistFlashAttn, arXiv 2310.03294).
 
-    Collective: every rank of the group calls it with its own shards, and every rank calls backward on the result, in
-    the same order as the other ranks. A rank that skips a call leaves its peers waiting until the group's timeout, when
-    they raise :class:`TransportError` (over NCCL, torch's watchdog ends the process). This includes a rank whose loss
-    does not depend on its output: give it a zero gradient instead of skipping its backward.
+    Collective: every rank of the group calls it with its own shards, and every rank calls backward on the result,
+    in the same order as the other ranks. A rank that skips a call leaves its peers waiting until the group's
+    timeout, when they raise :class:`TransportError` (over NCCL, torch's watchdog ends the process). This includes a
+    rank whose loss does not depend on its output: give it a zero gradient instead of skipping its backward.
 
     The first call with new settings or shapes compares a fingerprint of the whole plan across ranks, so ranks that
-    disagree stop with a message instead of computing a wrong result. Shapes may change from call to call, on all ranks
-    together.
+    disagree stop with a message instead of computing a wrong result. Shapes may change from call to call, on all
+    ranks together.
 
     Args:
-        q: (S, B, H, D), this rank's queries; fp32, bf16, fp16 or fp64, as far as the kernel takes them.
+        q: (S, B, H, D), this rank's queries; fp32, bf16, fp16 or fp64, if the kernel supports it.
         k: (S, B, G, D), this rank's keys, q's dtype; G divides H.
         v: (S, B, G, Dv), this rank's values, q's dtype.
         group: torch ProcessGroup of the context-parallel ranks; None for one rank.
@@ -67,7 +68,7 @@ def dist_attention(
             direction, the one predicted to be the fastest (schedule/choose.py).
         mask: which keys a query may see; default causal.
         softmax_scale: factor of the scores, positive; default 1 / sqrt(D).
-        kernel: one of ``kernels.registry.kernel_names()`` or a Kernel; ``auto`` is the fastest that takes these inputs.
+        kernel: one of ``kernels.specs.kernel_names()``, or a Kernel; ``auto`` is the first that supports the inputs.
         overlap: transfer data for the next step while computing the present one.
 
     Returns:
@@ -79,20 +80,14 @@ def dist_attention(
         UnsupportedError: an unknown method or kernel, or one that does not take these inputs.
         TransportError: the ranks disagree, or a peer was lost or did not make the same calls.
     """
-    settings: dict[str, Any] = {
-        "layout": layout,
-        "method": method,
-        "mask": mask,
-        "kernel": kernel,
-        "overlap": overlap,
-    }
+    settings: dict[str, Any] = {"layout": layout, "method": method, "kernel": kernel, "overlap": overlap}
     if group is None:
-        return DistAttention(None, **settings)(q, k, v, softmax_scale)
+        return DistAttention(None, **settings)(q, k, v, softmax_scale, mask=mask)
     known = _ATTENTIONS.setdefault(group, {})
     key = tuple(settings.values())
     if key not in known:
         known[key] = DistAttention(group, **settings)
-    return known[key](q, k, v, softmax_scale)
+    return known[key](q, k, v, softmax_scale, mask=mask)
 
 
 class DistAttention:
@@ -120,8 +115,8 @@ class DistAttention:
             stats: where to count; default a new one.
             network: what ``auto`` predicts with, and what placements may look at; default NVLink within nodes of 8 and
                 100 Gbps between them.
-            schedules: methods, layout and mask that were resolved before, and the schedules that follow; ``method``,
-                ``layout`` and ``mask`` are then not read.
+            schedules: methods, layout, mask and schedules that are already resolved; ``method``, ``layout`` and
+                ``mask`` are then ignored.
         """
         if schedules is not None:
             method = (schedules.forward_method, schedules.backward_method)
@@ -146,36 +141,52 @@ class DistAttention:
             overlap=overlap,
             stats=self.stats,
         )
-        self._agreement = Agreement(runtime.transport, f"{_shown(methods)} on {self.layout}, {mask} mask")
+        self.mask = mask
+        self._agreement = Agreement(runtime.transport, f"{_shown(methods)} on {self.layout}")
         self._planner = Planner(
             rank=rank_in(group),
             layout=self.layout,
             methods=methods,
-            mask=mask,
             network=network,
             schedules=schedules,
             runtime=runtime,
             agreement=self._agreement,
         )
         self._kernel = kernel
-        self._plans: dict[Inputs, Plan] = {}
+        self._plans: OrderedDict[tuple[Inputs, Mask], Plan] = OrderedDict()
         self._scales: set[float] = set()
         """Softmax scales that all ranks have agreed on."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, sink: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None = None,
+        sink: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> Tensor:
         """The local output (S, B, H, Dv); shapes as in :func:`dist_attention`.
 
-        ``sink`` (H,) is one more logit in every row of a head, of a key whose value is zero; differentiable.
+        Args:
+            q, k, v, softmax_scale: as in :func:`dist_attention`.
+            sink: (H,), one more logit in every row of a head, of a key whose value is zero; differentiable.
+            mask: for this call alone; default the mask of this object. Another one in every call, as packed batches
+                have, costs a plan each and no memory: the newest plans are kept.
         """
-        return self.forward_with_lse(q, k, v, softmax_scale, sink)[0]
+        return self.forward_with_lse(q, k, v, softmax_scale, sink, mask)[0]
 
     def forward_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, sink: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None = None,
+        sink: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The local output (S, B, H, Dv) and log-sum-exp (B, H, S; accumulator dtype, not differentiable)."""
-        plan = self._plan_for(q, k, v)
+        plan = self._plan_for(q, k, v, mask)
         check_sink(sink, q)
         out, lse = AttentionFunction.apply(q, k, v, sink, None, plan, self._scale(softmax_scale, q))
         return out, lse
@@ -188,15 +199,16 @@ class DistAttention:
         kept: tuple[Tensor, Tensor],
         softmax_scale: float | None = None,
         sink: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> Tensor:
         """Give a kept result a backward pass, without repeating the forward pass or its communication.
 
         Args:
             q, k, v: recomputed inputs, equal to those that gave the result.
             kept: (S, B, H, Dv) and (B, H, S), what :meth:`forward_with_lse` returned for them.
-            softmax_scale, sink: as they were then.
+            softmax_scale, sink, mask: as they were then.
         """
-        plan = self._plan_for(q, k, v)
+        plan = self._plan_for(q, k, v, mask)
         attached, _ = AttentionFunction.apply(q, k, v, sink, kept, plan, self._scale(softmax_scale, q))
         return attached
 
@@ -219,15 +231,17 @@ class DistAttention:
         return scale
 
     @torch.compiler.disable
-    def _plan_for(self, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+    def _plan_for(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Plan:
         inputs = Inputs.of(q, k, v)
-        if inputs not in self._plans:
-            self._plans[inputs] = self._planner.plan(inputs, resolve_kernel(self._kernel, q, k, v))
-            if (
-                len(self._plans) > _MAX_PLANS
-            ):  # all ranks drop the same one: they make their plans in one order
-                del self._plans[next(iter(self._plans))]
-        return self._plans[inputs]
+        key = (inputs, self.mask if mask is None else mask)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._planner.plan(inputs, key[1], resolve_kernel(self._kernel, q, k, v))
+            self._plans[key] = plan
+            if len(self._plans) > MAX_PLANS:  # the same one on all ranks, because they make the same calls
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return plan
 
 
 def _methods_of(method: MethodArgument) -> dict[Direction, Method] | None:
@@ -255,8 +269,9 @@ def _check_method(method: Method, layout: SequenceLayout, kernel: str | Kernel) 
         )
 
 
-_MAX_PLANS = 64
-"""Plans that one attention keeps, the newest ones; one is made for every new shape of inputs."""
+MAX_PLANS = 64
+"""Plans that one attention keeps, those used last; one is made for every new shape of inputs and for every new mask.
+They must cover the micro-batches in flight: a plan serves their backward and recomputation too."""
 
 _ATTENTIONS: weakref.WeakKeyDictionary[Any, dict[Any, DistAttention]] = weakref.WeakKeyDictionary()
 """What :func:`dist_attention` keeps, by group and settings; dropped with the group."""

@@ -1,8 +1,8 @@
-"""Trades heads for tokens within a group of u ranks, and back (DeepSpeed-Ulysses, arXiv 2309.14509).
+"""Exchanges heads for tokens within a group of u ranks, and back (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-Before: a rank holds its own tokens of all heads. After: the tokens of all u ranks, of about H / u heads. Nothing has
-to divide: head counts may differ by one between ranks, and a key/value head goes to every rank that has one of its
-query heads, so that there may be fewer key/value heads than ranks.
+Before the exchange a rank holds its own tokens of all heads; after it, the tokens of all u ranks, of about H / u
+heads. Nothing has to divide evenly: ranks may differ by one head, and a key/value head goes to every rank that has
+one of its query heads, so there may be fewer key/value heads than ranks.
 
 Shape letters: S = local tokens, B = batch, H = query heads, G = key/value heads, D = head dim.
 """
@@ -22,11 +22,11 @@ from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.transport import Transport, all_to_all
 
 HeadRanges = tuple[range, ...]
-"""Consecutive heads by rank."""
+"""The consecutive heads of each rank."""
 
 
 class HeadExchange:
-    """The two trades, for one kind of input over one group."""
+    """The exchange and its inverse, for one shape of inputs over one group."""
 
     def __init__(
         self,
@@ -50,17 +50,17 @@ class HeadExchange:
 
     @property
     def num_heads(self) -> int:
-        """Query heads that this rank computes."""
+        """The number of query heads that this rank computes."""
         return len(self.cut.heads[self.member])
 
     def to_heads(self, *parts: tuple[Sequence[Tensor], HeadRanges]) -> list[Tensor]:
-        """From local tokens of all heads to all u S tokens of this rank's heads, in one trade.
+        """From local tokens of all heads to all u S tokens of this rank's heads, in one all-to-all.
 
         Args:
-            parts: tensors (S, B, heads, D) or (B, heads, S), and the heads that each rank takes of them.
+            parts: pairs of tensors, (S, B, heads, D) or (B, heads, S), and of the heads that each rank gets of them.
 
         Returns:
-            The tensors in the order given, flat.
+            All tensors, in the order given.
         """
         cuts = [(x, cut) for xs, cut in parts for x in xs]
         outgoing = [
@@ -71,14 +71,14 @@ class HeadExchange:
             [x.new_empty(_resized(x, _head_dim(x), len(cut[self.member]))) for x, cut in cuts]
             for _ in outgoing
         ]
-        self._trade(outgoing, incoming, "heads for tokens")
+        self._exchange(outgoing, incoming, "heads for tokens")
         return [self._join([received[index] for received in incoming]) for index in range(len(cuts))]
 
     def to_tokens(self, xs: Sequence[Tensor], cut: HeadRanges, add: bool = False) -> list[Tensor]:
-        """The inverse of :meth:`to_heads`; with ``add``, what several ranks have of one head is added up."""
+        """The inverse of :meth:`to_heads`. With ``add``, what several ranks hold of one head is summed."""
         parts = [[self._part(x, member) for x in xs] for member in range(len(cut))]
         incoming = [[x.new_empty(_resized(x, _head_dim(x), len(heads))) for x in parts[0]] for heads in cut]
-        self._trade(parts, incoming, "tokens for heads")
+        self._exchange(parts, incoming, "tokens for heads")
         joined = []
         for index, x in enumerate(parts[0]):
             whole = x.new_zeros(_resized(x, _head_dim(x), max(heads.stop for heads in cut)))
@@ -91,14 +91,14 @@ class HeadExchange:
             joined.append(whole)
         return joined
 
-    def _trade(self, outgoing: list[list[Tensor]], incoming: list[list[Tensor]], what: str) -> None:
+    def _exchange(self, outgoing: list[list[Tensor]], incoming: list[list[Tensor]], what: str) -> None:
         traffic = all_to_all(self._transport, outgoing, incoming, what)
         self._stats.bytes_sent += traffic.sent
         self._stats.bytes_received += traffic.received
         self._stats.exposed_seconds += traffic.seconds
 
     def _join(self, parts: list[Tensor]) -> Tensor:
-        """All members' tokens, in the order in which the group's merged shard stores them."""
+        """The tokens of all members, in the storage order of the group's merged shard."""
         dim, length = _token_dim(parts[0]), parts[0].shape[_token_dim(parts[0])]
         whole = parts[0].new_empty(_resized(parts[0], dim, length * len(parts)))
         for member, part in enumerate(parts):
@@ -107,7 +107,7 @@ class HeadExchange:
         return whole
 
     def _part(self, whole: Tensor, member: int) -> Tensor:
-        """The tokens of one member, as its shard stores them."""
+        """The tokens of one member, in the storage order of its shard."""
         size, dim = self._transport.size, _token_dim(whole)
         length = whole.shape[dim] // size
         part = whole.new_empty(_resized(whole, dim, length))
@@ -117,7 +117,7 @@ class HeadExchange:
 
 
 def expand(x: Tensor, index: list[int] | None) -> Tensor:
-    """Key/value heads (S, B, G, D) repeated as ``index`` says; None leaves them."""
+    """Key/value heads (S, B, G, D) selected by ``index``, which may repeat them; None leaves them as they are."""
     return x if index is None else x[:, :, index]
 
 
@@ -126,7 +126,7 @@ def fold(grad: Tensor, index: list[int] | None, num_groups: int) -> Tensor:
     if index is None:
         return grad
     folded = grad.new_zeros(_resized(grad, 2, num_groups))
-    for head, group in enumerate(index):  # in this order on every run: same bits
+    for head, group in enumerate(index):  # always in this order, so that results repeat bit for bit
         folded[:, :, group] += grad[:, :, head]
     return folded
 
@@ -149,17 +149,17 @@ def _resized(x: Tensor, dim: int, length: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class HeadRun:
-    """Heads exchanged for tokens, another run for this rank's share of the heads, and the exchange back.
+    """Another run for this rank's share of the heads, between an exchange of heads for tokens and its inverse.
 
-    The backward exchanges its inputs again instead of keeping both forms of them: attention that was kept over
-    recomputation then needs nothing of the forward's, and neither holds more memory than the other.
+    The backward exchanges its inputs again instead of keeping them in both forms. It therefore needs nothing from the
+    forward but its result, which may have been kept across recomputation, and holds no more memory.
     """
 
     exchange: HeadExchange
     inner: Run
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Trade, attend with this rank's heads, trade back."""
+        """Exchange, attend with this rank's heads, exchange back. Shapes as in :class:`plan.Run`."""
         cut = self.exchange.cut
         q_merged, *kv = self.exchange.to_heads(([q], cut.heads), ([k, v], cut.groups))
         k_merged, v_merged = self._expanded(kv)
@@ -176,7 +176,7 @@ class HeadRun:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> Gradients:
-        """The same way for gradients; those of shared keys and values are added up over the ranks that used them."""
+        """The same for gradients. Those of shared key/value heads are added up over the ranks that used them."""
         cut = self.exchange.cut
         dout_m, q_m, lse_m, delta_m, *kv = self.exchange.to_heads(
             ([dout, q, lse, delta], cut.heads), ([k, v], cut.groups)
@@ -188,13 +188,13 @@ class HeadRun:
             dq, dk, dv = (x.to(accumulator_dtype(x.dtype)) for x in (q_m, k_m, v_m))
         (dq,) = self.exchange.to_tokens([dq.to(q.dtype)], cut.heads)
         dk, dv = (fold(grad, self._group_of_head(), self._num_groups()) for grad in (dk, dv))
-        if cut.groups_are_disjoint:  # final already, and half as many bytes
+        if cut.groups_are_disjoint:  # already final, so half as many bytes can travel
             dk, dv = dk.to(k.dtype), dv.to(v.dtype)
         dk, dv = self.exchange.to_tokens([dk, dv], cut.groups, add=not cut.groups_are_disjoint)
         return dq, dk, dv
 
     def _expanded(self, keys_and_values: list[Tensor]) -> list[Tensor]:
-        """With a copy for each query head where a kernel could not find a query head's keys by division."""
+        """Keys and values, copied for each query head if a kernel could not find them by division."""
         index = self._group_of_head()
         return [expand(x, index) for x in keys_and_values]
 
@@ -207,23 +207,23 @@ class HeadRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UlyssesGroups:
-    """How a context-parallel group divides into u ranks that exchange heads, and P / u that pass tiles around.
+    """How a context-parallel group divides into groups of u ranks that exchange heads, and rings of P / u ranks.
 
-    Ranks of the context-parallel group, in order; no communicator of their own: transfers between them go through
-    the group that they belong to, so nothing collective has to happen when a method is chosen.
+    Both are listed as ranks of the context-parallel group. They need no communicators: their transfers go through the
+    whole group's, so nothing collective has to happen when a method is chosen.
     """
 
     ulysses: tuple[int, ...]
-    """This rank's group for exchanging heads."""
+    """The ranks with which this rank exchanges heads, in ascending order."""
     ring: tuple[int, ...]
-    """This rank's group for schedules; all of its ranks hold the same heads."""
+    """The ranks with which this rank runs a schedule; all of them hold the same heads."""
 
     @staticmethod
     def of(layout: SequenceLayout, ulysses_size: int, rank: int) -> UlyssesGroups:
-        """The groups of ``rank``, such that groups hold what :meth:`SequenceLayout.merged` says.
+        """The groups of ``rank``; those that exchange heads hold the shards of :meth:`SequenceLayout.merged`.
 
         Raises:
-            LayoutError: ``ulysses_size`` does not divide the ranks.
+            LayoutError: ``ulysses_size`` does not divide the number of ranks, or the layout has no such groups.
         """
         groups = [layout.members(group, ulysses_size) for group in range(layout.merged(ulysses_size).cp_size)]
         mine = next(group for group in groups if rank in group)

@@ -1,4 +1,4 @@
-"""What attention accepts, and the part of it that a plan depends on.
+"""What attention accepts as inputs, and the facts about them that a plan depends on.
 
 Shape letters: S = local tokens, B = batch, H = query heads, G = key/value heads (query groups), D = head dim of
 queries and keys, Dv = head dim of values.
@@ -18,7 +18,7 @@ from megatron_lightseq.schedule import TensorShape
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """All of the inputs that a plan depends on."""
+    """The facts about q, k and v that a plan depends on."""
 
     q_shape: tuple[int, ...]
     k_shape: tuple[int, ...]
@@ -28,12 +28,17 @@ class Inputs:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+        """Check the inputs and take their facts.
+
+        Raises:
+            ConfigError: shapes, dtypes or devices do not fit together.
+        """
         _check_inputs(q, k, v)
         return Inputs(tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device)
 
     @property
     def shape(self) -> TensorShape:
-        """The shape as schedules know it."""
+        """The shape in the form that schedules use."""
         return TensorShape(
             batch=self.q_shape[1],
             num_heads=self.q_shape[2],
@@ -44,15 +49,17 @@ class Inputs:
         )
 
     def describe(self) -> str:
+        """For messages and fingerprints."""
         return f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}, {self.dtype}"
 
 
 def check_sink(sink: Tensor | None, q: Tensor) -> None:
+    """Raise :class:`ConfigError` unless ``sink`` is None or has one logit per query head of q, on its device."""
     if sink is not None and (tuple(sink.shape) != (q.shape[2],) or sink.device != q.device):
         raise ConfigError(
             explain(
                 got=f"a sink {tuple(sink.shape)} on {sink.device} for q {tuple(q.shape)} on {q.device}",
-                rule="a sink is one logit for each query head, on q's device",
+                rule="a sink has one logit for each query head, on q's device",
                 remedy=f"Give a tensor of shape ({q.shape[2]},)",
             )
         )

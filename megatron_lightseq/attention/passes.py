@@ -1,4 +1,4 @@
-"""What flows through a program: q, k, v to (out, lse) in the forward pass, dout to (dq, dk, dv) in the backward pass.
+"""The data that flows through a program: q, k, v to (out, lse) forward, dout to (dq, dk, dv) backward.
 
 Token dimension: 0 in (S, B, H, D) tensors, last in (B, H, S) statistics.
 """
@@ -11,34 +11,36 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_lightseq.kernels.merge import merge_into
-from megatron_lightseq.kernels.registry import Kernel, TileMask
+from megatron_lightseq.kernels.registry import Kernel
+from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.schedule import Payload
 from megatron_lightseq.schedule.program import Call
 
 Bundle = tuple[Tensor, ...]
-"""The tensors that a payload stands for, all over the same tokens."""
+"""The tensors of one payload, all of the same tokens."""
 
 
 class Pass(Protocol):
-    """What flows through a program in one direction."""
+    """The data that flows through a program in one direction, and the computations on it."""
 
     @property
     def own(self) -> dict[Payload, Bundle]:
-        """The rank's own shard of every payload: inputs are read, results written, whatever they held."""
+        """The rank's own shard of every payload: inputs are read, results are overwritten."""
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
-        """Run the kernel on one rectangle; ``results`` are the query side's and, in backward, the key side's.
+        """Run the kernel on one rectangle.
 
-        A fresh call overwrites them, any other adds to what they hold.
+        ``results`` are the query side's and, in the backward pass, the key side's. A fresh call overwrites them;
+        any other call accumulates into them.
         """
 
     def clear(self, payload: Payload, bundle: Bundle) -> None:
-        """Make a result bundle the empty result."""
+        """Fill a result bundle with the empty result."""
 
     def absorb(self, payload: Payload, mine: Bundle, arrived: Bundle) -> None:
-        """Join a result that another rank computed into the rank's own."""
+        """Combine a result that another rank computed with the rank's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +62,14 @@ class ForwardPass:
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
-        """Merge the rectangle into its (out, lse), or write it where nothing came before."""
+        """Merge the rectangle into its (out, lse), or overwrite them if the call is fresh."""
         (q,), (k, v), (out, lse) = q_side, k_side, results[0]
         self.kernel.forward(
             q, k, v, out, lse, mask=mask, softmax_scale=self.softmax_scale, accumulate=not call.fresh
         )
 
     def clear(self, payload: Payload, bundle: Bundle) -> None:
-        """A row that has seen no key: out 0, lse -inf."""
+        """Rows that have seen no key: out 0, lse -inf."""
         out, lse = bundle
         out.zero_()
         lse.fill_(float("-inf"))
@@ -95,7 +97,7 @@ class BackwardPass:
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
-        """Add the rectangle's gradients, or write them where nothing came before."""
+        """Add the rectangle's gradients, or overwrite if the call is fresh."""
         (q, dout, lse, delta), (k, v) = q_side, k_side
         (dq,), (dk, dv) = results
         tensors = (dout, q, k, v, lse, delta, dq, dk, dv)
@@ -103,11 +105,11 @@ class BackwardPass:
         self.kernel.backward(*tensors, mask=mask, softmax_scale=scale, accumulate=not fresh)
 
     def clear(self, payload: Payload, bundle: Bundle) -> None:
-        """Zeros."""
+        """Zero gradients."""
         for tensor in bundle:
             tensor.zero_()
 
     def absorb(self, payload: Payload, mine: Bundle, arrived: Bundle) -> None:
-        """Add up, in schedule order."""
+        """Add the gradients that arrived, in the order of the schedule."""
         for total, part in zip(mine, arrived, strict=True):
             total += part

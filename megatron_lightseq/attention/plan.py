@@ -1,7 +1,8 @@
-"""What attention runs in one direction: tiles by a schedule, alone or with heads exchanged around them.
+"""How one direction of distributed attention is executed: by a schedule's program, optionally between two all-to-all
+exchanges of heads.
 
-A *run* takes local shards to local results. All of them share one runtime; which of them a method needs is said by
-its :class:`schedule.Method`.
+A *run* turns local shards into local results. Which kind of run a method needs follows from its
+:class:`schedule.Method`.
 
 Shapes: q (S, B, H, D), k (S, B, G, D), v (S, B, G, Dv), out and dout (S, B, H, Dv), lse and delta (B, H, S).
 """
@@ -25,29 +26,29 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Run(Protocol):
-    """Attention over a group, in the directions that it was made for."""
+    """How attention over a group is executed, in the direction that it was made for."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """``out`` in q's dtype and ``lse`` in the accumulator dtype."""
+        """``out`` in q's dtype and ``lse`` in the accumulator dtype; collective."""
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> Gradients:
-        """dq, dk, dv in the accumulator dtype or in the inputs'."""
+        """dq, dk and dv, in the accumulator dtype or in the inputs'; collective."""
 
 
 @dataclass(frozen=True, slots=True)
 class TileRun:
-    """Tiles by a schedule: the program of one direction."""
+    """Runs the program of one direction."""
 
     program: BoundProgram
     kernel: Kernel
     runtime: Runtime
     gradients_are_parts: bool = False
-    """Others will be added to them, so that they must not be rounded yet."""
+    """Gradients will be added to those of other ranks, so they must not be rounded yet."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Follow the program from queries, keys and values to ``out`` and ``lse``."""
+        """Run the program from q, k and v to ``out`` and ``lse``."""
         acc = accumulator_dtype(q.dtype)
         dtype = q.dtype if self._is_rounded_by_kernel() else acc
         out = torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
@@ -58,7 +59,7 @@ class TileRun:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> Gradients:
-        """Follow the program to dq, dk, dv, in the inputs' dtype where nothing is added up."""
+        """Run the program to dq, dk and dv, which are in the inputs' dtype if nothing will be added to them."""
         is_final = self._is_rounded_by_kernel() and not self.gradients_are_parts
         dtype = q.dtype if is_final else accumulator_dtype(q.dtype)
         dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
@@ -73,7 +74,7 @@ class TileRun:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Both directions, each with a run of its own; they may follow different methods."""
+    """How both directions of an attention call are executed; they may use different methods."""
 
     forward: Run
     backward: Run

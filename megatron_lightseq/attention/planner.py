@@ -37,7 +37,6 @@ class Planner:
     layout: SequenceLayout
     methods: dict[Direction, Method] | None
     """The method of each direction; None for ``auto``, which predicts them from the inputs."""
-    mask: Mask
     network: Network | None
     """What ``auto`` predicts with, and what placements may look at."""
     schedules: SchedulePair | None
@@ -46,27 +45,27 @@ class Planner:
     """Runs programs over the whole group."""
     agreement: Agreement
 
-    def plan(self, inputs: Inputs, kernel: Kernel) -> Plan:
-        """The plan for one kind of inputs. Collective: every rank of the group must plan for equal inputs.
+    def plan(self, inputs: Inputs, mask: Mask, kernel: Kernel) -> Plan:
+        """The plan for one kind of inputs and a mask. Collective: every rank must plan for equal ones.
 
         Raises:
             LayoutError: the sequence does not divide among the ranks.
             UnsupportedError: the method does not work on the layout.
             TransportError: the ranks plan different things.
         """
-        pair = self._pair(inputs)
+        pair = self._pair(inputs, mask)
         sizes = [pair.method(direction).ulysses_size(self.layout.cp_size) for direction in Direction]
         plan = [str(pair.schedule(direction)) for direction in Direction]
         texts = [*plan, f"heads over {sizes}", kernel.name, inputs.describe()]
-        self.agreement.check("\n".join(texts), inputs.describe())
+        self.agreement.check("\n".join(texts), f"{_shortened(str(mask))} mask, {inputs.describe()}")
         forward, backward = (self._run(pair, direction, inputs, kernel) for direction in Direction)
         return Plan(forward, backward, self.runtime.stats)
 
-    def _pair(self, inputs: Inputs) -> SchedulePair:
+    def _pair(self, inputs: Inputs, mask: Mask) -> SchedulePair:
         """The schedules for these inputs: those that exist, or new ones of the given or of the fastest methods."""
         problem = Problem(
             layout=self.layout,
-            mask=self.mask,
+            mask=mask,
             seq_length=inputs.q_shape[0] * self.layout.cp_size,
             shape=inputs.shape,
             network=self.network,
@@ -114,3 +113,8 @@ class Planner:
     @staticmethod
     def _bound(schedule: Schedule, rank: int, device: torch.device) -> BoundProgram:
         return BoundProgram.bind(compile_program(schedule, rank), device)
+
+
+def _shortened(text: str) -> str:
+    """The text, or its beginning where it is long: masks name the borders of all documents."""
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,9 +1,9 @@
 """Ring Self-Attention, the historical baseline (Li et al., arXiv 2105.13120, section 3.2; Colossal-AI).
 
-No online softmax: a first ring of keys fills a rank's full rows of scores, softmax follows, a second ring of values
-makes the output. The backward is the same the other way round, plus a ring that makes the scores again. Memory grows
-with S x P S, and everything travels twice: what the later methods are measured against. Here each ring is one pass
-of the runtime over the ring schedule.
+There is no online softmax: a first ring, of keys, fills a rank's full rows of scores; after the softmax, a second
+ring, of values, computes the output. The backward recomputes the scores with one ring, then runs one ring of values
+and one of keys. Memory grows with S x P S and everything travels twice, which is what later methods improve on.
+Here each ring is one execution of the ring's program.
 
 Shape letters: S = local tokens, N = P S tokens in all, B = batch, G = key/value heads, R = query heads for each of
 them, D = head dim. Rows are indexed by global key position.
@@ -19,21 +19,22 @@ from torch import Tensor
 from megatron_lightseq.attention.passes import Bundle
 from megatron_lightseq.attention.runtime import BoundProgram, Runtime
 from megatron_lightseq.kernels.reference import visible
-from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype
+from megatron_lightseq.kernels.registry import accumulator_dtype
+from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.schedule import Payload
 from megatron_lightseq.schedule.program import Call
 
 
 @dataclass(frozen=True, slots=True)
 class RowRun:
-    """Both directions of Ring Self-Attention, over the two programs of the ring."""
+    """Executes the forward and backward programs of the ring, several times each."""
 
     forward_program: BoundProgram
     backward_program: BoundProgram
     runtime: Runtime
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """One ring of keys for whole rows of scores, a softmax, one ring of values."""
+        """One ring of keys for full rows of scores, a softmax, one ring of values. Shapes as in :class:`plan.Run`."""
         scores_BGRSN = self._scores(q, k, scale)
         lse_BGRS = scores_BGRSN.logsumexp(-1)
         weights = _probabilities(scores_BGRSN, lse_BGRS)
@@ -44,7 +45,7 @@ class RowRun:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows again from a ring of keys and ``lse``; then a ring of values, and one of keys, for gradients."""
+        """One ring of keys to recompute the rows, then one ring of values and one of keys for the gradients."""
         acc, groups = accumulator_dtype(q.dtype), k.shape[2]
         weights = _probabilities(self._scores(q, k, scale), lse.unflatten(1, (groups, -1)))
         dq, dk, dv = (torch.empty(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
@@ -66,15 +67,20 @@ class RowRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RowPass:
-    """A ring that reads or writes full rows. Its query side stays at home; its results, if any, are sums of parts."""
+    """A ring that reads or writes full rows. Its query side does not travel; its results, if any, are sums."""
 
     own: dict[Payload, Bundle]
     rows: Tensor
 
     def part(self, rows: Tensor, call: Call) -> Tensor:
-        """(B, G, R, queries, keys) of a call."""
+        """The scores (B, G, R, queries, keys) of a call."""
         keys = call.k_positions
         return rows[..., call.q.start : call.q.stop, keys.start : keys.stop : keys.step]
+
+    def seen(self, rows: Tensor, call: Call, mask: TileMask) -> Tensor:
+        """The same with zeros for the pairs that are another call's: a tile may take several."""
+        hidden = ~visible(mask, len(call.q_positions), len(call.k_positions), rows.device)
+        return self.part(rows, call).masked_fill(hidden, 0.0)
 
     def add(self, call: Call, total: Tensor, part: Tensor) -> None:
         total.copy_(part) if call.fresh else total.add_(part)
@@ -103,8 +109,8 @@ class _Scores(_RowPass):
         scores = (
             torch.einsum("sbgrd,nbgd->bgrsn", _grouped(q, k.shape[2]), k.to(self.rows.dtype)) * self.scale
         )
-        hidden = ~visible(mask, q.shape[0], k.shape[0], q.device)
-        self.part(self.rows, call).copy_(scores.masked_fill(hidden, float("-inf")))
+        part, seen = self.part(self.rows, call), visible(mask, q.shape[0], k.shape[0], q.device)
+        part.copy_(torch.where(seen, scores, part))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +123,7 @@ class _Outputs(_RowPass):
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
         (v,), ((out,),) = k_side, results
-        weights = self.part(self.rows, call)
+        weights = self.seen(self.rows, call, mask)
         self.add(call, out, torch.einsum("bgrsn,nbgd->sbgrd", weights, v.to(weights.dtype)).flatten(2, 3))
 
 
@@ -134,7 +140,7 @@ class _ValueGradients(_RowPass):
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
         (dout,), (v,), (_, (dv,)) = q_side, k_side, results
-        weights, grouped = self.part(self.rows, call), _grouped(dout, v.shape[2])
+        weights, grouped = self.seen(self.rows, call, mask), _grouped(dout, v.shape[2])
         dweights = torch.einsum("sbgrd,nbgd->bgrsn", grouped, v.to(weights.dtype))
         self.part(self.dweights, call).copy_(dweights)
         self.add(call, dv, torch.einsum("bgrsn,sbgrd->nbgd", weights, grouped))
@@ -156,7 +162,7 @@ class _KeyGradients(_RowPass):
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
         (q,), (k,), ((dq,), (dk,)) = q_side, k_side, results
-        dscores = self.part(self.rows, call)
+        dscores = self.seen(self.rows, call, mask)
         dq_part = torch.einsum("bgrsn,nbgd->sbgrd", dscores, k.to(dscores.dtype)).flatten(2, 3)
         self.add(call, dq, dq_part)
         self.add(call, dk, torch.einsum("bgrsn,sbgrd->nbgd", dscores, _grouped(q, k.shape[2])))
@@ -168,5 +174,5 @@ def _grouped(x_SBHD: Tensor, groups: int) -> Tensor:
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), and 0 in rows that see no key at all."""
+    """exp(scores - lse), and 0 in rows that see no key."""
     return torch.where(lse.isneginf().unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())

@@ -1,8 +1,8 @@
-"""THE interpreter of schedules: one loop for every method, both directions and every transport.
+"""The interpreter of programs: one loop for every method, both directions and every transport.
 
-A step starts its transfers, computes its calls while they travel, waits, and takes in what arrived. What a
-transfer carries and what a call computes is the business of a *pass* (forward or backward); which of them there
-are is the business of the program; how bytes travel is the business of the transport.
+A step starts its transfers, runs its kernel calls while they travel, waits for them, and takes in what arrived. The
+program says which calls and transfers there are, a *pass* (forward or backward) says what a transfer carries and
+what a call computes, and the transport moves the bytes.
 
 Token dimension: 0 in (S, B, H, D) tensors, last in (B, H, S) statistics.
 """
@@ -10,14 +10,14 @@ Token dimension: 0 in (S, B, H, D) tensors, last in (B, H, S) statistics.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from megatron_lightseq.attention.passes import Bundle, Pass
 from megatron_lightseq.attention.stats import AttentionStats
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.schedule import Payload, Program
 from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS
 from megatron_lightseq.schedule.program import OWN, Call, Operand, ProgramStep, Span, Transfer
@@ -28,50 +28,58 @@ _MAX_BUNDLE = 4
 
 @dataclass(frozen=True, slots=True)
 class BoundProgram:
-    """A program with the masks of its calls as kernels want them, on one device."""
+    """A program with the masks of its calls, in the form that kernels take, on one device.
+
+    A mask of several terms takes several kernel calls for a tile; each is a call of the bound program.
+    """
 
     program: Program
     masks: tuple[tuple[TileMask, ...], ...]
 
     @staticmethod
     def bind(program: Program, device: torch.device) -> BoundProgram:
-        """Make the masks of all calls once, as tensors on ``device`` where they need any."""
-        masks = tuple(
-            tuple(
-                TileMask.of(program.mask, call.q_positions, call.k_positions, device) for call in step.calls
-            )
-            for step in program.steps
-        )
-        return BoundProgram(program, masks)
+        """Compute the masks of all calls once; those that need tensors have them on ``device``."""
+        steps, masks = [], []
+        for step in program.steps:
+            bound = [
+                (call if number == 0 else replace(call, fresh=False), mask)
+                for call in step.calls
+                for number, mask in enumerate(
+                    TileMask.of(program.mask, call.q_positions, call.k_positions, device)
+                )
+            ]
+            steps.append(replace(step, calls=tuple(call for call, _ in bound)))
+            masks.append(tuple(mask for _, mask in bound))
+        return BoundProgram(replace(program, steps=tuple(steps)), tuple(masks))
 
 
 @dataclass(slots=True, kw_only=True)
 class Runtime:
-    """What a rank runs programs with."""
+    """Runs programs: a rank's transport, receive buffers and counts."""
 
     transport: Transport | None
     """None for a single rank, which has nothing to transfer."""
     overlap: bool = True
-    """Compute while transfers travel; False waits for them first, to show what overlap is worth."""
+    """Compute while transfers travel. False waits for them first, which shows what overlap saves."""
     stats: AttentionStats = field(default_factory=AttentionStats)
     buffers: BufferPool = field(default_factory=BufferPool)
 
-    def run(self, bound: BoundProgram, flow: Pass) -> None:
-        """Execute a program; results are left in ``flow.own``.
+    def run(self, bound: BoundProgram, data: Pass) -> None:
+        """Execute a program; the results are in ``data.own``.
 
         Raises:
             TransportError: a transfer failed; the message names the peer, the payload and the step.
         """
-        _Execution(self, bound, flow).run()
+        _Execution(self, bound, data).run()
 
 
 class _Execution:
-    """One run of one program: the loop, and the buffers that are alive."""
+    """One execution of one program: the loop, and the buffers that are in use."""
 
-    def __init__(self, runtime: Runtime, bound: BoundProgram, flow: Pass) -> None:
+    def __init__(self, runtime: Runtime, bound: BoundProgram, data: Pass) -> None:
         self._runtime = runtime
         self._bound = bound
-        self._flow = flow
+        self._data = data
         self._dataflow = DATAFLOW[bound.program.direction]
         self._received: dict[_Key, Bundle] = {}
         self._made: dict[_Key, Bundle] = {}
@@ -83,7 +91,7 @@ class _Execution:
         }
 
     def run(self) -> None:
-        for payload, bundle in self._flow.own.items():
+        for payload, bundle in self._data.own.items():
             self._clear_blanks(payload, OWN, bundle)
         for t, (step, masks) in enumerate(zip(self._bound.program.steps, self._bound.masks, strict=True)):
             self._run_step(t, step, masks)
@@ -118,13 +126,13 @@ class _Execution:
 
     def _arrive(self, transfer: Transfer, bundle: Bundle) -> None:
         if transfer.payload in RESULTS:
-            self._flow.absorb(transfer.payload, self._own_part(transfer), bundle)
+            self._data.absorb(transfer.payload, self._own_part(transfer), bundle)
             self._release(bundle)
         else:
             self._received[transfer.payload, transfer.span] = bundle
 
     def _own_part(self, transfer: Transfer) -> Bundle:
-        return _cut(self._flow.own[transfer.payload], transfer.start, transfer.start + transfer.length)
+        return _cut(self._data.own[transfer.payload], transfer.start, transfer.start + transfer.length)
 
     def _start(self, t: int, outgoing: list[_Parcel], incoming: list[_Parcel]) -> Pending | None:
         if not outgoing and not incoming:
@@ -151,15 +159,15 @@ class _Execution:
             results.append(self._result(self._dataflow.k_result, call.k_result))
         q_side = self._input(self._dataflow.q_input, call.q)
         k_side = self._input(self._dataflow.k_input, call.k)
-        self._flow.compute(call, mask, q_side, k_side, results)
+        self._data.compute(call, mask, q_side, k_side, results)
 
     def _input(self, payload: Payload, operand: Operand) -> Bundle:
-        store = self._flow.own[payload] if operand.store is OWN else self._received[payload, operand.store]
+        store = self._data.own[payload] if operand.store is OWN else self._received[payload, operand.store]
         return _cut(store, operand.start, operand.stop)
 
     def _result(self, payload: Payload, operand: Operand) -> Bundle:
         if operand.store is OWN:
-            return _cut(self._flow.own[payload], operand.start, operand.stop)
+            return _cut(self._data.own[payload], operand.start, operand.stop)
         key = (payload, operand.store)
         if key not in self._made:
             self._made[key] = self._new_result(payload, operand.store)
@@ -175,12 +183,12 @@ class _Execution:
     def _clear_blanks(self, payload: Payload, store: Span | None, bundle: Bundle) -> None:
         for blank in self._bound.program.blanks:
             if blank.payload is payload and blank.part.store == store:
-                self._flow.clear(payload, _cut(bundle, blank.part.start, blank.part.stop))
+                self._data.clear(payload, _cut(bundle, blank.part.start, blank.part.stop))
 
     def _buffers_for(self, payload: Payload, length: int) -> Bundle:
         return tuple(
             self._runtime.buffers.take(_with_tokens(tensor, length), tensor.dtype, tensor.device)
-            for tensor in self._flow.own[payload]
+            for tensor in self._data.own[payload]
         )
 
     def _release(self, bundle: Bundle) -> None:
@@ -193,7 +201,7 @@ _Parcel = tuple[Transfer, Bundle]
 
 
 def _messages(parcels: list[_Parcel], where: str) -> list[Message]:
-    """A message a tensor. A statistic's tokens are its last dimension: a part of it is packed first."""
+    """One message per tensor. Tokens are the last dimension of statistics, so parts of them are made contiguous."""
     return [
         Message(
             peer=transfer.peer,

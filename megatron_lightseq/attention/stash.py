@@ -1,10 +1,10 @@
 """Keeps attention results across activation recomputation.
 
-Activation recomputation runs a layer's forward twice: once without a graph, and again, with one, when backward
-gets there. Attention is the one part not worth repeating: its output and log-sum-exp are small next to the time
-they took, and with context parallelism its communication would be repeated as well. So the first run leaves
-(out, lse) here, and the second picks them up (DistFlashAttn, section 3.3, rematerialisation-aware
-checkpointing; the public surface for Megatron is ``keep_attention_on_recompute``).
+Activation recomputation runs a layer's forward twice: first without a graph, then again with one, when backward
+reaches the layer. Attention is the one part that is not worth repeating: its output and log-sum-exp are small
+compared with the time they take, and with context parallelism its communication would be repeated as well. So the
+first forward leaves (out, lse) here and the second takes them (DistFlashAttn, section 3.3: rematerialisation-aware
+checkpointing). The configuration key is ``keep_attention_on_recompute``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from megatron_lightseq.errors import LightSeqError, explain
 
 
 class AttentionStash:
-    """First in, first out, for one module: what ran first is recomputed first.
+    """A first-in, first-out queue for one module: what ran first is recomputed first.
 
-    One stash serves one stretch of recomputation (``megatron.checkpoint_scope`` makes one a checkpoint), so that
-    the order in which micro-batches reach backward does not matter.
+    There is one stash per checkpointed region (``megatron.checkpoint_scope`` creates them), so the order in which
+    micro-batches reach backward does not matter.
     """
 
     def __init__(self) -> None:
@@ -30,18 +30,18 @@ class AttentionStash:
         return len(self._kept)
 
     def push(self, out: Tensor, lse: Tensor) -> None:
-        """Keep a forward's result: out (S, B, H, Dv) and lse (B, H, S). Gradients do not flow through it."""
+        """Keep the result of a forward: out (S, B, H, Dv) and lse (B, H, S), detached from the graph."""
         self._kept.append((out.detach(), lse.detach()))
 
     def pop(self, q_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The oldest result kept.
+        """Take the oldest result.
 
         Args:
-            q_shape: shape (S, B, H, D) of the queries now being recomputed.
+            q_shape: shape (S, B, H, D) of the queries that are being recomputed.
 
         Raises:
-            LightSeqError: nothing is kept, or what is kept belongs to queries of another shape: forwards and
-                recomputations went out of step.
+            LightSeqError: nothing is kept, or the oldest result belongs to queries of another shape, because
+                forwards and recomputations did not run in the same order.
         """
         kept = tuple(self._kept[0][0].shape) if self._kept else None
         if kept is None or kept[:3] != tuple(q_shape[:3]):
@@ -49,11 +49,11 @@ class AttentionStash:
                 explain(
                     got=f"recomputing attention for queries {tuple(q_shape)}, the oldest kept output is {kept}",
                     rule="every recomputation follows one forward of the same shape, in the same order",
-                    remedy="Recompute what was run, in that order, or train with --no-keep-attention-on-recompute",
+                    remedy="Recompute in the order of the forwards, or train with --no-keep-attention-on-recompute",
                 )
             )
         return self._kept.popleft()
 
     def clear(self) -> None:
-        """Forget everything, as at the start of a step."""
+        """Drop everything, as at the start of a step."""
         self._kept.clear()

@@ -1,4 +1,4 @@
-"""What one rank counts while it computes attention."""
+"""Counts of one rank's attention."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class AttentionStats:
-    """Running counts of one rank. Bytes and forwards are exact; the exposed time is wall clock of the host."""
+    """Running counts of one rank. Forwards and bytes are exact; the exposed time is measured on the host's clock."""
 
     forwards: int = 0
-    """Attention forwards that were computed (a reattached one is not)."""
+    """Attention forwards that were computed; reattached results do not count."""
     bytes_sent: int = 0
     bytes_received: int = 0
     exposed_seconds: float = 0.0
-    """Time the host spent waiting for transfers after its own kernels. On CUDA streams wait, and this stays 0."""
+    """Seconds that the host waited for transfers after its own kernels; 0 on CUDA, where streams wait instead."""
 
     def reset(self) -> None:
         """Set every count to zero."""

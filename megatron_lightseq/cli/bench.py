@@ -58,6 +58,32 @@ def _compare_kernels(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_packed(options: argparse.Namespace) -> int:
+    from megatron_lightseq.schedule import Direction, Network
+    from megatron_lightseq.tools.bench import packed
+    from megatron_lightseq.tools.lengths import PACKED
+
+    _check_counts(cp=options.cp, tokens_per_rank=options.tokens_per_rank, draws=options.draws)
+    rows = []
+    for lengths in options.lengths.split(",") if options.lengths else PACKED:
+        for direction in Direction:
+            case = packed.PackedCase(
+                cp_size=options.cp,
+                tokens_per_rank=options.tokens_per_rank,
+                lengths=lengths,
+                kv_ratio_inverse=options.query_heads_per_kv_head,
+                direction=direction,
+                network=Network.parse(options.network),
+                draws=options.draws,
+                seed=options.seed,
+            )
+            rows += packed.measure(case, options.methods.split(","))
+            sys.stderr.write(f"{lengths} {direction}: done\n")
+    written = [] if options.json is None else [packed.write_json(rows, options.json)]
+    _show(packed.HEADER, [packed.cells(row) for row in rows], packed.caption(options.draws), written)
+    return 0
+
+
 def _selected(cases: Sequence[KernelCase], only: str) -> list[KernelCase]:
     chosen = [case for case in cases if only in str(case)]
     if not chosen:
@@ -176,6 +202,15 @@ def _parser() -> argparse.ArgumentParser:
             description="Time our fused CPU attention kernel alternately on one thread and on several, by wall clock.",
         )
     )
+    _packed_parser(
+        what.add_parser(
+            "packed",
+            allow_abbrev=False,
+            help="packed documents: balance, traffic and plan time, by method",
+            description="Draw packed documents and compare how methods, and the partitions of other systems, share "
+            "their work. Work and traffic are counted, time is simulated, and only plans are timed.",
+        )
+    )
     _overlap_parser(
         what.add_parser(
             "overlap",
@@ -216,6 +251,34 @@ def _add_case_flags(made: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="only cases with TEXT in their name, for example 'causal bf16'",
     )
+
+
+def _packed_parser(made: argparse.ArgumentParser) -> None:
+    made.set_defaults(measure=_bench_packed)
+    made.add_argument("--cp", type=int, default=8, metavar="P", help="context parallel ranks (default: 8)")
+    made.add_argument(
+        "--tokens-per-rank", type=int, default=8192, metavar="N", help="shard length (default: 8192)"
+    )
+    made.add_argument(
+        "--lengths", metavar="A,B", help="length distributions (default: the six of packed training)"
+    )
+    made.add_argument(
+        "--methods",
+        default="balanced,lightseq,zigzag,all_gather,ulysses",
+        metavar="A,B",
+        help="default: %(default)s",
+    )
+    made.add_argument(
+        "--query-heads-per-kv-head",
+        type=int,
+        default=8,
+        metavar="N",
+        help="1, 2, 4 ... 64: more make keys cheaper to move (default: 8)",
+    )
+    made.add_argument("--network", default="nvlink+8x400gbps", metavar="NET", help="default: %(default)s")
+    made.add_argument("--draws", type=int, default=20, metavar="K", help="average over K draws (default: 20)")
+    made.add_argument("--seed", type=int, default=0, metavar="S", help="of the first draw (default: 0)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
 
 
 def _overlap_parser(made: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from megatron_lightseq.schedule import (
     resolve_method,
     simulate,
 )
+from megatron_lightseq.tools.lengths import DISTRIBUTIONS, draw
 
 TOKENS_PER_RANK = 8192
 """Used with --method auto if no sequence length is given."""
@@ -41,12 +42,13 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.write(ranking(options, shape))
         return 0
     method = resolve_method(options.method)
+    mask, seq_length = _masked_sequence(options)
     schedule = build(
         method,
         SequenceLayout(options.layout or method.default_layout, options.cp),
-        mask=Mask.parse(options.mask),
+        mask=mask,
         direction=options.direction,
-        seq_length=options.seq_length,
+        seq_length=seq_length,
         shape=shape,
         network=Network.parse(options.network),
     )
@@ -62,15 +64,24 @@ def run(arguments: Sequence[str]) -> int:
 def ranking(options: argparse.Namespace, shape: TensorShape) -> str:
     """All methods by predicted time on the requested network, best first, and why the first one wins."""
     network = Network.parse(options.network)
-    seq_length = options.seq_length or options.cp * TOKENS_PER_RANK
+    mask, seq_length = _masked_sequence(options)
+    seq_length = seq_length or options.cp * TOKENS_PER_RANK
     layouts = None if options.layout is None else (options.layout,)
-    mask = Mask.parse(options.mask)
     choices = rank_methods(options.cp, shape, seq_length, mask=mask, network=network, layouts=layouts)
     title = (
         f"{options.cp} ranks, {seq_length} tokens, {shape.num_heads} heads, {shape.num_query_groups} key/value heads, "
         f"{network.name}: forward and backward of one layer, simulated"
     )
     return "\n".join([title, *map(str, choices), "", reason(choices), ""])
+
+
+def _masked_sequence(options: argparse.Namespace) -> tuple[Mask, int | None]:
+    """The mask asked for, within documents if their lengths are, and the sequence length, if it is known."""
+    mask = Mask.parse(options.mask)
+    if options.lengths is None:
+        return mask, options.seq_length
+    seq_length = options.seq_length or options.cp * TOKENS_PER_RANK
+    return mask & Mask.documents(draw(options.lengths, seq_length, options.seed), causal=False), seq_length
 
 
 def figures(schedule: Schedule, shape: TensorShape) -> str:
@@ -139,6 +150,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--seq-length", type=int, metavar="N", help="tokens over all ranks (default: 1024 per chunk)"
     )
+    made.add_argument(
+        "--lengths",
+        metavar="NAME",
+        help=f"pack documents of these lengths (one of {', '.join(DISTRIBUTIONS)}) into {TOKENS_PER_RANK} tokens per "
+        "rank or into --seq-length",
+    )
+    made.add_argument("--seed", type=int, default=0, help="of the lengths drawn (default: 0)")
     made.add_argument("--heads", type=int, default=32, metavar="H", help="query heads (default: 32)")
     made.add_argument(
         "--groups", type=int, metavar="G", help="key/value heads (default: the number of query heads)"

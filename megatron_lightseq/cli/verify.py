@@ -31,11 +31,16 @@ def run(arguments: Sequence[str]) -> int:
     from megatron_lightseq.tools.verify.ranks import launched_ranks, local_ranks, most_processes
 
     if launch.world_size > 1:
+        from megatron_lightseq.training.job.leave import leave_store
+
         verification = launched_ranks(launch, select(options.cells, launch.world_size), extra)
+        status = 0
         if launch.rank > 0:
             verification.follow()
-            return 0
-        return _print(verification.lead(), len(verification.cells), 0)
+        else:
+            status = _print(verification.lead(), len(verification.cells), 0)
+        leave_store(verification.store, rank=launch.rank, world_size=launch.world_size)
+        return status
     most = most_processes(options.processes)
     cells = select(options.cells, most)
     with local_ranks(max(cell.world_size for cell in cells), cells, extra) as verification:

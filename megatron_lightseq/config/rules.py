@@ -8,6 +8,7 @@ skipped, so that one mistake gives one message.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,24 +115,25 @@ class RuleSet:
         assert rule.name not in self._rules, f"two rules are named {rule.name}"
         self._rules[rule.name] = rule
 
-    def rule(
-        self, *keys: str, text: str, remedy: str, needs: str | None = None
-    ) -> Callable[[Predicate], Predicate]:
+    def rule(self, *keys: str, remedy: str, needs: str | None = None) -> Callable[[Predicate], Predicate]:
         """Register the decorated predicate, true where the rule holds, under its function name.
+
+        Its docstring says what must hold, as the message will: one sentence that begins in lower case.
 
         Args:
             keys: whose values the message shows.
-            text: what must hold, in words.
             remedy: what to do; `{key}` stands for a key's value, `{world_size}` and `{num_gpus}` for the machine's.
             needs: the field of :class:`Machine` without which the rule is skipped.
         """
 
         def register(holds: Predicate) -> Predicate:
+            text = " ".join((inspect.getdoc(holds) or "").split())
+
             def complaint(config: PretrainConfig, machine: Machine) -> str | None:
                 if holds(config, machine):
                     return None
                 facts = {**to_flat(config), "world_size": machine.world_size, "num_gpus": machine.num_gpus}
-                return f"{text}. {remedy.format_map(facts)}."
+                return f"{text} {remedy.format_map(facts)}."
 
             self.add(Rule(name=holds.__name__, keys=keys, complaint=complaint, needs=needs))
             return holds

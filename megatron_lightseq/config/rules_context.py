@@ -18,11 +18,13 @@ def _layout(c: PretrainConfig) -> SequenceLayout:
 
 @CONTEXT.check("seq_length", "context_parallel_size", "cp_method", "cp_layout")
 def layout_divides_seq_length(c: PretrainConfig, _: Machine) -> None:
+    """Every rank must get an equally long shard."""
     _layout(c).check_length(c.training.seq_length)
 
 
 @CONTEXT.check("cp_method", "cp_layout", "context_parallel_size")
 def method_accepts_layout(c: PretrainConfig, _: Machine) -> None:
+    """The method must work on the layout."""
     if c.context.cp_method not in ("auto", "megatron"):
         resolve_method(c.context.method_name).check_layout(_layout(c))
 
@@ -30,15 +32,16 @@ def method_accepts_layout(c: PretrainConfig, _: Machine) -> None:
 @CONTEXT.rule(
     "cp_network",
     "cp_method",
-    text="only cp_method auto uses cp_network, to predict the speed of methods",
     remedy="Remove it, or set cp_method to auto",
 )
 def network_is_for_auto(c: PretrainConfig, _: Machine) -> bool:
+    """only cp_method auto uses cp_network, to predict the speed of methods."""
     return c.context.cp_network is None or c.context.cp_method == "auto"
 
 
 @CONTEXT.check("cp_network")
 def network_is_known(c: PretrainConfig, _: Machine) -> None:
+    """The network must have a known name, or be described by numbers."""
     c.context.network  # noqa: B018 - parses
 
 
@@ -46,16 +49,17 @@ def network_is_known(c: PretrainConfig, _: Machine) -> None:
     "cp_ulysses_size",
     "cp_method",
     "cp_comm_type",
-    text="cp_ulysses_size is the number of ranks among which usp (Megatron-LM's a2a+p2p) exchanges heads",
     remedy="Remove it, or set cp_method to usp",
 )
 def ulysses_size_is_for_usp(c: PretrainConfig, _: Machine) -> bool:
+    """cp_ulysses_size is the number of ranks among which usp (Megatron-LM's a2a+p2p) exchanges heads."""
     used = c.context.cp_method == "usp" or "a2a+p2p" in c.context.cp_comm_type
     return used or c.context.cp_ulysses_size is None
 
 
 @CONTEXT.check("cp_ulysses_size", "context_parallel_size")
 def ulysses_size_divides(c: PretrainConfig, _: Machine) -> None:
+    """The ranks must form groups of equal size."""
     if c.context.cp_ulysses_size is not None:
         _layout(c).merged(c.context.cp_ulysses_size)
 
@@ -64,30 +68,30 @@ def ulysses_size_divides(c: PretrainConfig, _: Machine) -> None:
     "cp_comm_type",
     "num_layers",
     "mtp_num_layers",
-    text="cp_comm_type has one value for all layers, or one value per layer (num_layers and mtp_num_layers)",
     remedy="Give one value, or one per layer",
 )
 def comm_type_is_one_or_one_per_layer(c: PretrainConfig, _: Machine) -> bool:
+    """cp_comm_type has one value for all layers, or one value per layer (num_layers and mtp_num_layers)."""
     return len(c.context.cp_comm_type) in (0, 1, c.model.num_layers + (c.model.mtp_num_layers or 0))
 
 
 @CONTEXT.rule(
     "cp_comm_type",
     "cp_method",
-    text="cp_comm_type selects methods of this package, which cp_method megatron does not use",
     remedy="Remove cp_comm_type, or choose another cp_method",
 )
 def comm_type_is_not_for_megatron(c: PretrainConfig, _: Machine) -> bool:
+    """cp_comm_type selects methods of this package, which cp_method megatron does not use."""
     return c.context.cp_method != "megatron" or not c.context.cp_comm_type
 
 
 @CONTEXT.rule(
     "cp_method",
     "cp_kernel",
-    text="this cp_method computes full rows of scores without a kernel",
     remedy="Set cp_kernel to auto, or cp_method to ring",
 )
 def full_rows_need_no_kernel(c: PretrainConfig, _: Machine) -> bool:
+    """this cp_method computes full rows of scores without a kernel."""
     full_rows = c.context.cp_method in METHODS and METHODS[c.context.cp_method].full_rows
     return not full_rows or c.context.cp_kernel in ("auto", "reference")
 
@@ -95,10 +99,10 @@ def full_rows_need_no_kernel(c: PretrainConfig, _: Machine) -> bool:
 @CONTEXT.rule(
     "cp_method",
     "cp_layout",
-    text="cp_method megatron uses Megatron's own zigzag layout",
     remedy="Set cp_layout to auto",
 )
 def megatron_method_is_zigzag(c: PretrainConfig, _: Machine) -> bool:
+    """cp_method megatron uses Megatron's own zigzag layout."""
     return c.context.cp_method != "megatron" or c.context.layout_name == "zigzag"
 
 
@@ -106,11 +110,12 @@ def megatron_method_is_zigzag(c: PretrainConfig, _: Machine) -> bool:
     "cp_method",
     "context_parallel_size",
     needs="has_transformer_engine",
-    text="cp_method megatron uses Megatron's own attention, which supports context parallelism only with "
-    "Transformer Engine",
     remedy="Set context_parallel_size to 1, or choose another cp_method",
 )
 def megatron_method_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
+    """cp_method megatron uses Megatron's own attention, which supports context parallelism only with Transformer
+    Engine.
+    """
     plain = c.context.cp_method == "megatron" and c.parallel.context_parallel_size > 1
     return not plain or m.has_transformer_engine is not False
 
@@ -118,10 +123,10 @@ def megatron_method_needs_transformer_engine(c: PretrainConfig, m: Machine) -> b
 @CONTEXT.rule(
     "cp_method",
     "attention_dropout",
-    text="attention is computed block by block, without storing the probabilities that dropout would apply to",
     remedy="Set attention_dropout to 0, or cp_method to megatron",
 )
 def attention_has_no_dropout(c: PretrainConfig, _: Machine) -> bool:
+    """attention is computed block by block, without storing the probabilities that dropout would apply to."""
     return c.context.cp_method == "megatron" or c.model.attention_dropout == 0
 
 
@@ -157,6 +162,7 @@ def _refused_kernel(c: PretrainConfig, reason: str) -> UnsupportedError:
     "distributed_backend",
 )
 def kernel_supports_model(c: PretrainConfig, _: Machine) -> None:
+    """The kernel must support dtype, head dimensions and mask on some device, with nccl on a GPU."""
     reason = _kernel_refusal(c, "cuda" if c.parallel.distributed_backend == "nccl" else None)
     if reason is not None:
         raise _refused_kernel(c, reason)
@@ -164,6 +170,7 @@ def kernel_supports_model(c: PretrainConfig, _: Machine) -> None:
 
 @CONTEXT.check("cp_kernel", "bf16", "kv_channels", needs="num_gpus")
 def kernel_supports_device(c: PretrainConfig, m: Machine) -> None:
+    """The kernel must support the model on this host's devices."""
     reason = _kernel_refusal(c, "cuda" if m.num_gpus else "cpu")
     if reason is not None and _kernel_refusal(c, None) is None:  # else it is refused on any device
         raise _refused_kernel(c, reason)
@@ -172,18 +179,18 @@ def kernel_supports_device(c: PretrainConfig, m: Machine) -> None:
 @CONTEXT.rule(
     "cp_kernel",
     needs="has_flash_attn",
-    text="the flash_attn kernel comes from the flash-attn package, which is not installed here",
     remedy="Install flash-attn, or set cp_kernel to auto",
 )
 def flash_attn_is_installed(c: PretrainConfig, m: Machine) -> bool:
+    """the flash_attn kernel comes from the flash-attn package, which is not installed here."""
     return c.context.cp_kernel != "flash_attn" or m.has_flash_attn is not False
 
 
 @CONTEXT.rule(
     "cp_kernel",
     "cp_method",
-    text="cp_method megatron uses Megatron's attention, which does not run on the kernels of this package",
     remedy="Set cp_kernel to auto",
 )
 def megatron_method_has_no_kernel(c: PretrainConfig, _: Machine) -> bool:
+    """cp_method megatron uses Megatron's attention, which does not run on the kernels of this package."""
     return c.context.cp_method != "megatron" or c.context.cp_kernel == "auto"

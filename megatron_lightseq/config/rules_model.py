@@ -41,10 +41,10 @@ MODEL = RuleSet()
     "hidden_size",
     "num_attention_heads",
     "kv_channels",
-    text="hidden_size must be a multiple of num_attention_heads unless kv_channels sets the head dimension",
     remedy="Use a hidden_size that is a multiple of {num_attention_heads}, or set kv_channels",
 )
 def hidden_size_divides_by_heads(c: PretrainConfig, _: Machine) -> bool:
+    """hidden_size must be a multiple of num_attention_heads unless kv_channels sets the head dimension."""
     given = c.model.kv_channels is not None or c.model.multi_latent_attention
     return given or c.model.hidden_size % c.model.num_attention_heads == 0
 
@@ -52,10 +52,10 @@ def hidden_size_divides_by_heads(c: PretrainConfig, _: Machine) -> bool:
 @MODEL.rule(
     "num_attention_heads",
     "num_query_groups",
-    text="num_attention_heads must be a multiple of num_query_groups",
     remedy="Use a num_query_groups that divides {num_attention_heads}",
 )
 def heads_divide_by_query_groups(c: PretrainConfig, _: Machine) -> bool:
+    """num_attention_heads must be a multiple of num_query_groups."""
     return c.model.num_attention_heads % c.model.query_groups == 0
 
 
@@ -66,11 +66,12 @@ def heads_divide_by_query_groups(c: PretrainConfig, _: Machine) -> bool:
     "qk_pos_emb_head_dim",
     "rotary_percent",
     "position_embedding_type",
-    text="RoPE rotates pairs of dimensions: the head dimension (qk_pos_emb_head_dim with latent attention) times "
-    "rotary_percent must be an even number",
     remedy="Use an even head dimension and a rotary_percent such as 1.0 or 0.5",
 )
 def rotary_dimension_is_even(c: PretrainConfig, _: Machine) -> bool:
+    """RoPE rotates pairs of dimensions: the head dimension (qk_pos_emb_head_dim with latent attention) times
+    rotary_percent must be an even number.
+    """
     latent = c.model.multi_latent_attention
     rotated = (c.model.qk_pos_emb_head_dim if latent else c.model.head_dim) * c.model.rotary_percent
     return c.model.position_embedding_type != "rope" or (int(rotated) >= 2 and rotated % 2 == 0)
@@ -79,9 +80,9 @@ def rotary_dimension_is_even(c: PretrainConfig, _: Machine) -> bool:
 @MODEL.rule(
     "seq_length",
     "max_position_embeddings",
-    text="seq_length must not exceed max_position_embeddings",
     remedy="Set max_position_embeddings to null or to at least {seq_length}",
 )
 def positions_reach_seq_length(c: PretrainConfig, _: Machine) -> bool:
+    """seq_length must not exceed max_position_embeddings."""
     longest = c.model.max_position_embeddings
     return longest is None or c.training.seq_length <= longest

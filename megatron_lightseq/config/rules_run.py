@@ -21,10 +21,10 @@ BYTE_VOCABULARY = 257
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",
-    text="full recompute needs recompute_method and recompute_num_layers, which select the layers",
     remedy="Set recompute_method to uniform and recompute_num_layers to 1",
 )
 def full_recompute_names_layers(c: PretrainConfig, _: Machine) -> bool:
+    """full recompute needs recompute_method and recompute_num_layers, which select the layers."""
     named = c.recompute.recompute_method is not None and c.recompute.recompute_num_layers is not None
     return c.recompute.recompute_granularity != "full" or named
 
@@ -33,10 +33,10 @@ def full_recompute_names_layers(c: PretrainConfig, _: Machine) -> bool:
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",
-    text="recompute_method and recompute_num_layers apply only to full recompute",
     remedy="Set recompute_granularity to full, or both to null",
 )
 def layers_belong_to_full_recompute(c: PretrainConfig, _: Machine) -> bool:
+    """recompute_method and recompute_num_layers apply only to full recompute."""
     named = c.recompute.recompute_method is not None or c.recompute.recompute_num_layers is not None
     return c.recompute.recompute_granularity == "full" or not named
 
@@ -46,10 +46,10 @@ def layers_belong_to_full_recompute(c: PretrainConfig, _: Machine) -> bool:
     "recompute_num_layers",
     "num_layers",
     "pipeline_model_parallel_size",
-    text="recompute_num_layers must not exceed the number of layers per pipeline stage",
     remedy="Lower recompute_num_layers",
 )
 def recompute_fits_stage(c: PretrainConfig, _: Machine) -> bool:
+    """recompute_num_layers must not exceed the number of layers per pipeline stage."""
     count = c.recompute.recompute_num_layers
     if c.recompute.recompute_granularity != "full" or count is None:
         return True
@@ -59,10 +59,10 @@ def recompute_fits_stage(c: PretrainConfig, _: Machine) -> bool:
 @RECOMPUTE.rule(
     "recompute_granularity",
     "recompute_modules",
-    text="selective recompute needs one or more modules, each listed once",
     remedy="Set recompute_modules, for example to [core_attn]",
 )
 def selective_recompute_names_modules(c: PretrainConfig, _: Machine) -> bool:
+    """selective recompute needs one or more modules, each listed once."""
     modules = c.recompute.recompute_modules
     return c.recompute.recompute_granularity != "selective" or 0 < len(modules) == len(set(modules))
 
@@ -71,10 +71,10 @@ def selective_recompute_names_modules(c: PretrainConfig, _: Machine) -> bool:
     "recompute_granularity",
     "recompute_modules",
     needs="has_transformer_engine",
-    text="Megatron-Core 0.16 needs Transformer Engine to recompute a layernorm",
     remedy="Remove layernorm from recompute_modules, or install Transformer Engine",
 )
 def layernorm_recompute_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
+    """Megatron-Core 0.16 needs Transformer Engine to recompute a layernorm."""
     named = c.recompute.recompute_granularity == "selective" and "layernorm" in c.recompute.recompute_modules
     return not named or m.has_transformer_engine is not False
 
@@ -82,10 +82,10 @@ def layernorm_recompute_needs_transformer_engine(c: PretrainConfig, m: Machine) 
 @RECOMPUTE.rule(
     "mlp_tile_tokens",
     "num_experts",
-    text="mlp_tile_tokens slices dense MLPs only: experts receive tokens from the whole sequence and from other ranks",
     remedy="Set mlp_tile_tokens to null; loss_tile_tokens does work with experts",
 )
 def mlp_tiles_are_dense(c: PretrainConfig, _: Machine) -> bool:
+    """mlp_tile_tokens slices dense MLPs only: experts receive tokens from the whole sequence and from other ranks."""
     return c.recompute.mlp_tile_tokens is None or c.experts.num_experts is None
 
 
@@ -93,10 +93,10 @@ def mlp_tiles_are_dense(c: PretrainConfig, _: Machine) -> bool:
     "mlp_tile_tokens",
     "recompute_granularity",
     "recompute_modules",
-    text="mlp_tile_tokens already recomputes the MLP slice by slice, and selective recompute would run it once more",
     remedy="Remove mlp from recompute_modules",
 )
 def mlp_is_recomputed_once(c: PretrainConfig, _: Machine) -> bool:
+    """mlp_tile_tokens already recomputes the MLP slice by slice, and selective recompute would run it once more."""
     as_module = c.recompute.recompute_granularity == "selective" and "mlp" in c.recompute.recompute_modules
     return c.recompute.mlp_tile_tokens is None or not as_module
 
@@ -104,10 +104,9 @@ def mlp_is_recomputed_once(c: PretrainConfig, _: Machine) -> bool:
 # --- optimizer --------------------------------------------------------------------------------------------------
 
 
-@BATCH.rule(
-    "min_lr", "lr", text="min_lr must not exceed lr", remedy="Lower min_lr, for example to a tenth of {lr}"
-)
+@BATCH.rule("min_lr", "lr", remedy="Lower min_lr, for example to a tenth of {lr}")
 def min_lr_is_below_lr(c: PretrainConfig, _: Machine) -> bool:
+    """min_lr must not exceed lr."""
     return c.optimizer.min_lr <= c.optimizer.lr
 
 
@@ -115,10 +114,10 @@ def min_lr_is_below_lr(c: PretrainConfig, _: Machine) -> bool:
     "lr_warmup_iters",
     "lr_decay_iters",
     "train_iters",
-    text="warm-up must be shorter than the decay (lr_decay_iters, or train_iters if that is null)",
     remedy="Lower lr_warmup_iters",
 )
 def warmup_ends_before_decay(c: PretrainConfig, _: Machine) -> bool:
+    """warm-up must be shorter than the decay (lr_decay_iters, or train_iters if that is null)."""
     decay = c.training.train_iters if c.optimizer.lr_decay_iters is None else c.optimizer.lr_decay_iters
     return c.optimizer.lr_warmup_iters < decay
 
@@ -129,10 +128,10 @@ def warmup_ends_before_decay(c: PretrainConfig, _: Machine) -> bool:
 @BATCH.rule(
     "global_batch_size",
     "micro_batch_size",
-    text="global_batch_size must be a multiple of micro_batch_size",
     remedy="Change global_batch_size to a multiple of {micro_batch_size}",
 )
 def batch_divides_by_micro_batch(c: PretrainConfig, _: Machine) -> bool:
+    """global_batch_size must be a multiple of micro_batch_size."""
     return c.training.global_batch_size % c.training.micro_batch_size == 0
 
 
@@ -143,11 +142,12 @@ def batch_divides_by_micro_batch(c: PretrainConfig, _: Machine) -> bool:
     "pipeline_model_parallel_size",
     "context_parallel_size",
     needs="world_size",
-    text="global_batch_size must be a multiple of micro_batch_size * data parallel size, which is the world size "
-    "divided by the product of the parallel sizes",
     remedy="Change global_batch_size, or start fewer ranks",
 )
 def batch_divides_by_data_parallel(c: PretrainConfig, m: Machine) -> bool:
+    """global_batch_size must be a multiple of micro_batch_size * data parallel size, which is the world size divided by
+    the product of the parallel sizes.
+    """
     sequences = c.training.micro_batch_size * data_parallel_size(c, m)
     if sequences == 0 or c.training.global_batch_size % c.training.micro_batch_size:
         return True  # both have their own rules
@@ -157,11 +157,12 @@ def batch_divides_by_data_parallel(c: PretrainConfig, m: Machine) -> bool:
 @BATCH.rule(
     "eod_mask_loss",
     "calculate_per_token_loss",
-    text="with eod_mask_loss, ranks have different numbers of loss tokens; only calculate_per_token_loss weights them "
-    "correctly",
     remedy="Set calculate_per_token_loss to true",
 )
 def masked_loss_counts_tokens(c: PretrainConfig, _: Machine) -> bool:
+    """with eod_mask_loss, ranks have different numbers of loss tokens; only calculate_per_token_loss weights them
+    correctly.
+    """
     return not c.data.eod_mask_loss or c.training.calculate_per_token_loss
 
 
@@ -170,19 +171,19 @@ def masked_loss_counts_tokens(c: PretrainConfig, _: Machine) -> bool:
 
 @DATA.rule(
     "data_path",
-    text="training needs a corpus",
     remedy="Run `lightseq prepare-data FOLDER --output PREFIX`, then set data_path to [PREFIX]",
 )
 def data_is_given(c: PretrainConfig, _: Machine) -> bool:
+    """training needs a corpus."""
     return bool(c.data.data_path)
 
 
 @DATA.rule(
     "data_path",
-    text="several data prefixes need a positive weight each, in the order weight, prefix, weight, prefix",
     remedy="Write, for example, data_path: [0.3, data/a, 0.7, data/b]",
 )
 def data_weights_alternate(c: PretrainConfig, _: Machine) -> bool:
+    """several data prefixes need a positive weight each, in the order weight, prefix, weight, prefix."""
     if len(c.data.data_path) < 2:
         return True
     return len(c.data.data_path) % 2 == 0 and all(map(_is_weight, c.data.data_path[::2]))
@@ -209,10 +210,10 @@ def split_shares(split: str) -> tuple[float, float, float] | None:
 
 @DATA.rule(
     "split",
-    text="split must be three numbers (training, validation, test), none of them negative and the first above 0",
     remedy="Write, for example, 969,30,1",
 )
 def split_is_three_shares(c: PretrainConfig, _: Machine) -> bool:
+    """split must be three numbers (training, validation, test), none of them negative and the first above 0."""
     shares = split_shares(c.data.split)
     return shares is not None and shares[0] > 0
 
@@ -220,10 +221,10 @@ def split_is_three_shares(c: PretrainConfig, _: Machine) -> bool:
 @DATA.rule(
     "eval_interval",
     "split",
-    text="evaluation needs validation data, and the validation share is 0",
     remedy="Set eval_interval to null, or use a split with validation data, such as 969,30,1",
 )
 def evaluation_has_data(c: PretrainConfig, _: Machine) -> bool:
+    """evaluation needs validation data, and the validation share is 0."""
     shares = split_shares(c.data.split)
     return c.training.eval_interval is None or shares is None or shares[1] > 0
 
@@ -231,40 +232,40 @@ def evaluation_has_data(c: PretrainConfig, _: Machine) -> bool:
 @DATA.rule(
     "tokenizer_type",
     "tokenizer_model",
-    text="tokenizer_type hf needs tokenizer_model, and the other tokenizers do not have one",
     remedy="Set tokenizer_model to a `tokenizers` JSON file with tokenizer_type hf, or to null with another type",
 )
 def tokenizer_model_belongs_to_hf(c: PretrainConfig, _: Machine) -> bool:
+    """tokenizer_type hf needs tokenizer_model, and the other tokenizers do not have one."""
     return (c.data.tokenizer_type == "hf") == (c.data.tokenizer_model is not None)
 
 
 @DATA.rule(
     "tokenizer_type",
     "eod_token",
-    text="only the hf tokenizer has named tokens",
     remedy="Set eod_token to null, or tokenizer_type to hf",
 )
 def eod_token_belongs_to_hf(c: PretrainConfig, _: Machine) -> bool:
+    """only the hf tokenizer has named tokens."""
     return c.data.eod_token is None or c.data.tokenizer_type == "hf"
 
 
 @DATA.rule(
     "tokenizer_type",
     "vocab_size",
-    text="tokenizer_type null does not define a vocabulary size",
     remedy="Set vocab_size to one more than the largest token id",
 )
 def null_tokenizer_gives_vocabulary(c: PretrainConfig, _: Machine) -> bool:
+    """tokenizer_type null does not define a vocabulary size."""
     return c.data.tokenizer_type != "null" or c.data.vocab_size is not None
 
 
 @DATA.rule(
     "tokenizer_type",
     "vocab_size",
-    text=f"the byte tokenizer has {BYTE_VOCABULARY} tokens",
     remedy=f"Set vocab_size to null or to at least {BYTE_VOCABULARY}",
 )
 def vocabulary_holds_bytes(c: PretrainConfig, _: Machine) -> bool:
+    """the byte tokenizer has 257 tokens."""
     return c.data.tokenizer_type != "byte" or (c.data.vocab_size or BYTE_VOCABULARY) >= BYTE_VOCABULARY
 
 
@@ -274,18 +275,18 @@ def vocabulary_holds_bytes(c: PretrainConfig, _: Machine) -> bool:
 @CHECKPOINT.rule(
     "save_interval",
     "save",
-    text="save_interval needs save, the folder to save checkpoints in",
     remedy="Set save to a folder, or save_interval to null",
 )
 def save_interval_needs_save(c: PretrainConfig, _: Machine) -> bool:
+    """save_interval needs save, the folder to save checkpoints in."""
     return c.checkpoint.save_interval is None or c.checkpoint.save is not None
 
 
 @CHECKPOINT.rule(
     "finetune",
     "load",
-    text="finetune starts from the weights of a checkpoint, which load must name",
     remedy="Set load to a checkpoint folder, or finetune to false",
 )
 def finetune_needs_load(c: PretrainConfig, _: Machine) -> bool:
+    """finetune starts from the weights of a checkpoint, which load must name."""
     return not c.checkpoint.finetune or c.checkpoint.load is not None

@@ -166,8 +166,6 @@ class ParallelConfig:
     """Pipeline parallelism (PP): ranks that the layers are split over."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per virtual stage of the interleaved pipeline schedule; null: no interleaving."""
-    overlap_p2p_comm: bool = True
-    """Overlap the pipeline's sends and receives with compute (interleaved schedule only)."""
     context_parallel_size: int = 1
     """Context parallelism (CP): ranks that every sequence is split over."""
     expert_model_parallel_size: int = 1

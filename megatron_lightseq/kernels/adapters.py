@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.kernels.merge import merge_into
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 class TileKind(Enum):

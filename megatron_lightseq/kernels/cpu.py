@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.kernels.extension import load_extension, missing_extension
-from megatron_lightseq.kernels.registry import TileMask, refusal_of
+from megatron_lightseq.kernels.registry import refusal_of
 from megatron_lightseq.kernels.specs import KERNELS
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 class CpuKernel:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.kernels.extension import BUILD_COMMAND, load_extension, missing_extension
-from megatron_lightseq.kernels.registry import TileMask, refusal_of
+from megatron_lightseq.kernels.registry import refusal_of
 from megatron_lightseq.kernels.specs import CUDA_HEAD_DIMS as HEAD_DIMS
 from megatron_lightseq.kernels.specs import KERNELS
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 __all__ = [
     "HEAD_DIMS",

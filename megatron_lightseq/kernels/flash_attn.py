@@ -19,8 +19,9 @@ from megatron_lightseq.kernels.adapters import (
     store_gradients,
     tile_kind,
 )
-from megatron_lightseq.kernels.registry import TileMask, refusal_of
+from megatron_lightseq.kernels.registry import refusal_of
 from megatron_lightseq.kernels.specs import KERNELS
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 INTERFACE = "flash_attn.flash_attn_interface"
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.kernels.merge import merge_into
-from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype, refusal_of
+from megatron_lightseq.kernels.registry import accumulator_dtype, refusal_of
 from megatron_lightseq.kernels.specs import KERNELS
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 class ReferenceKernel:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import warnings
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,33 +18,7 @@ from torch import Tensor
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.kernels.specs import AUTO, KERNELS, KernelSpec, kernel_names
-from megatron_lightseq.mask import Mask
-
-
-@dataclass(frozen=True, slots=True)
-class TileMask:
-    """Which keys of a tile each query row may see.
-
-    Row i sees key j iff ``i + band_lo <= j <= i + band_hi`` and, where ``key_ranges`` is given,
-    ``key_ranges[0, i] <= j < key_ranges[1, i]``.
-    """
-
-    band_lo: int
-    band_hi: int
-    key_ranges: Tensor | None = None
-    """int32, (2, Sq)."""
-
-    @staticmethod
-    def of(mask: Mask, queries: range, keys: range, device: torch.device) -> TileMask:
-        """The tile of ``mask`` at these global positions."""
-        band_lo, band_hi = mask.band(queries, keys)
-        if mask.cu_seqlens is None:
-            return TileMask(band_lo, band_hi)
-        ranges = torch.zeros(2, len(queries), dtype=torch.int32)
-        for segment in mask.segments(queries, keys):
-            ranges[0, segment.q_start : segment.q_stop] = segment.k_start
-            ranges[1, segment.q_start : segment.q_stop] = segment.k_stop
-        return TileMask(band_lo, band_hi, ranges.to(device))
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 @runtime_checkable

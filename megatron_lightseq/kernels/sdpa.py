@@ -18,8 +18,9 @@ from megatron_lightseq.kernels.adapters import (
     store_gradients,
     tile_kind,
 )
-from megatron_lightseq.kernels.registry import TileMask, accumulator_dtype, refusal_of
+from megatron_lightseq.kernels.registry import accumulator_dtype, refusal_of
 from megatron_lightseq.kernels.specs import KERNELS
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 class SdpaKernel:

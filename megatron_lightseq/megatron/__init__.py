@@ -1,15 +1,22 @@
-"""The seams to Megatron-Core. Only this package and training/ import megatron.
+"""Everything that touches Megatron-Core; only this package and training/ import megatron.
 
 In a program with its own GPTModel::
 
     from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec, shard_batch
 
     model = GPTModel(config, gpt_layer_spec(config, context=ContextParallelConfig(cp_method="lightseq")), ...)
-    layout = adopt_layout(model)                               # rotary embeddings, and the check of every batch
+    layout = adopt_layout(model)                               # rotary embeddings, and a check of every batch
     ...
     batch = shard_batch(batch, layout, cp_group.rank())        # instead of get_batch_on_this_cp_rank
 
-Names load when first used: importing Megatron takes seconds.
+Names are loaded when first used, because importing Megatron takes seconds.
+
+* :mod:`spec` builds layer specifications around :mod:`core_attention`; :mod:`options` checks Megatron's options,
+  :mod:`dense_mask` reads attention masks, :mod:`checkpoint_scope` keeps results across activation recomputation;
+* :mod:`batch` cuts batches and makes models follow the layout, with :mod:`rope`, :mod:`multi_token` and
+  :mod:`sequence_mixers`;
+* :mod:`sequence_slices` computes MLPs and losses in slices; :mod:`seeded_init` draws initial weights;
+* ``fixes/`` holds fixes for Megatron-Core, ``cpu/`` makes it run without CUDA, ``lm/`` serves Megatron-LM.
 """
 
 from __future__ import annotations
@@ -20,17 +27,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_lightseq.megatron.batch import adopt_layout, shard_batch
     from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
-    from megatron_lightseq.megatron.sequence_slices import tile_loss, tile_mlps
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
+    from megatron_lightseq.megatron.sequence_slices import slice_loss, slice_mlps
     from megatron_lightseq.megatron.spec import gpt_layer_spec
 
 __all__ = [
     "CoreAttentionSettings",
     "LightSeqCoreAttention",
     "adopt_layout",
+    "cpu_platform",
     "gpt_layer_spec",
     "shard_batch",
-    "tile_loss",
-    "tile_mlps",
+    "slice_loss",
+    "slice_mlps",
 ]
 
 _HOME = {
@@ -39,12 +48,14 @@ _HOME = {
     "adopt_layout": "batch",
     "gpt_layer_spec": "spec",
     "shard_batch": "batch",
-    "tile_loss": "sequence_slices",
-    "tile_mlps": "sequence_slices",
+    "slice_loss": "sequence_slices",
+    "slice_mlps": "sequence_slices",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "cpu_platform":
+        return importlib.import_module(f"{__name__}.cpu.platform")
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,17 +2,17 @@
 
 LightSeq's rematerialisation-aware checkpointing (DistFlashAttn, arXiv 2310.03294, section 3.3) moves checkpoint
 boundaries to the attention output, so that recomputing a layer never recomputes attention. Here the boundaries
-stay where Megatron puts them, and the attention output and log-sum-exp travel with the checkpoint instead:
+stay where Megatron puts them, and the attention output and log-sum-exp are stored with the checkpoint instead:
 
     CheckpointFunction.forward    no_grad: attention runs, (out, lse) is stored in this checkpoint's scope
     CheckpointFunction.backward   the layer runs again: attention takes (out, lse) from the same scope
 
-Each scope hangs on its checkpoint's autograd context. What belongs together cannot be confused by the order in
-which micro-batches are run (1F1B, interleaved, several losses in one backward), nothing outlives the graph it
-belongs to, and an exception half-way leaves nothing behind.
+A scope is an attribute of its checkpoint's autograd context. Results are therefore found whatever the order in which
+micro-batches run (1F1B, interleaved, several losses in one backward), they are freed with their graph, and an exception
+leaves nothing behind.
 
 Megatron calls ``CheckpointFunction`` for full recomputation (uniform and block) and for ``core_attn`` alone. Other
-checkpoints (Transformer Engine's for FP8, torch's) are not seen: under them attention is recomputed, correctly.
+checkpoints (Transformer Engine's for FP8, torch's) have no scope: under them attention is recomputed, correctly.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from megatron.core.tensor_parallel import random
 
 from megatron_lightseq.attention.stash import AttentionStash
 
-# Set for the duration of one CheckpointFunction call. Per thread: autograd runs backward on threads of its own.
+# Set during one CheckpointFunction call. Per thread, because autograd runs backward on other threads.
 _current: ContextVar[CheckpointScope | None] = ContextVar("checkpoint_scope", default=None)
 
 
 class CheckpointScope:
-    """The attention results of one checkpoint: a FIFO for each attention module called inside."""
+    """The attention results of one checkpoint: a FIFO for each attention module that is called in it."""
 
     def __init__(self) -> None:
         self.replaying = False
-        """False while the checkpoint's forward runs, True while its backward runs the same modules again."""
+        """False during the checkpoint's forward, True while its backward runs the same modules again."""
         self._stashes: dict[int, AttentionStash] = {}
 
     def stash(self, module: torch.nn.Module) -> AttentionStash:
-        """The FIFO of a module; calls of one module come back in the order in which they were made."""
+        """The FIFO of a module, whose calls are replayed in the order in which they were made."""
         return self._stashes.setdefault(id(module), AttentionStash())
 
 
 def current_scope() -> CheckpointScope | None:
-    """The checkpoint in which the calling code runs, or None outside of any."""
+    """The scope of the checkpoint that is running, or None outside of checkpoints."""
     return _current.get()
 
 
 def track_checkpoints() -> None:
     """Give every Megatron checkpoint a scope from now on; a second call does nothing.
 
-    The two methods of ``CheckpointFunction`` (megatron/core/tensor_parallel/random.py) are wrapped. Models without
-    our attention are not affected: their scopes stay empty.
+    This wraps the two methods of ``CheckpointFunction`` (megatron/core/tensor_parallel/random.py). It does not affect
+    models without our attention: their scopes stay empty.
     """
     function = random.CheckpointFunction
     if hasattr(function.forward, "tracks_checkpoints"):

@@ -22,8 +22,16 @@ from megatron_lightseq.config.resolved import ResolvedAttention
 from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
+from megatron_lightseq.megatron.bounded_cache import BoundedCache
 from megatron_lightseq.megatron.checkpoint_scope import current_scope, track_checkpoints
-from megatron_lightseq.megatron.options import CONSTRUCTOR, FORWARD, Option, Options, first_refused
+from megatron_lightseq.megatron.dense_mask import DenseMasks
+from megatron_lightseq.megatron.notes import note_replaced_kernels
+from megatron_lightseq.megatron.options import (
+    raise_refusals,
+    refused_arguments,
+    refused_fields,
+    replaced_fields,
+)
 from megatron_lightseq.schedule import Network
 
 if TYPE_CHECKING:
@@ -31,53 +39,61 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 
+MAX_SHARED_ATTENTIONS = 16
+"""Attentions, each with its plans and receive buffers, that layers with the same settings keep: one for each mask and
+method of a model, and when documents change with every micro-batch, those of the newest ones."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CoreAttentionSettings:
     """What a layer spec hands to every :class:`LightSeqCoreAttention` it builds."""
 
     method: str = "lightseq"
-    """How ranks share attention: a name that :func:`megatron_lightseq.dist_attention` takes."""
+    """How ranks share attention: a method that :func:`megatron_lightseq.dist_attention` accepts."""
     comm_types: tuple[str, ...] = ()
-    """Megatron's cp_comm_type for all layers (one) or for each (several); they override ``method``."""
+    """Megatron's cp_comm_type, one for all layers or one per layer; overrides ``method``."""
     ulysses_size: int | None = None
-    """With a2a+p2p: ranks that exchange heads; None for usp's default."""
+    """With a2a+p2p: number of ranks that exchange heads; None for usp's default."""
     layout: str = "contiguous"
-    """Which rank holds which tokens: contiguous, zigzag or striped."""
+    """Which rank holds which tokens: a name in :data:`megatron_lightseq.layout.LAYOUTS`."""
     kernel: str = "auto"
     """Attention kernel."""
     overlap: bool = True
-    """Move the next step's blocks while this step's are computed."""
+    """Transfer the next step's inputs while this step's tiles are computed."""
     network: Network | None = None
-    """What method ``auto`` predicts with; None for its default."""
+    """The network that method ``auto`` simulates; None for its default."""
     resolved: ResolvedAttention | None = None
     """Methods and schedules that were worked out at the start; None: layers work them out from their inputs."""
     keep_on_recompute: bool = True
     """Keep (out, lse) across activation recomputation instead of running attention again."""
     stats: AttentionStats = field(default_factory=AttentionStats)
     """Counts of all layers built with these settings."""
-    _shared: dict[Any, DistAttention] = field(default_factory=dict, repr=False, compare=False)
+    _shared: BoundedCache[Any, DistAttention] = field(
+        default_factory=lambda: BoundedCache(MAX_SHARED_ATTENTIONS), repr=False, compare=False
+    )
+    _dense_masks: DenseMasks = field(default_factory=DenseMasks, repr=False, compare=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CoreAttentionSettings:
-        """Itself: layers of copied specifications still count and communicate together."""
+        """Itself, so that layers built from copied specifications share buffers and counters."""
         del memo
         return self
 
     def method_of(self, comm_type: str | None) -> str:
-        """The method that Megatron's name of one stands for; p2p, its default, is whatever was configured."""
+        """The method for one of Megatron's communication types; p2p, its default, means the configured method."""
         return method_of_comm_type(comm_type, self.method, self.ulysses_size)
 
     def attention(
         self, group: torch.distributed.ProcessGroup | None, mask: Mask, method: str, layer_number: int
     ) -> DistAttention:
-        """The attention that all layers with these settings share, and with it plans and receive buffers."""
-        key = (group, mask, method)
+        """The attention that all layers with these settings share, with its plans and receive buffers."""
         schedules = None if self.resolved is None else self.resolved.of_layer(layer_number)
         if schedules is not None and (
             schedules.problem.mask != mask or method not in ("auto", schedules.name)
         ):
             schedules = None  # this layer was built with another mask or method than the configuration says
-        if key not in self._shared:
-            self._shared[key] = DistAttention(
+
+        def make() -> DistAttention:
+            return DistAttention(
                 group,
                 layout=self.layout,
                 method=method,
@@ -88,18 +104,30 @@ class CoreAttentionSettings:
                 schedules=schedules,
                 stats=self.stats,
             )
-        return self._shared[key]
+
+        return self._shared.get((group, mask, method), make)
+
+    def mask_of(
+        self,
+        hidden: torch.Tensor,
+        layout: SequenceLayout,
+        group: torch.distributed.ProcessGroup | None,
+        *,
+        causal: bool,
+    ) -> Mask:
+        """The mask that a dense one stands for (:meth:`DenseMasks.read`); layers share what was read."""
+        return self._dense_masks.read(hidden, layout, group, causal=causal)
 
 
 class LightSeqCoreAttention(MegatronModule):
-    """Drop-in for ``DotProductAttention`` / ``TEDotProductAttention`` of megatron-core 0.14 and later.
+    """Drop-in replacement for ``DotProductAttention`` / ``TEDotProductAttention`` of megatron-core 0.14 and later.
 
-    It has the parameters that Megatron's has (``softmax_offset`` of learnable sinks, else none), so checkpoints do not
-    know which attention a model was trained with.
+    It has the same parameters as Megatron's (``softmax_offset`` of learnable sinks, else none), so checkpoints do not
+    depend on which attention a model was trained with.
 
     Raises:
-        UnsupportedError: the configuration asks for something this attention would have to ignore.
-        ConfigError: the context-parallel group and the configuration disagree in size.
+        UnsupportedError: the configuration asks for something that this attention would have to ignore.
+        ConfigError: the sizes of the context-parallel group and of the configuration differ.
     """
 
     def __init__(
@@ -125,7 +153,7 @@ class LightSeqCoreAttention(MegatronModule):
             raise ConfigError(
                 explain(
                     got=f"context_parallel_size {config.context_parallel_size} with a group of {cp_size} ranks",
-                    rule="the model's configuration and its context-parallel group must have one size",
+                    rule="the model's configuration and its context-parallel group must have the same size",
                     remedy="Initialise model parallelism with the configuration's context_parallel_size",
                 )
             )
@@ -135,8 +163,8 @@ class LightSeqCoreAttention(MegatronModule):
         self.method = settings.method_of(comm_type)
         self.group = group
         self.layout: SequenceLayout = getattr(SequenceLayout, settings.layout)(cp_size)
-        # Megatron's apply_query_key_layer_scaling divides scores by the layer number and multiplies them back in
-        # fp32 (FusedScaleMaskSoftmax): a guard for fp16 scores, without effect where scores are fp32, as here.
+        # Megatron's apply_query_key_layer_scaling divides scores by the layer number, and multiplies them back in fp32
+        # (FusedScaleMaskSoftmax). It protects fp16 scores from overflow; scores are fp32 here.
         self.softmax_scale = softmax_scale
         self.tensor_group = _tensor_parallel_group(groups)
         self.softmax_offset = _softmax_offset(config, self.tensor_group)
@@ -158,10 +186,11 @@ class LightSeqCoreAttention(MegatronModule):
         """Attention of this rank's queries over all ranks' keys and values.
 
         Args:
-            query: (S, B, H, D), fp32 or bf16.
+            query: (S, B, H, D), fp32, bf16 or fp16.
             key: (S, B, G, D).
             value: (S, B, G, Dv).
-            attention_mask: not read: the mask type says what may be seen.
+            attention_mask: (B or 1, 1, S, S * cp_size) for this rank's queries, or for those of all ranks; bool, True
+                where a key is hidden. Over several ranks, all ranks give one or none does.
             attn_mask_type: overrides the type given at construction.
             extras: ``attention_bias`` and ``packed_seq_params`` among them; refused unless None.
 
@@ -169,22 +198,21 @@ class LightSeqCoreAttention(MegatronModule):
             (S, B, H * Dv), in query's dtype.
 
         Raises:
-            UnsupportedError: a mask type, bias or packing that this attention would have to ignore.
-            LayoutError: nobody has made sure that data and attention agree on the layout.
+            UnsupportedError: a mask, mask type, bias or packing that this attention would have to ignore.
+            LayoutError: the model was not passed to :func:`megatron_lightseq.megatron.adopt_layout`.
         """
-        del attention_mask
-        _check_given(extras, FORWARD, "forward argument")
+        raise_refusals([*refused_arguments("forward", extras)])
         if self.layout.cp_size > 1 and not self.layout_adopted:
             raise LayoutError(
                 explain(
-                    got=f"attention on layout {self.layout} in a model that was not told so",
-                    rule="batches and rotary embeddings must be cut as the attention expects, "
+                    got=f"attention on layout {self.layout} in a model that has not adopted it",
+                    rule="batches and rotary embeddings must be cut as attention expects, "
                     "or queries would silently see future tokens",
                     remedy="Call megatron_lightseq.megatron.adopt_layout(model) after building the model, "
                     "and cut batches with shard_batch",
                 )
             )
-        mask = self._mask(attn_mask_type or self.attn_mask_type)
+        mask = self._mask(attn_mask_type or self.attn_mask_type, attention_mask)
         attention = self.settings.attention(self.group, mask, self.method, self.layer_number)
         out = self._attend(attention, query, key, value)
         return out.reshape(*out.shape[:2], -1)
@@ -200,27 +228,30 @@ class LightSeqCoreAttention(MegatronModule):
             out, lse = attention.forward_with_lse(query, key, value, self.softmax_scale, self.softmax_offset)
             stash.push(out, lse)
             return out
-        if not stash:  # a second backward through a retained graph: the first has taken the result
+        if not stash:  # the second backward through a retained graph: the first one has consumed the result
             return attention(query, key, value, self.softmax_scale, self.softmax_offset)
         kept = stash.pop(query.shape)
         return attention.reattach(query, key, value, kept, self.softmax_scale, self.softmax_offset)
 
-    def _mask(self, attn_mask_type: AttnMaskType) -> Mask:
+    def _mask(self, attn_mask_type: AttnMaskType, hidden: torch.Tensor | None) -> Mask:
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
             raise UnsupportedError(
                 explain(
                     got=f"attn_mask_type {attn_mask_type.name}",
-                    rule="this attention knows the mask types causal and no_mask",
+                    rule="LightSeq attention supports the mask types causal and no_mask",
                     remedy="Use one of the two, or Megatron's own attention for this layer",
                 )
             )
-        mask = Mask.causal() if attn_mask_type is AttnMaskType.causal else Mask.full()
+        causal = attn_mask_type is AttnMaskType.causal
+        mask = Mask.causal() if causal else Mask.full()
+        if hidden is not None:
+            mask &= self.settings.mask_of(hidden, self.layout, self.group, causal=causal)
         return mask if self.window is None else mask & self.window
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Of learnable sinks, cut by heads as in Megatron's; else nothing."""
+        """The sharded state: learnable sinks, cut by heads as Megatron's are; else nothing."""
         if not isinstance(self.softmax_offset, torch.nn.Parameter):
             return {}
         found: dict[str, Any] = transformer_utils.make_sharded_tensors_for_checkpoint(
@@ -234,12 +265,12 @@ class LightSeqCoreAttention(MegatronModule):
         return found
 
     def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
+        """What ``print(model)`` shows."""
         return f"{self.method} on {self.layout}, kernel={self.settings.kernel}"
 
 
 def _context_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | None:
-    """The CP group of Megatron's collection, or of its global state when a layer is built without one."""
+    """The context-parallel group of Megatron's collection, or of its global state if a layer is built without one."""
     group: torch.distributed.ProcessGroup | None = (
         parallel_state.get_context_parallel_group() if collection is None else collection.cp
     )
@@ -247,7 +278,7 @@ def _context_parallel_group(collection: Any) -> torch.distributed.ProcessGroup |
 
 
 def _tensor_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | None:
-    """The ranks that share heads; as above."""
+    """The ranks that heads are split over; as above."""
     given: torch.distributed.ProcessGroup | None = None if collection is None else collection.tp
     return parallel_state.get_tensor_model_parallel_group() if given is None else given
 
@@ -255,8 +286,9 @@ def _tensor_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | 
 def _comm_type(
     settings: CoreAttentionSettings, config: TransformerConfig, layer_number: int, given: str | None
 ) -> str | None:
-    """The kind of this layer. A list in Megatron's configuration is read here: megatron-core 0.16.1 hands on the
-    entry behind the layer's own (it counts layers from 1 and the list from 0).
+    """This layer's cp_comm_type.
+
+    Megatron-Core up to 0.17 indexes per-layer lists off by one (layer numbers start at 1), so lists are resolved here.
     """
     if settings.comm_types:
         return settings.comm_types[layer_number - 1 if len(settings.comm_types) > 1 else 0]
@@ -265,7 +297,7 @@ def _comm_type(
 
 
 def _window(config: TransformerConfig, layer_number: int) -> Mask | None:
-    """The sliding window of this layer; Megatron writes (left, right), -1 for unbounded."""
+    """This layer's sliding window; Megatron writes (left, right), with -1 for an unbounded side."""
     size = getattr(config, "window_size", None)
     skip = getattr(config, "window_attn_skip_freq", None)
     if not size or (
@@ -279,10 +311,10 @@ def _window(config: TransformerConfig, layer_number: int) -> Mask | None:
 def _softmax_offset(
     config: TransformerConfig, tensor_group: torch.distributed.ProcessGroup | None
 ) -> torch.Tensor | None:
-    """(H,): the logit that every row of a head has besides its scores; None without, a parameter where it is learned.
+    """(H,): a logit per head that is added to every softmax row; None if vanilla, a parameter if learnable.
 
     Raises:
-        UnsupportedError: a softmax_type that is not known.
+        UnsupportedError: an unknown softmax_type.
     """
     kind = getattr(config, "softmax_type", "vanilla")
     rank, size = (0, 1) if tensor_group is None else (tensor_group.rank(), tensor_group.size())
@@ -292,8 +324,14 @@ def _softmax_offset(
     if kind == "off-by-one":
         return torch.zeros(config.num_attention_heads // size, dtype=config.params_dtype, device=device)
     if kind != "learnable":
-        raise _refusal(f"softmax_type = {kind!r}", Option(verdict="refused", reason="it is not known"))
-    # As Megatron's matrices: all are drawn, where it draws, and cut, so that every number of ranks has the same.
+        raise UnsupportedError(
+            explain(
+                got=f"softmax_type = {kind!r}",
+                rule="the types are vanilla, off-by-one and learnable",
+                remedy="Choose one of them, or use Megatron's own attention (cp_method megatron)",
+            )
+        )
+    # Drawn for all heads, then cut, as Megatron's matrices are: initial values do not depend on the number of ranks.
     drawn_on = "cpu" if config.use_cpu_initialization else device
     whole = torch.empty(config.num_attention_heads, dtype=config.params_dtype, device=drawn_on)
     if config.perform_initialization:
@@ -303,39 +341,12 @@ def _softmax_offset(
     return offset
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What is refused
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def _check_supported(config: TransformerConfig, attention_type: str, options: dict[str, Any]) -> None:
+    """Refuse what would have to be ignored, and note which kernels are replaced by ours."""
     given = {**options, "attention_type": attention_type}
     if given.get("attention_dropout") is None:
         given["attention_dropout"] = config.attention_dropout
-    found = first_refused(config, but={"attention_dropout"})
-    if found is not None:
-        name, option = found
-        raise _refusal(f"{name} = {getattr(config, name)!r}", option)
-    _check_given(given, CONSTRUCTOR, "option")
-
-
-def _check_given(values: dict[str, Any], table: Options, kind: str) -> None:
-    for name, value in values.items():
-        option = table.get(name, _UNKNOWN)
-        if option.refuses(value):
-            shown = repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
-            raise _refusal(f"the {kind} {name} = {shown}", option)
-
-
-_UNKNOWN = Option(verdict="refused", reason="it is not known", harmless=(None,))
-
-
-def _refusal(what: str, option: Option) -> UnsupportedError:
-    return UnsupportedError(
-        explain(
-            got=what,
-            rule="LightSeqCoreAttention does not support it and would otherwise have to ignore it: "
-            + option.reason,
-            remedy=option.remedy,
-        )
+    raise_refusals(
+        [*refused_fields(config, but={"attention_dropout"}), *refused_arguments("constructor", given)]
     )
+    note_replaced_kernels(list(replaced_fields(config)))

@@ -1,8 +1,8 @@
-"""Multi-token prediction over context-parallel ranks: the token after each token, by the attention's layout.
+"""Multi-token prediction over context-parallel ranks: each token's successor is found by the layout of attention.
 
-Megatron shifts ids, positions, labels and loss masks one token to the left (``roll_tensor``,
-transformer/multi_token_prediction.py). Over context-parallel ranks it does so for its own zigzag cut, whatever the
-attention does. Here a layout says who holds the next token.
+Megatron shifts ids, positions, labels and loss masks to the left by one token (``roll_tensor``,
+transformer/multi_token_prediction.py). Over context-parallel ranks it assumes its own zigzag cut, whatever layout
+attention uses. Here the layout says which rank holds the next token.
 """
 
 from __future__ import annotations
@@ -15,25 +15,29 @@ import torch.distributed as dist
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.megatron.bounded_cache import BoundedCache
 from megatron_lightseq.megatron.fixes.rebind import rebind
+
+MAX_PLANS = 8
+"""Sequence lengths whose exchange of successors is remembered, with at most 16 bytes per local token each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Successors:
-    """One rank's part in handing every token's successor to the rank that asks for it."""
+    """One rank's part in sending every token to the rank that holds its predecessor."""
 
     sent: torch.Tensor
-    """Local indices of the tokens to send, rank by rank (int64)."""
+    """Local indices of the tokens to send, ordered by receiving rank (int64)."""
     sent_to: list[int]
-    """How many of them go to each rank, this one included."""
+    """Number of tokens for each rank, this one included."""
     placed: torch.Tensor
-    """Local indices that the received tokens are successors of, rank by rank (int64)."""
+    """Local indices of the predecessors of the received tokens, ordered by sending rank (int64)."""
     received_from: list[int]
-    """How many come from each rank."""
+    """Number of tokens from each rank."""
 
     @staticmethod
     def of(layout: SequenceLayout, rank: int, seq_length: int, device: torch.device) -> Successors:
-        """The plan of ``rank`` for sequences of ``seq_length`` tokens; a few token indices but for stripes."""
+        """The plan of ``rank`` for sequences of ``seq_length`` tokens."""
         held = [torch.tensor(layout.positions(other, seq_length)) for other in range(layout.cp_size)]
         owner = torch.empty(seq_length + 1, dtype=torch.int64)
         index = torch.empty(seq_length + 1, dtype=torch.int64)
@@ -62,7 +66,7 @@ class LayoutRoll:
     def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup) -> None:
         self.layout = layout
         self.group = group
-        self._plans: dict[tuple[int, torch.device], Successors] = {}
+        self._plans: BoundedCache[tuple[int, torch.device], Successors] = BoundedCache(MAX_PLANS)
 
     def __call__(
         self,
@@ -78,12 +82,12 @@ class LayoutRoll:
             tensor: (B, S), this rank's ids, positions, labels or mask.
             shifts: -1.
             dims: the sequence dimension.
-            cp_group: not read: the group is the model's own.
+            cp_group: ignored: the group is the model's own.
             packed_seq_params: refused unless None.
 
         Returns:
-            The same shape, and the sum over all ranks divided by their number: what a mean over micro-batches divides
-            by, such that ranks which hold unequal numbers of unmasked tokens still add up to one process's mean.
+            The same shape, and the sum over all ranks divided by their number. Megatron divides a rank's loss by the
+            latter, so that ranks with different numbers of unmasked tokens still add up to the mean of one process.
 
         Raises:
             UnsupportedError: packed sequences, or another shift.
@@ -98,7 +102,11 @@ class LayoutRoll:
                 )
             )
         tokens = tensor.movedim(dims, 0)
-        plan = self._plan(len(tokens) * self.layout.cp_size, tensor.device)
+        seq_length = len(tokens) * self.layout.cp_size
+        plan = self._plans.get(
+            (seq_length, tensor.device),
+            lambda: Successors.of(self.layout, self.group.rank(), seq_length, tensor.device),
+        )
         arrived = tokens.new_empty((len(plan.placed), *tokens.shape[1:]))
         dist.all_to_all_single(
             arrived, tokens[plan.sent].contiguous(), plan.received_from, plan.sent_to, group=self.group
@@ -110,18 +118,12 @@ class LayoutRoll:
         dist.all_reduce(total, group=self.group)
         return rolled, total / self.layout.cp_size
 
-    def _plan(self, seq_length: int, device: torch.device) -> Successors:
-        key = (seq_length, device)
-        if key not in self._plans:
-            self._plans[key] = Successors.of(self.layout, self.group.rank(), seq_length, device)
-        return self._plans[key]
-
 
 def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.ProcessGroup) -> int:
-    """Have every module below ``model`` that shifts tokens shift them by ``layout``.
+    """Make every module below ``model`` that shifts tokens shift them by ``layout``.
 
     Returns:
-        How many methods there were that do.
+        The number of methods that do.
     """
     roll = LayoutRoll(layout, group)
     return sum(rebind(module, "roll_tensor", roll) for module in model.modules())

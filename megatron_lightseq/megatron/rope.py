@@ -1,7 +1,7 @@
-"""Rotary position embeddings cut by the attention's layout.
+"""Rotary position embeddings cut by the layout of attention.
 
-Megatron's rotary modules give each context-parallel rank its zigzag chunks
-(models/common/embeddings/rope_utils.py), whatever the attention does.
+Megatron's rotary modules always give a context-parallel rank its zigzag chunks
+(models/common/embeddings/rope_utils.py), whatever layout attention uses.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.megatron.bounded_cache import BoundedCache
+
+MAX_LENGTHS = 4
+"""Sequence lengths whose angles a rotary module keeps, 4 bytes per local token and rotary dimension each."""
 
 
 class LayoutRotaryEmbedding(torch.nn.Module):
-    """A rotary module of Megatron's whose angles follow a :class:`SequenceLayout`.
+    """One of Megatron's rotary modules, with angles that follow a :class:`SequenceLayout`.
 
     Args:
-        rotary: Megatron's RotaryEmbedding or YarnRotaryEmbedding; everything but ``forward`` stays its own.
+        rotary: Megatron's RotaryEmbedding or YarnRotaryEmbedding; only ``forward`` is replaced.
         layout: which rank holds which tokens.
         rank: this context-parallel rank.
     """
@@ -30,7 +35,7 @@ class LayoutRotaryEmbedding(torch.nn.Module):
         self.rotary = rotary
         self.layout = layout
         self.rank = rank
-        self._shards: dict[tuple[int, int], Any] = {}
+        self._shards: BoundedCache[tuple[int, int], Any] = BoundedCache(MAX_LENGTHS)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -50,7 +55,7 @@ class LayoutRotaryEmbedding(torch.nn.Module):
             cp_group: another group for this call (Megatron's hybrid context parallelism); refused.
 
         Returns:
-            (max_seq_len / cp_size, 1, 1, rotary dimensions), and for YaRN its scale beside it.
+            (max_seq_len / cp_size, 1, 1, rotary dimensions); for YaRN a tuple of this and its scale.
 
         Raises:
             UnsupportedError: packed sequences or another group.
@@ -65,13 +70,14 @@ class LayoutRotaryEmbedding(torch.nn.Module):
                         remedy="Use unpacked sequences and the model's own context-parallel group",
                     )
                 )
-        key = (max_seq_len, offset)
-        if key not in self._shards:
-            self._shards[key] = self._angles(max_seq_len, offset)
-        return self._shards[key]
+        return self._shards.get((max_seq_len, offset), lambda: self._kept_angles(max_seq_len, offset))
+
+    @torch.inference_mode(False)  # or training could not use what an evaluation has left here
+    def _kept_angles(self, max_seq_len: int, offset: int) -> Any:
+        return self._angles(max_seq_len, offset)
 
     def get_cached_cos_sin(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: YaRN's tables for fused latent attention are cut by Megatron's zigzag."""
+        """Refused: the tables of YaRN for fused latent attention are cut by Megatron's zigzag."""
         del args, kwargs
         raise UnsupportedError(
             explain(
@@ -82,37 +88,38 @@ class LayoutRotaryEmbedding(torch.nn.Module):
         )
 
     def _angles(self, max_seq_len: int, offset: int) -> Any:
-        """Asks for those of this rank's chunks, one by one: the whole sequence's would be cp_size times as many."""
+        """Computed chunk by chunk: those of the whole sequence would take cp_size times the memory."""
         self.layout.check_length(max_seq_len)
         chunks = [
             self.layout.chunk_positions(chunk, max_seq_len) for chunk in self.layout.chunks_of(self.rank)
         ]
-        if any(chunk.step != 1 for chunk in chunks):  # stripes: Megatron counts by one only
+        if any(chunk.step != 1 for chunk in chunks):  # stripes, where Megatron can only count by one
             return self._join(
                 [self._uncut(max_seq_len, offset)], lambda x: self.layout.shard(x, self.rank, 0)
             )
         return self._join([self._uncut(len(chunk), offset + chunk.start) for chunk in chunks])
 
     def _uncut(self, length: int, offset: int) -> Any:
-        # Megatron leaves the angles of packed sequences whole: the way, in every version, to get them uncut.
-        return self.rotary(length, offset, packed_seq=True)
+        # In every version of Megatron, angles of packed sequences are not cut. Its own cache of 32 lengths is bypassed.
+        forward = type(self.rotary).forward
+        return getattr(forward, "__wrapped__", forward)(self.rotary, length, offset, packed_seq=True)
 
     @staticmethod
     def _join(parts: list[Any], select: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Any:
-        """Parts one after another, each the angles or, from YaRN, (angles, scale)."""
+        """The parts in order, each angles or, from YaRN, (angles, scale)."""
         if isinstance(parts[0], tuple):
             return (select(torch.cat([angles for angles, *_ in parts])).contiguous(), *parts[0][1:])
         return select(torch.cat(parts)).contiguous()
 
 
 def adopt_rotary(model: torch.nn.Module, layout: SequenceLayout, rank: int) -> int:
-    """Make every rotary module below ``model`` follow ``layout``.
+    """Make every rotary module below ``model`` follow ``layout``; they are replaced in place.
 
     Returns:
-        How many rotary modules there were; they are replaced in place.
+        The number of rotary modules.
 
     Raises:
-        UnsupportedError: a kind of rotary module that cannot be cut by a layout other than zigzag.
+        UnsupportedError: a rotary module that only works with layout zigzag.
     """
     found = 0
     for owner in list(model.modules()):
@@ -128,8 +135,27 @@ def adopt_rotary(model: torch.nn.Module, layout: SequenceLayout, rank: int) -> i
             raise UnsupportedError(
                 explain(
                     got=f"{type(rotary).__name__} with layout {layout}",
-                    rule="it cuts its angles by Megatron's zigzag itself",
+                    rule="it cuts its angles itself, by Megatron's zigzag",
                     remedy="Use cp_layout zigzag, or rope or yarn positions",
                 )
             )
     return found
+
+
+def allow_any_number_of_ranks() -> None:
+    """Let models with YaRN be built over any number of context-parallel ranks; a second call does nothing.
+
+    ``YarnRotaryEmbedding`` fills tables for ``original_max_position_embeddings`` tokens while it is built, and cuts
+    them by zigzag, which fails unless twice the number of ranks divides that length. The tables serve fused RoPE only;
+    here they are made for the next length that can be cut.
+    """
+    original = YarnRotaryEmbedding._set_cos_sin_cache
+    if hasattr(original, "rounds_up"):
+        return
+
+    def fill(self: YarnRotaryEmbedding, seq_len: int, *args: Any, **kwargs: Any) -> None:
+        pieces = 1 if self.cp_group is None else 2 * self.cp_group.size()
+        original(self, -(-seq_len // pieces) * pieces, *args, **kwargs)
+
+    fill.rounds_up = True  # type: ignore[attr-defined]
+    YarnRotaryEmbedding._set_cos_sin_cache = fill

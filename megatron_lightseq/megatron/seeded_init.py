@@ -1,7 +1,7 @@
-"""Initial weights that depend on the seed and on nothing else.
+"""Initial weights that depend only on the seed.
 
-Megatron draws weights from one random stream in the order in which a rank builds its modules, so they change with
-the pipeline's cut. Here every weight has a stream of its own, named by what it is: with
+Megatron draws weights from one random stream in the order in which a rank builds its modules, so they depend on how the
+pipeline is split. Here every weight has its own stream, seeded by a name for the weight. Together with
 ``use_cpu_initialization``, which draws whole matrices and cuts them, the same seed gives the same model on any
 number of tensor-, pipeline-, context- and data-parallel ranks.
 """
@@ -23,20 +23,20 @@ Init = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(slots=True)
 class WeightNames:
-    """Names the weights of one model while it is built: role, layer, and how many of that role came before."""
+    """Names the weights of one model while it is built: by role, layer, and how many of that role were drawn before."""
 
     seed: int
     layer: int = 0
-    """Global number of the layer being built, from 1; 0 outside of layers."""
+    """Global number of the layer that is being built, from 1; 0 outside of layers."""
     scope: str = ""
-    """Prefix of roles; that of experts, which are counted over all expert-parallel ranks."""
+    """Prefix of roles; experts, which are counted over all expert-parallel ranks, have one."""
     _drawn: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     def normal(self, role: str, std: float) -> Init:
         """An initialiser N(0, std) for Megatron's ``init_method`` fields.
 
         Args:
-            role: distinguishes weights of one layer that have initialisers of their own.
+            role: distinguishes weights of one layer that have different initialisers.
             std: standard deviation.
         """
 
@@ -54,7 +54,7 @@ class WeightNames:
 
     @contextmanager
     def building_layer(self, number: int) -> Iterator[None]:
-        """Weights drawn inside belong to this layer."""
+        """A context in which weights belong to this layer."""
         self.layer = number
         try:
             yield
@@ -63,7 +63,7 @@ class WeightNames:
 
     @contextmanager
     def building_experts(self, first: int) -> Iterator[None]:
-        """Weights drawn inside are those of experts, one of every role each, from number ``first`` on."""
+        """A context in which weights belong to experts with one weight per role, numbered from ``first``."""
         self.scope = "expert "
         for role in ("weight", "residual"):
             self._drawn[self.scope + role, self.layer] = first
@@ -73,13 +73,13 @@ class WeightNames:
             self.scope = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightNames:
-        """Itself: Megatron copies configurations and specifications while building one model."""
+        """Itself, because Megatron copies configurations and specifications while it builds one model."""
         del memo
         return self
 
 
 class NamedTransformerLayer(TransformerLayer):
-    """A TransformerLayer that says which layer it is while its weights are drawn."""
+    """A TransformerLayer that names its layer number while its weights are drawn."""
 
     def __init__(
         self,

@@ -1,13 +1,13 @@
-"""MLPs and losses computed in tiles of the local sequence, so that what lies inside them never exists whole.
+"""MLPs and losses computed in slices of the local sequence, so that their activations never exist for all tokens.
 
-Context parallelism cuts the sequence and leaves widths alone. At long sequences the widest tensors of a rank are then
-no longer attention's: they are the logits (tokens x vocabulary, in fp32) and what lies inside the MLP (tokens x twice
-the MLP's width, with a gate). Both belong to one token at a time, so they can be computed tile by tile: forward keeps
-the input alone, and backward computes each tile once more, with a graph, and frees it before it comes to the next
-(tiles over the sequence: Arctic Long Sequence Training, arXiv 2506.13996).
+Context parallelism splits the sequence, but not the widths. At long sequences the largest tensors of a rank are then no
+longer attention's: they are the logits (tokens x vocabulary, in fp32) and the activations of the MLP (tokens x twice
+the MLP's width, with a gate). Both are computed for each token separately, so they can be computed slice by slice:
+forward keeps only the input, and backward recomputes one slice at a time, with a graph that is freed before the next
+slice (Arctic Long Sequence Training, arXiv 2506.13996, calls this tiling of the sequence).
 
-Values are those of the whole computation. Gradients of weights are sums over tiles, so they differ in the order of
-summation: they are added up in fp32 (or fp64), where Megatron keeps them (``main_grad``) if it does.
+Results are those of the whole computation. Gradients of weights are sums over slices, so they differ in the order of
+summation: they are accumulated in fp32 (or fp64), in Megatron's ``main_grad`` if there is one.
 
 Shapes, per rank: S local tokens (with sequence parallelism those of this tensor-parallel rank), B micro-batch,
 h hidden size, R ranks whose tokens meet in one matrix product: the tensor-parallel ones with sequence parallelism,
@@ -30,52 +30,55 @@ from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.megatron.checkpoint_scope import current_scope, track_checkpoints
 
 Compute = Callable[[Tensor, slice], Tensor]
-"""From some rows (t, ...) of a tensor, and which they are, to as many rows of the result."""
+"""From some rows (s, ...) of a tensor, and their range, to as many rows of the result."""
 Forward = Callable[..., tuple[Any, Any]]
-"""A layer's ``forward``: what it computes, and a bias that is still to be added, or None."""
+"""A layer's ``forward``: its output, and a bias that is still to be added, or None."""
 
 
-def tiles(rows: int, tile_rows: int) -> Iterator[slice]:
-    """All rows in order, ``tile_rows`` at a time."""
-    return (slice(begin, min(begin + tile_rows, rows)) for begin in range(0, rows, tile_rows))
+def slices(num_rows: int, slice_rows: int) -> Iterator[slice]:
+    """All rows in order, ``slice_rows`` at a time."""
+    return (slice(begin, min(begin + slice_rows, num_rows)) for begin in range(0, num_rows, slice_rows))
 
 
-def in_tiles(compute: Compute, x: Tensor, parameters: Sequence[torch.nn.Parameter], tile_rows: int) -> Tensor:
-    """``compute`` applied to ``x`` tile by tile, forward and backward.
+def in_slices(
+    compute: Compute, x: Tensor, parameters: Sequence[torch.nn.Parameter], slice_rows: int
+) -> Tensor:
+    """``compute`` applied to ``x`` slice by slice, forward and backward.
 
     Args:
-        compute: row by row: a row of its result depends on the same row of ``x`` and on ``parameters`` alone. Called
-            once more in backward, and must do the same then.
+        compute: row by row: a row of its result depends only on the same row of ``x`` and on ``parameters``. It is
+            called once more in backward, and must compute the same then.
         x: (S, ...).
-        parameters: leaves that ``compute`` uses and that want gradients.
-        tile_rows: rows of a tile; the last may have fewer.
+        parameters: leaves that ``compute`` uses and that need gradients.
+        slice_rows: rows per slice; the last slice may have fewer.
 
     Returns:
         (S, ...), of the shape and dtype that ``compute`` returns for all rows.
     """
-    result: Tensor = _InTiles.apply(compute, tile_rows, x, *parameters)
+    result: Tensor = _InSlices.apply(compute, slice_rows, x, *parameters)
     return result
 
 
-class _InTiles(torch.autograd.Function):
-    """Parameters are arguments, so that autograd hands each its gradient once, whatever the number of tiles.
+class _InSlices(torch.autograd.Function):
+    """Parameters are arguments, so that autograd delivers each gradient once, whatever the number of slices.
 
-    Megatron's data parallelism counts on that: its hooks take a gradient for the last (distributed_data_parallel.py).
+    Megatron's data parallelism relies on it: its hooks treat the first gradient of a parameter as the complete one
+    (distributed_data_parallel.py).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, compute: Compute, tile_rows: int, x: Tensor, *parameters: torch.nn.Parameter
+        ctx: Any, compute: Compute, slice_rows: int, x: Tensor, *parameters: torch.nn.Parameter
     ) -> Tensor:
-        ctx.compute, ctx.tile_rows, ctx.parameters = compute, tile_rows, parameters
+        ctx.compute, ctx.slice_rows, ctx.parameters = compute, slice_rows, parameters
         ctx.save_for_backward(x)
         result: Tensor | None = None
-        for rows in tiles(len(x), tile_rows):
+        for rows in slices(len(x), slice_rows):
             part = compute(x[rows], rows)
             if result is None:
                 result = part.new_empty((len(x), *part.shape[1:]))
             result[rows] = part
-        assert result is not None, "there is a row"
+        assert result is not None, "x has a row"
         return result
 
     @staticmethod
@@ -84,10 +87,10 @@ class _InTiles(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         sums: list[Tensor | None] = [None] * len(ctx.parameters)
-        for rows in tiles(len(x), ctx.tile_rows):
-            grad_tile, *parts = _tile_gradients(ctx.compute, x[rows], rows, ctx.parameters, grad[rows])
-            assert grad_tile is not None, "compute uses its rows"
-            grad_x[rows] = grad_tile
+        for rows in slices(len(x), ctx.slice_rows):
+            grad_rows, *parts = _slice_gradients(ctx.compute, x[rows], rows, ctx.parameters, grad[rows])
+            assert grad_rows is not None, "compute uses its rows"
+            grad_x[rows] = grad_rows
             sums = [_add(*each) for each in zip(ctx.parameters, sums, parts, strict=True)]
         totals = [
             None if total is None else total.to(parameter.dtype)
@@ -96,10 +99,10 @@ class _InTiles(torch.autograd.Function):
         return None, None, grad_x, *totals
 
 
-def _tile_gradients(
+def _slice_gradients(
     compute: Compute, x: Tensor, rows: slice, parameters: Sequence[torch.nn.Parameter], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of a tile of ``x`` and of the parameters; the tile's graph ends with this call."""
+    """Gradients of one slice of ``x`` and of the parameters; the graph of the slice is freed on return."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         part = compute(x, rows)
@@ -107,11 +110,11 @@ def _tile_gradients(
 
 
 def _add(parameter: torch.nn.Parameter, total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """One more tile's gradient of a parameter; what is returned last goes to autograd.
+    """Add one more slice's gradient of a parameter; the last result goes to autograd.
 
-    With Megatron's fp32 ``main_grad`` earlier tiles go there, and autograd brings the last: no second buffer of the
-    weight's size is held. With ``gradient_accumulation_fusion`` the layer itself has added to ``main_grad`` and
-    returns a placeholder.
+    With Megatron's fp32 ``main_grad``, earlier slices are added there and autograd delivers the last one, so that no
+    second buffer of the weight's size is needed. With ``gradient_accumulation_fusion`` the layer itself has added to
+    ``main_grad`` and returns a placeholder.
     """
     if total is None or part is None or getattr(parameter, "grad_added_to_main_grad", False):
         return part if part is not None else total
@@ -122,58 +125,55 @@ def _add(parameter: torch.nn.Parameter, total: Tensor | None, part: Tensor | Non
     return total.to(torch.promote_types(total.dtype, torch.float32)) + part
 
 
-class TiledMLP:
-    """The ``forward`` of one dense MLP of Megatron's, in tiles.
+class SlicedMLP:
+    """The ``forward`` of one of Megatron's dense MLPs, in slices.
 
     Args:
-        mlp: keeps its weights, its names in checkpoints, and its own ``forward`` for one tile.
-        tile_tokens: tokens of a tile, over the micro-batch and, with sequence parallelism, over all R ranks.
-        replays_value: whether somebody reads what the MLP returns when its layer is recomputed; see :func:`tile_mlps`.
+        mlp: keeps its weights, their names in checkpoints, and its own ``forward``, which computes one slice.
+        slice_tokens: tokens per slice, over the micro-batch and, with sequence parallelism, over all R ranks.
+        replays_value: whether the MLP's result is used when its layer is recomputed; see :func:`slice_mlps`.
     """
 
-    def __init__(self, mlp: MLP, tile_tokens: int, *, replays_value: bool) -> None:
+    def __init__(self, mlp: MLP, slice_tokens: int, *, replays_value: bool) -> None:
         self._mlp = mlp
         self._forward: Forward = mlp.forward
-        self._tile_tokens = tile_tokens
+        self._slice_tokens = slice_tokens
         self._replays_value = replays_value
 
     def __call__(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's: (S, B, h) to (S, B, h), and a bias (h,) that the caller adds, or None."""
+        """Like Megatron's: (S, B, h) to (S, B, h), and a bias (h,) that the caller adds, or None."""
         config = self._mlp.config
-        rows = _tile_rows(hidden_states, self._tile_tokens, config)
-        if len(hidden_states) <= rows or per_token_scale is not None:
+        slice_rows = _slice_rows(hidden_states, self._slice_tokens, config)
+        if len(hidden_states) <= slice_rows or per_token_scale is not None:
             return self._forward(hidden_states, per_token_scale, **options)
         bias = self._mlp.linear_fc2.bias if config.add_bias_linear else None
         scope = current_scope()
         skips = scope is not None and scope.replaying and not self._replays_value
 
-        def compute(tile: Tensor, where: slice) -> Tensor:
-            del where
+        def compute(x: Tensor, rows: slice) -> Tensor:
+            del rows
             if skips and not torch.is_grad_enabled():
-                return torch.full_like(
-                    tile, math.nan
-                )  # nobody reads it; if somebody did, the loss would say so
-            out: Tensor = self._forward(tile, **options)[0]
+                return torch.full_like(x, math.nan)  # never used; if it were, the loss would be NaN
+            out: Tensor = self._forward(x, **options)[0]
             return out
 
-        return in_tiles(compute, hidden_states, _trained(self._mlp), rows), bias
+        return in_slices(compute, hidden_states, _trained(self._mlp), slice_rows), bias
 
 
-def tile_mlps(model: torch.nn.Module, tile_tokens: int, *, replays_value: bool = True) -> int:
-    """Have the MLP of every transformer layer below ``model`` computed in tiles, forward and backward.
+def slice_mlps(model: torch.nn.Module, slice_tokens: int, *, replays_value: bool = True) -> int:
+    """Compute the MLP of every transformer layer below ``model`` in slices, forward and backward.
 
     Args:
-        model: a finished GPTModel, or any module with Megatron's TransformerLayers.
-        tile_tokens: tokens whose intermediate results are held at a time; a sequence that is no longer is computed
-            as before.
-        replays_value: False says that with activation recomputation each checkpoint holds one layer, of which an
-            MLP's result is only added to the residual and returned. Then recomputation, which wants the layer's
-            graph and not its value, leaves the MLP's value out, and the backward of tiles recomputes nothing twice.
+        model: a built GPTModel, or any module with Megatron's TransformerLayers.
+        slice_tokens: tokens whose activations are held at a time; sequences that are not longer are not sliced.
+        replays_value: False promises that with activation recomputation each checkpoint holds one layer, so that an
+            MLP's result is only added to the residual and returned. Recomputation then needs the layer's graph but not
+            the MLP's value, which is left out, and the backward of slices recomputes nothing twice.
 
     Returns:
-        How many MLPs there were.
+        The number of MLPs.
 
     Raises:
         UnsupportedError: a layer has something other than a dense MLP, such as experts.
@@ -184,51 +184,51 @@ def tile_mlps(model: torch.nn.Module, tile_tokens: int, *, replays_value: bool =
         if type(layer.mlp) is not MLP:
             raise UnsupportedError(
                 explain(
-                    got=f"a layer with {type(layer.mlp).__name__} in the place of its MLP",
-                    rule="tiles are of dense MLPs, which compute one token at a time",
-                    remedy="Remove mlp_tile_tokens",
+                    got=f"a layer with {type(layer.mlp).__name__} instead of a dense MLP",
+                    rule="only dense MLPs, which compute each token separately, are computed in slices",
+                    remedy="Leave mlp_tile_tokens out",
                 )
             )
-        layer.mlp.forward = TiledMLP(layer.mlp, tile_tokens, replays_value=replays_value)
+        layer.mlp.forward = SlicedMLP(layer.mlp, slice_tokens, replays_value=replays_value)
     return len(layers)
 
 
 @dataclass(frozen=True, slots=True)
 class PendingLogits:
-    """What the output layer returns until labels come: its product is computed with them, tile by tile."""
+    """What the output layer returns until labels are known: its product is computed slice by slice with them."""
 
     project: Callable[[Tensor], Tensor]
-    """From hidden states (t, B, h) to logits (R * t, B, vocabulary / tensor-parallel ranks)."""
+    """From hidden states (s, B, h) to logits (R * s, B, vocabulary / tensor-parallel ranks)."""
     hidden: Tensor
     """(S, B, h)."""
     parameters: tuple[torch.nn.Parameter, ...]
 
     def transpose(self, first: int, second: int) -> Tensor:
-        """All logits after all: Megatron's model transposes them where it is given no labels."""
+        """All logits, transposed: Megatron's model asks for them if it is given no labels."""
         return self.project(self.hidden).transpose(first, second)
 
 
-class TiledLoss:
-    """The output layer and the cross entropy of one GPTModel, in tiles; both stay Megatron's for one tile.
+class SlicedLoss:
+    """The output layer and the cross entropy of one GPTModel, in slices; Megatron computes one slice.
 
-    Put into the model by :func:`tile_loss`. Multi-token prediction, which takes its losses by the same two calls,
-    gets tiles as well.
+    :func:`slice_loss` puts it into the model. Multi-token prediction computes its losses through the same two methods,
+    and gets slices as well.
     """
 
-    def __init__(self, model: Any, tile_tokens: int) -> None:
+    def __init__(self, model: Any, slice_tokens: int) -> None:
         self._config = model.config
         self._layer = model.output_layer
         self._project: Forward = model.output_layer.forward
         self._cross_entropy: Callable[[Tensor, Any], Tensor] = model.compute_language_model_loss
-        self._tile_tokens = tile_tokens
+        self._slice_tokens = slice_tokens
 
     def defer(
         self, hidden: Tensor, weight: torch.nn.Parameter | None = None, **options: Any
     ) -> tuple[PendingLogits, None]:
-        """In the place of the output layer's ``forward``: hidden states (S, B, h) and a shared weight, or None."""
+        """Replaces the output layer's ``forward``: hidden states (S, B, h) and a shared weight, or None."""
 
-        def project(tile: Tensor) -> Tensor:
-            logits: Tensor = self._project(tile, weight=weight, **options)[0]
+        def project(x: Tensor) -> Tensor:
+            logits: Tensor = self._project(x, weight=weight, **options)[0]
             return logits
 
         candidates = (self._layer.weight if weight is None else weight, getattr(self._layer, "bias", None))
@@ -236,60 +236,60 @@ class TiledLoss:
         return PendingLogits(project, hidden, trained), None
 
     def losses(self, labels: Tensor, logits: PendingLogits | Tensor) -> Tensor:
-        """In the place of ``compute_language_model_loss``: labels (B, R * S) to losses (B, R * S), fp32."""
+        """Replaces ``compute_language_model_loss``: labels (B, R * S) to losses (B, R * S), fp32."""
         if isinstance(logits, Tensor):
             return self._cross_entropy(labels, logits)
         hidden = logits.hidden
-        rows = _tile_rows(hidden, self._tile_tokens, self._config)
-        if len(hidden) <= rows:
+        slice_rows = _slice_rows(hidden, self._slice_tokens, self._config)
+        if len(hidden) <= slice_rows:
             return self._cross_entropy(labels, logits.project(hidden))
-        # Ranks whose tokens meet hold one part of the sequence each: a tile has some tokens out of every part.
+        # Each of the R ranks holds one part of the sequence: a slice takes the same rows of every part.
         batch, length = labels.shape
         labels_BRS = labels.view(batch, length // len(hidden), len(hidden))
 
-        def compute(tile: Tensor, where: slice) -> Tensor:
-            of_tile = labels_BRS[:, :, where]
-            losses = self._cross_entropy(of_tile.reshape(batch, -1), logits.project(tile))
-            return losses.view(of_tile.shape).permute(2, 0, 1)
+        def compute(x: Tensor, rows: slice) -> Tensor:
+            labels_BRs = labels_BRS[:, :, rows]
+            losses = self._cross_entropy(labels_BRs.reshape(batch, -1), logits.project(x))
+            return losses.view(labels_BRs.shape).permute(2, 0, 1)
 
-        losses_SBR = in_tiles(compute, hidden, logits.parameters, rows)
+        losses_SBR = in_slices(compute, hidden, logits.parameters, slice_rows)
         return losses_SBR.permute(1, 2, 0).reshape(batch, length)
 
 
-def tile_loss(model: Any, tile_tokens: int) -> None:
-    """Have a GPTModel compute its logits and losses in tiles, forward and backward.
+def slice_loss(model: Any, slice_tokens: int) -> None:
+    """Make a GPTModel compute its logits and losses in slices, forward and backward.
 
     Without labels it returns logits, as before.
 
     Args:
-        model: the last pipeline stage's, finished.
-        tile_tokens: tokens whose logits are held at a time; a sequence that is no longer is computed as before.
+        model: the built model of the last pipeline stage.
+        slice_tokens: tokens whose logits are held at a time; sequences that are not longer are not sliced.
     """
     assert model.post_process, "only the last pipeline stage has an output layer"
-    tiled = TiledLoss(model, tile_tokens)
-    model.output_layer.forward = tiled.defer
-    model.compute_language_model_loss = tiled.losses
+    sliced = SlicedLoss(model, slice_tokens)
+    model.output_layer.forward = sliced.defer
+    model.compute_language_model_loss = sliced.losses
 
 
-def compute_in_tiles(
+def compute_in_slices(
     model: Any, mlp_tokens: int | None, loss_tokens: int | None, *, replays_value: bool = True
 ) -> None:
-    """:func:`tile_mlps` and :func:`tile_loss` of a finished GPTModel, where a number of tokens is given.
+    """:func:`slice_mlps` and :func:`slice_loss` for a built GPTModel, each if its number of tokens is given.
 
     Raises:
         UnsupportedError: a layer has no dense MLP.
     """
     if mlp_tokens is not None:
-        tile_mlps(model, mlp_tokens, replays_value=replays_value)
+        slice_mlps(model, mlp_tokens, replays_value=replays_value)
     if loss_tokens is not None and model.post_process:
-        tile_loss(model, loss_tokens)
+        slice_loss(model, loss_tokens)
 
 
 def _trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _tile_rows(hidden: Tensor, tile_tokens: int, config: Any) -> int:
-    """Local rows (S) of a tile: its tokens are those of the micro-batch on all ranks that meet in a product."""
+def _slice_rows(hidden: Tensor, slice_tokens: int, config: Any) -> int:
+    """Local rows (S) of a slice, whose tokens are those of the micro-batch on all R ranks."""
     ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    return max(1, tile_tokens // (hidden.shape[1] * ranks))
+    return max(1, slice_tokens // (hidden.shape[1] * ranks))

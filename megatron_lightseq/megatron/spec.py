@@ -1,11 +1,11 @@
-"""Layer specifications for Megatron's GPTModel: Megatron's own, with ``core_attention`` replaced.
+"""Layer specifications for Megatron's GPTModel: Megatron's own, with ``core_attention`` replaced by ours.
 
     config = TransformerConfig(..., context_parallel_size=2)
     model = GPTModel(config, gpt_layer_spec(config, context=ContextParallelConfig(cp_method="lightseq")), ...)
     adopt_layout(model)
 
-Everything else of the layer stays Megatron's: Transformer Engine's modules where that is importable, Megatron's
-local ones elsewhere; norms, MLPs, mixture of experts, latent attention.
+Everything else in the layer (norms, MLPs, mixture of experts, latent attention) stays Megatron's: modules from
+Transformer Engine if it can be imported, otherwise Megatron's local ones.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from megatron_lightseq.config.resolved import ResolvedAttention, resolve_attenti
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
 from megatron_lightseq.megatron.fixes.latent_attention import LatentDotProductAttention
+from megatron_lightseq.megatron.rope import allow_any_number_of_ranks
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -52,21 +53,21 @@ def gpt_layer_spec(
     """The specification of one decoder layer with LightSeq attention.
 
     Args:
-        config: what the layer is built with: Megatron's TransformerConfig, or this package's PretrainConfig.
+        config: the configuration of the layer: Megatron's TransformerConfig, or this package's PretrainConfig.
         context: method, layout, kernel and overlap; default: those of a PretrainConfig, else the defaults.
-            Its ``cp_method="megatron"`` returns Megatron's specification as it is, for a baseline; of latent attention
-            without Transformer Engine, for which Megatron has no core attention, with Megatron's filled up by zeros.
-        keep_attention_on_recompute: whether attention results survive activation recomputation; default:
-            what a PretrainConfig says, else True.
-        stats: where all layers count forwards, bytes and waiting time; default: counters nobody sees.
+            ``cp_method="megatron"`` returns Megatron's specification unchanged, for a baseline, except that latent
+            attention without Transformer Engine gets a core attention that pads its values, as Megatron has none.
+        keep_attention_on_recompute: whether attention results survive activation recomputation; default: the value in a
+            PretrainConfig, else True.
+        stats: counters of forwards, bytes and waiting time that all layers share; default: new ones.
         resolved: layout, methods and schedules of a PretrainConfig, if they are known already.
 
     Returns:
-        A ModuleSpec for ``GPTModel(transformer_layer_spec=...)``. With context parallelism the built model needs
+        A ModuleSpec for ``GPTModel(transformer_layer_spec=...)``. Pass the built model to
         :func:`megatron_lightseq.megatron.adopt_layout`.
 
     Raises:
-        ConfigError: MLS_TRANSFORMER_IMPL names an implementation that does not exist or cannot be imported.
+        ConfigError: MLS_TRANSFORMER_IMPL names an implementation that is unknown or cannot be imported.
     """
     if isinstance(config, PretrainConfig):
         if context is None:
@@ -75,6 +76,7 @@ def gpt_layer_spec(
         if keep_attention_on_recompute is None:
             keep_attention_on_recompute = config.recompute.keep_attention_on_recompute
     context = context or ContextParallelConfig()
+    allow_any_number_of_ranks()
     spec = _megatron_layer_spec(config)
     if context.cp_method == "megatron":
         return _with_latent_baseline(spec)
@@ -95,13 +97,13 @@ def gpt_layer_spec(
 
 
 def _inner_size(config: TransformerConfig | PretrainConfig) -> int | None:
-    """The ranks among which Megatron's a2a+p2p exchanges heads: the first of its hierarchical sizes."""
+    """The number of ranks that exchange heads in Megatron's a2a+p2p: the first of its hierarchical sizes."""
     sizes = getattr(config, "hierarchical_context_parallel_sizes", None)
     return sizes[0] if sizes else None
 
 
 def _with_core_attention(spec: ModuleSpec, settings: CoreAttentionSettings) -> ModuleSpec:
-    spec = copy.deepcopy(spec)  # Megatron may share a specification between callers
+    spec = copy.deepcopy(spec)  # Megatron may return one object to several callers
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(module=LightSeqCoreAttention, params={"settings": settings})
     return spec
@@ -145,18 +147,18 @@ def mtp_block_spec(layer: ModuleSpec, num_layers: int) -> MultiTokenPredictionBl
     """The specification of multi-token prediction, for ``GPTModel(mtp_block_spec=...)`` on the last pipeline stage.
 
     Args:
-        layer: what :func:`gpt_layer_spec` returned, or a change of it.
-        num_layers: how many further tokens are predicted.
+        layer: the result of :func:`gpt_layer_spec`, or a modification of it.
+        num_layers: number of further tokens that are predicted.
     """
     depth = get_mtp_layer_spec(layer, use_transformer_engine())
     return MultiTokenPredictionBlockSubmodules(layer_specs=[depth] * num_layers)
 
 
 def use_transformer_engine() -> bool:
-    """Whether layers are built from Transformer Engine's modules: where it is importable, unless told otherwise.
+    """Whether layers are built from Transformer Engine's modules: if it can be imported, unless told otherwise.
 
-    The environment variable MLS_TRANSFORMER_IMPL (``transformer_engine``, ``local`` or ``auto``) decides; this
-    is the only place that reads it.
+    The environment variable MLS_TRANSFORMER_IMPL (``transformer_engine``, ``local`` or ``auto``) decides; only this
+    function reads it.
 
     Raises:
         ConfigError: the variable has another value, or asks for Transformer Engine where it cannot be imported.
@@ -185,14 +187,14 @@ def use_transformer_engine() -> bool:
 
 
 def _transformer_engine_problem() -> str | None:
-    """Why Transformer Engine cannot be used, or None. A broken installation raises more than ImportError."""
+    """Why Transformer Engine cannot be used, or None. A broken installation may raise any exception."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
         importlib.import_module("transformer_engine.pytorch")
         extension = importlib.import_module("megatron.core.extensions.transformer_engine")
-    except Exception as error:  # noqa: BLE001 - whatever it is, the local modules work
+    except Exception as error:  # noqa: BLE001 - whatever went wrong, the local modules work
         return f"{type(error).__name__}: {error}"
     if not getattr(extension, "HAVE_TE", True):
-        return "Megatron found none when it was imported"
+        return "Megatron did not find it when it was imported"
     return None

@@ -29,8 +29,8 @@ def build(
     """The schedule of one method in one direction: placed, routed and validated.
 
     Args:
-        method: a name that :func:`resolve_method` knows, or a :class:`Method`. If it exchanges heads among u ranks, the
-            schedule is that of one of the u rings of P / u ranks.
+        method: a name that :func:`resolve_method` knows, or a :class:`Method`. If it exchanges heads among u ranks,
+            the schedule is that of one of the u rings of P / u ranks.
         layout: how the sequence is cut over the ranks.
         mask: default causal.
         direction: ``forward`` or ``backward``.
@@ -41,13 +41,14 @@ def build(
     Raises:
         UnsupportedError: an unknown method, or one that does not work on this layout.
         LayoutError: the sequence does not divide among the ranks.
+        ConfigError: the mask is for sequences of another length.
         ScheduleError: the placement loses, repeats or misplaces a tile.
     """
     method = resolve_method(method)
     method.check_layout(layout)
     mask = Mask.causal() if mask is None else mask
     if seq_length is None:
-        seq_length = mask.cu_seqlens[-1] if mask.cu_seqlens else method.nominal_length(layout)
+        seq_length = mask.length or method.nominal_length(layout)
     problem = Problem(
         layout=layout,
         mask=mask,
@@ -60,7 +61,7 @@ def build(
 
 
 def solve(method: Method, problem: Problem) -> Schedule:
-    """The schedule of a method for one of its :meth:`Method.inner_problem`.
+    """The schedule of a method for an :meth:`Method.inner_problem` of its own.
 
     Raises:
         ScheduleError: the placement loses, repeats or misplaces a tile.

@@ -1,8 +1,8 @@
-"""Predicts every method on a described machine, and chooses: ``method="auto"``.
+"""Predicts how long every method takes on a described cluster, and chooses the fastest: ``method="auto"``.
 
-A prediction is the simulation of the very schedule that would run (simulate.py), with the exchange of heads before
-and after it where the method has one. Forward and backward differ in what travels, and so may their methods; both
-see the same shards, so one layout serves both.
+A prediction simulates the schedule that would run (simulate.py), with the exchanges of heads before and after it if
+the method has them. Forward and backward transfer different tensors, so each direction may have its own method.
+Both read the same shards, so they share one layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Message = tuple[int, int, int]  # source, destination, bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """One direction of attention by one method."""
+    """The predicted cost of one direction of attention with one method."""
 
     method: str
     layout: str
@@ -37,13 +37,13 @@ class Prediction:
     compute_s: float
     """Kernel time of the busiest rank."""
     bytes_received: int
-    """Of the busiest rank."""
+    """By the busiest rank."""
     exposed_s: float
-    """The longest that any rank waits for transfers that its kernels do not hide."""
+    """The longest that any rank waits for transfers that its kernels do not overlap."""
 
     @property
     def waiting_s(self) -> float:
-        """Time that is not the busiest rank's kernels: transfers that nothing hides, and idle time."""
+        """Time in which the busiest rank runs no kernels: transfers that nothing overlaps, and idle time."""
         return self.seconds - self.compute_s
 
 
@@ -56,7 +56,7 @@ class Choice:
 
     @property
     def layout(self) -> str:
-        """The layout that both directions run on."""
+        """The layout of both directions."""
         return self.forward.layout
 
     @property
@@ -66,37 +66,40 @@ class Choice:
 
     @property
     def bytes_received(self) -> int:
-        """Of the busiest rank, forward and backward together."""
+        """By the busiest rank, forward and backward together."""
         return self.forward.bytes_received + self.backward.bytes_received
 
     @property
     def waiting_s(self) -> float:
-        """Time that is not kernels, forward and backward together."""
+        """Time outside kernels, forward and backward together."""
         return self.forward.waiting_s + self.backward.waiting_s
 
     @property
     def name(self) -> str:
-        """The method, or both methods if the directions differ."""
+        """The method, or both methods if they differ."""
         names = dict.fromkeys((self.forward.method, self.backward.method))
         return " + ".join(names)
 
     def __str__(self) -> str:
         return (
-            f"{self.name:<24} {self.layout:<10} {self.seconds * 1e3:10.3f} ms, {self.waiting_s * 1e3:10.3f} ms of it "
-            f"waiting; busiest rank receives {self.bytes_received / 2**20:10,.1f} MiB"
+            f"{self.name:<24} {self.layout:<10} {self.seconds * 1e3:10.3f} ms, "
+            f"of which {self.waiting_s * 1e3:10.3f} ms waiting; "
+            f"busiest rank receives {self.bytes_received / 2**20:10,.1f} MiB"
         )
 
 
 @dataclass(slots=True)
 class Chooser:
-    """Predictions for one sequence over P ranks. It keeps profiles: a second machine or shape costs little."""
+    """Predictions for one sequence over P ranks. Keeps the profiles of schedules, so that predictions for another
+    network or shape cost little.
+    """
 
     cp_size: int
     seq_length: int
     mask: Mask = field(default_factory=Mask.causal)
     device: Device = field(default_factory=Device)
     overlap: bool = True
-    """Whether transfers run beside kernels. An exchange of heads never does."""
+    """Whether transfers run concurrently with kernels. An exchange of heads never does."""
     _profiles: dict[tuple[Method, Problem], Profile] = field(default_factory=dict)
 
     def predict(
@@ -119,7 +122,7 @@ class Chooser:
         played = simulate(
             self._profile(found, problem),
             Costs(
-                seconds_per_pair=_seconds_per_pair(share, direction, self.device),
+                seconds_per_pair=seconds_per_pair(share, direction, self.device),
                 network=network.of_one_ring(cut.size),
                 overlap=self.overlap,
             ),
@@ -183,13 +186,14 @@ class Chooser:
     def _predict_all(
         self, layout: str, direction: Direction, shape: TensorShape, network: Network
     ) -> list[Prediction]:
-        """All candidates, those with few ranks to place tiles on first. A schedule over hundreds of ranks takes seconds
-        to make: beyond SMALL_GROUP, stop when what has been found is as fast as the kernels alone would be.
+        """Predictions of all candidates, starting with those that place tiles on few ranks. A schedule over
+        hundreds of ranks takes seconds to build: beyond SMALL_GROUP ranks, stop at a candidate that is as fast as
+        its kernels.
         """
         names = candidates(self._problem(layout, direction, shape, network))
         names.sort(key=lambda name: -resolve_method(name).ulysses_size(self.cp_size))
         whole = range(self.seq_length)
-        pair_s = _seconds_per_pair(shape, direction, self.device)
+        pair_s = seconds_per_pair(shape, direction, self.device)
         ideal_s = self.mask.area(whole, whole) * pair_s / self.cp_size
         predictions: list[Prediction] = []
         for name in names:
@@ -200,21 +204,22 @@ class Chooser:
 
 
 def _preference(thing: Prediction | Choice) -> tuple[float, int]:
-    """Less time; and where the model cannot tell times apart (three digits), fewer bytes."""
+    """Sorts by time; and by bytes where times are equal to three digits, which is as far as the model can be
+    trusted."""
     return float(f"{thing.seconds:.3g}"), thing.bytes_received
 
 
 def candidates(problem: Problem) -> list[str]:
-    """The names of the methods worth a simulation, in the order of ``METHODS``.
+    """The names of the methods that are worth simulating, in the order of ``METHODS``.
 
-    Each method says what of it is worth considering (:attr:`Method.auto_candidates`): left out is what another
-    candidate always equals or beats.
+    Each method says under which names (:attr:`Method.auto_candidates`). Those that another candidate always equals or
+    beats are left out.
     """
     return [name for method in METHODS.values() for name in method.candidates(problem)]
 
 
 def exchange_messages(problem: Problem, cut: HeadCut) -> tuple[list[Message], list[Message]]:
-    """All that travels when heads are exchanged for tokens, and when they are exchanged back."""
+    """The messages that exchange heads for tokens, and those that exchange them back."""
     layout, shape = problem.layout, problem.shape
     tokens = problem.seq_length // layout.cp_size * shape.batch
     dims, e = shape.head_dim + shape.value_dim, shape.element_bytes
@@ -237,8 +242,8 @@ def exchange_messages(problem: Problem, cut: HeadCut) -> tuple[list[Message], li
     return there, back
 
 
-def _seconds_per_pair(shape: TensorShape, direction: Direction, device: Device) -> float:
-    """Two matrix products forward, five backward; 2 operations for every multiply-add."""
+def seconds_per_pair(shape: TensorShape, direction: Direction, device: Device) -> float:
+    """Kernel time per allowed pair: two matrix products forward, five backward, 2 operations per multiply-add."""
     if direction is Direction.FORWARD:
         flops, rate = 2 * (shape.head_dim + shape.value_dim), device.forward_flops_per_s
     else:
@@ -256,7 +261,7 @@ def rank_methods(
     device: Device | None = None,
     layouts: Sequence[str] | None = None,
 ) -> list[Choice]:
-    """Methods and pairs of methods with their predicted times, best first.
+    """All methods, and the best pair of methods, with their predicted times; fastest first.
 
     Args:
         cp_size: context-parallel ranks P.
@@ -265,8 +270,8 @@ def rank_methods(
         mask: default causal.
         network: default NVLink within nodes of 8 and 100 Gbps between them.
         device: default an H100.
-        layouts: those to consider; default all that are some method's default. Where shards are already cut, give
-            their layout alone.
+        layouts: those to consider; default: every layout that is the default of some method. If the sequence is
+            already cut, give its layout alone.
 
     Raises:
         LayoutError: no layout cuts ``seq_length`` over ``cp_size`` ranks.
@@ -279,11 +284,11 @@ def rank_methods(
 
 
 def reason(choices: Sequence[Choice]) -> str:
-    """Why the first of ``choices`` is the best, in a sentence or two."""
+    """Why the first of ``choices`` was chosen, in one or two sentences."""
     best, *others = choices
     text = (
-        f"{best.name} on the {best.layout} layout: {best.seconds * 1e3:.3f} ms predicted, "
-        f"{best.forward.compute_s * 1e3 + best.backward.compute_s * 1e3:.3f} ms of it kernels"
+        f"{best.name} on the {best.layout} layout: {best.seconds * 1e3:.3f} ms predicted, of which "
+        f"{best.forward.compute_s * 1e3 + best.backward.compute_s * 1e3:.3f} ms in kernels"
     )
     single = next((other for other in others if " + " not in other.name), None)
     if single is None:
@@ -291,6 +296,6 @@ def reason(choices: Sequence[Choice]) -> str:
     slower = single.seconds / best.seconds - 1
     return (
         f"{text}. Next best: {single.name} on {single.layout}, {slower:.1%} slower ({single.waiting_s * 1e3:.3f} ms "
-        f"not in kernels; busiest rank receives {single.bytes_received / 2**20:,.1f} MiB, "
-        f"here {best.bytes_received / 2**20:,.1f} MiB)."
+        f"outside kernels; its busiest rank receives {single.bytes_received / 2**20:,.1f} MiB, "
+        f"{best.name}'s {best.bytes_received / 2**20:,.1f} MiB)."
     )

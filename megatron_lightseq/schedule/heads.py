@@ -1,4 +1,4 @@
-"""Which heads a rank takes when a group trades heads for tokens (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+"""Which heads each rank computes after a group exchanges heads for tokens (DeepSpeed-Ulysses, arXiv 2309.14509)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from megatron_lightseq.schedule.shape import TensorShape
 
 @dataclass(frozen=True, slots=True)
 class HeadCut:
-    """Which heads each of ``size`` ranks takes."""
+    """Which heads each of ``size`` ranks computes."""
 
     num_heads: int
     """Query heads H."""
     num_groups: int
     """Key/value heads G; G divides H."""
     size: int
+    """Ranks that exchange heads."""
 
     @staticmethod
     def of(shape: TensorShape, size: int) -> HeadCut:
@@ -30,13 +31,13 @@ class HeadCut:
 
     @property
     def heads(self) -> tuple[range, ...]:
-        """Query heads by rank; counts differ by one at most, and are 0 for some if H < size."""
+        """Query heads of each rank; their numbers differ by at most one, and are 0 for some ranks if H < size."""
         cuts = [self.num_heads * rank // self.size for rank in range(self.size + 1)]
         return tuple(range(a, b) for a, b in pairwise(cuts))
 
     @property
     def groups(self) -> tuple[range, ...]:
-        """Key/value heads by rank: all that its query heads read. Ranges of different ranks may overlap."""
+        """Key/value heads of each rank: those that its query heads read. Ranges of different ranks may overlap."""
         shared = self.num_heads // self.num_groups
         return tuple(
             range(heads.start // shared, heads[-1] // shared + 1) if heads else range(0)
@@ -49,8 +50,8 @@ class HeadCut:
         return sum(map(len, self.groups)) == self.num_groups
 
     def group_of_head(self, rank: int) -> list[int] | None:
-        """For each of a rank's query heads, which of the rank's key/value heads it reads; None where a kernel finds
-        it by division, as all of them have equally many.
+        """For each of a rank's query heads, which of the rank's key/value heads it reads. None if all key/value
+        heads serve equally many query heads, so that a kernel finds them by division.
         """
         heads, groups = self.heads[rank], self.groups[rank]
         shared = self.num_heads // self.num_groups

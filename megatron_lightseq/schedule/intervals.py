@@ -1,4 +1,4 @@
-"""Sets of chunks as sorted intervals: what a rank has received, made or sent, however many chunks that is."""
+"""Sets of chunks as sorted intervals, whose cost does not depend on the number of chunks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Intervals:
         return i >= 0 and self._stops[i] >= stop
 
     def meets(self, start: int, stop: int) -> bool:
-        """Whether any of ``[start, stop)`` is in the set."""
+        """Whether any part of ``[start, stop)`` is in the set."""
         i = bisect_right(self._stops, start)
         return i < len(self._starts) and self._starts[i] < stop
 
@@ -45,7 +45,7 @@ class Intervals:
         return gaps
 
     def add(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Put ``[start, stop)`` into the set; the parts of it that are new."""
+        """Add ``[start, stop)`` to the set, and return the parts of it that are new."""
         new = self.missing(start, stop)
         first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)
         if first < last:
@@ -55,7 +55,7 @@ class Intervals:
         return new
 
     def remove(self, start: int, stop: int) -> None:
-        """Take ``[start, stop)`` out of the set."""
+        """Remove ``[start, stop)`` from the set."""
         kept = [(a, b) for x, y in self for a, b in ((x, min(y, start)), (max(x, stop), y)) if a < b]
         self._starts = [a for a, _ in kept]
         self._stops = [b for _, b in kept]

@@ -1,8 +1,8 @@
-"""The vocabulary of schedules: tiles are computed, moves are sent, a step holds both.
+"""The vocabulary of schedules: tiles are computed, moves are sent, and a step holds both.
 
-A *tile* is one (query chunk, key chunk) block of the attention matrix. A *move* is one transfer; its two ends
-are the same record, so a send without its receive cannot be written. Moves of step t run beside the tiles of
-step t and have arrived when step t+1 begins.
+A *tile* is one (query chunk, key chunk) block of the attention matrix. A *move* is one transfer; both of its ends are
+in one record, so a send without its receive cannot be written. The moves of step t run concurrently with the tiles of
+step t and have arrived when step t + 1 begins.
 
 Standard library only, like everything in this package.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Direction(StrEnum):
-    """Which pass over the tiles a schedule describes."""
+    """The forward or the backward pass of attention."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -25,22 +25,22 @@ class Payload(StrEnum):
     """What a move carries."""
 
     Q = "q"
-    """Forward input: queries, from their owner to a helper."""
+    """Forward input: queries, sent by their owner to the rank that computes."""
     KV = "kv"
-    """Input of both passes: keys and values, from their owner to whoever computes."""
+    """Input of both passes: keys and values, sent by their owner to the rank that computes."""
     OUT = "out"
-    """Forward result: a helper's partial (out, lse), to the owner of the queries, merged there."""
+    """Forward result: a partial (out, lse), sent to the owner of the queries and merged there."""
     QDO = "qdo"
-    """Backward input: (q, dout, lse, delta), from the queries' owner to a helper."""
+    """Backward input: (q, dout, lse, delta), sent by the queries' owner to the rank that computes."""
     DQ = "dq"
-    """Backward result: gradient of the queries, to their owner, added there."""
+    """Backward result: gradient of the queries, sent to their owner and added there."""
     DKV = "dkv"
-    """Backward result: gradient of keys and values, to their owner, added there."""
+    """Backward result: gradient of keys and values, sent to their owner and added there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dataflow:
-    """What a tile needs and leaves behind in one direction, on its query side and on its key side."""
+    """What a tile reads and what it produces in one direction, on its query side and on its key side."""
 
     q_input: Payload
     k_input: Payload
@@ -56,32 +56,32 @@ RESULTS = frozenset({Payload.OUT, Payload.DQ, Payload.DKV})
 
 
 class Tile(NamedTuple):
-    """Chunk ``q`` of the queries against chunk ``k`` of the keys, or a rectangle of chunks that begins there.
+    """Chunk ``q`` of the queries against chunk ``k`` of the keys, or a rectangle of chunks that starts there.
 
-    Text form: ``q3k1``, and of a rectangle the first and the last chunks: ``q3-6k0-15``. All queries of a tile belong
-    to one piece of the layout, and so do all keys. A tuple, because a schedule over P ranks holds about 2 P^2 of them
-    and every check hashes each.
+    Text form: ``q3k1``, or for a rectangle its first and last chunks: ``q3-6k0-15``. All queries of a tile belong
+    to one piece of the layout, and so do all keys. A tuple, because a schedule over P ranks holds about 2 P^2 tiles
+    and every check hashes each of them.
     """
 
     q: int
     k: int
     queries: int = 1
-    """Chunks of queries."""
+    """Number of query chunks."""
     keys: int = 1
-    """Chunks of keys."""
+    """Number of key chunks."""
 
     @property
     def q_chunks(self) -> range:
-        """The chunks of queries."""
+        """The query chunks."""
         return range(self.q, self.q + self.queries)
 
     @property
     def k_chunks(self) -> range:
-        """The chunks of keys."""
+        """The key chunks."""
         return range(self.k, self.k + self.keys)
 
     def overlaps(self, other: Tile) -> bool:
-        """Whether some chunk of queries against some chunk of keys is in both."""
+        """Whether both tiles contain the same pair of a query chunk and a key chunk."""
         return (
             self.q < other.q + other.queries
             and other.q < self.q + self.queries
@@ -94,10 +94,11 @@ class Tile(NamedTuple):
 
 
 class Move(NamedTuple):
-    """One transfer of adjacent chunks, usually one. Text form: ``kv1:0>2`` (payload, chunk, source rank, destination
-    rank), and of several chunks the first and the last: ``kv1-3:0>2``.
+    """One transfer of one chunk, or of several adjacent ones.
 
-    An input is the chunks themselves. A result is the sum over all that the source computed for those chunks.
+    Text form: ``kv1:0>2`` (payload, chunk, source rank, destination rank), or with the first and last of several
+    chunks ``kv1-3:0>2``. An input is the chunks themselves. A result combines everything that the source computed
+    for them.
     """
 
     payload: Payload
@@ -105,7 +106,7 @@ class Move(NamedTuple):
     src: int
     dst: int
     chunks: int = 1
-    """How many adjacent chunks of one piece travel."""
+    """Number of adjacent chunks of one piece."""
 
     def __str__(self) -> str:
         return f"{self.payload}{chunks_text(self.chunk, self.chunks)}:{self.src}>{self.dst}"
@@ -118,7 +119,7 @@ def chunks_text(first: int, count: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What happens side by side: ``tiles[rank]`` are computed while ``moves`` travel."""
+    """What happens concurrently: ``tiles[rank]`` are computed while ``moves`` travel."""
 
     tiles: tuple[tuple[Tile, ...], ...]
     moves: tuple[Move, ...] = ()

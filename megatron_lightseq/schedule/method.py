@@ -51,7 +51,8 @@ class Method:
 
     name: str
     place: Callable[[Problem], Placement]
-    """Which rank computes which tile at which step. It may name tiles that the mask leaves empty: they are dropped."""
+    """Which rank computes which tile at which step. Tiles that the mask leaves empty may be named: they are
+    dropped."""
     summary: str = ""
     """What a rank computes, in one line."""
     source: str = ""
@@ -61,11 +62,11 @@ class Method:
     only_layouts: tuple[str, ...] = ()
     """The only layouts it can compute on; empty if it can compute on any."""
     splits: int | Callable[[Problem], int] = 1
-    """Adjacent chunks that each piece of the layout is addressed as, or a function that chooses their number; more than
-    one allows finer tiles."""
+    """Adjacent chunks that each piece of the layout is addressed as, or a function that chooses their number; more
+    than one allows finer tiles."""
     uses_shape: bool = False
-    """Whether the placement depends on the problem's shape or network. If not, it sees neither, and one schedule serves
-    every shape."""
+    """Whether the placement depends on the problem's shape or network. If not, it sees neither, and one schedule
+    serves every shape."""
     ulysses_size: Callable[[int], int] = no_exchange
     """From P to u: how many ranks exchange heads for tokens first (DeepSpeed-Ulysses, arXiv 2309.14509). Tiles are
     then placed on the P / u ranks of a ring, each for its share of the heads."""
@@ -107,8 +108,8 @@ class Method:
             )
 
     def inner_problem(self, problem: Problem) -> Problem:
-        """What is left to place once heads are exchanged: one ring of P / u ranks with the largest share of the heads,
-        its layout split into chunks of this method's size.
+        """What is left to place once heads are exchanged: one ring of P / u ranks with the largest share of the
+        heads, its layout split into chunks of this method's size.
 
         Raises:
             UnsupportedError: the method cannot compute on the problem's layout.
@@ -125,8 +126,8 @@ class Method:
         return replace(inner, layout=inner.layout.split(splits))
 
     def nominal_length(self, layout: SequenceLayout) -> int:
-        """Tokens of a schedule that is built without a length: 1024 per chunk (per piece, if ``splits`` is a function),
-        or a multiple of that which the layout divides.
+        """Tokens of a schedule that is built without a length: 1024 per chunk (per piece, if ``splits`` is a
+        function), or a multiple of that which the layout divides.
         """
         inner = layout.merged(self.ulysses_size(layout.cp_size))
         chunks = inner.split(self.splits if isinstance(self.splits, int) else 1).num_chunks

@@ -1,4 +1,4 @@
-"""Networks and devices that need not be here: what transfers and kernels take on them."""
+"""Descriptions of networks and devices, for predicting how long transfers and kernels take on them."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from megatron_lightseq.errors import ConfigError, explain
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """Ranks with a link each, in nodes that share a network card.
+    """Ranks with one link each, in nodes that share a network card.
 
-    All messages that start together share their ports fairly: a message takes as long as the busiest port on its
-    way needs for all that goes through it, and a latency.
+    All messages that start together share ports fairly: a message takes as long as the busiest port on its way
+    needs for all of its traffic, plus a latency.
     """
 
     name: str
     link_bytes_per_s: float
-    """Of a rank's link to the other ranks of its node, each way."""
+    """Rate of a rank's link to the other ranks of its node, in each direction."""
     link_latency_s: float = 0.0
     ranks_per_node: int | None = None
-    """Consecutive ranks that share a node; None for all."""
+    """Consecutive ranks that share a node; None if all do."""
     nic_bytes_per_s: float = float("inf")
-    """Of a node's network card, each way, shared by all ranks of the node."""
+    """Rate of a node's network card, in each direction, shared by all ranks of the node."""
     nic_latency_s: float = 0.0
 
     @staticmethod
     def parse(text: str) -> Network:
         """A network by its name, or by its numbers.
 
-        Names: ``nvlink``, ``nvlink+100gbps``, ``nvlink+8x400gbps``. Numbers: ``link=450GB/s, latency=5us,
-        ranks_per_node=8, nic=50GB/s, nic_latency=10us``, where only ``link`` is needed; rates are in GB/s, MB/s,
-        Gbit/s or Mbit/s, each way, and times in s, ms or us.
+        Names are those in ``NETWORKS``. Numbers: ``link=450GB/s, latency=5us, ranks_per_node=8, nic=50GB/s,
+        nic_latency=10us``, of which only ``link`` is required; rates are in GB/s, MB/s, Gbit/s or Mbit/s, in each
+        direction, and times in s, ms or us.
 
         Raises:
-            ConfigError: neither.
+            ConfigError: the text is neither.
         """
         if text in NETWORKS:
             return NETWORKS[text]
@@ -51,8 +51,8 @@ class Network:
             explain(
                 got=f"network {text!r}",
                 rule=f"the networks are {', '.join(NETWORKS)}, or numbers: link=450GB/s, latency=5us, "
-                "ranks_per_node=8, nic=50GB/s, nic_latency=10us, of which link is needed",
-                remedy="Choose one, or write the numbers of yours",
+                "ranks_per_node=8, nic=50GB/s, nic_latency=10us, of which only link is required",
+                remedy="Choose one of them, or describe your network in numbers",
             )
         )
 
@@ -61,8 +61,8 @@ class Network:
         return 0 if self.ranks_per_node is None else rank // self.ranks_per_node
 
     def of_one_ring(self, group_size: int) -> Network:
-        """What one of ``group_size`` rings sees that run side by side, with one rank in every group of adjacent
-        ranks of that size.
+        """The network as seen by one of ``group_size`` rings that run concurrently, when each ring has one rank in
+        every group of ``group_size`` adjacent ranks.
         """
         if self.ranks_per_node is None or group_size == 1:
             return self
@@ -113,7 +113,7 @@ NETWORKS = {
         replace(
             _NVLINK, name="nvlink+100gbps", ranks_per_node=8, nic_bytes_per_s=12.5e9, nic_latency_s=10e-6
         ),
-        # DGX H100: a 400 Gbps card for each of 8 ranks.
+        # DGX H100: one 400 Gbps card for each of 8 ranks.
         replace(
             _NVLINK, name="nvlink+8x400gbps", ranks_per_node=8, nic_bytes_per_s=400e9, nic_latency_s=10e-6
         ),
@@ -134,11 +134,11 @@ class Device:
 def transfer_times(
     messages: Sequence[tuple[int, int, int]], ready: Sequence[float], network: Network
 ) -> list[float]:
-    """When each rank has finished its transfers.
+    """The times at which the ranks have finished their transfers, in seconds.
 
     Args:
-        messages: (source, destination, bytes) of all that travels together.
-        ready: when each rank can begin; also what a rank without messages gets.
+        messages: (source, destination, bytes) of all transfers that start together.
+        ready: when each rank can begin; also the result for a rank without messages.
         network: what they travel over.
     """
     size = len(ready)

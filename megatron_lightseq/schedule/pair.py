@@ -18,11 +18,11 @@ from megatron_lightseq.schedule.schedule import Schedule
 class SchedulePair:
     """A method for each direction of one problem, with the schedules that follow from them.
 
-    Schedules are built when they are first read, and kept: whoever needs one gets the same value.
+    Schedules are built when they are first read, and kept, so that everyone reads the same value.
     """
 
     problem: Problem
-    """What is scheduled; its direction does not matter."""
+    """What is scheduled. Its direction is ignored."""
     forward_method: Method
     backward_method: Method
 
@@ -38,7 +38,7 @@ class SchedulePair:
 
     @staticmethod
     def from_choice(choice: Choice, problem: Problem) -> SchedulePair:
-        """The methods that ``auto`` has chosen, on the problem's layout."""
+        """The two methods of a choice that ``auto`` made, on the problem's layout."""
         return SchedulePair(
             problem=problem,
             forward_method=resolve_method(choice.forward.method),
@@ -47,7 +47,7 @@ class SchedulePair:
 
     @staticmethod
     def fastest(problem: Problem) -> SchedulePair:
-        """What ``auto`` chooses on the problem's layout: for each direction, the fastest method in simulation."""
+        """For each direction, the method that is predicted to be the fastest on the problem's layout: ``auto``."""
         best, *_ = rank_methods(
             problem.layout.cp_size,
             problem.shape,
@@ -89,7 +89,7 @@ class SchedulePair:
         return solve(method, method.inner_problem(replace(self.problem, direction=direction)))
 
     def fitted(self, problem: Problem) -> SchedulePair:
-        """The same methods for another problem; the same schedules, too, if they do not depend on the difference."""
+        """The same methods for another problem, with the same schedules if they do not depend on what differs."""
         if self._sees(problem) == self._sees(self.problem):
             return self
         return replace(self, problem=problem)

@@ -1,7 +1,8 @@
-"""Placements: which rank computes which tile, when. Each is a short pure function; the rest is derived.
+"""Placements: which rank computes which tile at which step. Each is a short pure function; everything else is
+derived.
 
-A placement may name tiles that the mask leaves empty: they are dropped before routing, and so are steps that
-become empty. Distances are counted in ranks: at *distance* t, rank r's queries meet the keys of rank r - t.
+A placement may name tiles that the mask leaves empty: they are dropped before routing, and so are steps that become
+empty. Distances are counted in ranks: at *distance* t, rank r's queries meet the keys of rank r - t.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ def all_tiles(layout: SequenceLayout, q_rank: int, k_rank: int) -> list[Tile]:
 
 
 def with_local_ends(layout: SequenceLayout, remote_steps: Placement) -> Placement:
-    """Put each rank's own tiles around the remote steps: some before, to hide the first transfer that comes in
-    behind, and the diagonal ones after, to hide the last result going home.
+    """Put each rank's own tiles around the remote steps: some before, to overlap the first transfers, and the
+    diagonal ones after, to overlap the transfer of the last results.
     """
     local = [all_tiles(layout, rank, rank) for rank in range(layout.cp_size)]
     if not remote_steps or layout.num_chunks == layout.cp_size:  # nothing to hide, or nothing to divide
@@ -29,9 +30,9 @@ def with_local_ends(layout: SequenceLayout, remote_steps: Placement) -> Placemen
 
 
 def place_ring(problem: Problem) -> Placement:
-    """Every rank computes its own queries against the keys of rank after rank (DistFlashAttn, Algorithm 1).
+    """Every rank computes its own queries against the keys of one rank after another (DistFlashAttn, Algorithm 1).
 
-    Balanced if the layout is; on contiguous shards a causal mask leaves half of the ranks' time unused.
+    Balanced if the layout is; on contiguous shards, a causal mask leaves the ranks idle for almost half of the time.
     """
     layout, size = problem.layout, problem.layout.cp_size
     return with_local_ends(
@@ -45,11 +46,12 @@ LIGHTSEQ_LAYOUTS = ("contiguous",)
 
 
 def place_lightseq(problem: Problem) -> Placement:
-    """Ranks that have run out of keys compute for the ranks that have too many (DistFlashAttn, Algorithm 2).
+    """Ranks that have no work left compute for ranks that have too much (DistFlashAttn, Algorithm 2).
 
-    At distance t, rank r < t has no keys left that a causal mask allows; it takes over the queries of rank
-    P + r - t, which meet its own keys. For even P the last distance P/2 has work for half of the ranks only:
-    its queries are divided between owner and helper, so that the makespan is P/2 chunk tiles for every P.
+    At distance t, a causal mask leaves rank r < t no more keys to attend to. It computes for rank P + r - t
+    instead, whose queries meet its own keys. For even P, the last distance P/2 has work for only half of the ranks:
+    its queries are divided between owner and helper, so that the makespan is P/2 tiles of one rank's tokens for
+    every P.
     """
     if not problem.mask.is_causal:  # every rank has equal work: nothing to help with
         return place_ring(problem)
@@ -59,7 +61,7 @@ def place_lightseq(problem: Problem) -> Placement:
         if 2 * t == size:
             owner = rank if rank >= t else rank + t
             tiles = all_tiles(layout, owner, owner - t)
-            half = len(tiles) // 2  # tiles come in query order: helpers take the earlier half
+            half = len(tiles) // 2  # tiles are in query order: helpers take the earlier half
             return tiles[half:] if rank >= t else tiles[:half]
         if t <= rank:
             return all_tiles(layout, rank, rank - t)
@@ -70,10 +72,11 @@ def place_lightseq(problem: Problem) -> Placement:
 
 
 def place_all_gather(problem: Problem) -> Placement:
-    """Every rank receives all keys and values it may need at once, and computes its own queries against them.
+    """Every rank receives all the keys and values it needs in one step, and computes its own queries against them.
 
-    One transfer step, behind the local tiles, for any number of ranks: best where latency counts and memory for
-    the whole sequence's keys is there (Llama 3's context parallelism, arXiv 2407.21783, 3.3.2).
+    For any number of ranks there is one transfer step, overlapped with the local tiles. Best where latency
+    dominates and the keys of the whole sequence fit in memory (Llama 3's context parallelism, arXiv 2407.21783,
+    section 3.3.2).
     """
     layout, size = problem.layout, problem.layout.cp_size
     remote = [
@@ -84,24 +87,30 @@ def place_all_gather(problem: Problem) -> Placement:
 
 
 def mesh_rows(size: int, row_cost: float = 3.0, column_cost: float = 2.0) -> int:
-    """Rows a of the a x b process mesh that moves least: ``row_cost (b - 1) + column_cost (a - 1)``.
+    """The number of rows a of the a x b process mesh that minimises ``row_cost (b - 1) + column_cost (a - 1)``.
 
-    The costs are what a rank transfers for each other rank of its row (queries and results) and of its column
-    (keys and values). The defaults are those of a forward pass without grouped queries, in bf16 with fp32 results.
+    The costs are what a rank transfers for each other rank of its row (queries and results) and of its column (keys
+    and values). The defaults are those of a forward pass without grouped queries, in bf16 with fp32 results.
     """
     shapes = [rows for rows in range(1, size + 1) if size % rows == 0]
     return min(shapes, key=lambda rows: row_cost * (size // rows - 1) + column_cost * (rows - 1))
 
 
 def place_mesh(problem: Problem, rows: int | None = None) -> Placement:
-    """The P x P grid of rank pairs cut into P rectangles: a rank takes (queries of its row, keys of its column).
+    """Cut the P x P grid of rank pairs into P rectangles: each rank computes the queries of its row against the
+    keys of its column.
 
-    Rank x b + y stands at (x, y) of an a x b mesh. It receives the queries of the b ranks of its row and the keys
-    of the a ranks of its column, each once, and sends one result for each chunk of queries: volume O(sqrt(P)).
-    Every pair of ranks has equal causal work on the zigzag layout, nearly so on the striped one.
+    Rank x b + y is at (x, y) in an a x b mesh. It receives the queries of the b ranks of its row and the keys of
+    the a ranks of its column, each once, and sends back one result for each chunk of queries: O(sqrt(P)) bytes per
+    rank. Every pair of ranks has equal causal work on the zigzag layout, and nearly equal work on the striped one.
 
-    Keys stream in while the rank computes its own queries; from then on queries arrive, meet all keys of the
-    column and leave, one rank's a step. A pair of its own is kept for the end, beside the last result on its way.
+    The keys arrive while the rank computes its own queries. After that, one rank's queries arrive per step, meet
+    all keys of the column, and their results leave. One pair of the rank's own is computed last, while the last
+    results travel.
+
+    Args:
+        problem: what to place.
+        rows: a; default :func:`mesh_rows`.
     """
     layout, size = problem.layout, problem.layout.cp_size
     rows = rows or mesh_rows(size)
@@ -122,5 +131,5 @@ def place_mesh(problem: Problem, rows: int | None = None) -> Placement:
 
 
 def place_usp(problem: Problem) -> Placement:
-    """What runs between the groups that exchange heads: lightseq on contiguous shards, the ring elsewhere."""
+    """Between the groups that exchange heads: lightseq on contiguous shards, the ring on all others."""
     return (place_lightseq if problem.layout.name in LIGHTSEQ_LAYOUTS else place_ring)(problem)

@@ -20,7 +20,7 @@ class Problem:
 
     Raises:
         LayoutError: at construction, if the ranks cannot hold equal shards of ``seq_length`` tokens.
-        ConfigError: at construction, if the mask's documents do not end at ``seq_length``.
+        ConfigError: at construction, if the mask is for sequences of another length.
     """
 
     layout: SequenceLayout
@@ -43,37 +43,39 @@ class Problem:
 
     @property
     def work(self) -> Mapping[Tile, int]:
-        """Every tile of single chunks that holds work, with its area: how many (query, key) pairs the mask allows in
-        it. Computed when it is first read, once for both directions; read-only.
+        """Every tile of one chunk by one chunk that holds work, with its area: the number of (query, key) pairs
+        that the mask allows in it. Computed when it is first read, once for both directions; read-only.
         """
         return work_of(self.layout, self.mask, self.seq_length)
 
     @property
     def areas(self) -> TileAreas:
-        """The areas of tiles of any size, counted as they are asked for."""
+        """The areas of tiles of any size, computed on demand; shared by both directions."""
         return areas_of(self.layout, self.mask, self.seq_length)
 
 
 class TileAreas:
-    """How many (query, key) pairs the mask allows in tiles; counted when asked for, and remembered."""
+    """The areas of tiles: the numbers of (query, key) pairs that the mask allows in them. Computed on demand and
+    kept."""
 
     def __init__(self, layout: SequenceLayout, mask: Mask, seq_length: int) -> None:
         self._layout = layout
         self._mask = mask
         self._seq_length = seq_length
+        self._is_window = mask.window_size is not None
         self._known: dict[tuple[int, int, int, int], int] = {}
 
     def __call__(self, tile: Tile) -> int:
-        """Allowed pairs of a tile."""
+        """The area of a tile."""
         return self.between(
             self._layout.chunk_positions(tile.q, self._seq_length, tile.queries),
             self._layout.chunk_positions(tile.k, self._seq_length, tile.keys),
         )
 
     def between(self, queries: range, keys: range) -> int:
-        """Allowed pairs of queries and keys at these positions of the sequence, which have one stride."""
-        # Without documents an area depends only on the lengths and on the distance from the queries to the keys.
-        at = 0 if self._mask.cu_seqlens is None else queries.start
+        """The area of queries against keys at these global positions, which have the same stride."""
+        # In a window an area depends only on the lengths and on the distance from the queries to the keys.
+        at = 0 if self._is_window else queries.start
         like = (at, keys.start - queries.start, len(queries), len(keys))
         area = self._known.get(like)
         if area is None:
@@ -82,7 +84,7 @@ class TileAreas:
 
     @property
     def total(self) -> int:
-        """Allowed pairs of the whole sequence."""
+        """The area of the whole sequence."""
         return self.between(range(self._seq_length), range(self._seq_length))
 
 

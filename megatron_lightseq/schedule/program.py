@@ -1,8 +1,8 @@
-"""One rank's view of a schedule, with chunks turned into slices of tensors.
+"""One rank's part of a schedule, with chunks turned into ranges of tokens of tensors.
 
-Chunks that lie side by side in storage and do the same thing at the same step become one *span*: one message
-instead of two, one kernel call over a rectangle instead of four over its quarters. What is left for the runtime
-is a list of calls and transfers without any arithmetic on ranks.
+Chunks that are adjacent in storage and are used in the same way in the same step become one *span*: one message
+instead of two, one kernel call over a rectangle instead of four over its quarters. What remains for the runtime is
+a list of calls and transfers, without any arithmetic on ranks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Dataflow, Direction
 from megatron_lightseq.schedule.schedule import Schedule
 
 OWN = None
-"""The store of an operand that lies in the rank's own shard."""
+"""The store of an operand in the rank's own shard."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
-    """Chunks ``[first, stop)`` of one owner, adjacent in the sequence and in storage."""
+    """Chunks ``[first, stop)`` of one owner, adjacent both in the sequence and in storage."""
 
     first: int
     stop: int
@@ -33,7 +33,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Tokens ``[start, stop)`` of a store: the rank's own shard, or the buffer of a span that travels."""
+    """Tokens ``[start, stop)`` of a store: the rank's own shard, or the buffer of a span that is transferred."""
 
     store: Span | None
     start: int
@@ -45,9 +45,9 @@ class Call:
     """One kernel call: a rectangle of tiles."""
 
     q: Operand
-    """Where the queries are read."""
+    """Where the queries are read from."""
     k: Operand
-    """Where the keys and values are read."""
+    """Where the keys and values are read from."""
     q_result: Operand
     """Where the query side's result (out and lse, or dq) accumulates."""
     k_result: Operand | None
@@ -59,25 +59,25 @@ class Call:
     area: int
     """Allowed (query, key) pairs."""
     fresh: bool = False
-    """Nothing has been accumulated into the results yet, so the call may overwrite them."""
+    """Nothing has been accumulated into the results yet: the call overwrites them, even if uninitialised."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One span on its way, seen from one end."""
+    """The transfer of one span, as seen by one of its two ranks."""
 
     payload: Payload
     span: Span
     peer: int
-    """The rank at the other end."""
+    """The other rank."""
     start: int
-    """Where the span begins in ``store``, in tokens; of a received input, in its owner's shard."""
+    """Where the span begins in ``store``, in tokens; for a received input, in its owner's shard."""
     length: int
     """Tokens in the span."""
     tag: int
-    """Number of this transfer in its schedule; equal at both ends, and no other's."""
+    """Number of this transfer in its schedule: equal at both ends and unique."""
     store: Span | None = OWN
-    """What an input is sent from: the rank's own shard, or the buffer of a received span that is sent on."""
+    """Where an input is sent from: the rank's own shard, or the buffer of a received span that is forwarded."""
 
     def __str__(self) -> str:
         chunks = f"{self.span.first}" + (
@@ -88,18 +88,20 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class ProgramStep:
-    """What one rank does side by side: kernel calls, and the transfers in flight meanwhile."""
+    """What one rank does in one step: kernel calls, and the transfers that run concurrently with them."""
 
     calls: tuple[Call, ...]
     sends: tuple[Transfer, ...]
     receives: tuple[Transfer, ...]
     last_uses: tuple[tuple[Payload, Span], ...]
-    """Received inputs that no later step reads: their buffers are free after this step."""
+    """Received inputs that no later step reads, so that their buffers can be released after this step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """A part of a result that no fresh call writes first, so that it must hold the empty result from the start."""
+    """A region of a result that must be initialised (out = 0, lse = -inf, gradients = 0) because no kernel call
+    overwrites it.
+    """
 
     payload: Payload
     part: Operand
@@ -107,7 +109,7 @@ class Blank:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """All that one rank does in one direction."""
+    """Everything that one rank does in one direction."""
 
     rank: int
     direction: Direction
@@ -116,11 +118,11 @@ class Program:
     """Tokens in the rank's own shard."""
     steps: tuple[ProgramStep, ...]
     blanks: tuple[Blank, ...] = ()
-    """What must be empty (out = 0, lse = -inf, gradients = 0) before it is accumulated into or returned."""
+    """Regions to initialise before anything is accumulated into them or they are returned."""
 
     @property
     def merges(self) -> bool:
-        """Whether results are put together from parts: of several calls, or of other ranks'."""
+        """Whether any result is combined from several parts: of several calls, or of several ranks."""
         calls = [call for step in self.steps for call in step.calls]
         return any(not call.fresh for call in calls) or any(
             transfer.payload in RESULTS for step in self.steps for transfer in (*step.sends, *step.receives)
@@ -128,7 +130,7 @@ class Program:
 
 
 class _Geometry:
-    """Where every chunk lies in the sequence and in its owner's shard."""
+    """Where every chunk is, in the sequence and in its owner's shard."""
 
     def __init__(self, layout: SequenceLayout, seq_length: int) -> None:
         self.owner = layout.owner
@@ -146,10 +148,11 @@ class _Geometry:
         return self._piece_offset[piece] + part * self._piece_length // self._layout.splits
 
     def positions(self, chunk: int) -> range:
+        """Global positions of a chunk's tokens."""
         return self._layout.chunk_positions(chunk, self._seq_length)
 
     def adjacent(self, chunk: int) -> bool:
-        """Whether ``chunk`` continues ``chunk - 1``: same owner, positions and storage without a gap."""
+        """Whether ``chunk`` directly follows ``chunk - 1``: of the same owner, in the sequence and in storage."""
         if chunk % self._layout.splits:
             return True
         before, after = self.positions(chunk - 1), self.positions(chunk)
@@ -160,7 +163,7 @@ class _Geometry:
         )
 
     def spans(self, parts: Iterable[tuple[int, int]]) -> list[Span]:
-        """Half-open ranges of chunks, joined to maximal spans."""
+        """Half-open ranges of chunks, combined into as few spans as possible."""
         spans: list[Span] = []
         for first, stop in sorted(parts):
             if spans and spans[-1].stop == first and self.adjacent(first):
@@ -170,10 +173,12 @@ class _Geometry:
         return spans
 
     def length(self, span: Span) -> int:
+        """Tokens in a span."""
         last = span.stop - 1
         return self.offset(last) + len(self.positions(last)) - self.offset(span.first)
 
     def joined_positions(self, span: Span) -> range:
+        """Global positions of the tokens of a span."""
         first = self.positions(span.first)
         return range(first.start, first.start + self.length(span) * first.step, first.step)
 
@@ -184,9 +189,9 @@ def _geometry_of(layout: SequenceLayout, seq_length: int) -> _Geometry:
 
 
 def compile_program(schedule: Schedule, rank: int) -> Program:
-    """The projection of ``schedule`` on ``rank``.
+    """What ``rank`` does in ``schedule``.
 
-    Pure and deterministic: every rank compiles its own program, and both ends of a transfer get the same tag.
+    Deterministic: every rank compiles its own program, and both ranks of a transfer give it the same tag.
     """
     geometry = _geometry_of(schedule.layout, schedule.seq_length)
     transfers = [_coalesce(step.moves, geometry) for step in schedule.steps]
@@ -223,7 +228,7 @@ _Message = tuple[Payload, int, int, Span]  # payload, source, destination, chunk
 
 
 def _coalesce(moves: tuple[Move, ...], geometry: _Geometry) -> list[_Message]:
-    """The moves of one step with adjacent chunks joined, in an order that all ranks agree on."""
+    """The moves of one step, with those of adjacent chunks combined, in an order that is the same on all ranks."""
 
     def ends(move: Move) -> tuple[Payload, int, int]:
         return move.payload, move.src, move.dst
@@ -233,7 +238,7 @@ def _coalesce(moves: tuple[Move, ...], geometry: _Geometry) -> list[_Message]:
         parts = [(move.chunk, move.chunk + move.chunks) for move in group]
         payload, src, _ = key
         if payload not in RESULTS and geometry.owner[parts[0][0]] != src:
-            # What is sent on lies in a buffer of its own, which the next part need not.
+            # Forwarded parts may be in different buffers, so they are not combined.
             spans = [Span(*part) for part in parts]
         else:
             spans = geometry.spans(parts)
@@ -255,13 +260,14 @@ class _Stores:
             spans.sort()
 
     def store(self, payload: Payload, chunk: int) -> Span | None:
+        """The store of one chunk of a payload."""
         if self._geometry.owner[chunk] == self._rank:
             return OWN
         spans = self._spans[payload]
         return spans[bisect_right(spans, chunk, key=attrgetter("first")) - 1]
 
     def parts(self, payloads: Iterable[Payload | None], chunks: range) -> Iterator[Span]:
-        """The chunks, cut where the store of one of the payloads ends."""
+        """The chunks, cut where a store of one of the payloads ends."""
         start = chunks.start
         while start < chunks.stop:
             stores = (self.store(payload, start) for payload in payloads if payload)
@@ -271,12 +277,13 @@ class _Stores:
             start = stop
 
     def operand(self, payload: Payload, chunks: Span) -> Operand:
+        """The tokens of adjacent chunks in their store."""
         store = self.store(payload, chunks.first)
         start = self._geometry.offset(chunks.first) - (self._geometry.offset(store.first) if store else 0)
         return Operand(store, start, start + self._geometry.length(chunks))
 
     def joined(self, payloads: Iterable[Payload | None], chunk: int) -> bool:
-        """Whether ``chunk`` lies right behind ``chunk - 1`` in the store of each payload."""
+        """Whether ``chunk`` directly follows ``chunk - 1`` in the store of every payload."""
         return self._geometry.adjacent(chunk) and all(
             self.store(payload, chunk) == self.store(payload, chunk - 1) for payload in payloads if payload
         )
@@ -309,7 +316,7 @@ _Sides = tuple[tuple[Payload, Payload], tuple[Payload, Payload | None]]
 def _kernel_rectangles(
     tiles: tuple[Tile, ...], schedule: Schedule, stores: _Stores, sides: _Sides
 ) -> Iterator[tuple[Span, Span]]:
-    """Tiles of single chunks joined to rectangles, and rectangles cut where the stores of their chunks end."""
+    """Tiles of single chunks, combined into rectangles; and rectangles, cut where the stores of their chunks end."""
     q_side, k_side = sides
     singles = {tile for tile in tiles if tile.queries == tile.keys == 1}
     yield from _rectangles(
@@ -332,7 +339,7 @@ def _rectangles(
     joined_k: Callable[[int], bool],
     empty: Callable[[Tile], bool],
 ) -> Iterable[tuple[Span, Span]]:
-    """Cover ``tiles`` with disjoint rectangles of joined chunks; tiles without work may pad a rectangle."""
+    """Cover ``tiles`` with disjoint rectangles of adjacent chunks, which may include tiles without work."""
     left = set(tiles)
     q_chunks, k_chunks = {tile.q for tile in tiles}, {tile.k for tile in tiles}
 
@@ -369,7 +376,7 @@ def _mark_last_uses(steps: list[ProgramStep], direction: Direction) -> tuple[Pro
 
 
 class _Written:
-    """Which tokens of each store hold a result already, of one payload; and what must be blank instead."""
+    """Which tokens of each store already hold a result of one payload, and which must be blank."""
 
     def __init__(self, payload: Payload) -> None:
         self._payload = payload
@@ -377,14 +384,15 @@ class _Written:
         self.blanks: list[Blank] = []
 
     def touches(self, part: Operand) -> bool:
+        """Whether any token of ``part`` already holds a result."""
         return any(a < part.stop and part.start < b for a, b in self._intervals.get(part.store, ()))
 
     def write(self, part: Operand) -> None:
-        """A call overwrites ``part``."""
+        """Record that a call overwrites ``part``."""
         self._intervals.setdefault(part.store, []).append((part.start, part.stop))
 
     def need(self, part: Operand) -> None:
-        """Something reads ``part`` as it is: where it holds nothing yet, it must be blank."""
+        """Record that ``part`` is read: those of its tokens that hold no result yet must be blank."""
         at = part.start
         for a, b in sorted(self._intervals.get(part.store, ())):
             self._need_blank(part.store, at, min(a, part.stop))
@@ -400,9 +408,11 @@ class _Written:
 def _mark_fresh(
     steps: list[ProgramStep], flow: Dataflow, shard_length: int
 ) -> tuple[list[ProgramStep], tuple[Blank, ...]]:
-    """Find the calls that may overwrite their results, and what must be blank because no such call comes first.
+    """Find the calls that may overwrite their results, and the regions that must be blank because no such call
+    comes first.
 
-    What is sent needs no look: every chunk of it was computed, and is never added to again (``validate``).
+    Results that are sent need no initialisation: ``validate`` guarantees that every chunk in them is computed, and
+    is not updated after the send.
     """
     written = {payload: _Written(payload) for payload in (flow.q_result, flow.k_result) if payload}
     marked = []

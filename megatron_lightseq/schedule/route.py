@@ -1,9 +1,9 @@
-"""Derives every transfer from a placement: an input travels just before its first use, a result just after its last
-contribution, each once. Where every tile of a chunk is computed in one step, two buffers are enough.
+"""Derives every transfer from a placement: an input travels in the step before its first use, a result in the step
+after its last contribution, each once. If all tiles of a chunk are computed in one step, two buffers are enough.
 
-With relays, keys and queries come from any rank that holds them by then: from one of the same node if there is one,
-and among those from the one that has the least to send in that step. A chunk that several ranks of another node need
-then crosses once, one step early, and is handed on inside the node.
+With relays, an input may be sent by any rank that holds it by then: preferably one of the same node, and among
+those the one with the least to send in that step. A chunk that several ranks of another node need is then sent to
+that node once, one step early, and forwarded within the node.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from megatron_lightseq.schedule.problem import Problem
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Need:
-    """An input that a rank must have received before a step."""
+    """An input that a rank must receive."""
 
     step: int
+    """The step in which it travels, at the latest."""
     payload: Payload
     start: int
     stop: int
@@ -29,17 +30,17 @@ class _Need:
 
 
 def route(placement: Placement, problem: Problem, *, relays: bool = False) -> tuple[Step, ...]:
-    """The steps of a placement with their moves.
+    """Add the moves to the steps of a placement.
 
     Args:
         placement: tiles by step and rank, all of them with work.
-        problem: the layout says who owns which chunk, the direction which inputs and results travel, the network
-            which ranks share a node.
-        relays: whether inputs may be sent on by ranks that received them.
+        problem: its layout says which rank owns which chunk, its direction which inputs and results travel, and its
+            network which ranks share a node.
+        relays: whether ranks may forward inputs that they received.
 
     Returns:
-        The steps; one without tiles comes first if the first tiles need remote inputs, and one comes last if
-        the last tiles leave results to send home.
+        The steps. If the first tiles need remote inputs, a step without tiles comes before them; if the last tiles
+        produce results for other ranks, one comes after them.
     """
     needs = sorted(_inputs(placement, problem))
     sources = (
@@ -61,7 +62,8 @@ def route(placement: Placement, problem: Problem, *, relays: bool = False) -> tu
 
 
 def _inputs(placement: Placement, problem: Problem) -> Iterator[_Need]:
-    """What every rank must receive, and during which step at the latest: the one before its first use."""
+    """The inputs that every rank must receive, and the step in which each must travel: the one before its first
+    use."""
     flow = DATAFLOW[problem.direction]
     present: dict[tuple[Payload, int], Intervals] = defaultdict(Intervals)
     for t, row in enumerate(placement):
@@ -74,7 +76,8 @@ def _inputs(placement: Placement, problem: Problem) -> Iterator[_Need]:
 
 
 def _results(placement: Placement, problem: Problem) -> Iterator[tuple[int, Move]]:
-    """Every result that goes home, and the step during which it does: the one behind its last contribution."""
+    """Every result that is sent to its owner, and the step in which it travels: the one after its last
+    contribution."""
     flow = DATAFLOW[problem.direction]
     owner = problem.layout.owner
     later: dict[tuple[Payload, int], Intervals] = defaultdict(Intervals)
@@ -93,21 +96,22 @@ def _from_owner(need: _Need, problem: Problem) -> Move:
 
 @dataclass(slots=True)
 class _Holders:
-    """Which ranks hold which inputs since when, and how much each sends in each step."""
+    """Which ranks hold which inputs from which step on, and how much each rank sends in each step."""
 
     problem: Problem
     received: dict[tuple[Payload, int], list[tuple[int, _Need]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    """Inputs by payload and owner: the step during which they travel, and what they are."""
+    """Inputs by payload and owner: the step in which they travel, and which they are."""
     load: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
-    """Chunks that a rank sends during a step."""
+    """Chunks that a rank sends in a step."""
 
     def node(self, rank: int) -> int:
+        """The node of a rank; all ranks share one if the network is not known."""
         return 0 if self.problem.network is None else self.problem.network.node(rank)
 
     def source(self, need: _Need, step: int) -> int:
-        """The best rank to send ``need`` from during ``step``."""
+        """The rank that should send ``need`` in ``step``."""
         owner = self.problem.layout.owner[need.start]
         sent = self.received[need.payload, owner]
         ranks = [
@@ -121,7 +125,7 @@ class _Holders:
         )
 
     def send(self, need: _Need, step: int, src: int) -> tuple[int, Move]:
-        """Record that ``src`` sends ``need`` during ``step``."""
+        """Record that ``src`` sends ``need`` in ``step``."""
         owner = self.problem.layout.owner[need.start]
         self.received[need.payload, owner].append((step, need))
         self.load[step, src] += need.stop - need.start
@@ -129,7 +133,8 @@ class _Holders:
 
 
 def _relayed(needs: Sequence[_Need], problem: Problem) -> list[tuple[int, Move]]:
-    """A source for every need, in order of time; the first of several in another node receives a step early."""
+    """A source for every need, in order of time. Of several ranks of another node, the first one receives a step
+    early."""
     holders = _Holders(problem)
     crossing: dict[tuple[Payload, int, int, int], int] = {}
     for need in needs:

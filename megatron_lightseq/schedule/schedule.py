@@ -1,4 +1,4 @@
-"""The schedule: one frozen value that drives the run, and is validated, printed, compared, simulated and drawn."""
+"""The schedule: one frozen value that is validated, printed, compared, simulated, drawn and run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _STEP = re.compile(rf"step (?P<number>\d+) *\|(?P<tiles>( +{_CELL})+) *\|(?P<mov
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rank computes which tile when, and every transfer that this takes.
+    """Which rank computes which tile at which step, and every transfer that this requires.
 
-    A schedule that exists is valid: every tile with work is computed once, every input is there in time, every
+    A schedule that exists is valid: every tile with work is computed once, every input arrives in time, and every
     result reaches its owner. ``str()`` gives a text form that :meth:`parse` reads back.
 
     Raises:
@@ -84,7 +84,7 @@ class Schedule:
         """Read the form that ``str()`` writes.
 
         Raises:
-            ScheduleError: the text is not of that form, or the schedule it describes is invalid.
+            ScheduleError: the text does not have that form, or the schedule it describes is invalid.
         """
         header, *lines = text.strip().splitlines() or [""]
         match = _HEADER.fullmatch(header.strip())
@@ -92,7 +92,7 @@ class Schedule:
             raise ScheduleError(
                 explain(
                     got=f"schedule header {header!r}",
-                    rule="a schedule begins: METHOD DIRECTION LAYOUT MASK N tokens",
+                    rule="a schedule begins with: METHOD DIRECTION LAYOUT MASK N tokens",
                     remedy="Give the text that str(schedule) prints",
                 )
             )

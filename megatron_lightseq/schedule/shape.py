@@ -21,7 +21,7 @@ class TensorShape:
     v_head_dim: int | None = None
     """D of the values; None for ``head_dim``."""
     element_bytes: int = 2
-    """Bytes an input element takes; results and statistics travel in fp32."""
+    """Bytes per input element; results and statistics travel in fp32."""
 
     @property
     def value_dim(self) -> int:
@@ -29,7 +29,7 @@ class TensorShape:
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def bytes_per_token(self, payload: Payload) -> int:
-        """Bytes that one token of ``payload`` takes on the wire."""
+        """Bytes that one token of ``payload`` takes on the wire, over all heads and sequences of the batch."""
         v_dim = self.value_dim
         q, out = self.num_heads * self.head_dim, self.num_heads * v_dim
         kv = self.num_query_groups * (self.head_dim + v_dim)
@@ -44,8 +44,9 @@ class TensorShape:
         return per_batch[payload] * self.batch
 
     def bytes_per_side(self, direction: Direction) -> tuple[int, int]:
-        """What it costs to compute one query token's tiles elsewhere, and one key token's: bytes of the input on its
-        way there and of the result, if any, on its way home.
+        """Bytes that travel when a rank computes tiles for another one: per query token, and per key token.
+
+        Each counts the input that is sent to the rank and the result, if there is one, that is sent back.
         """
         flow = DATAFLOW[direction]
         q_side, k_side = (

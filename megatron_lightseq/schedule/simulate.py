@@ -1,8 +1,8 @@
-"""Predicts what a schedule costs on a cluster that need not be here.
+"""Predicts what a schedule costs on a described cluster.
 
-The model: a rank begins a step when it has finished the step before and has everything that was sent to it then.
-Kernels and transfers of one step run side by side, or one after the other without overlap. How long the transfers
-of a step take is the network's business (network.py).
+The model: a rank begins a step when it has finished the previous step and has received everything that was sent to
+it in that step. The kernels and transfers of a step run concurrently, or one after the other without overlap. How
+long the transfers of a step take is computed in network.py.
 """
 
 from __future__ import annotations
@@ -17,30 +17,34 @@ from megatron_lightseq.schedule.shape import TensorShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What work and transfers take. The defaults make communication free and one chunk-by-chunk tile one second."""
+    """How long work and transfers take. By default communication is free, and one rank's queries against one rank's
+    keys take a second.
+    """
 
     seconds_per_pair: float | None = None
-    """Kernel time of one allowed (query, key) pair, over all heads; None for 1 / (tokens a rank holds)^2."""
+    """Kernel time of one allowed (query, key) pair, over all heads; None for 1 / (tokens per rank)^2."""
     network: Network | None = None
-    """What transfers run over; None makes them free."""
+    """What transfers run over; None if they are free."""
     overlap: bool = True
-    """Whether transfers run beside the kernels of their step."""
+    """Whether transfers run concurrently with the kernels of their step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What :func:`simulate` predicts. Seconds are in the unit that :class:`Costs` was given in."""
+    """What :func:`simulate` predicts. Times are in the unit of the :class:`Costs` that it was given."""
 
     makespan_s: float
     """From the first rank's start to the last rank's end."""
     ideal_s: float
-    """All work divided by the number of ranks."""
+    """The kernel time of all ranks divided by the number of ranks."""
     compute_s: tuple[float, ...]
     """Kernel time of each rank."""
     bytes_sent: tuple[int, ...]
+    """By each rank."""
     bytes_received: tuple[int, ...]
+    """By each rank."""
     steps: tuple[tuple[tuple[float, float, float], ...], ...]
-    """``steps[t][rank]``: when the step began, when its kernels ended, when its transfers had arrived."""
+    """``steps[t][rank]``: when the step began, when its kernels ended, and when its transfers had arrived."""
 
     @property
     def busy(self) -> float:
@@ -49,7 +53,7 @@ class Simulation:
 
     @property
     def exposed_s(self) -> float:
-        """The longest time that any rank waited for transfers after its own kernels, over all steps."""
+        """The longest time that any rank waited for transfers after its own kernels, summed over its steps."""
         waits = zip(
             *([max(0.0, arrived - computed) for _, computed, arrived in row] for row in self.steps),
             strict=True,
@@ -59,17 +63,19 @@ class Simulation:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a schedule costs anywhere: its steps without the identity of tiles and chunks. Small, and quick to play."""
+    """The work and traffic of a schedule, step by step, without the identities of tiles and chunks: all that a
+    simulation needs, in less memory.
+    """
 
     cp_size: int
     shard_length: float
-    """Tokens of a rank."""
+    """Tokens per rank."""
     steps: tuple[tuple[tuple[int, ...], tuple[tuple[Payload, int, int, int], ...]], ...]
-    """For each step: allowed pairs by rank; and (payload, source, destination, tokens) of all that travels."""
+    """For each step: allowed pairs by rank, and (payload, source, destination, tokens) of its transfers."""
 
     @staticmethod
     def of(schedule: Schedule) -> Profile:
-        """Count a schedule's work and its transfers, step by step."""
+        """Count the work and the transfers of a schedule, step by step."""
         layout = schedule.layout
         steps = []
         for step in schedule.steps:
@@ -86,12 +92,12 @@ class Profile:
 def simulate(
     schedule: Schedule | Profile, costs: Costs | None = None, shape: TensorShape | None = None
 ) -> Simulation:
-    """Play ``schedule`` against a clock.
+    """Predict how long ``schedule`` takes, when each rank computes, and how many bytes it transfers.
 
     Args:
-        schedule: what to play, or the profile that was made of it.
-        costs: kernel and link speeds; default: free communication.
-        shape: for the bytes of each transfer; default: one head of 128.
+        schedule: a schedule, or its profile.
+        costs: speeds of kernels and links; default: free communication.
+        shape: the attention inputs, for the bytes of each transfer; default: one head of 128.
     """
     profile = schedule if isinstance(schedule, Profile) else Profile.of(schedule)
     costs, shape = costs or Costs(), shape or TensorShape()

@@ -1,7 +1,7 @@
 """Finds the first reason why a schedule would lose, repeat or misplace work.
 
-The check replays the schedule on sets instead of tensors: what has arrived where, what has been computed, what
-still has to be sent home. Nothing in it knows how the schedule was made.
+The check replays the schedule with sets instead of tensors: which inputs have arrived where, which tiles have been
+computed, which results still have to be sent to their owners. It knows nothing about how the schedule was made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_lightseq.schedule.problem import TileAreas
 
 _Held = dict[tuple[Payload, int], Intervals]
 """Chunks by payload and rank."""
-_Result = tuple[Payload, int, int, int]  # payload, the rank that made it, first chunk, behind the last
+_Result = tuple[Payload, int, int, int]  # payload, the rank that produced it, first chunk, one past the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ def _nothing() -> _Held:
 
 @dataclass(slots=True)
 class _Computed:
-    """The tiles that have been computed: single chunks in one set, rectangles by the ranks whose chunks they pair."""
+    """The tiles that have been computed: those of single chunks in one set, and all by the owners of their chunks."""
 
     singles: set[Tile] = field(default_factory=set)
     by_ranks: dict[tuple[int, int], list[Tile]] = field(default_factory=lambda: defaultdict(list))
     has_rectangles: bool = False
 
     def add(self, tile: Tile, ranks: tuple[int, int]) -> bool:
-        """Whether the tile is new; none of its chunk pairs may have been computed."""
+        """Add a tile, unless some pair of its chunks has been computed already; whether it was added."""
         single = tile.queries == tile.keys == 1
         self.has_rectangles |= not single
         if single and tile in self.singles:
@@ -59,6 +59,8 @@ class _Computed:
 
 @dataclass(slots=True)
 class _Replay:
+    """The state of a replay at one step."""
+
     direction: Direction
     owner: Sequence[int]
     areas: TileAreas
@@ -69,15 +71,15 @@ class _Replay:
     together: dict[tuple[Payload, int], list[tuple[int, int]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    """What has arrived, by move: what is sent on must have arrived in one."""
+    """The chunks of each move that has arrived: what is forwarded must have arrived in one move."""
     used: _Held = field(default_factory=_nothing)
     to_send: _Held = field(default_factory=_nothing)
-    """Results that were made at an earlier step than the present one and have not been sent."""
+    """Results that were produced in an earlier step and have not been sent yet."""
     sent: _Held = field(default_factory=_nothing)
-    """Inputs by the rank that receives them, results by the rank that sends them."""
+    """Inputs by the rank that receives them; results by the rank that sends them."""
 
     def compute(self, rank: int, tile: Tile) -> tuple[str | None, list[_Result]]:
-        """The fault of computing ``tile`` now, or None; and the results it leaves for other ranks."""
+        """The fault of computing ``tile`` in this step, or None; and the results that it produces for other ranks."""
         flow = DATAFLOW[self.direction]
         sides = ((tile.q_chunks, flow.q_input, flow.q_result), (tile.k_chunks, flow.k_input, flow.k_result))
         for chunks, _, _ in sides:
@@ -103,49 +105,48 @@ class _Replay:
             self.used[needed, rank].add(*span)
             if result is not None:
                 if self.sent[result, rank].meets(*span):
-                    return (
-                        f"rank {rank} adds to {result}{chunks_text(chunks.start, len(chunks))} after sending it",
-                        [],
-                    )
+                    text = chunks_text(chunks.start, len(chunks))
+                    return f"rank {rank} adds to {result}{text} after having sent it", []
                 made.append((result, rank, *span))
         return None, made
 
     def send(self, move: Move) -> str | None:
-        """The fault of sending ``move`` now, or None."""
+        """The fault of sending ``move`` in this step, or None."""
         if move.payload not in _allowed_payloads(self.direction):
             return f"{move} is not a {self.direction} move"
         start, stop = move.chunk, move.chunk + move.chunks
-        if (
-            not 0 <= start < stop <= len(self.owner)
-            or move.src == move.dst
-            or not self._belongs(move, start, stop)
-        ):
-            whose = (
-                f"rank {move.dst}'s to receive" if move.payload in RESULTS else f"rank {move.src}'s to send"
-            )
-            return f"{move}: chunk {chunks_text(move.chunk, move.chunks)} is not {whose}"
+        if not 0 <= start < stop <= len(self.owner):
+            return f"{move}: chunk {chunks_text(move.chunk, move.chunks)} is not in the sequence"
+        if move.src == move.dst:
+            return f"{move}: a rank sends to itself"
+        fault = self._misdirected(move, start, stop)
+        if fault is not None:
+            return f"{move}: {fault}"
         key = (move.payload, move.src if move.payload in RESULTS else move.dst)
         if self.sent[key].meets(start, stop):
             return f"{move} is sent twice"
         self.sent[key].add(start, stop)
         if move.payload in RESULTS:
             if not self.to_send[key].covers(start, stop):
-                return f"{move}: rank {move.src} has no such result ready"
+                return f"{move}: rank {move.src} has not finished such a result"
             self.to_send[key].remove(start, stop)
         return None
 
-    def _belongs(self, move: Move, start: int, stop: int) -> bool:
-        """Whether a result goes to its owner, or an input comes from its owner or from a rank that has received it."""
-        owners = set(self.owner[start:stop])
+    def _misdirected(self, move: Move, start: int, stop: int) -> str | None:
+        """None if a result goes to its owner, and an input comes from its owner or from a rank that has received
+        it."""
+        owners, text = set(self.owner[start:stop]), chunks_text(move.chunk, move.chunks)
         if move.payload in RESULTS:
-            return owners == {move.dst}
+            return None if owners == {move.dst} else f"rank {move.dst} does not own chunk {text}"
         if owners == {move.src}:
-            return True
+            return None
+        if move.dst in owners:
+            return f"rank {move.dst} owns chunk {text}"
         together = self.together[move.payload, move.src]
-        if move.dst in owners or not any(first <= start and last >= stop for first, last in together):
-            return False
+        if not any(first <= start and last >= stop for first, last in together):
+            return f"rank {move.src} neither owns chunk {text} nor has received it in one move"
         self.used[move.payload, move.src].add(start, stop)
-        return True
+        return None
 
 
 def _allowed_payloads(direction: Direction) -> set[Payload | None]:
@@ -162,7 +163,7 @@ def find_fault(
         steps: tiles and moves of every step.
         direction: which inputs and results travel.
         layout: which rank holds which chunk.
-        areas: how many allowed pairs a tile holds.
+        areas: the areas of tiles.
     """
     replay = _Replay(direction, layout.owner, areas)
     for t, step in enumerate(steps):
@@ -190,24 +191,28 @@ def find_fault(
 
 
 def _leftover(replay: _Replay, num_chunks: int, last_step: int) -> Fault | None:
+    """What is missing or unused at the end of a schedule."""
     if replay.area != replay.areas.total:
         return Fault(last_step, _never_computed(replay, num_chunks))
     for (payload, rank), results in sorted(replay.to_send.items()):
         for start, stop in results:
-            return Fault(last_step, f"{payload}{chunks_text(start, stop - start)} never leaves rank {rank}")
+            text = f"{payload}{chunks_text(start, stop - start)}"
+            return Fault(last_step, f"{text} is never sent by rank {rank}")
     for (payload, rank), inputs in sorted(replay.arrived.items()):
         for span in inputs:
             for start, stop in replay.used[payload, rank].missing(*span):
                 text = f"{payload}{chunks_text(start, stop - start)}"
-                return Fault(last_step, f"{text} travels to rank {rank}, which never uses it")
+                return Fault(last_step, f"{text} is sent to rank {rank}, which never uses it")
     return None
 
 
 _MOST_CHUNKS_SEARCHED = 256
+"""Chunks up to which the tiles that no rank computes are listed."""
 
 
 def _never_computed(replay: _Replay, num_chunks: int) -> str:
-    """Names tiles that nobody computes, or says how much work they hold where there are too many chunks to search."""
+    """The first tiles that no rank computes, or if there are too many chunks to search, the number of missing
+    pairs."""
     if num_chunks > _MOST_CHUNKS_SEARCHED:
         return f"{replay.areas.total - replay.area} of {replay.areas.total} pairs are never computed"
     computed = {

@@ -1,14 +1,14 @@
-"""Losses beside the next token's, which Megatron enters in books of its own while it computes them.
+"""Auxiliary losses (multi-token prediction, MoE load balancing), read from Megatron's global loss trackers.
 
-The books are the process's, with a line for each layer of the first model that wrote: they are emptied before every
-step, so that models of other depths may follow.
+The trackers belong to the process and have one entry per layer of the first model that wrote to them. They are cleared
+before every step, so that a model of another depth may follow.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_lightseq.training.setup import Training
@@ -16,17 +16,19 @@ from megatron_lightseq.training.setup import Training
 _LOAD_BALANCING = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
 
 
-def clear_books() -> None:
-    """Forget what a step that was broken off, or another model, has left."""
+def clear_trackers() -> None:
+    """Forget what an interrupted step, an evaluation or another model has left."""
     MTPLossLoggingHelper.tracker.clear()
     get_moe_layer_wise_logging_tracker().clear()
+    # Megatron writes to the last scale in place, which fails if that comes from an evaluation in inference mode.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def mtp_loss(training: Training) -> float | None:
-    """What multi-token prediction has lost in this step, in nats per token, unweighted; on every rank, collective.
+    """The loss of multi-token prediction in this step, in nats per token, before its weight. Collective.
 
     Returns:
-        The mean over further tokens and micro-batches; None without multi-token prediction.
+        The mean over the MTP layers and micro-batches, the same on every rank; None without multi-token prediction.
     """
     if training.config.model.mtp_num_layers is None:
         return None
@@ -39,20 +41,19 @@ def mtp_loss(training: Training) -> float | None:
 
 
 def load_balancing_loss(training: Training) -> float | None:
-    """What Megatron-LM logs as load_balancing_loss (seq_aux_loss: seq_load_balancing_loss); on every rank, collective.
+    """The loss that Megatron-LM logs as load_balancing_loss, or seq_load_balancing_loss with seq_aux_loss. Collective.
 
     Returns:
-        The loss before its coefficient, mean over layers, micro-batches and data-parallel ranks; None where the
-        experts have none. Experts that all get equally many tokens have a loss of 1.
+        The loss before its coefficient, averaged over layers, micro-batches and data parallel ranks, the same on every
+        rank; None without experts or without such a loss. It is 1 if all experts get equally many tokens.
     """
     model, experts = training.config.model, training.config.experts
     name = _LOAD_BALANCING.get(experts.moe_router_load_balancing_type)
     if experts.num_experts is None or experts.moe_aux_loss_coeff == 0 or name is None:
         return None
     groups = training.collection
-    shares = get_moe_layer_wise_logging_tracker().pop(name)[
-        "values"
-    ]  # of this stage's layers and this rank's tokens
+    # One value per layer of this stage, for the tokens of this rank.
+    shares = get_moe_layer_wise_logging_tracker().pop(name)["values"]
     num_layers = model.num_layers + (model.mtp_num_layers or 0)
     total = shares.double().sum() / (num_layers * training.num_microbatches * groups.dp.size())
     for group in (groups.tp_cp, groups.pp, groups.dp):
@@ -61,7 +62,7 @@ def load_balancing_loss(training: Training) -> float | None:
 
 
 def from_last_stage(training: Training, value: torch.Tensor) -> torch.Tensor:
-    """The last pipeline stage's value, on every stage; in place, collective."""
+    """Copy the last pipeline stage's value to every stage, in place. Collective."""
     pipeline = training.collection.pp
     if pipeline.size() > 1:
         dist.broadcast(value, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and stopping in order."""
+"""The training loop: steps, evaluations, checkpoints, and orderly stops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_lightseq.training.checkpoint.random_state import restore_random_st
 from megatron_lightseq.training.checkpoint.save_load import Position, load_checkpoint, save_checkpoint
 from megatron_lightseq.training.data.datasets import Corpora, Datasets, build_datasets
 from megatron_lightseq.training.data.loaders import DataShare, train_iterator, valid_iterator
-from megatron_lightseq.training.job.control_channel import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
+from megatron_lightseq.training.job.failure import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
 from megatron_lightseq.training.job.join import Job
 from megatron_lightseq.training.job.signals import StopRequest
 from megatron_lightseq.training.reporting.memory import peak_resident_bytes
@@ -47,7 +47,7 @@ class Loop:
         self._resumed_from = 0
         self._checkpoint: Path | None = None
         self._saved_at: int | None = None
-        """The step whose state ``save`` holds."""
+        """The step whose state was saved last."""
         self._flops = step_flops(training.config, training.padded_vocab_size)
 
     def run(self) -> Outcome:
@@ -89,7 +89,7 @@ class Loop:
         config = self._config
         random = None
         datasets = build_datasets(config, self._corpora)
-        restarted = self._largest(self._job.launch.attempt) > 0  # machines count their own restarts
+        restarted = self._largest(self._job.launch.attempt) > 0  # each machine counts its own restarts
         settings = self._load_settings(restarted)
         if settings.load is not None:
             resumed = load_checkpoint(self._training, Path(settings.load), settings)
@@ -109,7 +109,7 @@ class Loop:
         return iterators, datasets
 
     def _load_settings(self, restarted: bool) -> CheckpointConfig:
-        """What to load; when torchrun has restarted the ranks, all of what they had saved until then."""
+        """What to load; after a restart by torchrun, everything that this run has saved so far."""
         settings = self._config.checkpoint
         if not restarted or settings.save is None:
             return settings
@@ -121,7 +121,7 @@ class Loop:
         return CheckpointConfig(save=settings.save, load=settings.save, strict_load=settings.strict_load)
 
     def _largest(self, number: int) -> int:
-        """The largest of the ranks' numbers; collective."""
+        """The largest of the ranks' numbers. Collective."""
         largest = torch.tensor(number, device=self._job.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
@@ -217,13 +217,13 @@ class Loop:
     # ---- stopping ---------------------------------------------------------------------------------------------
 
     def _agree_to_stop(self) -> int:
-        """The strongest reason that any rank has to stop after this step: a signal may reach only one of them."""
+        """The most important reason of any rank to stop after this step: a signal may reach only one rank."""
         own = ASKED_TO_STOP if self._stop else OUT_OF_TIME if time.monotonic() > self._deadline else RUNNING
         return self._largest(own)
 
     def _reason(self, why: int) -> str:
         if why == OUT_OF_TIME:
-            return f"exit_duration_in_mins ({self._config.training.exit_duration_in_mins}) is over"
+            return f"exit_duration_in_mins ({self._config.training.exit_duration_in_mins}) has passed"
         if self._stop.signal is not None:
             return f"received {self._stop.signal.name}"
         return "another rank was asked to stop"
@@ -238,7 +238,7 @@ def build_loop(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory of this process in bytes: resident on a CPU, allocated by torch on a GPU."""
+    """Peak memory of this process in bytes: resident memory on a CPU, memory allocated by torch on a GPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return peak_resident_bytes()
@@ -253,7 +253,7 @@ def _check_finite(step: int, result: StepResult) -> None:
         raise LightSeqError(
             explain(
                 got=f"loss {result.loss} at step {step} (grad norm {result.grad_norm})",
-                rule="loss and gradients are numbers: the next checkpoint would hold what they spoil",
-                remedy="Lower lr or lengthen lr_warmup_iters, and --load the last checkpoint",
+                rule="loss and gradients must be finite; the run stops before spoiled weights are saved",
+                remedy="Lower lr or raise lr_warmup_iters, and --load the last checkpoint",
             )
         )

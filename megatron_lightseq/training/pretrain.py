@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from megatron_lightseq.config import Machine, PretrainConfig, ResolvedConfig, resolve
 from megatron_lightseq.errors import PeerFailureError
-from megatron_lightseq.training.job.control_channel import EXIT_PEER_FAILED
+from megatron_lightseq.training.job.failure import EXIT_PEER_FAILED
 from megatron_lightseq.training.job.launch import Launch
 from megatron_lightseq.training.job.signals import StopRequest, stop_on_signals
 
@@ -43,11 +43,11 @@ def pretrain(config: PretrainConfig, checked: Machine) -> int:
             with _without_noise():
                 _run(resolved, stop)
         except PeerFailureError as error:
-            _leave_for_certain(stop)
+            _bound_exit(stop)
             sys.stderr.write(f"rank {rank}: {error}\n")
             return EXIT_PEER_FAILED
         except BaseException:
-            _leave_for_certain(stop)
+            _bound_exit(stop)
             raise
     return 0
 
@@ -68,10 +68,9 @@ def _run(resolved: ResolvedConfig, stop: StopRequest) -> None:
 
 @contextmanager
 def _without_noise() -> Iterator[None]:
-    """Without what Megatron warns of on every rank of every run, because this package does not need it.
+    """Suppress warnings that Megatron gives on every rank of every run and that do not matter here.
 
-    Once per module that Transformer Engine and apex, optional here, are absent; and of the default value of a
-    setting for CUDA graphs.
+    They are about Transformer Engine and apex, which are optional, and about the default of a CUDA graph setting.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Apex")
@@ -79,15 +78,17 @@ def _without_noise() -> Iterator[None]:
         yield
 
 
-def _leave_for_certain(stop: StopRequest) -> None:
-    """A process group whose peers are gone may block the interpreter's exit: bound it, by a thread of C."""
+def _bound_exit(stop: StopRequest) -> None:
+    """If peers are gone, tearing down the process group can hang interpreter shutdown: have a C-level watchdog end
+    the process after :data:`_LEAVE_WITHIN_S` seconds.
+    """
     stop.leave()
     atexit.register(faulthandler.dump_traceback_later, _LEAVE_WITHIN_S, exit=True)
 
 
 @contextmanager
 def _messages(rank: int) -> Iterator[None]:
-    """Warnings of this package on standard error, from rank 0."""
+    """Print this package's warnings to standard error, on rank 0."""
     package = logging.getLogger("megatron_lightseq")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""From a configuration to everything a training step needs, out of megatron-core's own parts."""
+"""From a configuration to everything that a training step needs, built from megatron-core's own parts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.batch import adopt_layout
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
-from megatron_lightseq.megatron.fixes.apply import mend_gradients
+from megatron_lightseq.megatron.fixes.apply import fix_gradients
 from megatron_lightseq.megatron.fixes.experts import with_invariant_experts
 from megatron_lightseq.megatron.fixes.torch_norms import allow_sequence_parallel
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
-from megatron_lightseq.megatron.sequence_slices import compute_in_tiles
+from megatron_lightseq.megatron.sequence_slices import compute_in_slices
 from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec
 from megatron_lightseq.training.machine import this_machine
 from megatron_lightseq.training.parallel_groups import ProcessGroups
@@ -52,20 +52,20 @@ class Training:
     model_config: TransformerConfig
     """Megatron's view of the configuration."""
     chunks: list[DistributedDataParallel]
-    """This rank's model: one chunk, or one for each virtual pipeline stage."""
+    """This rank's model: one chunk, or one per virtual pipeline stage."""
     optimizer: Any
     """A MegatronOptimizer."""
     scheduler: OptimizerParamScheduler
-    """Counts steps; ``num_steps`` is the number of optimizer steps taken."""
+    """The learning rate schedule; ``num_steps`` is the number of optimizer steps taken."""
     groups: ProcessGroups
     collection: ProcessGroupCollection
-    """Megatron's groups, among them ``dp_cp``: data and context parallel ranks together."""
+    """Megatron's groups, among them ``dp_cp``, the data and context parallel ranks together."""
     sizes: ParallelSizes
     layout: SequenceLayout
     """Which context-parallel rank holds which tokens."""
     padded_vocab_size: int
     attention_stats: AttentionStats = field(default_factory=AttentionStats)
-    """Attention forwards, bytes and waiting time of this rank; nothing with ``cp_method: megatron``."""
+    """Attention forward passes, bytes and waiting time of this rank; not counted with ``cp_method: megatron``."""
 
     @property
     def config(self) -> PretrainConfig:
@@ -74,18 +74,18 @@ class Training:
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches of a step on each data-parallel rank."""
+        """Micro-batches per step and data parallel rank."""
         training = self.config.training
         return training.global_batch_size // (training.micro_batch_size * self.sizes.data)
 
     @property
     def models(self) -> list[GPTModel]:
-        """The chunks without DDP and precision wrappers, as checkpoints see them."""
+        """The chunks without their DDP and precision wrappers, as checkpoints store them."""
         return [gpt_model(chunk) for chunk in self.chunks]
 
     @property
     def device(self) -> torch.device:
-        """Where batches go."""
+        """The device that batches are moved to."""
         return model_device()
 
     @property
@@ -103,7 +103,7 @@ def gpt_model(module: torch.nn.Module) -> GPTModel:
 
 
 def model_device() -> torch.device:
-    """This process's GPU where CUDA is available, else the CPU."""
+    """This process's GPU if CUDA is available, else the CPU."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
@@ -121,9 +121,9 @@ def resolve_here(config: PretrainConfig | ResolvedConfig) -> ResolvedConfig:
         ConfigError: torch.distributed is not initialised, there is no GPU and the CPU platform is not active, or the
             configuration breaks rules on the model, its sizes, recomputation or batches.
     """
+    _check_world()
     if isinstance(config, ResolvedConfig):
         return config
-    _check_world()
     return resolve(config, this_machine(dist.get_world_size()), rule_sets=TRAINING_RULES)
 
 
@@ -172,15 +172,15 @@ def initialize_parallel(config: PretrainConfig | ResolvedConfig) -> ProcessGroup
 
 
 def _gloo_groups_needed() -> bool:
-    """Megatron keeps gloo groups beside NCCL's for checkpoints; over gloo they would be duplicates."""
+    """Whether Megatron needs gloo groups in addition, for checkpoints: with gloo they would be duplicates."""
     return bool(dist.get_backend() != "gloo")
 
 
 def pad_vocab_size(config: PretrainConfig, vocab_size: int) -> int:
-    """The least multiple of ``make_vocab_size_divisible_by`` (and of TP) that holds the vocabulary.
+    """The smallest multiple of ``make_vocab_size_divisible_by`` (and of TP) that holds the vocabulary.
 
-    Megatron-LM pads to a multiple of ``make_vocab_size_divisible_by * TP``. Padding takes part in the softmax, so
-    that makes the loss depend on TP; this does not, as long as TP divides the first factor.
+    Megatron-LM pads to a multiple of ``make_vocab_size_divisible_by * TP``. Padding takes part in the softmax, so there
+    the loss depends on TP. Here it does not, as long as TP divides ``make_vocab_size_divisible_by``.
     """
     multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple
@@ -249,7 +249,7 @@ def build_training(
 
 
 def _seed_dropout(config: PretrainConfig, groups: ProcessGroups, collection: ProcessGroupCollection) -> None:
-    """Dropout differs between ranks that hold different tokens or layers, and agrees between tensor-parallel ones."""
+    """Seed dropout: different on ranks with different tokens or layers, equal on tensor parallel ranks."""
     seed = config.training.seed + 100 * rank_in(groups.pp) + 100_000 * rank_in(collection.dp_cp)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -285,7 +285,7 @@ def _build_model(
         else None,
         vp_stage=vp_stage,
     )
-    compute_in_tiles(
+    compute_in_slices(
         built,
         config.recompute.mlp_tile_tokens,
         config.recompute.loss_tile_tokens,
@@ -299,7 +299,7 @@ def _adopt_layout(config: PretrainConfig, models: list[GPTModel]) -> SequenceLay
     if config.context.cp_method != "megatron":
         return adopt_layout(models)
     for model in models:
-        mend_gradients(model)
+        fix_gradients(model)
     return SequenceLayout.zigzag(cp_size) if cp_size > 1 else SequenceLayout.contiguous(1)
 
 
@@ -314,7 +314,7 @@ def _wrap(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     modules = [Float16Module(model_config, model) if config.training.bf16 else model for model in models]
-    # Megatron overlaps the first chunk's buckets only: the others' gradients are all ready at the end.
+    # Megatron overlaps only the first chunk's buckets: the other chunks' gradients are all ready at the end.
     return [
         DistributedDataParallel(model_config, ddp_config, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
@@ -327,7 +327,7 @@ def _connect(
     chunks: list[DistributedDataParallel],
     optimizer: Any,
 ) -> None:
-    """Tell the pipeline schedules how to scale, synchronise and finish gradients."""
+    """Tell Megatron's pipeline schedules how to scale, synchronise and finish gradients."""
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
     if config.parallel.overlap_grad_reduce:
@@ -349,7 +349,7 @@ def _scheduler(config: PretrainConfig, optimizer: Any) -> OptimizerParamSchedule
         end_wd=settings.weight_decay,
         wd_incr_steps=config.training.train_iters,
         wd_incr_style="constant",
-        # A resumed run follows its own configuration; Megatron's default is to keep the checkpoint's in silence.
+        # A resumed run follows its own configuration; by default Megatron would silently keep the checkpoint's.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

@@ -1,12 +1,12 @@
 """One optimizer step, and one evaluation, through Megatron's pipeline schedules.
 
-The loss is exact for any loss mask, on any number of ranks. A rank sums the losses of its own unmasked tokens; what
-the sums are divided by is common to all ranks:
+The loss is exact for any loss mask and any number of ranks. Every rank sums the losses of its unmasked tokens; the
+divisor of the sums is the same on all ranks:
 
-* ``calculate_per_token_loss`` (default): the unmasked tokens of the global batch. Megatron adds gradients up over
-  data- and context-parallel ranks and divides once (distributed/finalize_model_grads.py);
-* otherwise Megatron's average of averages: each micro-batch by its own unmasked tokens, over all context-parallel
-  ranks, then the mean over micro-batches and data-parallel ranks.
+* ``calculate_per_token_loss`` (default): the number of unmasked tokens in the global batch. Megatron sums gradients
+  over data and context parallel ranks and divides once (distributed/finalize_model_grads.py).
+* Otherwise Megatron's average of averages: each micro-batch is divided by its own unmasked tokens on all context
+  parallel ranks, then averaged over micro-batches and data parallel ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_lightseq.megatron.batch import shard_batch
 from megatron_lightseq.training.auxiliary_losses import (
-    clear_books,
+    clear_trackers,
     from_last_stage,
     load_balancing_loss,
     mtp_loss,
@@ -34,8 +34,8 @@ from megatron_lightseq.transport.group import rank_in, size_of
 Batch = Mapping[str, torch.Tensor]
 """``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each (micro_batch_size, seq_length)."""
 DataIterators = Iterator[Batch] | Sequence[Iterator[Batch]]
-"""One iterator, or one for each model chunk of an interleaved pipeline: chunks read the same batches independently.
-Every rank of a data-parallel replica reads the same whole sequences; they are cut here."""
+"""One iterator, or one per model chunk of an interleaved pipeline, whose chunks read the same batches independently.
+All ranks of a data parallel replica read the same whole sequences, which are cut here."""
 
 _MODEL_INPUTS = ("tokens", "position_ids")
 _LOSS_INPUTS = ("labels", "loss_mask")
@@ -43,7 +43,7 @@ _LOSS_INPUTS = ("labels", "loss_mask")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one step did; the same on every rank."""
+    """The result of one step; the same on every rank."""
 
     loss: float
     """Mean loss in nats per token, over the global batch."""
@@ -54,25 +54,25 @@ class StepResult:
     learning_rate: float
     """Learning rate of this step."""
     skipped: bool
-    """Whether the optimizer refused the step (gradients were not finite)."""
+    """Whether the optimizer skipped the step because gradients were not finite."""
     mtp_loss: float | None = None
-    """With multi-token prediction: mean loss of the further tokens, unweighted; each micro-batch counts alike."""
+    """With multi-token prediction: its mean loss before its weight; every micro-batch counts the same."""
     load_balancing_loss: float | None = None
-    """Where experts have one: before its coefficient, mean over layers and micro-batches; 1 where they are balanced."""
+    """With a load balancing loss: its mean over layers and micro-batches, before its coefficient; 1 is balance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalResult:
-    """What an evaluation found; the same on every rank."""
+    """The result of an evaluation; the same on every rank."""
 
     loss: float
     """Mean loss in nats per token."""
     num_tokens: int
-    """Unmasked tokens that were evaluated."""
+    """Number of unmasked tokens evaluated."""
 
 
 def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
-    """Forward, backward and update on one global batch; collective over all ranks.
+    """Forward, backward and update on one global batch. Collective over all ranks.
 
     Args:
         training: from :func:`build_training`.
@@ -82,7 +82,7 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
         chunk.train()
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
-    clear_books()
+    clear_trackers()
     reports = _run_schedule(training, data_iterators, training.num_microbatches, forward_only=False)
     learning_rate = training.optimizer.param_groups[0]["lr"]
     updated, grad_norm, _ = training.optimizer.step()
@@ -101,8 +101,8 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
 
 
 def evaluate(training: Training, data_iterators: DataIterators, num_batches: int) -> EvalResult:
-    """The loss on ``num_batches`` global batches, without gradients or dropout; collective over all ranks."""
-    # Megatron's schedules build a graph even when they are to run forward only.
+    """The loss on ``num_batches`` global batches, without gradients or dropout. Collective over all ranks."""
+    # Megatron's schedules build a graph even if they only run forward.
     with torch.no_grad(), parameters_in_place(training):
         for chunk in training.chunks:
             chunk.eval()
@@ -117,9 +117,9 @@ def evaluate(training: Training, data_iterators: DataIterators, num_batches: int
 
 @contextmanager
 def parameters_in_place(training: Training) -> Iterator[None]:
-    """Inside, every rank has the last step's parameters, as evaluating and saving need.
+    """Inside the block every rank has the parameters of the last step, which evaluating and saving need.
 
-    With ``overlap_param_gather`` they would arrive only during the next training forward.
+    With ``overlap_param_gather`` they would arrive only during the next training forward pass.
     """
     overlapped = training.chunks if training.config.parallel.overlap_param_gather else []
     for chunk in overlapped:
@@ -154,16 +154,16 @@ def _run_schedule(
 def _forward_step(
     training: Training, iterator: Iterator[Batch], chunk: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
-    """Megatron's ``forward_step_func``: the chunk's output, and what turns it into a loss on the last stage."""
+    """Megatron's ``forward_step_func``: the chunk's output, and the function that turns it into a loss."""
     model = gpt_model(chunk)
     embeds = model.pre_process or model.mtp_process
     wanted = (*(_MODEL_INPUTS if embeds else ()), *(_LOSS_INPUTS if model.post_process else ()))
     whole: dict[str, torch.Tensor | None] = {}
-    if wanted:  # stages in the middle get hidden states, not batches
+    if wanted:  # stages in the middle receive hidden states instead of batches
         batch = next(iterator)
         whole = {name: batch[name].to(training.device, non_blocking=True) for name in wanted}
     shard = shard_batch(whole, training.layout, rank_in(training.groups.cp))
-    mask = {"loss_mask": shard["loss_mask"]} if model.mtp_process else {}  # of the further tokens
+    mask = {"loss_mask": shard["loss_mask"]} if model.mtp_process else {}  # for multi-token prediction
     output = chunk(shard.get("tokens"), shard.get("position_ids"), None, labels=shard.get("labels"), **mask)
     return output, partial(_loss, training, shard.get("loss_mask"), whole.get("loss_mask"))
 
@@ -177,9 +177,9 @@ def _loss(
     """Megatron's ``loss_func``: (loss to differentiate, its divisor, report).
 
     Args:
-        training: says which average is wanted.
-        loss_mask: (B, S), this rank's; 0 where a token does not count.
-        whole_mask: (B, seq_length), of the whole sequences: every rank knows it without asking the others.
+        training: its configuration says which average is wanted.
+        loss_mask: (B, S), for this rank's tokens; 0 where a token does not count.
+        whole_mask: (B, seq_length), for the whole sequences, which every rank has read.
         token_losses: (B, S).
 
     Returns:
@@ -187,14 +187,14 @@ def _loss(
         over micro-batches and over data- and context-parallel ranks.
     """
     assert loss_mask is not None
-    assert whole_mask is not None  # the last stage, the only one to get here, has read both
+    assert whole_mask is not None  # only the last stage gets here, and it has read both
     loss_sum = (token_losses.float() * loss_mask).sum()
     tokens = loss_mask.sum()
     if training.config.training.calculate_per_token_loss:
         report = torch.stack([loss_sum.detach(), tokens, tokens]).double()
         return loss_sum, tokens.int(), report
-    # Megatron divides by the tokens, by the micro-batches and by all data- and context-parallel ranks; the latter
-    # hold parts of one micro-batch, which are added, not averaged.
+    # Megatron divides by the tokens, the micro-batches, and the data and context parallel ranks. The latter hold parts
+    # of one micro-batch, whose losses are added, not averaged.
     cp_size = size_of(training.groups.cp)
     all_tokens = whole_mask.sum().clamp(min=1)
     mean_share = loss_sum.detach() / all_tokens

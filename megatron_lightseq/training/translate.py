@@ -1,4 +1,4 @@
-"""Megatron's own configurations, out of this package's."""
+"""Translates this package's configuration into Megatron's own configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_lightseq.megatron.seeded_init import WeightNames
 
 
 def virtual_stages(config: PretrainConfig) -> int | None:
-    """Model chunks of each pipeline rank, None without interleaving."""
+    """Model chunks per pipeline rank; None without interleaving."""
     parallel = config.parallel
     if parallel.num_layers_per_virtual_pipeline_stage is None:
         return None
@@ -23,7 +23,7 @@ def virtual_stages(config: PretrainConfig) -> int | None:
 
 
 def transformer_config(config: PretrainConfig, names: WeightNames | None = None) -> TransformerConfig:
-    """Megatron's configuration of the model and of how it is parallelised.
+    """Megatron's configuration of the model and its parallelism.
 
     Args:
         config: of the run.
@@ -32,9 +32,8 @@ def transformer_config(config: PretrainConfig, names: WeightNames | None = None)
     model, parallel, recompute = config.model, config.parallel, config.recompute
     names = names or WeightNames(config.training.seed)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    fused = (
-        torch.cuda.is_available()
-    )  # Megatron's fusions compile with torch.compile: minutes on a CPU, no gain
+    # Megatron's fusions use torch.compile, which takes minutes on a CPU and gains nothing there.
+    fused = torch.cuda.is_available()
     selective = recompute.recompute_granularity == "selective"
     kind = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
     return kind(
@@ -66,6 +65,8 @@ def transformer_config(config: PretrainConfig, names: WeightNames | None = None)
         virtual_pipeline_model_parallel_size=virtual_stages(config),
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # Without overlap, the interleaved schedule puts several messages between two ranks into one batch, and trains
+        # on wrong activations; the plain schedule does not support it.
         overlap_p2p_comm=parallel.virtual_pipeline,
         batch_p2p_comm=not parallel.virtual_pipeline,
         params_dtype=dtype,
@@ -123,7 +124,7 @@ def _experts(config: PretrainConfig) -> dict[str, Any]:
         "num_moe_experts": experts.num_experts,
         "moe_ffn_hidden_size": config.expert_ffn_size,
         "moe_router_topk": experts.moe_router_topk,
-        # One expert's weight is 1 after a softmax over the chosen, and the router would learn nothing.
+        # With one expert, a softmax over the chosen experts is always 1, and the router would not learn.
         "moe_router_pre_softmax": experts.moe_router_topk == 1,
         "moe_router_load_balancing_type": experts.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": experts.moe_aux_loss_coeff,
@@ -136,7 +137,7 @@ def _experts(config: PretrainConfig) -> dict[str, Any]:
 
 
 def optimizer_config(config: PretrainConfig) -> OptimizerConfig:
-    """Megatron's configuration of the optimizer; norms and biases are not decayed."""
+    """Megatron's configuration of the optimizer; there is no weight decay on norms and biases."""
     settings = config.optimizer
     return OptimizerConfig(
         optimizer=settings.optimizer,

@@ -1,4 +1,4 @@
-"""Moving tensors between ranks: no maths, no schedules."""
+"""Moves tensors between ranks. Knows no mathematics and no schedules."""
 
 from __future__ import annotations
 

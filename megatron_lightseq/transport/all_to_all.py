@@ -1,4 +1,4 @@
-"""Every rank sends something else to every rank: started at once, as NCCL's own all-to-all does it."""
+"""All-to-all: every rank sends different tensors to every other rank, all started together, as NCCL does it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_lightseq.transport.base import Message, Transport
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that left and reached this rank, and how long its host waited for them."""
+    """Bytes that this rank sent and received, and how long its host waited for them, in seconds."""
 
     sent: int
     received: int
@@ -26,13 +26,13 @@ def all_to_all(
     incoming: Sequence[Sequence[Tensor]],
     what: str,
 ) -> Traffic:
-    """Send ``outgoing[peer]`` to every peer and receive into ``incoming[peer]``; returns when all have arrived.
+    """Send ``outgoing[peer]`` to every peer and receive into ``incoming[peer]``; returns when everything has arrived.
 
     Args:
-        transport: of the ranks that take part.
-        outgoing: tensors by peer; this rank's own entry is copied. Sizes may differ from peer to peer.
-        incoming: contiguous tensors by peer, shaped like what the peer sends. Empty ones do not travel.
-        what: for people, shown when a transfer fails.
+        transport: connects the ranks that take part.
+        outgoing: tensors by peer; this rank's own entry is copied. Sizes may differ between peers.
+        incoming: contiguous tensors by peer, of the shapes that the peer sends. Empty tensors do not travel.
+        what: describes the transfer in error messages.
 
     Raises:
         TransportError: a transfer failed.

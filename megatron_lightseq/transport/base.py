@@ -1,4 +1,4 @@
-"""What a transport is: messages between ranks, started together, waited for together."""
+"""The interface of transports: messages between ranks that are started together and waited for together."""
 
 from __future__ import annotations
 
@@ -13,41 +13,43 @@ from megatron_lightseq.errors import TransportError, explain
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One end of a transfer: a contiguous tensor to send from or to receive into."""
+    """One end of a transfer: a contiguous tensor to send or to receive into."""
 
     peer: int
-    """Rank of the other end within the group."""
+    """The other rank, by its number in the group."""
     tensor: Tensor
     tag: int
-    """Equal at both ends; no two messages under way between a pair of ranks share one."""
+    """Equal at both ends, and unique among the messages in flight between two ranks."""
     what: str
-    """For people: shown when the transfer fails."""
+    """Describes the transfer in error messages."""
 
 
 class Pending(Protocol):
-    """Messages under way."""
+    """Messages in flight."""
 
     def wait(self) -> None:
-        """Return when everything received may be read and everything sent may be overwritten.
+        """Return when received tensors may be read and sent tensors may be overwritten.
 
-        On CUDA the current stream waits, and the host does not.
+        On CUDA the current stream waits instead of the host.
 
         Raises:
-            TransportError: a transfer failed; the message names the peer and what was on its way.
+            TransportError: a transfer failed; the message names the peer and the transfer.
         """
 
 
 class Transport(Protocol):
-    """A rank's way to its peers in one group."""
+    """Connects a rank with its peers in one group."""
 
     rank: int
+    """This rank's number in the group."""
     size: int
+    """Ranks in the group."""
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        """Start all messages at once and return without waiting for them."""
+        """Start all messages together and return without waiting for them."""
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
-        """Every rank's ``digest`` (all of one length), in rank order; blocks until all have called."""
+        """The digests of all ranks, equally long, in rank order; blocks until every rank has called."""
 
 
 def transfer_failed(rank: int, what: str, reason: object) -> TransportError:

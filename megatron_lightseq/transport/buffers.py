@@ -1,37 +1,81 @@
-"""Receive buffers that are used again: fresh memory costs a page fault every 4 KiB."""
+"""A pool of receive buffers: reusing memory avoids a page fault every 4 KiB."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
 from torch import Tensor
 
-_Key = tuple[tuple[int, ...], torch.dtype, torch.device]
+_Key = tuple[int, torch.device]
 
-
-MAX_SHAPES = 64
-"""Shapes whose free tensors are kept; a schedule of one sequence length needs fewer than ten."""
+CLASSES_PER_OCTAVE = 8
+"""Block sizes between a number of bytes and its double: at most an eighth of a block is unused."""
+SMALLEST_BLOCK = 512
+"""Bytes."""
 
 
 class BufferPool:
-    """Free tensors by shape, dtype and device. One pool serves one stream of calls; it is not thread-safe.
+    """Free blocks of memory by size and device. A pool serves one stream of calls; it is not thread-safe.
 
-    Tensors of the shapes that were used longest ago are given up, so that ever new lengths do not fill the memory.
+    Free blocks never hold more bytes than were in use at one time: sequence lengths and masks may change with every
+    call, and memory stays flat. The blocks of the sizes that have not been used for longest are dropped first.
     """
 
     def __init__(self) -> None:
         self._free: OrderedDict[_Key, list[Tensor]] = OrderedDict()
+        self._free_bytes = 0
+        self._used_bytes = 0
+        self._most_used_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that the pool holds and nobody uses."""
+        return self._free_bytes
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A contiguous tensor with arbitrary contents."""
-        free = self._free.get((shape, dtype, device))
-        return free.pop() if free else torch.empty(shape, dtype=dtype, device=device)
+        """A contiguous, uninitialised tensor."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        block = self._block(_block_size(num_bytes), device)
+        return block[:num_bytes].view(dtype).view(shape)
 
     def give(self, tensor: Tensor) -> None:
-        """Hand back a tensor from :meth:`take` that nothing reads or writes any more."""
-        key = (tuple(tensor.shape), tensor.dtype, tensor.device)
-        self._free.setdefault(key, []).append(tensor)
-        self._free.move_to_end(key)
-        if len(self._free) > MAX_SHAPES:
-            self._free.popitem(last=False)
+        """Return a tensor from :meth:`take` that is no longer read or written."""
+        storage = tensor.untyped_storage()
+        block = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        size = storage.nbytes()
+        self._used_bytes -= size
+        self._free.setdefault((size, tensor.device), []).append(block)
+        self._free.move_to_end((size, tensor.device))
+        self._free_bytes += size
+        while self._free_bytes > self._most_used_bytes:
+            self._drop_oldest()
+
+    def _block(self, size: int, device: torch.device) -> Tensor:
+        free = self._free.get((size, device))
+        self._used_bytes += size
+        self._most_used_bytes = max(self._most_used_bytes, self._used_bytes)
+        if free:
+            self._free_bytes -= size
+            return free.pop()
+        with torch.inference_mode(
+            False
+        ):  # a block outlives the call, and inference tensors cannot be written later
+            return torch.empty(size, dtype=torch.uint8, device=device)
+
+    def _drop_oldest(self) -> None:
+        key, blocks = next(iter(self._free.items()))
+        if blocks:
+            blocks.pop()
+            self._free_bytes -= key[0]
+        if not blocks:
+            del self._free[key]
+
+
+def _block_size(num_bytes: int) -> int:
+    """The smallest block that holds ``num_bytes``."""
+    if num_bytes <= SMALLEST_BLOCK:
+        return SMALLEST_BLOCK
+    grain = (1 << (num_bytes - 1).bit_length() - 1) // CLASSES_PER_OCTAVE
+    return -(-num_bytes // grain) * grain

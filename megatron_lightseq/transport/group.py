@@ -1,4 +1,4 @@
-"""What the package asks of a process group. Groups are arguments; nothing looks one up in global state."""
+"""What this package needs from a process group. Groups are arguments: none is looked up in global state."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from megatron_lightseq.errors import ConfigError, explain
 
 @runtime_checkable
 class Group(Protocol):
-    """What is asked of a group: torch's ProcessGroup and transport.LoopbackGroup both answer."""
+    """The interface of a group, which torch's ProcessGroup and transport.LoopbackGroup implement."""
 
     def rank(self) -> int:
         """This rank's number in the group, from 0."""
 
     def size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
 
 
 def size_of(group: Group | None) -> int:
-    """Ranks in a group; 1 for None."""
+    """The number of ranks in a group; 1 for None.
+
+    Raises:
+        ConfigError: ``group`` is not a group.
+    """
     if group is None:
         return 1
     if not isinstance(group, Group):

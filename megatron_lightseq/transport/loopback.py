@@ -1,4 +1,4 @@
-"""P ranks as P threads of one process: the whole runtime, autograd included, without a process group.
+"""P ranks as P threads of one process: everything runs, autograd included, without a process group.
 
 outputs = run_loopback(4, lambda group: dist_attention(q[group.rank()], ..., group=group))
 """
@@ -18,7 +18,7 @@ from megatron_lightseq.transport.base import Message, transfer_failed
 
 T = TypeVar("T")
 TIMEOUT_S = 60.0
-"""A peer that is silent for so long is taken for stuck."""
+"""How long to wait for a message before its sender is considered stuck."""
 
 
 @dataclass(slots=True)
@@ -55,17 +55,17 @@ class _Network:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoopbackGroup:
-    """One rank's handle on the group; stands where a ``torch.distributed.ProcessGroup`` would."""
+    """One rank's handle on the group, used in place of a ``torch.distributed.ProcessGroup``."""
 
     network: _Network
     index: int
 
     def rank(self) -> int:
-        """This thread's number in the group."""
+        """This rank's number in the group, from 0."""
         return self.index
 
     def size(self) -> int:
-        """How many threads there are."""
+        """The number of ranks."""
         return self.network.size
 
 
@@ -88,7 +88,7 @@ class _Mail:
 
 
 class LoopbackTransport:
-    """Messages through memory. What is sent is copied at once, as a network card would."""
+    """Messages through memory. They are copied when they are sent, so that the sender may overwrite them."""
 
     def __init__(self, group: LoopbackGroup) -> None:
         self._network = group.network
@@ -96,7 +96,7 @@ class LoopbackTransport:
         self.size = group.size()
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Mail:
-        """Copy what is sent; receiving waits. As in :class:`Transport`."""
+        """Copy the messages to send; receiving happens in ``wait``. As in :class:`Transport`."""
         for message in sends:
             self._network.put(self.rank, message.peer, message.tag, message.tensor.detach().clone())
         return _Mail(self._network, self.rank, tuple(receives))
@@ -109,9 +109,9 @@ class LoopbackTransport:
 
 
 def run_loopback(size: int, function: Callable[[LoopbackGroup], T]) -> list[T]:
-    """Call ``function(group)`` on ``size`` ranks, one thread each; results in rank order.
+    """Call ``function(group)`` on ``size`` ranks, one thread each, and return the results in rank order.
 
-    If a rank raises, the others are woken, and the first error is raised here.
+    If a rank raises, the others stop waiting for it, and the first error is raised here.
     """
     network = _Network(size)
     errors: list[BaseException] = []

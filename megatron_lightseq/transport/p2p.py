@@ -15,7 +15,7 @@ from megatron_lightseq.transport.base import Message, transfer_failed
 
 @dataclass(frozen=True, slots=True)
 class _Works:
-    """Asynchronous works with the messages they carry; NCCL gives one work for all messages."""
+    """Asynchronous works and what they transfer; NCCL returns one work for all messages."""
 
     rank: int
     works: list[tuple[dist.Work | None, str]]
@@ -23,7 +23,7 @@ class _Works:
     def wait(self) -> None:
         for work, what in self.works:
             try:
-                if work is not None:  # None: this rank is not in the group, which torch answers so
+                if work is not None:  # torch returns None if this rank is not in the group
                     work.wait()
             except RuntimeError as error:
                 raise transfer_failed(self.rank, what, error) from error
@@ -33,7 +33,7 @@ class P2PTransport:
     """Transfers as ``isend``/``irecv`` pairs in one process group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        # Weak, so that what is remembered of a group (attention.dist_attention) does not keep it alive.
+        # Weak, so that the attentions kept for a group (attention.distributed) do not keep it alive.
         self._group_ref = weakref.ref(group)
         self.rank = group.rank()
         self.size = group.size()
@@ -47,11 +47,11 @@ class P2PTransport:
         return group
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Works:
-        """Start all at once: one by one over gloo, as one group call over NCCL. As in :class:`Transport`."""
+        """Start all messages: one by one over gloo, in one group call over NCCL. As in :class:`Transport`."""
         if self._is_nccl:
             return self._start_batch(sends, receives)
         works = []
-        # Receives first: gloo then writes straight into the buffer instead of holding early data back.
+        # Receives first: gloo then writes directly into the buffers instead of holding back data that arrives early.
         for message in receives:
             work = dist.irecv(message.tensor, group=self._group, group_src=message.peer, tag=message.tag)
             works.append((work, f"receiving {message.what} from rank {message.peer}"))
@@ -61,7 +61,7 @@ class P2PTransport:
         return _Works(self.rank, works)
 
     def _start_batch(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Works:
-        """One NCCL group call: tags do not exist there, so both ends list their messages in tag order."""
+        """One NCCL group call. NCCL has no tags, so both ends list their messages in tag order."""
         ops = [(dist.isend, message) for message in sends] + [(dist.irecv, message) for message in receives]
         ops.sort(key=lambda op: op[1].tag)
         if not ops:

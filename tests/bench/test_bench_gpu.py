@@ -36,7 +36,7 @@ def untimed(call: Callable[[], object]) -> float:
 
 
 def stand_in(_: object) -> Callable[..., Tensor]:
-    """For the compiled flex_attention, which has no backward on a CPU and takes long to compile."""
+    """Replaces the compiled flex_attention, which has no backward on CPUs and takes long to compile."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, block_mask: object, enable_gqa: bool) -> Tensor:
         causal = block_mask is not None
@@ -212,7 +212,7 @@ def test_table_shows_rates_and_reasons() -> None:
 
 
 class SmallBenchmark(Benchmark):
-    """As the real one, on this CPU and with small ceilings."""
+    """Like the real one, on this CPU and with small ceilings."""
 
     def __init__(self, *, device: torch.device, end: float) -> None:
         assert device.type == "cuda"

@@ -1,4 +1,4 @@
-"""The kernel benchmark: what it counts, what it writes, what it refuses. Nothing here is timed."""
+"""The kernel benchmark: its counts, reports and refusals. No times are checked."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_short_documents_cover_the_sequence() -> None:
 @pytest.mark.parametrize("kind", ["full", "causal", "window", "documents"])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_implementations_compute_the_same(kind: MaskKind, kv_heads: int) -> None:
-    """A benchmark of different things is none."""
+    """A benchmark must compare the same computation."""
     case = small(kind, kv_heads=kv_heads)
     for errors in measure_errors(case).values():
         assert max(errors.values()) <= 1e-5
@@ -112,7 +112,7 @@ def test_peak_is_above_what_a_product_reaches() -> None:
     assert peak_gflops(torch.bfloat16) > 1
 
 
-def test_standard_cases_have_names_of_their_own() -> None:
+def test_standard_cases_have_distinct_names() -> None:
     names = [str(case) for case in standard_cases()]
     assert len(set(names)) == len(names) == 28
 

@@ -1,4 +1,4 @@
-"""The overlap benchmark: what it predicts, how it judges, what it writes and refuses. Nothing here is timed."""
+"""The overlap benchmark: its predictions, verdicts, reports and refusals. No times are checked."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_transfers_without_overlap_are_exposed_in_full() -> None:
 
 
 def answers(exposed: float, link_bytes_per_s: float) -> list[dict[str, Any]]:
-    """Of two ranks, the second a little worse; a step takes 2 s."""
+    """Answers of two ranks, of which the second is slightly slower; a step takes 2 s."""
     speeds = dataclasses.asdict(dataclasses.replace(FREE, link_bytes_per_s=link_bytes_per_s))
     measured = [
         MethodTiming(method="zigzag", overlap=overlap, seconds=2.0, exposed_seconds=waited, bytes_sent=64)
@@ -69,7 +69,7 @@ def test_the_verdict_is_of_the_worst_rank(exposed: float, link: float, verdict: 
     assert row.holds is holds
 
 
-def test_a_prediction_counts_on_the_slowest() -> None:
+def test_a_prediction_uses_the_lowest_speeds() -> None:
     faster = dataclasses.replace(FREE, forward_flops_per_s=FORWARD_FLOPS * 2, link_latency_s=-1.0)
     assert slowest([faster, FREE]) == FREE
 

@@ -1,4 +1,4 @@
-"""Systems that really run, on ranks of their own; sizes are tiny and nothing is timed."""
+"""Systems that run on real ranks, with tiny sizes; no times are checked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def job(system: str = "lightseq", config: PretrainConfig = THREE_HEADS, **more: 
     return Job(system=system, common=common, world_size=2, steps=1, measure_ceiling=False, **more)
 
 
-def test_padded_megatron_and_lightseq_train_alike() -> None:
+def test_padded_megatron_and_lightseq_have_the_same_losses() -> None:
     names = ("megatron-tp-sp", "lightseq", "megatron-tp-sp-stored", "lightseq-plain-recompute")
     found = run_comparison(
         job(), [SYSTEMS[name] for name in names], baseline="megatron-tp-sp", cluster=CLUSTER
@@ -99,7 +99,7 @@ def test_longest_sequence_ends_at_the_limit() -> None:
     )
 
 
-def test_running_out_of_memory_is_told_from_other_failures() -> None:
+def test_running_out_of_memory_is_distinguished_from_other_failures() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: not enough memory")
@@ -210,4 +210,4 @@ def test_two_hosts_are_skipped_without_the_tools(tmp_path: Path) -> None:
         )
     done = two_hosts(tmp_path, PATH=str(tools), RATES="10 1")
     assert done.returncode == 77
-    assert "skipped, 2 comparison(s) not made: ip (package iproute2) is not installed" in done.stdout
+    assert "skipped 2 comparison(s): ip (package iproute2) is not installed" in done.stdout

@@ -1,4 +1,4 @@
-"""The SDPA baseline computes what it should, with grouped queries too, and never with a score matrix."""
+"""The SDPA baseline is correct, also with grouped queries, and never stores a score matrix."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def test_every_method_is_a_system() -> None:
         assert SYSTEMS[method].configure(COMMON, 2).context.cp_method == method
 
 
-def test_megatron_is_set_up_as_its_users_do() -> None:
+def test_megatron_is_set_up_as_its_users_would() -> None:
     tensor = SYSTEMS["megatron-tp-sp"].configure(COMMON, 4)
     assert tensor.parallel.tensor_model_parallel_size == 4
     assert tensor.parallel.sequence_parallel
@@ -134,6 +134,6 @@ def test_payload_on_the_link_has_no_headers() -> None:
     assert sent_payload(NET_DEV, "link1") is None
 
 
-def test_segments_sent_again_are_known() -> None:
+def test_retransmissions_are_counted() -> None:
     snmp = "Ip: Forwarding\nIp: 1\nTcp: ActiveOpens RetransSegs InErrs\nTcp: 7 3 0\nUdp: NoPorts\nUdp: 0\n"
     assert resent_payload(snmp) == 3 * 1448

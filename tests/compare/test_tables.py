@@ -1,4 +1,4 @@
-"""What may be compared, and what is refused."""
+"""Which systems can be compared, and which comparisons are refused."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def test_no_speedup_where_losses_differ(loss: float) -> None:
     assert report.verdict(found).startswith("NOT comparable")
 
 
-def test_bf16_is_given_a_tolerance_of_its_own() -> None:
+def test_bf16_has_a_larger_tolerance() -> None:
     pair = (result("megatron-tp-sp", 4.0, 4.5), result("lightseq", 2.0, 4.5 * 1.005))
     assert compared(*pair, bf16=True).agrees
     assert not compared(*pair).agrees
 
 
-def test_a_failure_is_no_agreement_and_a_refusal_is() -> None:
+def test_a_failure_is_a_disagreement_and_a_refusal_is_not() -> None:
     base = result("megatron-tp-sp", 4.0, 4.5)
     refused = compared(base, JobResult(system="megatron-cp", refusal="no Transformer Engine"))
     assert refused.agrees

@@ -189,15 +189,6 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "two or more virtual stages of equal size",
     ),
-    "virtual_pipeline_needs_overlap": (
-        {
-            "num_layers_per_virtual_pipeline_stage": 1,
-            "pipeline_model_parallel_size": 2,
-            "overlap_p2p_comm": False,
-        },
-        Machine(),
-        "Set overlap_p2p_comm to true",
-    ),
     "virtual_pipeline_divides_micro_batches": (
         {
             "num_layers_per_virtual_pipeline_stage": 1,

@@ -5,21 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_lightseq.kernels.reference import visible
-from megatron_lightseq.kernels.registry import TileMask
 from megatron_lightseq.mask import Mask
 
 NAMES = ("out", "dq", "dk", "dv")
 
 
+def dense(mask: Mask, length: int) -> Tensor:
+    """(query, key) of a sequence as booleans, row by row and without a word of tiles."""
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for query in range(length):
+        for keys in mask.keys_of(query):
+            seen[query, keys.start : keys.stop] = True
+    return seen
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Textbook attention over (S, B, H, D) by torch's own softmax, in the inputs' dtype throughout."""
-    tokens = range(q.shape[0])
     shared = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(shared, 2) for x in (k, v))
     scores = torch.einsum("qbhd,kbhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    seen = visible(TileMask.of(mask, tokens, tokens, q.device), len(tokens), len(tokens), q.device)
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    weights = scores.masked_fill(~dense(mask, q.shape[0]), float("-inf")).softmax(-1).nan_to_num(0.0)
     return torch.einsum("bhqk,kbhd->qbhd", weights, v)
 
 

@@ -241,7 +241,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
         ("all_gather", 2, (4, 2), {FP32, BF16}, {FP32}),  # rank 0 merges no output
     ],
 )
-def test_results_that_nothing_is_added_to_are_rounded_by_the_kernel(
+def test_results_with_a_single_contribution_are_rounded_by_the_kernel(
     method: str, size: int, heads: tuple[int, int], outputs: set[torch.dtype], gradients: set[torch.dtype]
 ) -> None:
     layout, whole = SequenceLayout.contiguous(size), oracle.inputs(24, heads, (8, 8), BF16)
@@ -266,7 +266,7 @@ def test_softmax_scale_is_used() -> None:
 
 
 def test_a_placement_of_the_users_own_runs() -> None:
-    """Whoever owns the keys computes: an owner-computes method in three lines."""
+    """The owner of the keys computes: a method in three lines."""
 
     def place(problem: Problem) -> Placement:
         chunks = range(problem.layout.num_chunks)
@@ -363,7 +363,7 @@ def test_exchanged_bytes_are_those_predicted(method: str, layout_name: str, head
         assert received == exchanged
     else:  # and what the ring between the groups moves
         assert all(total > part for total, part in zip(received, exchanged, strict=True))
-        if heads == (8, 8):  # alike on all ranks, so that the prediction for the busiest is exact
+        if heads == (8, 8):  # the same on all ranks, so that the prediction for the busiest one is exact
             chooser = Chooser(size, seq_length)
             network = Network.parse("nvlink")
             predicted = [chooser.predict(method, layout_name, way, shape, network) for way in Direction]

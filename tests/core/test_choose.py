@@ -82,7 +82,7 @@ def test_the_reason_gives_the_figures_of_the_best_two() -> None:
     assert text.startswith(f"{choices[0].name} on the {choices[0].layout} layout: ")
     assert "Next best: " in text
     assert "MiB" in str(choices[0])
-    assert reason(choices[:1]).endswith("of it kernels.")
+    assert reason(choices[:1]).endswith(" ms in kernels.")
 
 
 def test_ranking_keeps_to_the_shards_that_are_there() -> None:
@@ -155,7 +155,7 @@ def test_an_unknown_network_is_refused(text: str) -> None:
         Network.parse(text)
 
 
-def test_rings_side_by_side_share_the_card() -> None:
+def test_concurrent_rings_share_the_card() -> None:
     ring = TWO_LEVELS.of_one_ring(4)
     assert (ring.ranks_per_node, ring.nic_bytes_per_s) == (2, 12.5e9 / 4)
     assert TWO_LEVELS.of_one_ring(16).ranks_per_node == 1
@@ -164,7 +164,7 @@ def test_rings_side_by_side_share_the_card() -> None:
 
 @pytest.mark.parametrize("direction", Direction)
 def test_exchanged_bytes_balance(direction: Direction) -> None:
-    """Heads that divide: every rank sends (u - 1) / u of its share, in both trades."""
+    """Heads that divide: every rank sends (u - 1) / u of its share, in both exchanges."""
     problem = Problem(
         layout=SequenceLayout.contiguous(8),
         mask=Mask.causal(),

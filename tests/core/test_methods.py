@@ -14,7 +14,7 @@ import torch
 
 from megatron_lightseq.attention import DistAttention
 from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError
-from megatron_lightseq.layout import LAYOUTS, Cut, SequenceLayout
+from megatron_lightseq.layout import LAYOUTS, LayoutRule, SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import (
     METHODS,
@@ -113,8 +113,8 @@ def test_every_method_is_described() -> None:
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_layouts_of_a_method_are_those_it_can_compute_on(method: str, layout_name: str) -> None:
-    """In both directions: what is accepted is right (tests/core/test_attention.py), and what is refused would lose
-    tiles or, for ``zigzag``, be the ring under another name.
+    """What is accepted gives correct results (tests/core/test_attention.py). What is refused would lose tiles or, for
+    ``zigzag``, be the ring under another name.
     """
     layout, found = SequenceLayout(layout_name, 4), METHODS[method]
     if layout_name in found.layouts:
@@ -122,7 +122,8 @@ def test_the_layouts_of_a_method_are_those_it_can_compute_on(method: str, layout
         return
     with pytest.raises(UnsupportedError, match=f"{method} works on {found.default_layout} shards"):
         build(method, layout)
-    assert (method, found.layouts) in {("lightseq", ("contiguous",)), ("zigzag", ("zigzag",))}
+    only = {"lightseq": ("contiguous",), "balanced": ("contiguous",), "zigzag": ("zigzag",)}
+    assert found.layouts == only[method]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -144,13 +145,13 @@ def test_sizes_in_another_form_are_refused(text: str) -> None:
 
 NEW_LAYOUTS = {
     # Stored late piece first, so that storage and sequence run in opposite directions.
-    "late_first": Cut(lambda rank, cp_size: (2 * cp_size - 1 - rank, rank)),
+    "late_first": LayoutRule(lambda rank, cp_size: (2 * cp_size - 1 - rank, rank)),
     # Two stripes per rank: several interleaved pieces.
-    "two_stripes": Cut(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank), interleaved=True),
+    "two_stripes": LayoutRule(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank), interleaved=True),
     # Three pieces per rank, none of them adjacent.
-    "dealt": Cut(lambda rank, cp_size: (rank, cp_size + rank, 2 * cp_size + rank)),
+    "dealt": LayoutRule(lambda rank, cp_size: (rank, cp_size + rank, 2 * cp_size + rank)),
     # Adjacent ranks share no early or late half, so that ranks cannot exchange heads in groups.
-    "shifted": Cut(lambda rank, cp_size: (rank, cp_size + (rank + 1) % cp_size)),
+    "shifted": LayoutRule(lambda rank, cp_size: (rank, cp_size + (rank + 1) % cp_size)),
 }
 
 
@@ -228,7 +229,7 @@ def test_rotary_angles_follow_a_new_layout(new_layout: str) -> None:
     [lambda rank, cp_size: (0,), lambda rank, cp_size: (rank + 1,), lambda rank, cp_size: (0,) * rank],
 )
 def test_pieces_that_lose_tokens_are_refused(pieces_of, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setitem(LAYOUTS, "broken", Cut(pieces_of))
+    monkeypatch.setitem(LAYOUTS, "broken", LayoutRule(pieces_of))
     with pytest.raises(LayoutError, match=r"pieces .* of 3 ranks: every rank holds equally many"):
         SequenceLayout("broken", 3)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import warnings
 from types import SimpleNamespace
 
@@ -13,7 +14,6 @@ from megatron_lightseq.kernels.merge import merge_into
 from megatron_lightseq.kernels.registry import LONG_FOR_REFERENCE, resolve_kernel
 from megatron_lightseq.training.parallel_groups import ProcessGroups
 from megatron_lightseq.transport import BufferPool
-from megatron_lightseq.transport.buffers import MAX_SHAPES
 
 
 def test_merging_is_softmax_over_the_union() -> None:
@@ -60,24 +60,45 @@ def test_stash_is_first_in_first_out_and_checks_shapes() -> None:
         stash.pop((4, 1, 2, 8))
 
 
-def test_buffers_are_used_again_only_for_the_same_shape() -> None:
+CPU = torch.device("cpu")
+
+
+def test_buffers_are_used_again_for_the_same_number_of_bytes() -> None:
     pool = BufferPool()
-    first = pool.take((2, 3), torch.float32, torch.device("cpu"))
+    first = pool.take((200, 3), torch.float32, CPU)
+    address = first.data_ptr()
     pool.give(first)
-    assert pool.take((3, 2), torch.float32, torch.device("cpu")) is not first
-    assert pool.take((2, 3), torch.float32, torch.device("cpu")) is first
-    assert pool.take((2, 3), torch.float32, torch.device("cpu")) is not first
+    again = pool.take((3, 400), torch.bfloat16, CPU)
+    assert (again.data_ptr(), again.shape, again.dtype) == (address, (3, 400), torch.bfloat16)
+    assert pool.take((200, 3), torch.float32, CPU).data_ptr() != address
+    assert again.is_contiguous()
 
 
-def test_buffers_of_shapes_long_unused_are_given_up() -> None:
+@pytest.mark.parametrize("num_bytes", [1, 511, 512, 513, 1023, 1024, 1025, 10**6, 2**20, 2**20 + 1])
+def test_blocks_are_at_most_an_eighth_too_large(num_bytes: int) -> None:
+    tensor = BufferPool().take((num_bytes,), torch.uint8, CPU)
+    held = tensor.untyped_storage().nbytes()
+    assert num_bytes <= held <= max(512, num_bytes * 9 // 8 + 1)
+
+
+def test_free_blocks_never_hold_more_than_was_in_use() -> None:
+    """2,000 different lengths, two buffers in use at a time."""
     pool = BufferPool()
-    tensors = [
-        pool.take((length,), torch.float32, torch.device("cpu")) for length in range(1, MAX_SHAPES + 2)
-    ]
-    for tensor in tensors:
-        pool.give(tensor)
-    assert pool.take((1,), torch.float32, torch.device("cpu")) is not tensors[0]
-    assert pool.take((2,), torch.float32, torch.device("cpu")) is tensors[1]
+    rng = random.Random(0)
+    for _ in range(2000):
+        tensors = [pool.take((rng.randrange(1, 10_000),), torch.float32, CPU) for _ in range(2)]
+        for tensor in tensors:
+            pool.give(tensor)
+        assert pool.free_bytes <= 2 * 10_000 * 4 * 9 / 8
+
+
+def test_buffers_born_in_inference_mode_can_be_written_later() -> None:
+    pool = BufferPool()
+    with torch.inference_mode():
+        pool.give(pool.take((8,), torch.float32, CPU))
+    tensor = pool.take((8,), torch.float32, CPU)
+    tensor.zero_()
+    assert not tensor.is_inference()
 
 
 def test_auto_warns_before_a_long_sequence_meets_the_reference() -> None:
@@ -116,3 +137,15 @@ def test_groups_are_checked_against_the_configuration() -> None:
         groups.check(ParallelSizes(world_size=1))
     ProcessGroups.single().check(ParallelSizes(world_size=1))
     assert ProcessGroups.from_group(None) == ProcessGroups.single()
+
+
+def test_buffers_taken_in_inference_mode_may_be_written_in_training() -> None:
+    pool = BufferPool()
+    with torch.inference_mode():
+        taken = pool.take((2, 3), torch.float32, torch.device("cpu"))
+        taken.zero_()
+        pool.give(taken)
+    again = pool.take((2, 3), torch.float32, torch.device("cpu"))
+    assert again is taken
+    assert not again.is_inference()
+    again.add_(1.0)

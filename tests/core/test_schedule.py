@@ -104,7 +104,7 @@ def test_a_mesh_of_every_shape_is_valid(direction: str) -> None:
         for rows in (rows for rows in range(1, size + 1) if size % rows == 0):
             schedule = build(f"mesh:{rows}x{size // rows}", "zigzag", size, direction)
             inputs = [m for step in schedule.steps for m in step.moves if m.payload not in RESULTS]
-            # 2 chunks a rank, from each other rank of the row and of the column; without work, no transfer
+            # 2 chunks per rank, from each other rank of the row and of the column; no transfer without work
             assert len(inputs) <= 2 * size * (rows - 1 + size // rows - 1)
 
 
@@ -125,7 +125,7 @@ def test_contiguous_ring_is_the_unbalanced_ablation() -> None:
 
 
 def test_lightseq_bytes_are_those_of_the_paper() -> None:
-    """FACTS: at P = 8, MHA, the mean rank sends 7 chunk tensors and the busiest 11, before the last step's split."""
+    """At P = 8, MHA, a rank sends 7 chunk tensors on average and the busiest 11, before the last step is split."""
     shape = TensorShape(num_heads=1, num_query_groups=1, head_dim=1, element_bytes=4)
     schedule = build("lightseq", "contiguous", 8)
     shard = schedule.seq_length // 8
@@ -281,11 +281,11 @@ def test_overlap_and_bandwidth_in_the_simulation() -> None:
     schedule = build("lightseq", "contiguous", 4)
     free = simulate(schedule)
     slow = Network(name="slow", link_bytes_per_s=1e6, link_latency_s=1e-3)
-    beside, after = (simulate(schedule, Costs(overlap=overlap, network=slow)) for overlap in (True, False))
+    during, after = (simulate(schedule, Costs(overlap=overlap, network=slow)) for overlap in (True, False))
     assert free.exposed_s == 0.0
-    assert free.makespan_s < beside.makespan_s < after.makespan_s
-    assert beside.bytes_sent == after.bytes_sent
-    assert sum(beside.bytes_sent) == sum(beside.bytes_received)
+    assert free.makespan_s < during.makespan_s < after.makespan_s
+    assert during.bytes_sent == after.bytes_sent
+    assert sum(during.bytes_sent) == sum(during.bytes_received)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.kernels.cuda import GradientTargets, head_parts
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = shutil.which("g++")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_lightseq.kernels.registry import Kernel, TileMask
+from megatron_lightseq.kernels.registry import Kernel
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 
 @dataclass

@@ -129,7 +129,7 @@ def test_truncated_tokens_are_refused(lost: int, prefix: Path) -> None:
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_is_refused_or_harmless(data: st.DataObject, prefix: Path) -> None:
-    """Whatever is written over an index: DataError, or an index whose every sequence Megatron can read."""
+    """A changed index either raises DataError, or Megatron can read every sequence in it."""
     path = Path(f"{prefix}.idx")
     sound = path.read_bytes()
     start = data.draw(st.integers(0, len(sound) - 1))
@@ -150,7 +150,7 @@ def test_any_change_is_refused_or_harmless(data: st.DataObject, prefix: Path) ->
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
-def test_noise_is_no_index(content: bytes, prefix: Path) -> None:
+def test_random_bytes_are_not_an_index(content: bytes, prefix: Path) -> None:
     path = Path(f"{prefix}.idx")
     sound = path.read_bytes()
     path.write_bytes(content)
@@ -233,15 +233,15 @@ def hostile_files(folder: Path, canary: Path) -> list[Path]:
     return [raw, objects]
 
 
-def test_hostile_files_do_execute_with_plain_numpy(tmp_path: Path) -> None:
-    """The threat is real: without this, the tests below would prove nothing."""
+def test_hostile_files_are_executed_by_plain_numpy(tmp_path: Path) -> None:
+    """Shows that the threat is real; otherwise the tests below would prove nothing."""
     for path in hostile_files(tmp_path, tmp_path / "canary"):
         np.load(path, allow_pickle=True)
         assert (tmp_path / "canary").exists()
         (tmp_path / "canary").unlink()
 
 
-def test_hostile_files_are_refused_unexecuted(tmp_path: Path) -> None:
+def test_hostile_files_are_refused_without_executing_them(tmp_path: Path) -> None:
     for path in hostile_files(tmp_path, tmp_path / "canary"):
         with pytest.raises(DataError, match=r"the index cache .*\.npy is no plain array"):
             load_index_cache(path)
@@ -305,7 +305,7 @@ def test_cache_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not (tmp_path / "b.npy").exists()
 
 
-def test_the_seam_covers_every_numpy_load_of_the_two_modules_and_is_closed_again() -> None:
+def test_the_context_covers_every_numpy_load_of_the_two_modules_and_is_left_again() -> None:
     from megatron.core.datasets import blended_dataset, gpt_dataset
 
     for module in (gpt_dataset, blended_dataset):

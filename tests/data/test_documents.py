@@ -103,7 +103,7 @@ def test_text_that_only_begins_like_json_stays_text(tmp_path: Path) -> None:
         assert read(write(tmp_path / "a.txt", text)) == [text]
 
 
-def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_byte_order_mark_is_removed(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.txt", "\ufeffone\ufeff")) == ["one\ufeff"]
     counts = ReadCounts()
     files = [write(tmp_path / "only.txt", "\ufeff"), write(tmp_path / "utf16.txt", "one".encode("utf-16"))]
@@ -206,7 +206,7 @@ PARQUET = b"PAR1 and so on PAR1"
 
 
 def test_parquet_without_pyarrow_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a folder: a corpus of what lies around the data would be worse than none."""
+    """Also in a folder: a corpus of the other files in it would be worse than none."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     write(tmp_path / "texts" / "a.parquet", PARQUET)
@@ -223,7 +223,7 @@ class FakeColumn(list[Any]):
 
 
 class FakeParquet(ModuleType):
-    """What is used of pyarrow.parquet."""
+    """The part of pyarrow.parquet that is used."""
 
     class ParquetFile:
         def __init__(self, path: Path) -> None:

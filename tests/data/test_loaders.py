@@ -83,8 +83,8 @@ def test_facts_reach_the_run(built: tuple[Corpora, Datasets], prefix: Path) -> N
     assert corpora.entropy == pytest.approx(-(shares * np.log(shares)).sum())
 
 
-def test_fingerprint_is_of_contents_not_of_places(tmp_path: Path) -> None:
-    """Ranks compare it: hosts may have prepared other texts under one name."""
+def test_fingerprint_depends_on_contents_and_not_on_paths(tmp_path: Path) -> None:
+    """Ranks compare it, because hosts may have prepared different texts under the same name."""
 
     def fingerprint(prefix: Path) -> str:
         return open_corpora(config_for(str(prefix))).fingerprint
@@ -123,7 +123,7 @@ def test_seed_changes_the_order_and_nothing_else_does(config: PretrainConfig, tm
     assert order(seed=7) != first
 
 
-def test_validation_is_the_same_every_time_and_no_training_data(
+def test_validation_is_the_same_every_time_and_disjoint_from_training(
     config: PretrainConfig, built: tuple[Corpora, Datasets]
 ) -> None:
     first = rows(list(valid_iterator(config, built[1], DataShare())))
@@ -165,7 +165,7 @@ def test_making_iterators_leaves_the_global_generators_alone(
     assert np.array_equal(np.random.get_state()[1], legacy[1])
 
 
-def test_sampler_leaves_out_what_is_no_whole_group() -> None:
+def test_sampler_leaves_out_an_incomplete_group() -> None:
     sampler = ShareSampler(
         num_samples=11, consumed_samples=4, micro_batch_size=1, share=DataShare(rank=1, size=3)
     )
@@ -284,6 +284,18 @@ def test_a_cache_that_points_elsewhere_is_named(name: str, tmp_path: Path) -> No
         list(train_iterator(config, open_and_build(config)[1], DataShare()))
 
 
+def test_a_sample_of_another_length_is_refused_whether_shorter_or_longer(tmp_path: Path) -> None:
+    prefix, _ = make_corpus(tmp_path)
+    config = config_for(str(prefix), split="1,0,0")
+    corpora, _ = open_and_build(config)
+    (path,) = corpora.cache.glob("*-sample_index.npy")
+    np.save(path, shifted(np.load(path)).astype(np.load(path).dtype))
+    train = open_and_build(config)[1].train
+    for number in range(len(train)):
+        with pytest.raises(DataError, match=rf"sample {number} does not have 32 tokens"):
+            train[number]
+
+
 @pytest.mark.parametrize(
     ("kind", "text"), [("dataset", "beyond the 2 corpora"), ("dataset_sample", "beyond the samples")]
 )
@@ -323,7 +335,7 @@ def test_vocabulary_smaller_than_the_tokenizer_is_refused(prefix: Path) -> None:
 
 
 def test_split_without_a_sequence_is_refused(prefix: Path) -> None:
-    """Megatron 0.16.1 would count epochs of no tokens for ever."""
+    """Megatron 0.16.1 would count epochs without tokens in an endless loop."""
     with pytest.raises(
         DataError, match=r"the training split of .* has 40 documents with 4528 tokens.* = 8193"
     ):
@@ -340,7 +352,7 @@ def test_cache_folder_that_cannot_be_used_is_refused(prefix: Path, tmp_path: Pat
         build_datasets(config, open_corpora(config))
 
 
-def test_a_corpus_prepared_anew_meets_no_old_indexes(tmp_path: Path) -> None:
+def test_a_corpus_that_was_prepared_again_is_not_used_with_old_indexes(tmp_path: Path) -> None:
     prefix, _ = make_corpus(tmp_path)
     before, _ = open_and_build(config_for(str(prefix)))
     (tmp_path / "corpus-texts" / "new.txt").write_text("something new" * 40)

@@ -92,7 +92,7 @@ def test_facts_count_tokens_entropy_and_lengths(tmp_path: Path) -> None:
     assert read_facts(tmp_path / "corpus") == facts
 
 
-def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_files_that_are_not_text_are_skipped_and_counted(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "texts", count=3)
     (folder / "image.png").write_bytes(b"\x89PNG\0\0")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
@@ -173,7 +173,7 @@ def test_hf_tokenizer_writes_what_the_library_encodes(tmp_path: Path) -> None:
     assert facts.tokenizer == {"class": "HFTokenizer", "sha256": tokenizer.digest, "eod": str(tokenizer.eod)}
 
 
-def test_unfit_tokenizer_files_are_refused(tmp_path: Path) -> None:
+def test_unusable_tokenizer_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match=r"bad\.json cannot be read as a tokenizer"):
         load_hf_tokenizer(tmp_path / "bad.json")
@@ -184,7 +184,7 @@ def test_unfit_tokenizer_files_are_refused(tmp_path: Path) -> None:
         load_hf_tokenizer(path)
 
 
-def test_null_tokenizer_refuses_what_is_no_id() -> None:
+def test_null_tokenizer_refuses_text_that_is_not_ids() -> None:
     tokenizer = build_tokenizer(DataConfig(tokenizer_type="null", vocab_size=10))
     assert (tokenizer.vocab_size, tokenizer.eod) == (10, 9)
     assert [ids.tolist() for ids in tokenizer.encode(["1 2", ""])] == [[1, 2], []]
@@ -278,14 +278,14 @@ print(calls)
 
 
 def documents_at(prefix: Path) -> int:
-    """How many documents an index that passes every check has; 0 where there is no index."""
+    """Number of documents in an index that passes all checks; 0 without an index."""
     if not Path(f"{prefix}.idx").exists():
         return 0
     return len(check_index(prefix).lengths)
 
 
 def test_only_what_killed_processes_of_this_host_left_is_removed(tmp_path: Path) -> None:
-    """Other nodes may be preparing the same corpus at this moment, under process ids that are free here."""
+    """Other nodes may be preparing the same corpus, with process IDs that are not in use here."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     host = socket.gethostname()
@@ -302,7 +302,7 @@ def test_only_what_killed_processes_of_this_host_left_is_removed(tmp_path: Path)
 
 
 def test_kill_at_every_file_operation_leaves_no_half_index(tmp_path: Path) -> None:
-    """The old corpus stays whole until the new one is; in between there is none, and never a mixture."""
+    """The old corpus stays complete until the new one is; in between there is none, and never a mixture."""
     texts, other = write_texts(tmp_path / "texts"), write_texts(tmp_path / "other", count=25, size=300)
     outcomes = set()
     for stop in range(1, 40):

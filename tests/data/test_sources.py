@@ -1,4 +1,4 @@
-"""Which files a folder gives: links are followed, loops end, and nothing is left out without a count."""
+"""The files in a folder: links are followed, loops end, and everything that is left out is counted."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_folders_that_link_to_each_other_are_read_once(folder: Path, tmp_path: P
 
 
 def test_a_file_with_two_names_is_one_document(folder: Path) -> None:
-    """Twice in training and validation, it would make the validation loss too good."""
+    """If it were in training and validation data, the validation loss would be too low."""
     (folder / "0-link.txt").symlink_to("a.txt")
     assert read(folder) == (["a", "b"], {"link to a file that is read already": 1})
     assert {file.name for file in find_files([folder]) if file.problem is None} == {"a.txt", "deep/b.txt"}

@@ -28,7 +28,7 @@ def words(vocabulary: dict[str, int], unknown: str = "[UNK]") -> Tokenizer:
 
 
 def corpus(folder: Path, tokenizer: Tokenizer, text: str, *flags: str) -> list[int]:
-    """The tokens that the command writes; its message if it refuses."""
+    """The tokens that the command writes for the documents "one" and ``text``."""
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": text}))
     arguments = [

@@ -1,9 +1,9 @@
-"""Long-lived gloo worker processes, so that a multi-rank test costs milliseconds and not an import of torch.
+"""Worker processes with gloo that are reused, so that a multi-rank test does not import torch again.
 
 ``run_ranks(world_size, function, *args)`` calls ``function(*args)`` on every rank with torch.distributed
 initialised (gloo, loopback) and returns the results in rank order. The function must be importable by name
-(defined at module level). If a rank raises, every rank of that call is stopped and the first error is raised
-here with its traceback; the processes are started anew for the next call.
+(defined at module level). If a rank raises, all ranks of that call are stopped and the first error is raised
+here with its traceback; the next call starts new processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RankError(AssertionError):
 
 
 def _serve(pipe: Connection) -> None:
-    """Worker main loop: one message in (rank, world, store file, function, args), one result out."""
+    """Main loop of a worker: receives (rank, world size, store file, function, args), sends a result."""
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1")
     import torch
     import torch.distributed as dist
@@ -46,13 +46,13 @@ def _serve(pipe: Connection) -> None:
             dist.barrier()
             dist.destroy_process_group()
             pipe.send(("ok", result))
-        except BaseException as error:  # noqa: BLE001 - reported to the parent, whatever it is
+        except BaseException as error:  # noqa: BLE001 - any failure is reported to the parent
             pipe.send(("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
             return
 
 
 class RankPool:
-    """A growing pool of worker processes; a failed call throws all of them away."""
+    """A growing pool of worker processes; a failed call discards all of them."""
 
     def __init__(self) -> None:
         self._context = mp.get_context("spawn")

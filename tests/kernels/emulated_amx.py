@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.tile_mask import TileMask
 from tests.cuda.emulator import (
     CSRC,
     ELEMENT_TYPES,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_lightseq.kernels.cpu import CpuKernel
 from megatron_lightseq.kernels.reference import visible
-from megatron_lightseq.kernels.registry import Kernel, TileMask
+from megatron_lightseq.kernels.registry import Kernel
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

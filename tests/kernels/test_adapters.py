@@ -17,9 +17,10 @@ from megatron_lightseq.kernels import flash_attn
 from megatron_lightseq.kernels.adapters import output_with_delta
 from megatron_lightseq.kernels.flash_attn import FlashAttnKernel
 from megatron_lightseq.kernels.reference import ReferenceKernel
-from megatron_lightseq.kernels.registry import Kernel, TileMask, resolve_kernel
+from megatron_lightseq.kernels.registry import Kernel, resolve_kernel
 from megatron_lightseq.kernels.sdpa import SdpaKernel
 from megatron_lightseq.kernels.specs import kernel_names
+from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.transport import run_loopback

@@ -16,7 +16,7 @@ MIB = 1 << 20
 LONG_SEQUENCE = """
 import torch
 from megatron_lightseq.kernels.cpu import CpuKernel
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.training.reporting.memory import peak_resident_bytes
 
 def attend(tokens):

@@ -16,7 +16,8 @@ from megatron_lightseq.errors import UnsupportedError
 from megatron_lightseq.kernels import extension
 from megatron_lightseq.kernels.cpu import CpuKernel
 from megatron_lightseq.kernels.cuda import CudaKernel
-from megatron_lightseq.kernels.registry import Kernel, TileMask
+from megatron_lightseq.kernels.registry import Kernel
+from megatron_lightseq.kernels.tile_mask import TileMask
 from tests.kernels.oracle import (
     NAMES,
     Case,

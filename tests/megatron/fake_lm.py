@@ -15,6 +15,8 @@ import pytest
 ARGUMENTS = """
 import argparse
 
+from megatron.core.transformer.enums import AttnBackend
+
 
 def add_megatron_arguments(parser):
     parser.add_argument("--num-layers", type=int, default=2)
@@ -30,7 +32,16 @@ def add_megatron_arguments(parser):
     parser.add_argument("--hierarchical-context-parallel-sizes", nargs="+", type=int, default=None)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
     parser.add_argument("--reset-attention-mask", action="store_true")
-    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--attention-backend", type=lambda name: AttnBackend[name], default=AttnBackend.auto)
+    parser.add_argument("--use-flash-attn", action="store_true")
+    parser.add_argument("--no-create-attention-mask-in-dataloader", action="store_false",
+                        dest="create_attention_mask_in_dataloader")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--sft", action="store_true")
+    parser.add_argument("--cuda-graph-impl", default="none")
+    parser.add_argument("--moe-expert-capacity-factor", type=float, default=None)
+    parser.add_argument("--moe-router-load-balancing-type", nargs="+", default="aux_loss")
     parser.add_argument("--transformer-impl", default="transformer_engine")
     parser.add_argument("--distributed-backend", default="nccl")
     parser.add_argument("--no-rope-fusion", action="store_false", dest="apply_rope_fusion")
@@ -78,7 +89,7 @@ def main():
     where = torch.zeros(1, device="cuda").cuda(non_blocking=True).device
     wired = get_batch_on_this_cp_rank.__closure__ is not None
     seen = {"device": str(where), "wired": wired, "argv": sys.argv[1:], "module": __name__, "args": vars(args)}
-    print(json.dumps(seen))
+    print(json.dumps(seen, default=str))
 
 
 if __name__ == "__main__":

@@ -185,14 +185,14 @@ CONSTRUCTION = {
     "flash_decode = True": ({"flash_decode": True}, {}),
     "attention_type = 'cross'": ({}, {"attention_type": "cross"}),
     "num_splits = 4": ({}, {"num_splits": 4}),
-    "the option sliding_sinks = 4": ({}, {"sliding_sinks": 4}),
+    "the constructor argument sliding_sinks = 4": ({}, {"sliding_sinks": 4}),
 }
 
 
 @pytest.mark.parametrize("name", CONSTRUCTION)
 def test_refuses_at_construction(name: str) -> None:
     settings, options = CONSTRUCTION[name]
-    with pytest.raises(UnsupportedError, match=f"{name.strip()}.*does not support it.*Switch it off"):
+    with pytest.raises(UnsupportedError, match=f"{name}.*: LightSeq attention refuses it, because "):
         build(transformer_config(**settings), **options)
 
 
@@ -205,7 +205,9 @@ def test_accepts_options_that_change_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["attention_bias", "packed_seq_params", "something_new"])
 def test_refuses_at_call(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"the forward argument {name} = Tensor: .*have to ignore"):
+    with pytest.raises(
+        UnsupportedError, match=f"the forward argument {name} = Tensor: LightSeq attention refuses it"
+    ):
         build(transformer_config())(*qkv(), None, **{name: torch.zeros(1)})
 
 
@@ -222,6 +224,6 @@ def test_refuses_to_run_in_a_model_that_was_not_told_the_layout() -> None:
     attention = build(transformer_config())
     attention.layout = SequenceLayout.contiguous(2)
     with pytest.raises(
-        LayoutError, match=r"contiguous\(2\) in a model that was not told.*future tokens.*adopt_layout"
+        LayoutError, match=r"contiguous\(2\) in a model that has not adopted it.*future tokens.*adopt_layout"
     ):
         attention(*qkv(), None)

@@ -26,7 +26,9 @@ def platform() -> Iterator[None]:
 def test_refuses_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    with pytest.raises(UnsupportedError, match=r"3 CUDA device.* never do so beside a GPU\. .*hide the GPUs"):
+    with pytest.raises(
+        UnsupportedError, match=r"3 CUDA device.* must not be used with a GPU\. .*hide the GPUs"
+    ):
         cpu_platform.activate()
     assert not cpu_platform.is_active()
 

@@ -1,11 +1,13 @@
-"""Experts train alike on any number of ranks; what Megatron does by itself would not."""
+"""Experts train the same way on any number of ranks; with Megatron's own routers and weights they would not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from tests.megatron.runs import on_ranks, train
 
@@ -14,12 +16,12 @@ APART = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
 
 
 def megatrons_router() -> Callable[[], None]:
-    """Each rank multiplies its share of the load balancing loss by its own tokens."""
+    """Each rank multiplies its part of the load balancing loss by its own tokens."""
     from megatron_lightseq.megatron.fixes import apply
 
-    ours = apply.weigh_whole_batches
-    apply.weigh_whole_batches = lambda model: 0
-    return lambda: setattr(apply, "weigh_whole_batches", ours)
+    ours = apply.weigh_auxiliary_losses
+    apply.weigh_auxiliary_losses = lambda model: 0
+    return lambda: setattr(apply, "weigh_auxiliary_losses", ours)
 
 
 def local_numbers() -> Callable[[], None]:
@@ -37,7 +39,7 @@ def local_numbers() -> Callable[[], None]:
     return lambda: setattr(experts, "NamedExperts", ours)
 
 
-def test_experts_train_like_one_rank_and_megatrons_habits_would_not() -> None:
+def test_experts_train_like_one_rank_and_with_megatrons_habits_they_would_not() -> None:
     single = on_ranks(1, train, EXPERTS)[0]
     for run in on_ranks(2, train, {**EXPERTS, **APART}):
         assert run.losses == pytest.approx(single.losses, rel=1e-5)
@@ -63,6 +65,212 @@ def test_the_load_balancing_loss_that_is_reported_is_1_where_experts_are_balance
         assert run.load_balancing_losses == pytest.approx([1.0] * 3, rel=1e-5)
 
 
+# --- the weight of every auxiliary term -----------------------------------------------------------------------------
+
+TERMS: dict[str, dict[str, Any]] = {
+    "load balancing": {"moe_aux_loss_coeff": 0.5, "moe_router_load_balancing_type": "aux_loss"},
+    "load balancing by sequence": {
+        "moe_aux_loss_coeff": 0.5,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+    },
+    "load balancing over the global batch": {
+        "moe_aux_loss_coeff": 0.5,
+        "moe_router_load_balancing_type": "global_aux_loss",
+    },
+    "z-loss": {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.2},
+    "several": {
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.3, 0.4],
+        "moe_z_loss_coeff": 0.1,
+    },
+    "multi-token prediction": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 1.0},
+}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "micro-batches of 2": (1, {"micro_batch_size": 2}),
+    "CP 2": (2, CP2),
+    "CP 2, micro-batches of 2": (2, {**CP2, "micro_batch_size": 2}),
+    "TP 2": (2, TP2),
+    "EP 2 over DP 2": (2, {"expert_model_parallel_size": 2}),
+    "DP 2, micro-batches of 2": (2, {"micro_batch_size": 2}),
+    "PP 2": (2, {"pipeline_model_parallel_size": 2}),
+    "TP 2 x CP 2": (4, {**TP2, **CP2}),
+    "CP 2 x DP 2": (4, CP2),
+}
+
+
+def _one_step(
+    term: dict[str, Any],
+    layout: dict[str, Any],
+    per_token: bool,
+    same: bool,
+    habit: Callable[[], Any] | None = None,
+) -> tuple[float, float]:
+    """Gradient norm and loss of one step; ``same``: all sequences are equal; ``habit``: brings a fault back."""
+    from unittest.mock import patch
+
+    from megatron_lightseq.training import setup
+
+    translated = setup.transformer_config
+    extra = {name: value for name, value in term.items() if name.startswith("moe")}
+
+    def with_terms(*args: Any) -> Any:
+        config = translated(*args)
+        for name, value in extra.items():
+            setattr(config, name, value)
+        return config
+
+    settings = {
+        **EXPERTS,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_load_balancing_type": "none",
+        "calculate_per_token_loss": per_token,
+        "train_iters": 1,
+        **{name: value for name, value in term.items() if name.startswith("mtp")},
+        **layout,
+    }
+    with patch.object(setup, "transformer_config", with_terms):
+        run = train(settings, partial(_equal_sequences, same, habit))
+    return run.grad_norms[0], run.losses[0]
+
+
+def _equal_sequences(same: bool, habit: Callable[[], Any] | None) -> Callable[[], None]:
+    """Let every rank and micro-batch read the same sequence, without a loss mask."""
+    from tests.megatron import runs
+
+    original = runs.batches
+
+    def batches(training: Any, step: int) -> Any:
+        for batch in original(training, step):
+            length = batch["tokens"].shape[1]
+            row = (torch.arange(length + 1) * 3 % runs.VOCAB_SIZE)[None]
+            micro = len(batch["tokens"])
+            yield {
+                **batch,
+                "tokens": row[:, :-1].repeat(micro, 1),
+                "labels": row[:, 1:].repeat(micro, 1),
+                "loss_mask": torch.ones(micro, length),
+            }
+
+    if same:
+        runs.batches = batches
+    undo = habit() if habit is not None else None
+
+    def undo_all() -> None:
+        runs.batches = original
+        if undo is not None:
+            undo()
+
+    return undo_all
+
+
+def _depends_on_micro_batches(term: str, layout: dict[str, Any]) -> bool:
+    """Whether a term is a mean over a micro-batch, or over the micro-batches so far, by definition."""
+    changed = layout.get("micro_batch_size", 1) > 1
+    return term in ("load balancing", "several") and changed
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["per token", "per micro-batch"])
+@pytest.mark.parametrize("term", TERMS)
+def test_every_auxiliary_term_weighs_the_same_on_any_number_of_ranks(term: str, per_token: bool) -> None:
+    """With equal sequences where a term depends on what a micro-batch holds, else with different ones."""
+    expected = {same: on_ranks(1, _one_step, TERMS[term], {}, per_token, same)[0] for same in (True, False)}
+    without = on_ranks(1, _one_step, {}, {}, per_token, False)[0]
+    assert expected[False][0] != pytest.approx(without[0], rel=1e-2), "the term counts"
+    for name, (size, layout) in LAYOUTS.items():
+        over_all = (
+            term == "load balancing over the global batch" and size * layout.get("micro_batch_size", 1) > 1
+        )
+        by_micro_batch = not per_token and ("DP" in name or "micro" in name)  # which weighs tokens unequally
+        same = over_all or by_micro_batch or _depends_on_micro_batches(term, layout)
+        for found in on_ranks(size, _one_step, TERMS[term], layout, per_token, same):
+            assert found == pytest.approx(expected[same], rel=2e-5), name
+
+
+@pytest.mark.parametrize(
+    ("term", "size", "layout"),
+    [
+        ("load balancing", 2, CP2),
+        ("z-loss", 2, CP2),
+        ("load balancing by sequence", 1, {"micro_batch_size": 2}),
+        ("load balancing over the global batch", 2, {}),
+    ],
+)
+def test_with_megatrons_own_weights_they_would_not(term: str, size: int, layout: dict[str, Any]) -> None:
+    same = term == "load balancing over the global batch"
+    (expected,) = on_ranks(1, _one_step, TERMS[term], {}, True, same)
+    found = on_ranks(size, _one_step, TERMS[term], layout, True, same, megatrons_router)[0]
+    assert found[0] != pytest.approx(expected[0], rel=1e-3)
+
+
+# --- padding --------------------------------------------------------------------------------------------------------
+
+
+def _padded(kind: str, per_token: bool, size: int) -> torch.Tensor:
+    """The gradient that an auxiliary term alone gives a router, where most of the second half is padding."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec, shard_batch
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
+
+    cpu_platform.activate()
+    parallel_state.initialize_model_parallel(context_parallel_size=size, create_gloo_process_groups=False)
+    torch.manual_seed(0)
+    model_parallel_cuda_manual_seed(0)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_moe_experts=4,
+        context_parallel_size=size,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=0.3,
+        use_cpu_initialization=True,
+        calculate_per_token_loss=per_token,
+        moe_router_load_balancing_type=kind if kind != "z-loss" else "none",
+        moe_aux_loss_coeff=0.5 if kind != "z-loss" else 0.0,
+        moe_z_loss_coeff=0.5 if kind == "z-loss" else None,
+    )
+    model = GPTModel(config, gpt_layer_spec(config), 64, 16, position_embedding_type="rope")
+    layout = adopt_layout(model)
+    tokens = torch.arange(32).view(2, 16) * 5 % 64
+    padding = torch.zeros(2, 16, dtype=torch.bool)
+    padding[0, 10:], padding[1, 13:] = True, True
+    whole = {"tokens": tokens, "position_ids": torch.arange(16).expand(2, -1), "padding_mask": padding}
+    shard = shard_batch(whole, layout, dist.get_rank())
+    out = model(
+        shard["tokens"],
+        shard["position_ids"],
+        None,
+        labels=shard["tokens"],
+        padding_mask=shard["padding_mask"],
+    )
+    (out.sum() * 0).backward()
+    gradient: torch.Tensor = model.decoder.layers[0].mlp.router.weight.grad
+    dist.all_reduce(gradient)
+    parallel_state.destroy_model_parallel()
+    return gradient
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss", "z-loss"])
+def test_padding_counts_on_no_rank(kind: str, per_token: bool) -> None:
+    (expected,) = on_ranks(1, _padded, kind, per_token, 1)
+    assert expected.norm() > 1e-3
+    for found in on_ranks(2, _padded, kind, per_token, 2):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+# --- in programs of one's own ---------------------------------------------------------------------------------------
+
+
 class Ranks:
     """A process group as far as its size goes."""
 
@@ -72,14 +280,13 @@ class Ranks:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(("per_token", "weight"), [(True, 3 * 5), (False, 1)])
-def test_routers_of_any_model_are_mended_once(per_token: bool, weight: int) -> None:
-    import torch
+def test_routers_of_any_model_are_fixed_once(per_token: bool, weight: int) -> None:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec
-    from megatron_lightseq.megatron.fixes.experts import weigh_whole_batches
+    from megatron_lightseq.megatron.fixes.experts import weigh_auxiliary_losses
 
     config = TransformerConfig(
         num_layers=1,
@@ -93,21 +300,50 @@ def test_routers_of_any_model_are_mended_once(per_token: bool, weight: int) -> N
     )
     model = GPTModel(config, gpt_layer_spec(config), 64, 16)
     adopt_layout(model)
-    assert weigh_whole_batches(model) == 0, "adopt_layout has done it"
+    assert weigh_auxiliary_losses(model) == 0, "adopt_layout has done it"
     router = model.decoder.layers[0].mlp.router
     router.tp_cp_group = Ranks()
+    router.eval().routing(
+        torch.randn(5, 1, 2)
+    )  # counts tokens; auxiliary losses are computed in training only
     loss = torch.tensor(0.7, requires_grad=True)
     activation = torch.zeros(5, 2, requires_grad=True)
-    books = get_moe_layer_wise_logging_tracker()
-    books.clear()
+    tracker = get_moe_layer_wise_logging_tracker()
+    tracker.clear()
     attached = router.attach_and_log_load_balancing_loss(activation, 0.5, loss, "load", router.tp_cp_group)
     attached.sum().backward()
     assert loss.grad == weight
-    assert books.pop("load")["values"].tolist() == [pytest.approx(1.4)], "logged without its coefficient"
+    assert tracker.pop("load")["values"].tolist() == [pytest.approx(1.4)], "logged without its coefficient"
 
 
-def _uneven() -> tuple[list[float], list[float]]:
-    import torch
+# --- routing by local tokens ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    "routing", [{"moe_expert_capacity_factor": 1.0}, {"moe_router_load_balancing_type": "sinkhorn"}]
+)
+def test_routing_by_local_tokens_is_refused_where_tokens_are_cut(routing: dict[str, Any]) -> None:
+    from megatron_lightseq.errors import UnsupportedError
+    from tests.megatron.test_core_attention import build, transformer_config
+
+    config = transformer_config(num_moe_experts=2, add_bias_linear=False, **routing)
+    build(config)
+    for cut in ({"context_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}):
+        config = transformer_config(num_moe_experts=2, add_bias_linear=False, **routing)
+        for name, value in cut.items():
+            setattr(config, name, value)
+        expected = (
+            rf"{next(iter(routing))} = .* cut over ranks.* each rank would count its own tokens only.* Use "
+        )
+        with pytest.raises(UnsupportedError, match=expected):
+            build(config)
+
+
+# --- collectives ----------------------------------------------------------------------------------------------------
+
+
+def _unequal_parts() -> tuple[list[float], list[float]]:
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
 
@@ -123,5 +359,5 @@ def _uneven() -> tuple[list[float], list[float]]:
 
 def test_ranks_may_gather_and_scatter_unequal_parts() -> None:
     whole = [0.0, 1.0, 1.0, 2.0, 2.0, 2.0]
-    results = on_ranks(3, _uneven)
+    results = on_ranks(3, _unequal_parts)
     assert results == [(whole, [3.0 * rank] * (rank + 1)) for rank in range(3)]

@@ -42,6 +42,36 @@ def test_shards_hold_the_positions_of_the_layout(name: str) -> None:
         assert torch.equal(shard["attention_mask"], whole["attention_mask"][:, :, positions])
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_entries_are_cut_along_their_tokens_by_shape(size: int) -> None:
+    """A padding mask is (B, S), a mask of queries and keys (B, 1, S, S), and positions of several axes (3, B, S)."""
+    layout, local = SequenceLayout.contiguous(size), LENGTH // size
+    padding = torch.rand(2, LENGTH) > 0.5
+    batch = {"attention_mask": padding, "padding_mask": padding, "position_ids": torch.rand(3, 2, LENGTH)}
+    shard = shard_batch(batch, layout, size - 1)
+    for name, tensor in batch.items():
+        assert torch.equal(shard[name], tensor[..., LENGTH - local :])
+    square = torch.rand(1, 1, LENGTH, LENGTH) > 0.5
+    shard = shard_batch({"attention_mask": square}, layout, size - 1)
+    assert torch.equal(shard["attention_mask"], square[:, :, LENGTH - local :])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("attention_mask", (2, 1, 1, 16)),
+        ("attention_mask", (2, 16, 16)),
+        ("tokens", (16,)),
+        ("labels", (2, 16, 1)),
+    ],
+)
+def test_entries_of_other_shapes_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"batch entry '{name}' of shape .*\(B, seq_length\).*Give it in this shape"
+    ):
+        shard_batch({name: torch.zeros(shape)}, SequenceLayout.contiguous(2), 0)
+
+
 def test_zigzag_shards_are_megatrons() -> None:
     for ours, theirs in on_ranks(4, _zigzag_shards):
         assert ours.keys() == theirs.keys()
@@ -64,8 +94,12 @@ def test_one_rank_keeps_the_batch() -> None:
 
 
 def test_unknown_entries_and_lengths_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"batch entry 'cu_seqlens': .*tokens, labels.*Take it out"):
+    with pytest.raises(
+        ConfigError, match=r"batch entry 'cu_seqlens' of shape \(3,\): tokens, labels.*Take it out"
+    ):
         shard_batch({"cu_seqlens": torch.zeros(3)}, SequenceLayout.contiguous(2), 0)
+    with pytest.raises(LayoutError, match=r"tokens of 16 tokens, labels of 8 tokens, .*same sequences"):
+        shard_batch({**whole_batch(), "labels": torch.zeros(2, 8)}, SequenceLayout.contiguous(2), 0)
     with pytest.raises(LayoutError, match=r"seq_length 16 over cp_size 3: .*multiple of"):
         shard_batch(whole_batch(), SequenceLayout.contiguous(3), 0)
 
@@ -127,7 +161,9 @@ def test_rotary_embeddings_that_cut_themselves_are_refused() -> None:
     model = torch.nn.Module()
     model.rotary_pos_emb = MultimodalRotaryEmbedding(8, 1.0)
     adopt_rotary(model, SequenceLayout.zigzag(2), 0)
-    with pytest.raises(UnsupportedError, match=r"Multimodal.* with layout contiguous\(2\): .*zigzag itself"):
+    with pytest.raises(
+        UnsupportedError, match=r"Multimodal.* with layout contiguous\(2\): .*itself, by Megatron's zigzag"
+    ):
         adopt_rotary(model, SequenceLayout.contiguous(2), 0)
     with pytest.raises(UnsupportedError, match=r"rotary embedding with packed_seq: .*unpacked"):
         LayoutRotaryEmbedding(model.rotary_pos_emb, SequenceLayout.zigzag(2), 0)(LENGTH, packed_seq=True)
@@ -135,6 +171,53 @@ def test_rotary_embeddings_that_cut_themselves_are_refused() -> None:
         UnsupportedError, match=r"apply_rope_fusion with latent.*Switch apply_rope_fusion off"
     ):
         LayoutRotaryEmbedding(model.rotary_pos_emb, SequenceLayout.zigzag(2), 0).get_cached_cos_sin(LENGTH)
+
+
+def _yarn(size: int, original: int) -> list[torch.Tensor]:
+    """The angles of this rank, in a model with latent attention and YaRN."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import MLATransformerConfig
+
+    from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
+
+    cpu_platform.activate()
+    parallel_state.initialize_model_parallel(context_parallel_size=size, create_gloo_process_groups=False)
+    model_parallel_cuda_manual_seed(1)
+    config = MLATransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        context_parallel_size=size,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        multi_latent_attention=True,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_head_dim=8,
+        qk_pos_emb_head_dim=8,
+        v_head_dim=8,
+        rope_type="yarn",
+        original_max_position_embeddings=original,
+    )
+    model = GPTModel(config, gpt_layer_spec(config), VOCAB_SIZE, 48, position_embedding_type="rope")
+    adopt_layout(model)
+    angles, scale = model.decoder.layers[0].self_attention.rotary_pos_emb(48)
+    parts = [torch.empty_like(angles) for _ in range(size)]
+    dist.all_gather(parts, angles)
+    parallel_state.destroy_model_parallel()
+    return [torch.cat(parts), torch.tensor(scale)]
+
+
+@pytest.mark.parametrize("original", [4096, 7])
+def test_yarn_works_on_any_number_of_ranks(original: int) -> None:
+    """Megatron fills a table of ``original`` positions while it is built, and cuts it by zigzag."""
+    (expected,) = on_ranks(1, _yarn, 1, original)
+    for found in on_ranks(3, _yarn, 3, original):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # --- a user's own GPTModel --------------------------------------------------------------------------------------
@@ -270,7 +353,7 @@ def _without_positions() -> str:
 
 def test_data_that_cannot_be_checked_is_refused() -> None:
     for message in on_ranks(2, _without_positions):
-        assert "a batch without position_ids that shard_batch did not cut" in message
+        assert "a batch without position_ids, which shard_batch did not cut" in message
 
 
 def _unadopted() -> str:

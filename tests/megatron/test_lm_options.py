@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_lightseq.attention import AttentionStats
-from megatron_lightseq.errors import ConfigError, UnsupportedError
+from megatron_lightseq.config.megatron_option import Option
+from megatron_lightseq.config.megatron_options import launcher_options
+from megatron_lightseq.errors import ConfigError
 from megatron_lightseq.megatron.lm.options import (
     KEYS,
     LmOptions,
@@ -18,12 +22,7 @@ from megatron_lightseq.megatron.lm.options import (
     options_from_environment,
     options_from_flags,
 )
-from megatron_lightseq.megatron.lm.refusals import (
-    LOSS_TILE_REFUSALS,
-    MLP_TILE_REFUSALS,
-    REFUSALS,
-    check_arguments,
-)
+from megatron_lightseq.megatron.lm.refusals import refusals
 
 
 def parsed(*flags: str) -> LmOptions:
@@ -31,8 +30,9 @@ def parsed(*flags: str) -> LmOptions:
 
 
 def settings(options: LmOptions, **arguments: Any) -> Any:
-    from megatron_lightseq.megatron.lm.settings import core_attention_settings
+    from megatron_lightseq.megatron.lm.settings import core_attention_settings, violated_rules
 
+    assert not violated_rules(options, SimpleNamespace(**arguments))
     return core_attention_settings(options, SimpleNamespace(**arguments), AttentionStats())
 
 
@@ -86,7 +86,9 @@ def test_flags_have_help_of_their_own() -> None:
 
 
 def test_a_namespace_without_our_flags_comes_from_a_yaml_file() -> None:
-    with pytest.raises(ConfigError, match=r"--yaml-cfg.*cp_method.*cannot be read there.*as flags"):
+    with pytest.raises(
+        ConfigError, match=r"--yaml-cfg.*cp_method.*can only be read from the command line.*as flags"
+    ):
         options_from_flags(argparse.Namespace(num_layers=2))
 
 
@@ -122,7 +124,7 @@ def test_wrong_variables_are_named(variables: dict[str, str], message: str) -> N
 def test_megatrons_own_arguments_do_not_belong_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "cp.yaml"
     file.write_text("num_layers: 2\n")
-    with pytest.raises(ConfigError, match=r"'num_layers' .*cp\.yaml.*MLS_CONFIG holds the keys cp_method"):
+    with pytest.raises(ConfigError, match=r"'num_layers' .*cp\.yaml.*MLS_CONFIG may hold the keys cp_method"):
         options_from_environment({"MLS_CONFIG": str(file)})
 
 
@@ -156,54 +158,83 @@ def test_auto_chooses_a_layout_from_megatrons_arguments() -> None:
 @pytest.mark.parametrize(
     ("flags", "arguments", "message"),
     [
-        (["--cp-layout", "zigzag"], {}, r"cp_layout zigzag.*: lightseq works on contiguous shards"),
+        (["--cp-layout", "zigzag"], {}, r"cp_layout zigzag, .*lightseq works on contiguous shards"),
         (
             ["--cp-method", "usp", "--cp-ulysses-size", "3"],
             {"context_parallel_size": 4},
-            r"divides the number",
+            r"cp_ulysses_size 3, .*divides the number of ranks",
         ),
         (
             [],
             {"cp_comm_type": ["p2p", "a2a"], "num_layers": 3},
             r"one value for all layers, or one value per layer",
         ),
-        ([], {"attention_dropout": 0.1}, r"attention_dropout 0\.1: .*dropout would apply"),
     ],
 )
 def test_rules_of_context_parallelism_hold(flags: list[str], arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        settings(parsed(*flags), **arguments)
+    from megatron_lightseq.megatron.lm.settings import violated_rules
+
+    (problem,) = violated_rules(parsed(*flags), SimpleNamespace(**arguments))
+    assert re.search(message, problem)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
 
-HARMLESS = {"attention_backend": "auto", "transformer_impl": "local", "cuda_graph_impl": "none"}
+REFUSED = [(name, option) for name, option in launcher_options() if option.in_launcher == "refused"]
+DEFAULTS = {"transformer_impl": "local", "cuda_graph_impl": "none"}
+"""Of refused arguments, where they are not None or False."""
+CUT = {
+    "context_parallel_size": 2,
+    "tensor_model_parallel_size": 2,
+    "micro_batch_size": 2,
+    "mlp_tile_tokens": 8,
+    "loss_tile_tokens": 8,
+}
+"""Conditions of refusals."""
+
+
+class Choice(Enum):
+    """An argument whose values are an enumeration's."""
+
+    auto = 1
+    flash = 2
 
 
 def test_an_ordinary_run_is_not_refused() -> None:
-    check_arguments(
-        SimpleNamespace(**HARMLESS, attention_dropout=0.0, reset_attention_mask=False, fp16=False)
-    )
-    check_arguments(SimpleNamespace(attention_backend=SimpleNamespace(name="auto")))
+    ordinary = {**dict.fromkeys((name for name, _ in REFUSED)), **DEFAULTS, "attention_dropout": 0.0}
+    assert refusals(SimpleNamespace(**ordinary), {}) == []
+    assert refusals(SimpleNamespace(), {}) == [], "an older version lacks arguments"
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.argument)
-def test_every_argument_that_would_be_ignored_is_refused_by_name(refusal: Any) -> None:
-    words = {"attention_backend": SimpleNamespace(name="flash"), "cuda_graph_impl": "local"}
-    value = words.get(
-        refusal.argument, "inference_optimized" if refusal.argument == "transformer_impl" else True
-    )
-    flag = refusal.argument.replace("_", "-")
-    with pytest.raises(UnsupportedError, match=rf"--{flag}.*{refusal.remedy}"):
-        check_arguments(SimpleNamespace(**{**HARMLESS, refusal.argument: value}))
+@pytest.mark.parametrize(("name", "option"), REFUSED, ids=[name for name, _ in REFUSED])
+def test_every_argument_that_would_be_ignored_is_refused_by_name(name: str, option: Option) -> None:
+    value = option.only[0] if option.only else Choice.flash
+    given = {**DEFAULTS, name: value}
+    always = [other for names, other in REFUSED if names == name and other.condition is None]
+    assert len(refusals(SimpleNamespace(**given), {})) == len(always)
+    messages = refusals(SimpleNamespace(**given, **CUT), {"mlp_tile_tokens": 8})
+    (message,) = [each for each in messages if option.reason in each]
+    assert message.startswith(f"--{name.replace('_', '-')} {getattr(value, 'name', value)}")
+    condition = "" if option.condition is None else option.condition.text.split("_")[0]
+    assert condition in message.replace("--", "")
 
 
-@pytest.mark.parametrize(
-    "refusal", [*LOSS_TILE_REFUSALS, *MLP_TILE_REFUSALS], ids=lambda refusal: refusal.argument
-)
-def test_what_tiles_cannot_honour_is_refused_with_them_only(refusal: Any) -> None:
-    given = SimpleNamespace(**{refusal.argument: ["mlp"] if refusal.argument == "recompute_modules" else 1})
-    check_arguments(given)
-    flag = refusal.argument.replace("_", "-")
-    with pytest.raises(UnsupportedError, match=rf"--{flag}.*{refusal.remedy}"):
-        check_arguments(given, [refusal])
+def test_what_slices_cannot_honour_is_refused_with_them_only() -> None:
+    arguments = SimpleNamespace(mtp_num_layers=1, recompute_modules=["mlp", "core_attn"], num_experts=4)
+    assert refusals(arguments, {"mlp_tile_tokens": None, "loss_tile_tokens": None}) == []
+    both = refusals(arguments, {"mlp_tile_tokens": 5, "loss_tile_tokens": 5})
+    assert [message.split(":")[0] for message in both] == [
+        "--recompute-modules mlp core_attn with --mlp-tile-tokens",
+        "--num-experts 4 with --mlp-tile-tokens",
+        "--mtp-num-layers 1 with --loss-tile-tokens",
+    ]
+    assert "Leave --mlp-tile-tokens out" in both[1]
+
+
+def test_no_remedy_removes_what_changes_the_model() -> None:
+    """Dropping an argument is advised for our own options, and where results stay the same."""
+    same = {"mla_down_proj_fusion", "tp_comm_overlap", "recompute_modules"}
+    for name, option in REFUSED:
+        removes = option.remedy.lower().startswith(("remove", "leave", "switch"))
+        ours = "_tile_tokens out" in option.remedy
+        assert not removes or ours or name in same, f"{name}: {option.remedy}"

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
+import os
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_lightseq.config.flat import keys
+from megatron_lightseq.config.megatron_option import Kind
+from megatron_lightseq.config.megatron_options import OPTIONS, recipe_spellings
 from megatron_lightseq.errors import UnsupportedError
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.megatron.options import CONFIG, CONSTRUCTOR, FORWARD, RELATED, Option, first_refused
+from megatron_lightseq.megatron.options import ARGUMENTS, FIELDS, RELATED, refused_fields
 from tests.megatron.runs import on_ranks
+
+HOW_TO_CLASSIFY = (
+    "has options whose names speak of attention and that are not in config/megatron_options.py: {}. Say of each "
+    "whether it is honoured (and test it), refused, replaced, or acts outside of attention"
+)
 
 
 def config_fields() -> dict[str, Any]:
@@ -29,12 +41,26 @@ def config_fields() -> dict[str, Any]:
 def test_every_option_of_the_installed_megatron_is_classified() -> None:
     from megatron.core import __version__
 
-    unknown = sorted(name for name in config_fields() if RELATED.search(name) and name not in CONFIG)
-    assert not unknown, (
-        f"megatron-core {__version__} has options whose names speak of attention and that are not in "
-        f"megatron_lightseq/megatron/options.py: {', '.join(unknown)}. Say of each whether it is honoured "
-        "(and test it), refused, or has its effect elsewhere"
-    )
+    unknown = sorted(name for name in config_fields() if RELATED.search(name) and name not in FIELDS)
+    assert not unknown, f"megatron-core {__version__} {HOW_TO_CLASSIFY.format(', '.join(unknown))}"
+
+
+@pytest.mark.skipif(
+    "MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no checkout of Megatron-LM"
+)
+def test_every_option_of_a_checkout_is_classified() -> None:
+    core = Path(os.environ["MEGATRON_LM_PATH"]) / "megatron" / "core"
+    fields = {
+        statement.target.id
+        for path in (core / "transformer" / "transformer_config.py", core / "model_parallel_config.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+    unknown = sorted(name for name in fields if RELATED.search(name) and name not in FIELDS)
+    assert len(fields) > 200
+    assert not unknown, f"{core} {HOW_TO_CLASSIFY.format(', '.join(unknown))}"
 
 
 def test_the_pattern_finds_what_a_new_version_might_bring() -> None:
@@ -49,46 +75,94 @@ def test_the_pattern_finds_what_a_new_version_might_bring() -> None:
     assert not RELATED.search("hidden_size")
 
 
-@pytest.mark.parametrize("table", [CONSTRUCTOR, FORWARD], ids=["constructor", "forward"])
-def test_every_argument_of_megatrons_attention_is_classified(table: dict[str, Option]) -> None:
+@pytest.mark.parametrize("kind", ["constructor", "forward"])
+def test_every_argument_of_megatrons_attention_is_classified(kind: Kind) -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    method = DotProductAttention.__init__ if table is CONSTRUCTOR else DotProductAttention.forward
+    method = DotProductAttention.__init__ if kind == "constructor" else DotProductAttention.forward
     arguments = set(inspect.signature(method).parameters) - {"self"}
-    assert not arguments - table.keys(), "an argument that nobody has thought about"
+    assert not arguments - ARGUMENTS[kind].keys(), "an argument that nobody has thought about"
+
+
+def test_the_table_is_consistent() -> None:
+    for kind in ("field", "constructor", "forward"):
+        names = [
+            name for option in OPTIONS if option.attention and option.kind == kind for name in option.names
+        ]
+        assert len(names) == len(set(names)), "attention does one thing with each option"
+    own = {name for option in OPTIONS if option.recipe == "key" for name in option.names}
+    assert own <= set(keys())
+    assert not recipe_spellings().keys() & set(keys())
+    for option in OPTIONS:
+        if "refused" in (option.attention, option.launcher):
+            assert option.reason
+            assert not option.remedy.endswith("."), "messages add the full stop"
 
 
 def test_defaults_ask_for_nothing_but_dropout() -> None:
-    from types import SimpleNamespace
-
     defaults = {name: value for name, value in config_fields().items() if value is not dataclasses.MISSING}
-    assert first_refused(SimpleNamespace(**{**defaults, "attention_dropout": 0.0})) is None
-    name, _ = first_refused(SimpleNamespace(**defaults)) or ("", None)
-    assert name == "attention_dropout"
+    for size in (1, 2):
+        config = {**defaults, "context_parallel_size": size}
+        assert not list(refused_fields(SimpleNamespace(**{**config, "attention_dropout": 0.0})))
+        (message,) = refused_fields(SimpleNamespace(**config))
+        assert message.startswith("attention_dropout = 0.1: ")
 
 
-REFUSED = {name: option for name, option in CONFIG.items() if option.verdict == "refused"}
+REFUSED = {name: option for name, option in FIELDS.items() if option.attention == "refused"}
 OTHER_VALUES: dict[str, Any] = {
     "cuda_graph_impl": "local",
     "attention_dropout": 0.5,
     "max_seqlen_per_dp_cp_rank": 8,
+    "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"],
 }
 
 
-@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_table_refuses_is_refused_by_name(name: str) -> None:
-    from megatron.core.transformer.enums import AttnBackend
+    option = REFUSED[name]
+    config = SimpleNamespace(**{name: OTHER_VALUES.get(name, True)})
+    if option.condition is not None:
+        assert not list(refused_fields(config)), "unless its condition holds"
+        config.context_parallel_size = 2
+    (message,) = refused_fields(config)
+    assert message.startswith(f"{name} = ")
+    assert f": LightSeq attention refuses it, because {option.reason}. {option.remedy}." in message
 
+
+@pytest.mark.usefixtures("one_rank")
+def test_attention_is_not_built_with_refused_options_and_names_them_all() -> None:
     from tests.megatron.test_core_attention import build, transformer_config
 
     config = transformer_config()
-    setattr(config, name, AttnBackend.flash if name == "attention_backend" else OTHER_VALUES.get(name, True))
+    config.qk_clip, config.flash_decode, config.cuda_graph_impl = True, True, "local"
     with pytest.raises(UnsupportedError) as caught:
-        build(config)
-    assert name in str(caught.value)
-    assert REFUSED[name].reason in str(caught.value)
-    assert REFUSED[name].remedy in str(caught.value)
+        build(config, attention_dropout=0.1, num_splits=4)
+    first, *problems = str(caught.value).splitlines()
+    assert first == "5 options are not supported:"
+    named = ("qk_clip", "cuda_graph_impl", "flash_decode", "constructor argument attention_dropout = 0.1")
+    assert all(any(name in problem for problem in problems) for name in (*named, "num_splits = 4"))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_options_that_select_a_kernel_are_replaced_with_one_line_of_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_lightseq.megatron import notes
+    from tests.megatron.test_core_attention import build, transformer_config
+
+    notes.note_once.cache_clear()
+    config = transformer_config()
+    build(config)
+    assert not caplog.records
+    config.attention_backend = AttnBackend.flash
+    for layer in (1, 2):
+        build(config, layer)
+    (record,) = caplog.records
+    assert record.message.endswith(
+        "runs its own kernels, which cp_kernel selects; replaced: attention_backend flash"
+    )
 
 
 # --- sinks under context parallelism ----------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class FakeMachine:
     num_gpus: int = 0
     num_nodes: int = 1
     plan: str = ""
-    """What launch_plan.py is to answer; empty: what it really answers."""
+    """Output of launch_plan.py; empty for its real output."""
 
     def __post_init__(self) -> None:
         for name in ("bin", "venv/bin", "calls", "installed"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -143,6 +144,21 @@ def test_a_name_that_moved_is_noticed() -> None:
     tour = ROOT / "docs" / "tour.md"
     moved = tour.read_text().replace("[`Runtime.run`]", "[`Runtime.execute`]")
     assert wrong_links(tour, moved) == ["Runtime.execute is not in megatron_lightseq/attention/runtime.py"]
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    documented = set(re.findall(r"^\.\. auto\w+:: \S+\.(\w+)$", pages, flags=re.MULTILINE))
+    rooms = [
+        mls,
+        *(
+            importlib.import_module(f"megatron_lightseq.{room}")
+            for room in ("attention", "schedule", "megatron")
+        ),
+    ]
+    public = {name for room in rooms for name in room.__all__}
+    assert public - documented == {"schedule"}  # a module: its names are there
+    assert {"Kernel", "KERNELS", "ConfigError"} <= documented
 
 
 def test_the_tour_has_ten_steps_each_with_code() -> None:

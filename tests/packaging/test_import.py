@@ -1,4 +1,4 @@
-"""Importing the package costs little, loads nothing heavy and says nothing."""
+"""Importing the package is cheap, loads nothing heavy and prints nothing."""
 
 from __future__ import annotations
 

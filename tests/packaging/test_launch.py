@@ -49,7 +49,7 @@ def test_one_node_without_gpus(machine: FakeMachine, recipe: Path) -> None:
         *["-m", "megatron_lightseq", "pretrain", str(recipe)],
     ]
     assert not any("prepare-data" in call.arguments for call in machine.calls("python"))
-    assert "starting 2 processes on 1 node(s)" in done.stdout
+    assert "starting 2 process(es) per node on 1 node(s)" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_launch_variables(machine: FakeMachine, recipe: Path, name: str) -> None
         assert machine.launches()[1].environment[name] == "mine"
 
 
-def test_threads_are_shared_out(machine: FakeMachine, recipe: Path) -> None:
+def test_threads_are_divided_among_processes(machine: FakeMachine, recipe: Path) -> None:
     assert machine.run(PRETRAIN, str(recipe)).returncode == 0
     cores = len(os.sched_getaffinity(0))
     assert machine.launch().environment["OMP_NUM_THREADS"] == str(max(1, cores // 2))
@@ -176,7 +176,7 @@ def test_threads_are_shared_out(machine: FakeMachine, recipe: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EXPORTED if name.startswith("TORCH_")])
 def test_torch_still_reads_the_variable(name: str) -> None:
-    """A variable that torch has dropped or renamed would be exported in vain."""
+    """Exporting a variable that torch has removed or renamed would have no effect."""
     import torch
 
     package = Path(torch.__file__).parent
@@ -223,7 +223,7 @@ def test_slurm_refuses_a_folder_that_is_not_the_repository(machine: FakeMachine,
     assert "is not the repository" in done.stderr
 
 
-def test_several_nodes_need_a_meeting_point(machine: FakeMachine, recipe: Path) -> None:
+def test_several_nodes_need_a_rendezvous(machine: FakeMachine, recipe: Path) -> None:
     done = machine.run(PRETRAIN, str(recipe), variables={"NNODES": "2"})
     assert done.returncode != 0
     assert "RDZV_ENDPOINT=HOST:PORT" in done.stderr

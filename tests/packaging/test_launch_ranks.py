@@ -1,4 +1,4 @@
-"""How runs end: the real torchrun underneath, with ranks that need no torch."""
+"""How runs end: with the real torchrun, and ranks that do not import torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if os.environ["RANK"] != "1":
     time.sleep(60)
 sys.exit(print("its own words") or 7)
 """
-LAST_WORDS = "[lightseq] error: rank 1 ended first, with exit code 7; what it had to say is above"
+LAST_WORDS = "[lightseq] error: rank 1 failed first, with exit code 7; see its messages above"
 
 
 def start(folder: Path, program: str, *options: str) -> subprocess.Popen[str]:
@@ -69,7 +69,7 @@ def test_a_stopped_run_ends_in_order(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
-def test_ranks_that_had_to_be_killed_are_told(tmp_path: Path) -> None:
+def test_ranks_that_had_to_be_killed_are_reported(tmp_path: Path) -> None:
     run = start(tmp_path, IS_DEAF, "--shutdown-timeout", "1")
     wait_until_ready(tmp_path)
     run.send_signal(signal.SIGTERM)
@@ -78,12 +78,12 @@ def test_ranks_that_had_to_be_killed_are_told(tmp_path: Path) -> None:
     assert "2 rank(s) did not end in time after SIGTERM and were killed" in printed
 
 
-def test_a_failed_rank_is_named_below_its_own_words(tmp_path: Path) -> None:
+def test_a_failed_rank_is_named_after_its_own_messages(tmp_path: Path) -> None:
     run = start(tmp_path, ONE_FAILS)
     printed, _ = run.communicate(timeout=120)
     assert run.returncode == 7, printed
     assert "Traceback" not in printed
     assert "its own words" in printed
     assert printed.rstrip().endswith(
-        "[lightseq] error: rank 1 ended first, with exit code 7; what it had to say is above"
+        "[lightseq] error: rank 1 failed first, with exit code 7; see its messages above"
     )

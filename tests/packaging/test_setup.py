@@ -207,7 +207,7 @@ def test_a_folder_that_is_no_environment_is_not_cleared(tmp_path: Path) -> None:
     precious.touch()
     done = setup(tmp_path, {"python3": PYTHON_WITHOUT_VENV})
     assert done.returncode == 1
-    assert "is no virtual environment" in done.stderr
+    assert "is not a virtual environment" in done.stderr
     assert precious.exists()
 
 

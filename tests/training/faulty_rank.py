@@ -2,7 +2,8 @@
 
     python -m tests.training.faulty_rank FAULT RANK
 
-RANK commits FAULT at step 20: raise, exit (without a word), stop (SIGSTOP), sleep, or nothing.
+RANK commits FAULT at step 20: raise, exit (without a message), stop (SIGSTOP), sleep, or nothing. With the fault "late"
+it runs to the end, and is then held up between two looks at whether the others have finished.
 """
 
 from __future__ import annotations
@@ -13,17 +14,15 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from megatron_lightseq.errors import PeerFailureError
-from megatron_lightseq.training.job.control_channel import (
-    EXIT_PEER_FAILED,
-    TRAIN,
-    ControlChannel,
-    FaultLimits,
-)
+from megatron_lightseq.training.job import control_channel
+from megatron_lightseq.training.job.control_channel import ControlChannel
+from megatron_lightseq.training.job.failure import EXIT_PEER_FAILED, TRAIN, FaultLimits
 
 LIMITS = FaultLimits(
     beat_s=0.2,
@@ -49,6 +48,16 @@ def commit(fault: str) -> None:
         time.sleep(1000)
 
 
+def hold_up() -> None:
+    """Let time pass between this process's looks at whether all ranks have finished: a busy core does the same."""
+    wait = control_channel.wait_until
+
+    def late(condition: Callable[[], bool], timeout_s: float) -> bool:
+        return condition() or (time.sleep(3.0) or wait(condition, timeout_s))
+
+    control_channel.wait_until = late  # type: ignore[attr-defined]
+
+
 def main(fault: str, culprit: int) -> int:
     """All-reduce under a guarded channel; the exit code."""
     faulthandler.dump_traceback_later(70, exit=True)  # should it hang after all, say where
@@ -64,9 +73,11 @@ def main(fault: str, culprit: int) -> int:
     dist.init_process_group("gloo", store=dist.PrefixStore("pg", store), rank=rank, world_size=world_size)
     channel = ControlChannel(connect, rank=rank, world_size=world_size, limits=LIMITS)
     channel.start()
+    if fault == "late" and rank == culprit:
+        hold_up()
     try:
         with channel.guard():
-            for step in range(1, FAULT_STEP + (10 if fault == "nothing" else 100_000)):
+            for step in range(1, FAULT_STEP + (10 if fault in ("nothing", "late") else 100_000)):
                 channel.enter(step, TRAIN)
                 if step == FAULT_STEP and rank == culprit:
                     print(f"fault at {time.time()}", flush=True)
@@ -79,7 +90,11 @@ def main(fault: str, culprit: int) -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, leave
         print(f"rank {rank}: own {error}", file=sys.stderr, flush=True)
         os._exit(1)  # a process group without its peers may block the interpreter's exit
-    channel.close()
+    if fault == "late" and rank != culprit:
+        time.sleep(1.0)  # the others finish between the two looks
+    channel.finish()
+    dist.destroy_process_group()
+    channel.leave()
     return 0
 
 

@@ -170,8 +170,8 @@ def test_a_resumed_run_follows_its_own_learning_rate(tmp_path: Path, single: tup
     assert expected != single[1].learning_rates[SAVED_AT:]
     assert run_ranks(1, resume, changed, str(single[0]))[0].learning_rates == expected
     _, (message,) = run_ranks(1, resume_with_log, changed, str(single[0]))[0]
-    assert "lr_decay_style is cosine there and linear here" in message
-    assert "max_lr is 0.003 there and 0.006 here" in message
+    assert "lr_decay_style is cosine in the checkpoint and linear here" in message
+    assert "max_lr is 0.003 in the checkpoint and 0.006 here" in message
 
 
 @pytest.mark.parametrize("changed", [{"adam_beta1": 0.5}, {"adam_eps": 1e-2}, {"weight_decay": 5.0}])
@@ -244,7 +244,7 @@ def test_strict_load_refuses_a_damaged_newest_checkpoint(
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     message = run_ranks(2, refusal, {"strict_load": True}, str(tmp_path / "copy"))[1]
     assert message.startswith("checkpoint iter_0000003: common.pt is damaged (SHA-256 differs): every file")
-    assert message.endswith("Drop --strict-load to fall back to the one before.")
+    assert message.endswith("Remove --strict-load to fall back to the previous one.")
 
 
 def test_damage_seen_by_one_rank_is_acted_upon_by_all(single: tuple[Path, Outcome], tmp_path: Path) -> None:
@@ -257,15 +257,16 @@ def test_damage_seen_by_one_rank_is_acted_upon_by_all(single: tuple[Path, Outcom
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     message = run_ranks(1, refusal, {}, str(tmp_path))[0]
-    assert message.startswith(f"no whole checkpoint in {tmp_path}: --load names a folder")
+    assert message.startswith(f"no intact checkpoint in {tmp_path}: --load must name a folder")
 
 
 def test_another_order_of_samples_is_warned_about(single: tuple[Path, Outcome]) -> None:
     started_at, messages = run_ranks(1, resume_with_log, {"train_iters": 50}, str(single[0]))[0]
     assert started_at == SAVED_AT
     expected = (
-        "train_iters * global_batch_size is 20 there and 200 here: training samples come in another order"
+        "train_iters * global_batch_size is 20 in the checkpoint and 200 here: training samples come in a "
     )
+    expected += "different order, from sample 12 on"
     assert any(expected in message for message in messages), messages
     assert run_ranks(1, resume_with_log, {}, str(single[0]))[0] == (SAVED_AT, [])
 
@@ -276,14 +277,54 @@ def test_another_order_of_samples_is_warned_about(single: tuple[Path, Outcome]) 
 def test_a_checkpoint_of_another_model_names_the_keys(single: tuple[Path, Outcome]) -> None:
     overrides = {"hidden_size": 64, "num_query_groups": 4}
     message = run_ranks(1, refusal, overrides, str(single[0]))[0]
-    assert "hidden_size is 32 there and 64 here" in message
-    assert "num_query_groups is 2 there and 4 here" in message
+    assert "hidden_size is 32 in the checkpoint and 64 here" in message
+    assert "num_query_groups is 2 in the checkpoint and 4 here" in message
     assert "num_layers" not in message
+
+
+ROPE = {"rotary_base": 500000.0, "rotary_percent": 0.5}
+
+
+def test_new_rope_parameters_are_for_finetuning(single: tuple[Path, Outcome]) -> None:
+    """The usual step of context extension; resuming is refused, for the weights would silently mean something else."""
+    message = run_ranks(1, refusal, ROPE, str(single[0]))[0]
+    assert "rotary_base is 10000.0 in the checkpoint and 500000.0 here, rotary_percent is 1.0" in message
+    assert message.endswith(
+        "or start from its weights alone with --finetune, which may change them (context extension)."
+    )
+    started_at, (said,) = run_ranks(1, resume_with_log, {**ROPE, "finetune": True}, str(single[0]))[0]
+    assert started_at == 0
+    assert "rotary_base is 10000.0 in the checkpoint and 500000.0 here" in said
+    assert said.endswith("training continues with the values of this run")
+    other = {**ROPE, "finetune": True, "swiglu": False}
+    refused = run_ranks(1, refusal, other, str(single[0]))[0]
+    assert "swiglu is True in the checkpoint and False here: a checkpoint fits only the model" in refused
+    assert "rotary" not in refused
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_a_new_window_is_reported(single: tuple[Path, Outcome], finetune: bool) -> None:
+    changed = {"window_size": (7, 0), "window_attn_skip_freq": 2, "finetune": finetune}
+    started_at, (said,) = run_ranks(1, resume_with_log, changed, str(single[0]))[0]
+    assert started_at == (0 if finetune else SAVED_AT)
+    assert "window_attn_skip_freq is None in the checkpoint and 2 here" in said
+    assert "window_size is None in the checkpoint and [7, 0] here: training continues" in said
+
+
+def test_the_same_window_is_not(tmp_path: Path) -> None:
+    window = {"window_size": (7, 0)}
+    run_ranks(1, train_and_save, window, str(tmp_path))
+    assert run_ranks(1, resume_with_log, window, str(tmp_path))[0] == (SAVED_AT, [])
+
+
+def test_another_softmax_is_another_model(single: tuple[Path, Outcome]) -> None:
+    message = run_ranks(1, refusal, {"softmax_type": "off-by-one"}, str(single[0]))[0]
+    assert "softmax_type is None in the checkpoint and off-by-one here" in message
 
 
 def test_a_checkpoint_of_another_optimizer_names_the_keys(single: tuple[Path, Outcome]) -> None:
     message = run_ranks(1, refusal, {"optimizer": "sgd"}, str(single[0]))[0]
-    assert "optimizer is adam there and sgd here" in message
+    assert "optimizer is adam in the checkpoint and sgd here" in message
     assert message.endswith("or --no-load-optim.")
     outcome = run_ranks(1, resume, {"optimizer": "sgd", "no_load_optim": True}, str(single[0]))[0]
     assert outcome.losses[0] == single[1].losses[SAVED_AT]

@@ -243,7 +243,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
     assert survivors < 10
     for length in (0, 1, len(text) // 2, len(text) - 1):
         (folder / MANIFEST_NAME).write_bytes(text[:length])
-        with pytest.raises(CheckpointError, match=r"manifest\.json.*has a manifest that can be read"):
+        with pytest.raises(CheckpointError, match=r"manifest\.json.*must have a readable manifest"):
             Manifest.read(folder)
 
 
@@ -284,7 +284,7 @@ def test_unknown_manifest_formats_and_keys_are_refused(tmp_path: Path) -> None:
 
 def test_iteration_of_another_name_is_refused() -> None:
     assert iteration_of(Path(checkpoint_name(42))) == 42
-    with pytest.raises(CheckpointError, match="folder is named like iter_0000020"):
+    with pytest.raises(CheckpointError, match="folders are named like iter_0000020"):
         iteration_of(Path("step_42"))
 
 

@@ -11,19 +11,22 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
-from megatron_lightseq.training.job import control_channel as faults
-from megatron_lightseq.training.job.control_channel import (
+from megatron_lightseq.training.job.control_channel import ControlChannel
+from megatron_lightseq.training.job.failure import (
     EXIT_PEER_FAILED,
+    SET_UP,
     TRAIN,
-    ControlChannel,
     Failure,
     FaultLimits,
-    Heartbeat,
     is_communication_error,
+    publish,
 )
+from megatron_lightseq.training.job.heartbeat import Heartbeat, Watch, beat_key, is_alive, read_beat
+from megatron_lightseq.training.job.leave import wait_until
 from megatron_lightseq.training.job.signals import stop_on_signals
 from tests.training.faulty_rank import LIMITS
 
@@ -126,7 +129,9 @@ def test_a_deadlock_names_the_rank_that_does_something_else() -> None:
     assert (codes[0], codes[1]) == (EXIT_PEER_FAILED, EXIT_PEER_FAILED)
     assert codes[2] in (1, -signal.SIGKILL)
     for rank in (0, 1):
-        assert "stopped because rank 2 failed at step 20 (train): no rank has got on for" in errors[rank]
+        assert (
+            "stopped because rank 2 failed at step 20 (train): no rank has made progress for" in errors[rank]
+        )
         assert re.search(r"rank 2: step 20, train, in commit \(faulty_rank\.py:\d+\)", errors[rank])
     assert seconds < LIMITS.step_floor_s + 25.0
 
@@ -135,6 +140,13 @@ def test_a_good_run_ends_quietly() -> None:
     codes, errors, _ = run_faulty("nothing", 0)
     assert codes == {0: 0, 1: 0, 2: 0}
     assert not any("stopped" in text for text in errors.values())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_looks_up_late_ends_well(rank: int) -> None:
+    """Rank 0's process holds the store, as under srun: it must not leave while another rank still asks it."""
+    codes, errors, _ = run_faulty("late", rank)
+    assert codes == {0: 0, 1: 0, 2: 0}, errors
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------
@@ -155,17 +167,17 @@ def beat(rank: int, **changes: object) -> Heartbeat:
 def put(store: dist.Store, rank: int, heartbeat: Heartbeat) -> None:
     import json
 
-    store.set(faults._beat_key(rank), json.dumps(asdict(heartbeat)))
+    store.set(beat_key(rank), json.dumps(asdict(heartbeat)))
 
 
-def watch(limits: FaultLimits, rank: int = 0, world_size: int = 3) -> faults._Watch:
-    return faults._Watch(rank=rank, world_size=world_size, limits=limits)
+def watch(limits: FaultLimits, rank: int = 0, world_size: int = 3) -> Watch:
+    return Watch(rank=rank, world_size=world_size, limits=limits)
 
 
 def test_the_first_failure_stays_on_record(store: dist.TCPStore) -> None:
     first = Failure(rank=2, step=17, phase=TRAIN, error="ValueError: x")
-    assert faults._publish(store, first) == first
-    assert faults._publish(store, replace(first, rank=1)) == first
+    assert publish(store, first) == first
+    assert publish(store, replace(first, rank=1)) == first
 
 
 def test_silence_is_judged_by_the_limits(store: dist.TCPStore) -> None:
@@ -185,16 +197,16 @@ def test_silence_is_judged_by_the_limits(store: dist.TCPStore) -> None:
 
 def test_a_reused_process_id_is_another_process() -> None:
     own = os.getpid()
-    started = faults.psutil.Process().create_time()
-    assert faults._is_alive(beat(0, pid=own, started=started))
-    assert not faults._is_alive(beat(0, pid=own, started=started - 100))
+    started = psutil.Process().create_time()
+    assert is_alive(beat(0, pid=own, started=started))
+    assert not is_alive(beat(0, pid=own, started=started - 100))
 
 
 def test_a_rank_that_never_came_is_named(store: dist.TCPStore) -> None:
     put(store, 0, beat(0))
     put(store, 2, beat(2))
     failure = watch(FaultLimits()).stuck(store, 600.0)
-    assert str(failure) == "rank 1 failed before the first step (set-up): it never reported in 600 s"
+    assert str(failure) == "rank 1 failed before the first step (set-up): it has not reported within 600 s"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +235,8 @@ def test_an_error_of_its_own_passes_through_a_channel_of_one_rank() -> None:
     channel.start()
     with pytest.raises(ZeroDivisionError), channel.guard():
         raise ZeroDivisionError
-    channel.close()
+    channel.finish()
+    channel.leave()
 
 
 def test_a_long_step_is_no_hang_until_it_is_ten_times_the_longest() -> None:
@@ -259,18 +272,18 @@ def test_a_rank_is_known_before_its_first_step(store: dist.TCPStore) -> None:
 
     channel = ControlChannel(connect, rank=1, world_size=2, limits=FaultLimits(beat_s=600.0))
     channel.start()
-    known = faults._read_beat(store, 1)
+    known = read_beat(store, 1)
     channel.enter(1, TRAIN)
 
     def trains() -> bool:
-        beat = faults._read_beat(store, 1)
+        beat = read_beat(store, 1)
         return beat is not None and (beat.step, beat.phase) == (1, TRAIN)
 
-    faults._wait_until(trains, 30.0)
+    wait_until(trains, 30.0)
     told = trains()
     channel._stop_thread()
     assert known is not None
-    assert (known.step, known.phase, known.pid) == (0, faults.SET_UP, os.getpid())
+    assert (known.step, known.phase, known.pid) == (0, SET_UP, os.getpid())
     assert told, "the next heartbeat was due in ten minutes, but the phase is new"
 
 

@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        RankError, match=r"CheckpointError: --save .*/file: .*Name a folder that this user may"
+        RankError, match=r"CheckpointError: --save .*/file: .*Choose a folder that this user may"
     ):
         run_ranks(1, looped, corpus, {"save": str(tmp_path / "file"), "train_iters": 10**6})
 
@@ -111,7 +111,7 @@ def with_spoiled_gradients(corpus: str, root: str) -> str:
 
 def test_spoiled_gradients_end_the_run_before_they_are_saved(corpus: str, tmp_path: Path) -> None:
     message = run_ranks(1, with_spoiled_gradients, corpus, str(tmp_path))[0]
-    assert "at step 2 (grad norm nan): loss and gradients are numbers" in message
+    assert "at step 2 (grad norm nan): loss and gradients must be finite" in message
     assert saved(tmp_path) == ["iter_0000001"]
 
 

@@ -121,7 +121,7 @@ def test_loss_curve_validation_and_entropy_are_drawn(figures: list[Any]) -> None
     plots.draw_loss(history, 3.3, "unused.png")
     axes = figures[0].axes[0]
     curves = {line.get_label(): line.get_ydata() for line in axes.lines}
-    assert list(curves["training, each step"]) == [m.loss for m in history[:40]]
+    assert list(curves["training, every step"]) == [m.loss for m in history[:40]]
     assert list(curves["validation"]) == [4.2, 3.1]
     assert any(list(line.get_ydata()) == [3.3, 3.3] for line in axes.lines)
     assert any("unigram entropy 3.30" in text.get_text() for text in axes.texts)

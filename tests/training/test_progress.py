@@ -67,7 +67,7 @@ def test_the_line() -> None:
         "step  40/100 | loss 2.3457 | grad norm 0.500 | lr 3.00e-03 | 12,346 tokens/s | 1.50 GiB | ETA 2m00s"
     )
     besides = progress.line(metrics(40, mtp_loss=3.5, load_balancing_loss=1.01))
-    assert "| loss 2.3457 | further tokens 3.5000 | load balancing 1.0100 | grad norm" in besides
+    assert "| loss 2.3457 | mtp loss 3.5000 | load balancing 1.0100 | grad norm" in besides
     assert progress.line(metrics(40, skipped=True)).endswith("| step skipped: gradients not finite")
 
 

@@ -38,7 +38,7 @@ def test_the_short_matrix_passes() -> None:
     assert f"{len(cells)} of {len(cells)} cells passed" in done.stdout
 
 
-def test_what_is_wrong_fails_and_what_follows_still_runs() -> None:
+def test_wrong_cells_fail_and_the_next_ones_still_run() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.verify.seeded_faults"],
         capture_output=True,
@@ -146,7 +146,7 @@ def test_distances_are_relative_and_of_the_furthest_parameter() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"a": torch.ones(4)}, {"a": torch.ones(4), "b": torch.ones(4), "c": torch.ones(4)}]
 )
-def test_a_parameter_too_few_or_too_many_fails(wrong: dict[str, torch.Tensor]) -> None:
+def test_a_missing_or_additional_parameter_fails(wrong: dict[str, torch.Tensor]) -> None:
     assert verdict(outcome(wrong)).gradient == float("inf")
 
 
@@ -157,7 +157,7 @@ def test_nan_fails() -> None:
     assert not verdict(outcome({"a": torch.ones(4), "b": torch.full((4,), 2.0)}, loss=float("nan"))).passed
 
 
-def test_in_16_bits_a_cell_may_lose_twice_what_megatron_loses() -> None:
+def test_in_bf16_the_error_may_be_twice_that_of_megatron() -> None:
     exact = outcome({"a": torch.ones(4), "b": torch.full((4,), 2.0)}, loss=4.0)
     rounded = outcome({"a": torch.full((4,), 1.01), "b": torch.full((4,), 2.0)}, loss=4.004)
     allowed = budget(rounded, exact, BF16)
@@ -167,3 +167,28 @@ def test_in_16_bits_a_cell_may_lose_twice_what_megatron_loses() -> None:
     for factor, passes in ((1.019, True), (0.981, True), (1.022, False)):
         cell = outcome({"a": torch.full((4,), factor), "b": torch.full((4,), 2.0)}, loss=4.002)
         assert compare(cell, exact, allowed).passed is passes
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_launched_ranks_leave_the_store_together(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0's process may hold the store: it must not end while another rank still waits for the next cell."""
+    from types import SimpleNamespace
+
+    from megatron_lightseq.tools.verify import ranks
+    from megatron_lightseq.training.job import leave
+
+    events: list[object] = []
+    walk = SimpleNamespace(
+        store="store",
+        cells=(),
+        follow=lambda: events.append("follow"),
+        lead=lambda: events.append("lead") or (),
+    )
+    monkeypatch.setattr(ranks, "launched_ranks", lambda *_: walk)
+    monkeypatch.setattr(leave, "leave_store", lambda store, **facts: events.append((store, facts)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    assert run([]) == 0
+    assert events == ["follow" if rank else "lead", ("store", {"rank": rank, "world_size": 2})]

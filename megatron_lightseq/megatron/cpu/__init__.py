@@ -1,1 +1,1 @@
-"""Megatron-Core on CPUs: what stands in for CUDA, and collectives that gloo lacks."""
+"""Megatron-Core on CPUs: replacements for its CUDA calls, and collectives that gloo lacks."""

@@ -1,24 +1,24 @@
 """Run unmodified megatron-core on a CPU, over gloo.
 
 Megatron-Core allocates on ``torch.cuda.current_device()``, reads CUDA's random state, compares tensor types with
-``'torch.cuda.FloatTensor'`` and refuses sequence parallelism with torch's own norms. :func:`activate` answers those
-places, and no others. It refuses to run where CUDA is available, may be called repeatedly, and is undone by
+``'torch.cuda.FloatTensor'`` and refuses sequence parallelism with torch's own norms. :func:`activate` patches these
+places and no others. It refuses to run if CUDA is available, may be called repeatedly, and is undone by
 :func:`deactivate`.
 
-Nothing in torch itself changes and no operation gets slower. Three means suffice, all confined to the megatron
-modules of :data:`PATCHED_MODULES`:
+Nothing in torch itself changes, and no operation gets slower. There are three kinds of patches, all confined to the
+modules in :data:`PATCHED_MODULES`:
 
 1. the module's global name ``torch`` becomes a copy of the torch module whose ``cuda`` answers for the CPU;
 2. constants and method names in the module's functions that name CUDA (``device='cuda'``, ``.cuda()``,
-   ``'torch.cuda.FloatTensor'``) name the CPU instead: the functions get new code objects once, so their run time is
-   untouched;
-3. a few attributes are replaced (:func:`_attribute_patches`), each with its reason; and torch's norms serve
-   sequence parallelism (:mod:`megatron_lightseq.megatron.fixes.torch_norms`).
+   ``'torch.cuda.FloatTensor'``) name the CPU instead: the functions get new code objects once, so their run time does
+   not change;
+3. a few attributes are replaced (:func:`_attribute_patches`, with the reason for each), and torch's norms are allowed
+   under sequence parallelism (:mod:`megatron_lightseq.megatron.fixes.torch_norms`).
 
-A ``TorchFunctionMode`` would do the same work, but taxes every operation of the forward and backward passes.
+A ``TorchFunctionMode`` could do the same, but would slow down every operation of the forward and backward passes.
 
-Not covered, because a GPT on CPUs does not reach it: CUDA graphs, FP8, fused kernels, activation offloading, FSDP.
-Saving a checkpoint needs ``psutil``: without it Megatron's writer processes die and the parent waits for ever
+Not covered, because a GPT on CPUs does not use it: CUDA graphs, FP8, fused kernels, activation offloading, FSDP.
+Saving a checkpoint needs ``psutil``: without it Megatron's writer processes die and the parent waits forever
 (dist_checkpointing/strategies/filesystem_async.py).
 """
 
@@ -36,7 +36,10 @@ import torch
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.megatron.cpu.uneven_collectives import gather_any, reduce_scatter_any
+from megatron_lightseq.megatron.cpu.variable_length_collectives import (
+    gather_variable,
+    reduce_scatter_variable,
+)
 
 PATCHED_MODULES: dict[str, str] = {
     "parallel_state": "synchronises the device after building groups",
@@ -73,7 +76,7 @@ PATCHED_MODULES: dict[str, str] = {
     "dist_checkpointing.strategies.state_dict_saver": "agrees on failures through a CUDA tensor",
     "dist_checkpointing.tensor_aware_state_dict": "synchronises the device after copying",
 }
-"""Module below ``megatron.core`` -> what in it needs CUDA. Modules a Megatron version lacks are skipped."""
+"""Module below ``megatron.core`` -> what in it needs CUDA. Modules that a version lacks are skipped."""
 
 _CONSTANTS = {
     "cuda": "cpu",
@@ -82,7 +85,7 @@ _CONSTANTS = {
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
 
-_undo: list[Callable[[], None]] = []  # the patches are process-wide, so their record has to be
+_undo: list[Callable[[], None]] = []  # global, because the patches affect the whole process
 
 
 def activate() -> None:
@@ -95,8 +98,8 @@ def activate() -> None:
         raise UnsupportedError(
             explain(
                 got=f"cpu_platform.activate() with {torch.cuda.device_count()} CUDA device(s) available",
-                rule="the CPU platform replaces Megatron's CUDA calls and must never do so beside a GPU",
-                remedy="do not call it, or hide the GPUs with CUDA_VISIBLE_DEVICES=''",
+                rule="the CPU platform replaces Megatron's CUDA calls, so it must not be used with a GPU",
+                remedy="Do not call it, or hide the GPUs with CUDA_VISIBLE_DEVICES=''",
             )
         )
     if _undo:
@@ -119,12 +122,12 @@ def activate() -> None:
 
 
 def extend(modules: Iterable[str], answers: ModuleType, attributes: Iterable[tuple[Any, str, Any]]) -> None:
-    """Do the same for modules outside of megatron.core, until :func:`deactivate`.
+    """Patch modules outside of megatron.core in the same way, until :func:`deactivate`.
 
     Args:
-        modules: full names; a module that does not exist is skipped. Only constants are renamed in them: their
-            ``tensor.cuda()`` stays as it is.
-        answers: what their ``torch.cuda`` is replaced with, such as a subclass of :class:`CpuCuda`.
+        modules: full names; a module that does not exist is skipped. Only constants are renamed in them, not
+            ``tensor.cuda()``.
+        answers: the replacement of their ``torch.cuda``, such as a subclass of :class:`CpuCuda`.
         attributes: (owner, name, value) to set.
     """
     assert is_active(), "activate() comes first"
@@ -135,7 +138,7 @@ def extend(modules: Iterable[str], answers: ModuleType, attributes: Iterable[tup
 
 
 def deactivate() -> None:
-    """Undo :func:`activate`; without it, do nothing."""
+    """Undo :func:`activate`; otherwise do nothing."""
     while _undo:
         _undo.pop()()
 
@@ -164,7 +167,7 @@ def _patch_module(name: str, answers: ModuleType | None = None, *, rename_method
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not name.startswith(error.name):
-            raise  # the module is there and misses a package of its own
+            raise  # the module exists; a package that it imports is missing
         return
     for function in _functions_of(module):
         _replace_code(function, rename_methods)
@@ -181,7 +184,7 @@ def _cpu_torch(answers: ModuleType) -> ModuleType:
 
 
 class CpuCuda(ModuleType):
-    """The calls Megatron makes to ``torch.cuda``, answered for the CPU; all others reach the real module."""
+    """The functions of ``torch.cuda`` that Megatron calls, for the CPU; all others are those of the real module."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -200,24 +203,24 @@ class CpuCuda(ModuleType):
         """There is no cache."""
 
     def current_stream(self, *_: Any) -> _CpuStream:
-        """A stream on which nothing is ever pending."""
+        """A stream that never has pending work."""
         return _CpuStream()
 
     def stream(self, _: Any) -> AbstractContextManager[None]:
-        """Work in it is done when it returns."""
+        """A context in which work runs synchronously."""
         return nullcontext()
 
     @property
     def Stream(self) -> type[_CpuStream]:
-        """The class of such streams."""
+        """The class of these streams."""
         return _CpuStream
 
     def get_rng_state(self, *_: Any) -> torch.Tensor:
-        """The CPU's random state: uint8, as CUDA's is."""
+        """The CPU's random state: uint8, like CUDA's."""
         return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor, *_: Any) -> None:
-        """Of the CPU, from :meth:`get_rng_state`."""
+        """Restore what :meth:`get_rng_state` returned."""
         torch.set_rng_state(state)
 
     def manual_seed(self, seed: int) -> None:
@@ -226,7 +229,7 @@ class CpuCuda(ModuleType):
 
 
 class _CpuStream:
-    """A stream, and its event, of a device that does everything at once."""
+    """A stream, and its event, on a device that runs everything synchronously."""
 
     def wait_stream(self, _: Any) -> None:
         """Nothing is ever pending."""
@@ -273,10 +276,10 @@ def _replace_code(function: FunctionType, rename_methods: bool) -> None:
 
 
 def on_cpu(code: CodeType, *, rename_methods: bool = True) -> CodeType:
-    """The same code with constants that name CUDA naming the CPU, and ``tensor.cuda()`` written ``tensor.cpu()``.
+    """The same code with ``'cpu'`` for constants that name CUDA, and ``tensor.cpu()`` for ``tensor.cuda()``.
 
-    ``torch.cuda`` turns into ``torch.cpu`` by that, which is why :func:`_cpu_torch` answers under both names.
-    Without ``rename_methods`` only constants change.
+    This also turns ``torch.cuda`` into ``torch.cpu``, so :func:`_cpu_torch` provides both names. Without
+    ``rename_methods`` only constants change.
     """
     constants = tuple(_constant_on_cpu(constant, rename_methods) for constant in code.co_consts)
     names = tuple("cpu" if rename_methods and name == "cuda" else name for name in code.co_names)
@@ -319,29 +322,29 @@ def _attribute_patches() -> Iterator[tuple[Any, str, Any]]:
         embeddings = importlib.import_module(f"megatron.core.models.common.embeddings.{name}")
         yield embeddings, "get_pos_emb_on_this_cp_rank", _zigzag_angles
 
-    # Splits stay tensors where there is no GPU to copy them from, and collectives want numbers.
+    # Without a GPU, split sizes stay tensors, where collectives expect numbers.
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     yield dispatcher, "maybe_move_tensor_to_cpu", _on_host
 
     mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
-    for name, any_length in (
-        ("_gather_along_first_dim", gather_any),
-        ("_reduce_scatter_along_first_dim", reduce_scatter_any),
+    for name, variable in (
+        ("_gather_along_first_dim", gather_variable),
+        ("_reduce_scatter_along_first_dim", reduce_scatter_variable),
     ):
-        yield mappings, name, any_length(getattr(mappings, name))
+        yield mappings, name, variable(getattr(mappings, name))
 
-    # The interleaved pipeline frees what it has sent by giving the tensor other storage, while gloo may still read the
-    # first one: gradients became garbage. A tensor of its own keeps that storage until the transfer is over.
+    # The interleaved pipeline frees tensors that it has sent by replacing their storage, which gloo may still be
+    # reading: gradients became garbage. A second tensor keeps the storage alive until the transfer is complete.
     p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     yield p2p, "_p2p_ops", _sending_aliases(p2p._p2p_ops)
 
-    # Without Transformer Engine, Megatron's wrappers of it are mock objects that import all the same, so HAVE_TE is
-    # wrongly true and `isinstance(x, TELinear)` fails (transformer/multi_latent_attention.py).
+    # Without Transformer Engine, Megatron's wrappers of it are mock objects that can still be imported, so HAVE_TE is
+    # incorrectly true and `isinstance(x, TELinear)` fails (transformer/multi_latent_attention.py).
     extension = importlib.import_module("megatron.core.extensions.transformer_engine")
     if not extension.HAVE_TE:
         latent_attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
         yield latent_attention, "HAVE_TE", False
-        # The same import fails half-way here and leaves the name undefined (transformer/moe/moe_utils.py).
+        # Here the same import fails half-way, and leaves the name undefined (transformer/moe/moe_utils.py).
         yield importlib.import_module("megatron.core.transformer.moe.moe_utils"), "te_general_gemm", None
 
 
@@ -377,7 +380,7 @@ def _zigzag_angles(
 
 
 def _not_cpu_state_warning(record: logging.LogRecord) -> bool:
-    """Drop "CPU RNG state changed within GPU RNG context": here the two are the same generator."""
+    """Drop "CPU RNG state changed within GPU RNG context": on a CPU the two are the same generator."""
     return "CPU RNG state changed" not in record.getMessage()
 
 

@@ -1,1 +1,1 @@
-"""Fixes for faults of Megatron-Core on several ranks, each applied to a built model or to one function."""
+"""Fixes for incorrect results of Megatron-Core on several ranks, each applied to a built model or to one function."""

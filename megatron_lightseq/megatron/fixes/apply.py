@@ -1,21 +1,22 @@
-"""Gradients that Megatron gets wrong on several ranks, whatever computes attention: put right on finished models."""
+"""Fixes for gradients that Megatron-Core computes incorrectly on several ranks, applied to a built model."""
 
 from __future__ import annotations
 
 import torch
 
-from megatron_lightseq.megatron.fixes.experts import weigh_whole_batches
+from megatron_lightseq.megatron.fixes.experts import weigh_auxiliary_losses
 from megatron_lightseq.megatron.fixes.latent_attention import sum_shared_keys
 
 
-def mend_gradients(model: torch.nn.Module) -> None:
-    """Have a model train on several ranks as on one; a second call does nothing.
+def fix_gradients(model: torch.nn.Module) -> None:
+    """Make a model get the same gradients on several ranks as on one; a second call does nothing.
 
-    * mixture of experts: the load balancing loss weighs the same (:func:`weigh_whole_batches`);
-    * latent attention of Megatron's own layers under tensor parallelism: the gradient of the keys that all heads share
-      is summed (:func:`sum_shared_keys`).
+    * Mixture of experts: the router's auxiliary losses (load balancing, z-loss) keep their weight, however tokens are
+      cut over ranks and micro-batches (:func:`weigh_auxiliary_losses`).
+    * Latent attention from Megatron's local layers, under tensor parallelism: the gradient of the keys that all heads
+      share is summed (:func:`sum_shared_keys`).
 
-    :func:`megatron_lightseq.megatron.adopt_layout` calls it. Modules outside ``model`` stay as they are.
+    :func:`megatron_lightseq.megatron.adopt_layout` calls it. Modules outside of ``model`` do not change.
     """
-    weigh_whole_batches(model)
+    weigh_auxiliary_losses(model)
     sum_shared_keys(model)

@@ -1,10 +1,9 @@
-"""Latent attention (MLA) with Megatron's own layers: what it lacks without Transformer Engine, in two places.
+"""Multi-latent attention (MLA) without Transformer Engine: two fixes for Megatron's local layers.
 
-All heads share the keys that RoPE turns. Each tensor-parallel rank uses them for its own heads, so their gradient is a
-sum over ranks; but the gather that brings them together (transformer/multi_latent_attention.py) hands each rank back
-its own part of its own gradient only. Transformer Engine's layers do not come by that gather.
-
-Values may be narrower than queries and keys; ``DotProductAttention`` takes one width for all.
+* All heads share the part of the keys that RoPE is applied to. Each tensor-parallel rank uses it for its own heads, so
+  its gradient is a sum over ranks; but the backward of the gather before it (transformer/multi_latent_attention.py)
+  returns to each rank only that rank's part of its own gradient. Layers from Transformer Engine do not use this gather.
+* Values may have a smaller head dim than queries and keys, which ``DotProductAttention`` does not support.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from megatron_lightseq.megatron.fixes.rebind import rebind
 
 
 class _SumOfGradients(torch.autograd.Function):
-    """The identity, whose gradient is summed over a group.
+    """The identity, with a gradient that is summed over a group.
 
-    Megatron's own (``copy_to_tensor_model_parallel_region``) loses the sum of a gradient that is not contiguous.
+    Megatron's version (``copy_to_tensor_model_parallel_region``) loses the sum if the gradient is not contiguous.
     """
 
     @staticmethod
@@ -40,7 +39,7 @@ class _SumOfGradients(torch.autograd.Function):
 
 
 class SharedKeyGather:
-    """Megatron's ``gather_from_tensor_model_parallel_region`` for one attention, with the sum that is missing."""
+    """Megatron's ``gather_from_tensor_model_parallel_region`` for one attention, with the missing sum of gradients."""
 
     def __init__(self, attention: MLASelfAttention) -> None:
         self._widths = [attention.config.kv_lora_rank, attention.config.qk_pos_emb_head_dim]
@@ -54,7 +53,7 @@ class SharedKeyGather:
         self._latent = output[0]
 
     def __call__(self, part: torch.Tensor) -> torch.Tensor:
-        """(..., width / TP) to (..., width); of keys and values, the last columns are the shared keys."""
+        """(..., width / TP) to (..., width); the last columns of the keys' and values' latent are the shared keys."""
         whole: torch.Tensor = gather_from_tensor_model_parallel_region(part)
         if part is not self._latent:
             return whole
@@ -64,31 +63,31 @@ class SharedKeyGather:
 
 
 def sum_shared_keys(model: torch.nn.Module) -> int:
-    """Have every latent attention below ``model`` add up the gradient of its shared keys over tensor-parallel ranks.
+    """Make every latent attention below ``model`` sum the gradient of its shared keys over tensor-parallel ranks.
 
-    Where there is one such rank, and where Megatron does not gather, nothing changes; nor by a second call.
+    Nothing changes on one such rank, where Megatron does not gather, and in a second call.
 
     Returns:
-        How many methods call the gather now.
+        The number of methods that call the gather.
     """
     found = 0
     for module in model.modules():
         if not isinstance(module, MLASelfAttention) or module.config.tensor_model_parallel_size == 1:
             continue
-        if not hasattr(module, _MENDED):
+        if not hasattr(module, _FIXED):
             found += rebind(module, _GATHER, SharedKeyGather(module))
-            setattr(module, _MENDED, True)
+            setattr(module, _FIXED, True)
     return found
 
 
-_GATHER, _MENDED = "gather_from_tensor_model_parallel_region", "sums_shared_keys"
+_GATHER, _FIXED = "gather_from_tensor_model_parallel_region", "sums_shared_keys"
 
 
 class LatentDotProductAttention(DotProductAttention):
-    """Megatron's attention for values of another width than queries: zeros fill up what is narrower.
+    """Megatron's attention for values with another head dim than queries: the narrower side is padded with zeros.
 
-    Scores, mask, softmax and products are Megatron's, on one context-parallel rank as there; zeros add nothing to a
-    score, and their columns of the result are cut off.
+    Scores, mask, softmax and products are Megatron's, on one context-parallel rank. Zeros add nothing to a score, and
+    their columns of the result are cut off.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class LatentDotProductAttention(DotProductAttention):
         v_channels: Any = None,
         **kwargs: Any,
     ) -> None:
-        del k_channels, v_channels  # the configuration has them, before Megatron gives them too
+        del k_channels, v_channels  # also in the configuration, in every version
         super().__init__(config, *args, **kwargs)
         self._value_width = config.v_head_dim
         self._width = max(config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim)
@@ -109,6 +108,6 @@ class LatentDotProductAttention(DotProductAttention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Queries and keys (S, B, H, D), values (S, B, H, Dv), to (S, B, H * Dv) in their dtype."""
-        filled = (torch.nn.functional.pad(x, (0, self._width - x.shape[-1])) for x in (query, key, value))
-        out: torch.Tensor = super().forward(*filled, *args, **kwargs)
+        padded = (torch.nn.functional.pad(x, (0, self._width - x.shape[-1])) for x in (query, key, value))
+        out: torch.Tensor = super().forward(*padded, *args, **kwargs)
         return out.unflatten(-1, (-1, self._width))[..., : self._value_width].flatten(-2)

@@ -1,22 +1,22 @@
-"""Giving one module's methods another function under a global name, and nothing else in the process."""
+"""Replace a global function in the methods of one module, and nowhere else in the process."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 
 
-def rebind(module: torch.nn.Module, name: str, replacement: Callable[..., Any]) -> int:
-    """Have the methods of ``module`` that call the global function ``name`` call ``replacement`` instead.
+def rebind(module: torch.nn.Module, name: str, replacement: Any) -> int:
+    """Make the methods of ``module`` that call the global function ``name`` call ``replacement`` instead.
 
-    They are bound anew on this module alone; its class, and the Python module it comes from, stay as they are.
+    The methods are copied and bound to this module alone; its class and its Python module do not change.
 
     Returns:
-        How many methods there were.
+        The number of such methods.
     """
     found = 0
     for attribute, function in _methods_calling(type(module), name):
@@ -35,10 +35,11 @@ def rebind(module: torch.nn.Module, name: str, replacement: Callable[..., Any]) 
 
 def _methods_calling(kind: type, name: str) -> Iterator[tuple[str, FunctionType]]:
     for attribute, function in inspect.getmembers(kind, inspect.isfunction):
-        if name in function.__globals__ and _names(function.__code__, name):
+        if name in function.__globals__ and name in code_names(function.__code__):
             yield attribute, function
 
 
-def _names(code: CodeType, name: str) -> bool:
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return name in code.co_names or any(_names(constant, name) for constant in inner)
+def code_names(code: CodeType) -> set[str]:
+    """The global names and attributes that a function uses, functions inside of it included."""
+    inner = (code_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)

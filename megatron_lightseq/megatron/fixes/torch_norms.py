@@ -1,8 +1,8 @@
 """Sequence parallelism with torch's own norms.
 
 Megatron refuses it (transformer/torch_norm.py), because torch's norms do not mark their weights for the gradient
-all-reduce over the tensor-parallel group (distributed/finalize_model_grads.py). Marking them is all that is
-missing. Where Transformer Engine or apex is installed Megatron uses their norms, which do.
+all-reduce over the tensor-parallel group (distributed/finalize_model_grads.py). Marking them is enough. With
+Transformer Engine or apex, Megatron uses their norms, which mark them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 
 def allow_sequence_parallel() -> Callable[[], None]:
-    """Have Megatron build torch norms under sequence parallelism, for this process; a second call does nothing.
+    """Let Megatron build torch norms under sequence parallelism, in this process; a second call does nothing.
 
     Returns:
         A function that undoes it.

@@ -1,6 +1,6 @@
 """LightSeq attention in an unmodified checkout of NVIDIA's Megatron-LM.
 
-Two ways in:
+There are two ways to use it:
 
 * the launcher, which adds our flags to Megatron-LM's own (:mod:`megatron_lightseq.megatron.lm.launcher`)::
 
@@ -11,8 +11,8 @@ Two ways in:
 
       torchrun ... PATH/TO/pretrain_gpt.py [Megatron-LM's flags] --spec megatron_lightseq.megatron.lm layers
 
-Importing this package does nothing. Reading its name ``layers``, which is what ``--spec`` does, switches LightSeq
-on in the running process and gives the layer specification.
+Importing this package changes nothing. Reading its attribute ``layers``, as ``--spec`` does, switches LightSeq on in
+the running process and returns the layer specification.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # Megatron reads vars(module)[name] after `__import__(module, fromlist=[name])`; a package is asked for the name
-    # in between, which is the moment to make it.
+    # Megatron calls `__import__(module, fromlist=[name])` and then reads vars(module)[name]. The import system asks a
+    # package for the name in between, so it is made here.
     if name != "layers":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     made = importlib.import_module(f"{__name__}.layers_spec").switch_on()

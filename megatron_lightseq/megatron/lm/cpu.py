@@ -1,6 +1,6 @@
 """Megatron-LM's training program on a machine without a GPU, over gloo.
 
-:mod:`megatron_lightseq.megatron.cpu.platform` serves megatron.core; the same is done here for the training
+:mod:`megatron_lightseq.megatron.cpu.platform` makes megatron.core run there; this does the same for the training
 modules of a checkout and for its script. It happens only where torch sees no CUDA device.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.errors import explain
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
 
 TRAINING_MODULES: dict[str, str] = {
@@ -48,17 +48,17 @@ DEFAULTS: dict[str, Any] = {
 
 
 class _TrainingCuda(cpu_platform.CpuCuda):
-    """What Megatron-LM's training loop asks of ``torch.cuda`` beyond what the core does."""
+    """The part of ``torch.cuda`` that Megatron-LM's training loop uses in addition to what the core uses."""
 
     def is_available(self) -> bool:
-        """So the training program agrees to start; torch itself goes on saying that there is no GPU."""
+        """True, so that the training program starts; torch itself still sees no GPU."""
         return True
 
     def device_count(self) -> int:
         return 1
 
     def set_device(self, *_: Any) -> None:
-        """There is one device."""
+        """There is only one device."""
 
     def get_device_capability(self, *_: Any) -> tuple[int, int]:
         return (0, 0)
@@ -83,30 +83,29 @@ class _TrainingCuda(cpu_platform.CpuCuda):
 def activate() -> None:
     """Make megatron.core and megatron.training of the checkout on ``sys.path`` usable on this CPU.
 
-    Undone by :func:`megatron_lightseq.megatron.cpu.platform.deactivate`, but for the two environment variables.
+    :func:`megatron_lightseq.megatron.cpu.platform.deactivate` undoes it, except for two environment variables.
 
     Raises:
         UnsupportedError: CUDA is available.
     """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-LM insists on it with TP or CP
-    os.environ.setdefault(
-        "TORCHDYNAMO_DISABLE", "1"
-    )  # its fused functions compile for minutes, and gain nothing
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-LM requires it with TP or CP
+    # Its fused functions take minutes to compile on a CPU, and gain nothing.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     cpu_platform.activate()
     cpu_platform.extend(TRAINING_MODULES, _TrainingCuda(), _attributes())
 
 
 def _attributes() -> Iterator[tuple[Any, str, Any]]:
-    # A method that can only raise on such a machine; called with arguments that tensor.cpu() does not take.
+    # It can only raise on such a machine, and is called with arguments that tensor.cpu() does not accept.
     yield torch.Tensor, "cuda", _itself
     yield torch.nn.Module, "cuda", _itself
     initialize = importlib.import_module("megatron.training.initialize")
-    # It compiles for kernels that are not there; and its random tensors, whose shapes depend on the context-parallel
-    # size, come from the one random stream of a CPU: initial weights would depend on that size.
+    # It warms up CUDA kernels. On a CPU it would draw from the only random stream, by shapes that depend on the
+    # context-parallel size, so that initial weights would depend on that size.
     yield initialize, "_warmup_jit_function", _nothing
     yield importlib.import_module("megatron.training.training"), "_warmup_jit_function", _nothing
     with contextlib.suppress(ImportError):  # until 0.16
-        yield importlib.import_module("megatron.legacy.fused_kernels"), "load", _nothing  # looks for nvcc
+        yield importlib.import_module("megatron.legacy.fused_kernels"), "load", _nothing  # it looks for nvcc
 
 
 def _itself(self: Any, *_: Any, **__: Any) -> Any:
@@ -118,12 +117,12 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def script_code(code: CodeType) -> CodeType:
-    """The code of a training script with ``device='cuda'`` naming the CPU."""
+    """The code of a training script in which ``device='cuda'`` means the CPU."""
     return cpu_platform.on_cpu(code, rename_methods=False)
 
 
 def with_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron-LM's ``add_megatron_arguments`` with :data:`DEFAULTS`, as far as this version has them."""
+    """Megatron-LM's ``add_megatron_arguments`` with those of :data:`DEFAULTS` that this version has."""
 
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = original(parser)
@@ -134,18 +133,15 @@ def with_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_megatron_arguments
 
 
-def check_backend(arguments: Any) -> None:
-    """Refuse a backend that needs GPUs.
-
-    Raises:
-        ConfigError: it is not gloo.
-    """
+def backend_problems(arguments: Any) -> list[str]:
+    """A message if the communication backend needs GPUs, else nothing."""
     backend = getattr(arguments, "distributed_backend", "gloo")
-    if backend != "gloo":
-        raise ConfigError(
-            explain(
-                got=f"--distributed-backend {backend} on a machine without a CUDA device",
-                rule="ranks on CPUs talk over gloo",
-                remedy="Give --distributed-backend gloo or leave it out, or run where torch sees the GPUs",
-            )
+    if backend == "gloo":
+        return []
+    return [
+        explain(
+            got=f"--distributed-backend {backend} on a machine without a CUDA device",
+            rule="ranks on CPUs communicate over gloo",
+            remedy="Give --distributed-backend gloo or leave it out, or run where torch sees GPUs",
         )
+    ]

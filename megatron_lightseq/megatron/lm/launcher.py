@@ -1,12 +1,13 @@
 """``lightseq megatron-lm``: run a training script of Megatron-LM, unmodified, with LightSeq attention.
 
-The script runs in this process as ``python SCRIPT`` would run it, after the seams have been wired. Every rank runs
+The script runs in this process as ``python SCRIPT`` would run it, after Megatron-LM has been patched. Every rank runs
 the launcher, under torchrun.
 """
 
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import sys
 import typing
 from collections.abc import Sequence
@@ -18,44 +19,48 @@ from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.megatron.lm.options import KEYS
 
 NOTICE = (
-    "lightseq megatron-lm: torch sees no CUDA device, so Megatron-LM runs on the CPU, over gloo. Its arguments "
-    "default to {defaults}.\n"
+    "lightseq megatron-lm: torch sees no CUDA device, so Megatron-LM runs on the CPU, over gloo. These arguments have "
+    "other defaults: {defaults}.\n"
 )
 
 
 def launch(script: Path, arguments: Sequence[str], *, quiet: bool = False) -> Any:
-    """Run a training script; returns the :class:`~megatron_lightseq.megatron.lm.plug.Plug` it ran with.
+    """Run a training script; returns the :class:`~megatron_lightseq.megatron.lm.patches.Patches` it ran with.
 
     Args:
-        script: ``pretrain_gpt.py`` of a checkout.
-        arguments: what follows it on the command line, Megatron-LM's flags and ours.
-        quiet: whether to say nothing about running on a CPU; all ranks but the first are quiet.
+        script: ``pretrain_gpt.py`` of a checkout, or another script that uses ``megatron.training``.
+        arguments: the rest of the command line, Megatron-LM's flags and ours.
+        quiet: do not report that this runs on a CPU; set on all ranks but the first.
 
     Raises:
-        ConfigError: there is no such script, or no Megatron-LM beside it.
-        UnsupportedError: this Megatron-LM lacks a seam, or is asked for what LightSeq would have to ignore.
+        ConfigError: there is no such script, or no Megatron-LM for it.
+        UnsupportedError: this Megatron-LM lacks a patch point, or is asked for something that LightSeq would ignore.
     """
     script = _checked(script)
     sys.path.insert(0, str(script.parent))  # as python does for a script
-    if not hasattr(typing, "override"):  # Megatron-LM's main branch wants Python 3.12, for this name alone
+    checkout = _checkout_of(script)
+    if checkout is not None and checkout != script.parent:
+        sys.path.insert(1, str(checkout))
+    if not hasattr(typing, "override"):  # Megatron-LM's main branch asks for Python 3.12, for this name alone
         from typing_extensions import override
 
         typing.override = override  # type: ignore[attr-defined]
     on_cpu = _activate_cpu(quiet)
 
-    from megatron_lightseq.megatron.lm.plug import Plug
+    from megatron_lightseq.megatron.lm.patches import Patches
 
-    plug = Plug(on_cpu=on_cpu)
-    plug.wire_flags()
-    plug.wire_model()
+    patches = Patches(on_cpu=on_cpu)
+    patches.patch_arguments()
+    patches.patch_model()
     try:
         execute(script, arguments, on_cpu=on_cpu)
     finally:
-        plug.remove()
-    return plug
+        patches.undo()
+    return patches
 
 
 def _checked(script: Path) -> Path:
+    """The absolute path of a script that has a Megatron-LM."""
     if not script.is_file():
         raise ConfigError(
             explain(
@@ -65,20 +70,34 @@ def _checked(script: Path) -> Path:
             )
         )
     script = script.resolve()
-    if not (script.parent / "megatron" / "training").is_dir():
+    if _checkout_of(script) is None and not _megatron_training_is_importable():
         raise ConfigError(
             explain(
                 got=f"{script}",
-                rule="there is no megatron/training beside it, so it is no script of a Megatron-LM checkout (the "
-                "megatron-core package of PyPI does not contain the training program)",
-                remedy="git clone https://github.com/NVIDIA/Megatron-LM, and give the path to its pretrain_gpt.py",
+                rule="neither the folders above it nor PYTHONPATH hold Megatron-LM's training program, "
+                "megatron/training (the megatron-core package of PyPI does not contain it)",
+                remedy="git clone https://github.com/NVIDIA/Megatron-LM, and give the path to its pretrain_gpt.py, or "
+                "add the checkout to PYTHONPATH",
             )
         )
     return script
 
 
+def _checkout_of(script: Path) -> Path | None:
+    """The nearest folder around a script that holds ``megatron/training``."""
+    folders = (folder for folder in script.parents if (folder / "megatron" / "training").is_dir())
+    return next(folders, None)
+
+
+def _megatron_training_is_importable() -> bool:
+    try:
+        return importlib.util.find_spec("megatron.training") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def _activate_cpu(quiet: bool) -> bool:
-    """Serve Megatron-LM on the CPU where there is no GPU, and say so."""
+    """Make Megatron-LM run on the CPU if there is no GPU, and report it."""
     import torch
 
     if torch.cuda.is_available():
@@ -93,10 +112,10 @@ def _activate_cpu(quiet: bool) -> bool:
 
 
 def execute(script: Path, arguments: Sequence[str], *, on_cpu: bool) -> None:
-    """Run a script as ``__main__`` without giving up this process's own ``__main__`` module.
+    """Run a script as ``__main__`` while this process's own ``__main__`` module stays in place.
 
-    Processes that are spawned later, to write checkpoints, import ``__main__`` again: this package's entry point
-    does nothing then, where a training script would import all of Megatron without what the launcher prepared.
+    Processes that are spawned later, to write checkpoints, import ``__main__`` again. They get this package's entry
+    point, which does nothing then; the training script would import all of Megatron without the patches.
     """
     code = compile(script.read_text(encoding="utf-8"), str(script), "exec")
     if on_cpu:

@@ -1,8 +1,7 @@
-"""What Megatron-LM's ``--spec megatron_lightseq.megatron.lm layers`` gets.
+"""What ``--spec megatron_lightseq.megatron.lm layers`` gives to Megatron-LM.
 
-Until 0.18 Megatron-LM takes a finished specification, the same for every pipeline stage; from 0.19 it calls a
-function with its configuration. Both are made of Megatron-LM's own choice of layers, with the attention replaced
-where that choice asks for it.
+Up to 0.18 Megatron-LM takes one specification for all pipeline stages; from 0.19 it calls a function with its
+configuration. Both return the layers that Megatron-LM would choose itself, with our attention.
 """
 
 from __future__ import annotations
@@ -13,34 +12,34 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_lightseq.errors import UnsupportedError, explain
-from megatron_lightseq.megatron.lm import seams
+from megatron_lightseq.megatron.lm import patch_points
 from megatron_lightseq.megatron.lm.options import options_from_environment
-from megatron_lightseq.megatron.lm.plug import Plug
+from megatron_lightseq.megatron.lm.patches import Patches
 
 
 def switch_on() -> Any:
     """Put LightSeq into the running Megatron-LM, with options from the environment.
 
     Returns:
-        A layer specification (until 0.18), or a function from Megatron-LM's configuration to one.
+        A layer specification (up to 0.18), or a function from Megatron-LM's configuration to one.
 
     Raises:
-        ConfigError: the environment's options cannot be read.
-        UnsupportedError: this Megatron lacks a seam, or is asked for what cannot be had by ``--spec``.
+        ConfigError: the options in the environment cannot be read.
+        UnsupportedError: this Megatron lacks a patch point, or is asked for something that ``--spec`` cannot do.
     """
     arguments = importlib.import_module("megatron.training").get_args()
-    plug = Plug()
-    plug.configure(options_from_environment(), arguments)
-    plug.wire_model()
+    patches = Patches()
+    patches.configure(options_from_environment(), arguments)
+    patches.patch_model()
     try:
-        owner, name = seams.DEFAULT_LAYERS.find()
+        owner, name = patch_points.DEFAULT_LAYERS.find()
     except UnsupportedError:
         return _specification(arguments)
     return getattr(owner, name)
 
 
 def _specification(arguments: Any) -> Any:
-    """The layers that ``gpt_builders.py`` would have chosen; the launcher needs none of this."""
+    """The layers that Megatron-LM's ``gpt_builders.py`` would choose. The launcher does not need them."""
     specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     _check(arguments)
     transformer_engine = arguments.transformer_impl == "transformer_engine"
@@ -70,7 +69,7 @@ def _specification(arguments: Any) -> Any:
 
 
 def _check(arguments: Any) -> None:
-    """What one specification for all stages cannot say."""
+    """Refuse what one specification for all stages cannot express."""
     stages = getattr(arguments, "virtual_pipeline_model_parallel_size", None)
     refused = {
         "--num-experts with an interleaved pipeline": arguments.num_experts and stages,
@@ -81,13 +80,13 @@ def _check(arguments: Any) -> None:
             raise UnsupportedError(
                 explain(
                     got=f"{name} with --spec, in a Megatron-LM before 0.19",
-                    rule="it takes one specification for all of the pipeline, which these layers need more than",
+                    rule="Megatron-LM takes one specification for all stages there, and these layers need several",
                     remedy="Leave --spec out and use the launcher, lightseq megatron-lm",
                 )
             )
 
 
 def _call(function: Callable[..., Any], **options: Any) -> Any:
-    """Call with those of the options that this version's function has."""
+    """Call a function with the options that this version of it has."""
     known = inspect.signature(function).parameters
     return function(**{name: value for name, value in options.items() if name in known})

@@ -1,6 +1,6 @@
-"""Our options inside Megatron-LM: flags beside Megatron's own, or environment variables where ``--spec`` is used.
+"""Our options in Megatron-LM: flags next to its own, or environment variables where ``--spec`` is used.
 
-Both spell the keys of :mod:`megatron_lightseq.config.sections`: ``--cp-method ring`` is ``MLS_CP_METHOD=ring``, and
+Both name keys of :mod:`megatron_lightseq.config.sections`: ``--cp-method ring``, or ``MLS_CP_METHOD=ring``, or
 ``cp_method: ring`` in the YAML file that ``MLS_CONFIG`` names. Variables override the file.
 """
 
@@ -25,32 +25,42 @@ KEYS = (
     *(entry.name for entry in fields(ContextParallelConfig) if entry.name != "cp_comm_type"),
     *RECOMPUTE_KEYS,
 )
-"""The keys that are ours; all others, ``cp_comm_type`` among them, are Megatron-LM's own arguments."""
+"""The keys that are ours; all others, including ``cp_comm_type``, are Megatron-LM's own arguments."""
 PREFIX = "MLS_"
 FILE_VARIABLE = "MLS_CONFIG"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LmOptions:
-    """What a run of Megatron-LM asks of us."""
+    """Our options of one Megatron-LM run."""
 
     context: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     """Method, layout, kernel, overlap."""
     keep_attention_on_recompute: bool = True
-    """Keep attention's results across activation recomputation."""
+    """Keep attention results across activation recomputation."""
     mlp_tile_tokens: int | None = None
-    """Tokens of a tile in which dense MLPs are computed; None: whole."""
+    """Tokens per slice of dense MLPs; None: not sliced."""
     loss_tile_tokens: int | None = None
-    """Tokens of a tile in which logits and losses are computed; None: all at once."""
+    """Tokens per slice of logits and losses; None: not sliced."""
 
     @property
     def active(self) -> bool:
-        """Whether attention is ours; ``cp_method megatron`` leaves Megatron as it is, for a baseline."""
+        """Whether attention is ours; ``cp_method megatron`` leaves Megatron-LM as it is, for a baseline."""
         return self.context.cp_method != "megatron"
+
+    @property
+    def slices(self) -> tuple[int | None, int | None]:
+        """Tokens per slice of MLPs, and of logits and losses."""
+        return self.mlp_tile_tokens, self.loss_tile_tokens
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Value by key."""
+        return {key: getattr(self if key in RECOMPUTE_KEYS else self.context, key) for key in KEYS}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add our flags to Megatron-LM's parser, in a group of their own."""
+    """Add our flags to Megatron-LM's parser, as a separate group."""
     defaults = to_flat(PretrainConfig())
     texts = {**field_docstrings(ContextParallelConfig), **field_docstrings(RecomputeConfig)}
     group = parser.add_argument_group(
@@ -61,10 +71,9 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if is_switch(key):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=defaults[key], help=text)
         else:
-            of_words = "integer" not in describe(key)
             group.add_argument(
                 flag,
-                type=str if of_words else int,
+                type=int if "integer" in describe(key) else str,
                 choices=choices(key) or None,
                 default=defaults[key],
                 help=text,
@@ -73,17 +82,17 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def options_from_flags(arguments: argparse.Namespace) -> LmOptions:
-    """Our options out of what Megatron-LM's parser has read.
+    """Our options, from the namespace of Megatron-LM's parser.
 
     Raises:
-        ConfigError: the namespace does not have them, because ``--yaml-cfg`` has replaced it.
+        ConfigError: the namespace lacks them, because ``--yaml-cfg`` has replaced it.
     """
     missing = [key for key in KEYS if not hasattr(arguments, key)]
     if missing:
         raise ConfigError(
             explain(
-                got="--yaml-cfg, whose file replaces everything on the command line",
-                rule=f"then {', '.join(missing)} cannot be read there",
+                got="--yaml-cfg, whose file replaces the command line",
+                rule=f"{', '.join(missing)} can only be read from the command line",
                 remedy="Give Megatron-LM's arguments as flags",
             )
         )
@@ -91,10 +100,13 @@ def options_from_flags(arguments: argparse.Namespace) -> LmOptions:
 
 
 def options_from_environment(environment: Mapping[str, str] | None = None) -> LmOptions:
-    """Our options out of ``MLS_CONFIG`` and ``MLS_<KEY>``; default: this process's environment.
+    """Our options, from ``MLS_CONFIG`` and ``MLS_<KEY>``.
+
+    Args:
+        environment: variables; default: those of this process.
 
     Raises:
-        ConfigError: a file that cannot be read, a value of another type, or a key that is Megatron-LM's.
+        ConfigError: the file cannot be read, a value has the wrong type, or a key is Megatron-LM's.
     """
     variables = os.environ if environment is None else environment
     layers: list[Mapping[str, Entry]] = []
@@ -105,8 +117,8 @@ def options_from_environment(environment: Mapping[str, str] | None = None) -> Lm
                 raise ConfigError(
                     explain(
                         got=f"{key!r} ({entry.origin})",
-                        rule=f"{FILE_VARIABLE} holds the keys {', '.join(KEYS)}",
-                        remedy="Give the others to Megatron-LM as its own flags",
+                        rule=f"{FILE_VARIABLE} may hold the keys {', '.join(KEYS)}",
+                        remedy="Give other options to Megatron-LM as flags",
                     )
                 )
     names = {key: f"{PREFIX}{key.upper()}" for key in KEYS}

@@ -9,7 +9,7 @@ from megatron_lightseq.schedule.ir import Placement, Tile
 from megatron_lightseq.schedule.network import Network
 from megatron_lightseq.schedule.problem import Problem
 
-STEPS = 8
+STEPS = 6
 TARGET_PERCENT = 100
 _MANY_RANKS = 16
 _MOST_EXPENSIVE = 8.0

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule.balance.rows import Row, row_borders, rows_of
+from megatron_lightseq.schedule.balance.rows import Row, causal_documents, row_borders, rows_of
 from megatron_lightseq.schedule.balance.solve import Prices, solve
 from megatron_lightseq.schedule.balance.steps import stage
 
@@ -44,7 +44,7 @@ class BalanceOptions:
     num_steps: int = 8
     target: float = 1.0
     tolerance: float = 0.02
-    edge: float = 0.15
+    edge: float = 0.4
     """Length of the first and the last step, as a share of the others'."""
 
 
@@ -69,8 +69,9 @@ def plan_blocks(mask: Mask, seq_length: int, options: BalanceOptions) -> list[Pl
         "num_steps": options.num_steps,
         "edge": options.edge,
     }
-    if mask.left is None and mask.right == 0:
-        packed = native.plan_documents(mask.cu_seqlens or (0, seq_length), options.grain, **arguments)
+    documents = causal_documents(mask, seq_length)
+    if documents is not None:
+        packed = native.plan_documents(documents, options.grain, **arguments)
     else:
         rows = [_as_tuple(row) for row in _rows(mask, seq_length, options)]
         packed = native.plan_rows(rows, options.grain, **arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_lightseq.mask import Mask
 
@@ -89,9 +90,17 @@ def row_borders(seq_length: int, num_pieces: int, grain: int) -> list[int]:
 
 def rows_of(mask: Mask, borders: Sequence[int]) -> list[Row]:
     """The rows of ``mask`` between ``borders``, which begin at 0 and end at the sequence length."""
-    if mask.left is None and mask.right == 0:
-        return _rows_of_documents(mask.cu_seqlens or (0, borders[-1]), borders)
-    return [_row_of_mask(mask, borders[i], borders[i + 1], borders[-1]) for i in range(len(borders) - 1)]
+    documents = causal_documents(mask, borders[-1])
+    if documents is not None:
+        return _rows_of_documents(documents, borders)
+    is_causal = mask.is_causal
+    return [_row_of_mask(mask, range(*row), borders[-1], is_causal) for row in pairwise(borders)]
+
+
+def causal_documents(mask: Mask, seq_length: int) -> Sequence[int] | None:
+    """The borders of a mask that is causal documents, or one causal document, and nothing else."""
+    packing = mask.packing(seq_length)
+    return packing[0] if packing is not None and packing[1] == (None, 0) else None
 
 
 def _rows_of_documents(documents: Sequence[int], borders: Sequence[int]) -> list[Row]:
@@ -120,9 +129,9 @@ def _rows_of_documents(documents: Sequence[int], borders: Sequence[int]) -> list
     return rows
 
 
-def _row_of_mask(mask: Mask, start: int, stop: int, seq_length: int) -> Row:
+def _row_of_mask(mask: Mask, queries: range, seq_length: int, is_causal: bool) -> Row:
     """Any other mask: exact areas at the positions where what the queries see begins, changes or ends."""
-    queries = range(start, stop)
+    start, stop = queries.start, queries.stop
     corners = sorted({corner for corner in _corners(mask, queries, seq_length) if 0 <= corner <= seq_length})
     sums = [mask.area(queries, range(corner)) for corner in corners]
     total = sums[-1]
@@ -131,17 +140,15 @@ def _row_of_mask(mask: Mask, start: int, stop: int, seq_length: int) -> Row:
     if total == 0:
         return Row(start, stop, (start, stop), (0, 0), start, start, 0)
     edges, sums = corners[first : last + 1], sums[first : last + 1]
-    shared = min(start, edges[-1]) if mask.right == 0 else edges[-1]
+    shared = min(start, edges[-1]) if is_causal else edges[-1]
     density = max(1, round((sums[-1] - sums[0]) / max(1, edges[-1] - edges[0])))
     return Row(start, stop, tuple(edges), tuple(sums), shared, edges[0], density)
 
 
 def _corners(mask: Mask, queries: range, seq_length: int) -> Iterator[int]:
     yield from (0, queries.start, queries.stop, seq_length)
-    for bound, sign in ((mask.left, -1), (mask.right, 1)):
-        if bound is not None:
-            yield queries.start + sign * bound
-            yield queries.stop + sign * bound
-    segments = list(mask.segments(queries, range(seq_length)))
-    for segment in (*segments[:1], *segments[-1:]):
-        yield from (segment.k_start, segment.k_stop)
+    for term in mask.terms_over(seq_length):
+        for edge in (term.start, term.stop):
+            pieces = list(edge.tile_pieces(queries))
+            for first, end, line in (*pieces[:1], *pieces[-1:]):
+                yield from (line.at(queries.start + first), line.at(queries.start + end))

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from megatron_lightseq.kernels.registry import TileMask
+from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.mask import Mask
 
 MaskKind = Literal["full", "causal", "window", "documents", "short documents"]
@@ -49,7 +49,8 @@ class KernelCase:
     def tile_mask(self) -> TileMask:
         """The mask as an argument of the kernel."""
         tokens = range(self.seq_length)
-        return TileMask.of(self.mask(), tokens, tokens, torch.device("cpu"))
+        (tile,) = TileMask.of(self.mask(), tokens, tokens, torch.device("cpu"))
+        return tile
 
     def cu_seqlens(self) -> tuple[int, ...]:
         """Starts of the packed documents, then the end: 8 of equal length, or 64 of 16 to 256 tokens."""

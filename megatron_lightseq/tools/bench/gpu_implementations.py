@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.kernels.delta import attention_delta
-from megatron_lightseq.kernels.registry import Kernel, TileMask
+from megatron_lightseq.kernels.registry import Kernel
+from megatron_lightseq.kernels.tile_mask import TileMask
 
 FAR = 1 << 30
 BACKENDS = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
@@ -100,9 +101,11 @@ class Ours:
 
     @property
     def name(self) -> str:
+        """As in :class:`GpuImplementation`."""
         return "ours" if self.blocks == 1 else f"ours, {self.blocks} blocks"
 
     def settings(self) -> AbstractContextManager[Any]:
+        """As in :class:`GpuImplementation`."""
         return nullcontext()
 
     def _tiles(self, case: GpuCase) -> Iterator[tuple[slice, TileMask]]:
@@ -115,6 +118,7 @@ class Ours:
         return out, torch.empty(case.batch, case.heads, case.seq_length, device=q.device)
 
     def forward(self, case: GpuCase, tensors: Tensors) -> Call:
+        """As in :class:`GpuImplementation`."""
         q, k, v, _ = tensors
         out, lse = self._state(case, q)
         scale = case.head_dim**-0.5
@@ -130,6 +134,7 @@ class Ours:
         return call
 
     def backward(self, case: GpuCase, tensors: Tensors) -> Call:
+        """As in :class:`GpuImplementation`."""
         q, k, v, dout = tensors
         out, lse = self._state(case, q)
         for part, mask in self._tiles(case):
@@ -185,19 +190,23 @@ class Sdpa(_Differentiable):
 
     @property
     def name(self) -> str:
+        """As in :class:`GpuImplementation`."""
         return f"{self.backend}, K and V repeated" if self.repeat else self.backend
 
     def settings(self) -> AbstractContextManager[Any]:
+        """Allows only this backend."""
         context: AbstractContextManager[Any] = sdpa_kernel(BACKENDS[self.backend])
         return context
 
     def inputs(self, case: GpuCase, tensors: Tensors) -> list[Tensor]:
+        """Tensors in torch's layout, (B, H, S, D)."""
         q, k, v, dout = _Differentiable.inputs(self, case, tensors)
         if self.repeat:
             k, v = (x.repeat_interleave(case.kv_share, 1) for x in (k, v))
         return [q, k, v, dout]
 
     def attend(self, case: GpuCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The function of q, k and v."""
         grouped = case.kv_share > 1 and not self.repeat
         return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=case.causal, enable_gqa=grouped
@@ -212,14 +221,17 @@ class Flex(_Differentiable):
 
     @property
     def name(self) -> str:
+        """As in :class:`GpuImplementation`."""
         return "flex (Triton)"
 
     def settings(self) -> AbstractContextManager[Any]:
+        """Switches donated buffers off."""
         # With donated buffers, a compiled backward pass cannot run several times on one forward pass.
         context: AbstractContextManager[Any] = functorch.patch(donated_buffer=False)
         return context
 
     def attend(self, case: GpuCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The compiled function of q, k and v; raises UnsupportedError if it is not available for the case."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         reason = self._refusal(case, device)

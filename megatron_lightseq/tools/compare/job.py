@@ -8,6 +8,9 @@ from typing import Any
 
 from megatron_lightseq.config import PretrainConfig, from_flat, to_flat
 
+VOCAB_SIZE = 256
+"""Tokens are bytes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:

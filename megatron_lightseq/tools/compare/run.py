@@ -7,14 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_lightseq.config import PretrainConfig, with_values
-from megatron_lightseq.tools.compare.job import Job, JobResult
+from megatron_lightseq.tools.compare.job import VOCAB_SIZE, Job, JobResult
 from megatron_lightseq.tools.compare.launch import measure
 from megatron_lightseq.tools.compare.systems import System
 from megatron_lightseq.tools.compare.tables import Comparison, compare
 from megatron_lightseq.tools.ranks import Cluster
-
-VOCAB_SIZE = 256
-"""Tokens are bytes."""
 
 
 def common_config(config: PretrainConfig, world_size: int) -> PretrainConfig:

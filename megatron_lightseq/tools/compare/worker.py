@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
 from megatron_lightseq.megatron.spec import use_transformer_engine
-from megatron_lightseq.tools.compare.job import Job, Measurement, StepMeasurement
+from megatron_lightseq.tools.compare.job import VOCAB_SIZE, Job, Measurement, StepMeasurement
 from megatron_lightseq.tools.compare.memory import limit_memory, peak_tensor_bytes
 from megatron_lightseq.tools.compare.padding import PaddedWeightNames
 from megatron_lightseq.tools.compare.sdpa import sdpa_layer_spec
@@ -27,8 +27,6 @@ from megatron_lightseq.training.reporting.memory import peak_resident_bytes
 from megatron_lightseq.training.setup import Training, build_training, initialize_parallel, resolve_here
 from megatron_lightseq.training.step import train_step
 
-VOCAB_SIZE = 256
-"""Tokens are bytes."""
 _CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows of the square matrices: large enough for the device to reach its peak."""
 _CEILING_SECONDS = 0.5

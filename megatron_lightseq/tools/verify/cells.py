@@ -110,7 +110,7 @@ _EP2 = {"expert_model_parallel_size": 2}
 _EP4 = {"expert_model_parallel_size": 4}
 _EP2_ETP1 = {**_EP2, "expert_tensor_parallel_size": 1}
 _GATHERED = {"moe_token_dispatcher_type": "allgather"}
-_LATENT = {
+LATENT: dict[str, Any] = {
     "multi_latent_attention": True,
     "num_query_groups": None,
     "q_lora_rank": 24,
@@ -119,11 +119,11 @@ _LATENT = {
     "qk_pos_emb_head_dim": 4,
     "v_head_dim": 10,
 }
-_DIRECT_QUERIES = {**_LATENT, "q_lora_rank": None, "qk_layernorm": True}
+_DIRECT_QUERIES = {**LATENT, "q_lora_rank": None, "qk_layernorm": True}
 _MULTI_TOKEN = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
 _MEAN_PER_BATCH = {"calculate_per_token_loss": False}
 _MULTI_TOKEN_AVERAGE = {**_MULTI_TOKEN, **_MEAN_PER_BATCH}
-_EVERYTHING = {**_MULTI_TOKEN, **_LATENT, **_EXPERTS}
+_EVERYTHING = {**_MULTI_TOKEN, **LATENT, **_EXPERTS}
 
 _METHODS = method_names()
 
@@ -199,14 +199,14 @@ CELLS: tuple[Cell, ...] = (
         {**_EXPERTS, **_MEAN_PER_BATCH},
     ),
     _cell("shared expert tp2 sp ep2 cp2 lightseq", {**_TP2_SP, **_EP2, **_cp(2, "lightseq")}, _SHARED_EXPERT),
-    *(_cell(f"latent cp2 {method}", _cp(2, method), _LATENT) for method in _METHODS),
-    _cell("latent cp3 lightseq", _cp(3, "lightseq"), _LATENT),
-    _cell("latent cp4 mesh, full recompute", {**_FULL, **_cp(4, "mesh")}, _LATENT),
-    _cell("latent tp2 cp2 ring", {**_TP2, **_cp(2, "ring")}, _LATENT),
-    _cell("latent tp2 sp cp2 lightseq, full recompute", {**_TP2_SP, **_FULL, **_cp(2, "lightseq")}, _LATENT),
+    *(_cell(f"latent cp2 {method}", _cp(2, method), LATENT) for method in _METHODS),
+    _cell("latent cp3 lightseq", _cp(3, "lightseq"), LATENT),
+    _cell("latent cp4 mesh, full recompute", {**_FULL, **_cp(4, "mesh")}, LATENT),
+    _cell("latent tp2 cp2 ring", {**_TP2, **_cp(2, "ring")}, LATENT),
+    _cell("latent tp2 sp cp2 lightseq, full recompute", {**_TP2_SP, **_FULL, **_cp(2, "lightseq")}, LATENT),
     _cell("latent, direct queries, pp2 cp2 zigzag", {**_PP2, **_cp(2, "zigzag")}, _DIRECT_QUERIES),
-    _cell("latent, sinks and windows, cp2 zigzag", _cp(2, "zigzag"), {**_LATENT, **_SINKS, **_WINDOW}),
-    _cell("latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, {**_LATENT, **_EXPERTS}),
+    _cell("latent, sinks and windows, cp2 zigzag", _cp(2, "zigzag"), {**LATENT, **_SINKS, **_WINDOW}),
+    _cell("latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, {**LATENT, **_EXPERTS}),
     *(
         _cell(f"multi-token cp2 {layout}", _cp(2, "ring", cp_layout=layout), _MULTI_TOKEN)
         for layout in ("contiguous", "zigzag", "striped")
@@ -223,7 +223,7 @@ CELLS: tuple[Cell, ...] = (
     _cell("multi-token latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, _EVERYTHING),
     _cell("bf16 cp2 lightseq", _cp(2, "lightseq"), {"bf16": True}, tolerance=BF16),
     _cell("bf16 cp2 ulysses", _cp(2, "ulysses"), {"bf16": True}, tolerance=BF16),
-    _cell("bf16 latent cp2 zigzag", _cp(2, "zigzag"), {"bf16": True, **_LATENT}, tolerance=BF16),
+    _cell("bf16 latent cp2 zigzag", _cp(2, "zigzag"), {"bf16": True, **LATENT}, tolerance=BF16),
     # If two experts are nearly tied for a token, a rounding error can change its expert, and gradients jump. There are
     # no ties if all tokens use all experts; otherwise Megatron's own gradients jump by as much.
     _cell(

@@ -1,8 +1,8 @@
-"""A folder of checkpoints on disk: what is complete, what is the newest, and how one more comes to be.
+"""A folder of checkpoints on disk: which are complete, which is the newest, and how a new one is added.
 
-Files only, no tensors. A checkpoint is written under a temporary name and renamed when all of it is on the
-disk; a process killed at any instant leaves the folder with the old checkpoints, the new one, or both, and
-possibly a temporary folder that is ignored and removed later.
+Files only, no tensors. A checkpoint is written under a temporary name and renamed once all of it is on the disk. A
+process killed at any moment leaves the old checkpoints, the new one, or both, and possibly a temporary folder that is
+ignored and removed later.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class CheckpointDirectory:
     def candidates(self) -> list[Path]:
         """Folders with a complete checkpoint's name, newest first.
 
-        A folder may hold an earlier run that got further. What was already there when ``latest`` was last written,
-        and counts more steps than it names, is that run's, and comes after all of the present run's.
+        A folder may also hold checkpoints of an earlier run that got further. Those are older than the file ``latest``
+        and have more steps than the checkpoint it names; they come after all checkpoints of the present run.
         """
         if not self.root.is_dir():
             return []
@@ -49,25 +49,25 @@ class CheckpointDirectory:
         )
 
     def start(self) -> None:
-        """Note that a run begins, so that :meth:`of_this_run` tells its checkpoints from those of earlier ones.
+        """Record that a run begins, so that :meth:`of_this_run` can tell its checkpoints from earlier ones.
 
         Raises:
-            CheckpointError: nothing can be written there, which a run had better know before its first step.
+            CheckpointError: the folder cannot be written to; better to fail now than at the first save.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._write_atomically(STARTED_NAME, "checkpoints older than this file are of earlier runs")
+            self._write_atomically(STARTED_NAME, "checkpoints older than this file belong to earlier runs")
         except OSError as error:
             raise CheckpointError(
                 explain(
                     got=f"--save {self.root}: {error.strerror}",
-                    rule="checkpoints are written into that folder",
-                    remedy="Name a folder that this user may write to",
+                    rule="checkpoints are saved in that folder",
+                    remedy="Choose a folder that this user may write to",
                 )
             ) from error
 
     def of_this_run(self) -> list[Path]:
-        """Those of :meth:`candidates` that were saved since :meth:`start`."""
+        """The :meth:`candidates` that were saved after :meth:`start`."""
         try:
             started = (self.root / STARTED_NAME).stat().st_mtime_ns
         except OSError:
@@ -80,20 +80,20 @@ class CheckpointDirectory:
             latest = iteration_of(Path(tracker.read_text(encoding="utf-8").strip()))
             written = (path / MANIFEST_NAME).stat().st_mtime_ns
             return iteration_of(path) > latest and written < tracker.stat().st_mtime_ns
-        except (OSError, ValueError, CheckpointError):  # no such file, or none of ours
+        except (OSError, ValueError, CheckpointError):  # no such file, or not written by us
             return False
 
     def begin(self, iteration: int) -> Path:
-        """Create and return the temporary folder of one save."""
+        """Create the temporary folder of one save, and return it."""
         temporary = self.root / f"{checkpoint_name(iteration)}.tmp-{uuid.uuid4().hex}"
         temporary.mkdir(parents=True)
         return temporary
 
     def commit(self, temporary: Path, manifest: Manifest) -> Path:
-        """Turn a fully written temporary folder into a checkpoint; the new path.
+        """Turn a fully written temporary folder into a checkpoint; returns its path.
 
-        The caller has fsynced the files. Order: manifest, the folders' entries, rename, then the two files
-        that name the newest checkpoint. An older checkpoint of the same iteration is replaced.
+        The caller has fsynced the files. The order is: manifest, folder entries, rename, and finally the two files that
+        name the newest checkpoint. An older checkpoint of the same iteration is replaced.
         """
         write_durably(temporary / MANIFEST_NAME, manifest.dumps())
         for folder in sorted({temporary, *(path for path in temporary.rglob("*") if path.is_dir())}):
@@ -110,35 +110,37 @@ class CheckpointDirectory:
         return final
 
     def clean(self) -> list[str]:
-        """Remove what killed saves left behind; the names removed. Call it when no save is under way."""
+        """Remove what killed saves have left; returns the removed names. Call it while no save is running."""
         if not self.root.is_dir():
             return []
         self.recover()
-        torn = [path for path in self.root.iterdir() if _TEMPORARY.fullmatch(path.name)]
-        for path in torn:
+        unfinished = [path for path in self.root.iterdir() if _TEMPORARY.fullmatch(path.name)]
+        for path in unfinished:
             shutil.rmtree(path, ignore_errors=True)
-        return sorted(path.name for path in torn)
+        return sorted(path.name for path in unfinished)
 
     def recover(self) -> list[str]:
-        """Finish what a kill interrupted between two renames; the names of the checkpoints that are back.
+        """Finish saves that were killed between two renames; returns the names of the recovered checkpoints.
 
-        A temporary folder that its manifest verifies is a checkpoint. Where none of its iteration stands, it takes
-        its place: the later one, if the old one had been moved aside for a new one. Call it when no save is under way.
+        A temporary folder whose files match its manifest is a complete checkpoint. If no checkpoint of its iteration
+        exists, it is renamed to its place; of several, the one written last. Call it while no save is running.
         """
         if not self.root.is_dir():
             return []
-        whole = [path for path in self.root.iterdir() if _TEMPORARY.fullmatch(path.name) and _is_whole(path)]
-        back = []
-        for path in sorted(whole, key=lambda path: (path / MANIFEST_NAME).stat().st_mtime_ns, reverse=True):
+        intact = [
+            path for path in self.root.iterdir() if _TEMPORARY.fullmatch(path.name) and _is_intact(path)
+        ]
+        recovered = []
+        for path in sorted(intact, key=lambda path: (path / MANIFEST_NAME).stat().st_mtime_ns, reverse=True):
             final = path.with_name(path.name.partition(".tmp-")[0])
             if not final.exists():
-                with contextlib.suppress(OSError):  # a folder that may only be read
+                with contextlib.suppress(OSError):  # a read-only folder
                     os.rename(path, final)
-                    back.append(final.name)
-        return back
+                    recovered.append(final.name)
+        return recovered
 
     def _move_aside(self, final: Path) -> Path | None:
-        """A folder cannot be renamed over a full one: the old one takes a temporary name first."""
+        """Give the old checkpoint a temporary name: a folder cannot be renamed over one that is not empty."""
         if not final.exists():
             return None
         aside = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
@@ -151,7 +153,7 @@ class CheckpointDirectory:
         os.replace(temporary, self.root / name)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     try:
         return not Manifest.read(path).problems(path)
     except CheckpointError:
@@ -159,7 +161,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def checkpoint_name(iteration: int) -> str:
-    """Folder name of the checkpoint saved after ``iteration`` steps."""
+    """Folder name of a checkpoint saved after ``iteration`` steps."""
     return f"iter_{iteration:07d}"
 
 
@@ -170,8 +172,8 @@ def iteration_of(path: Path) -> int:
         raise CheckpointError(
             explain(
                 got=f"folder {path.name}",
-                rule=f"a checkpoint's folder is named like {checkpoint_name(20)}",
-                remedy="Give --load the folder that holds such folders",
+                rule=f"checkpoint folders are named like {checkpoint_name(20)}",
+                remedy="Set --load to the folder that contains such folders",
             )
         )
     return int(match[1])

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: every file with its size and SHA-256, and what the checkpoint is of.
+"""The manifest of a checkpoint: every file with its size and SHA-256, and which model and run it belongs to.
 
-A checkpoint without a manifest that verifies does not exist for the loader. The manifest carries a
-checksum of itself, so that a flipped bit in it is told apart from one in the file it names.
+The loader ignores checkpoints without a valid manifest. The manifest has a checksum of itself, so that a flipped bit in
+the manifest can be told from one in the file it lists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FileRecord:
     """One file of a checkpoint."""
 
     name: str
-    """Path relative to the checkpoint, with forward slashes; always below it."""
+    """Path relative to the checkpoint folder, with forward slashes; never outside it."""
     num_bytes: int
     sha256: str
 
@@ -42,7 +42,7 @@ class FileRecord:
         return cls(name=name, num_bytes=num_bytes, sha256=digest.hexdigest())
 
     def problem(self, folder: Path) -> str | None:
-        """What is wrong with the file, or None. Cheap checks first: a truncated file is not hashed."""
+        """What is wrong with the file, or None. A file of the wrong size is not hashed."""
         path = folder / self.name
         if path.is_symlink() or not path.is_file():
             return f"{self.name} is missing"
@@ -56,30 +56,30 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a checkpoint holds; written last, so that its presence says that the rest was written."""
+    """The contents of a checkpoint; written last, so that its presence shows that the rest has been written."""
 
     iteration: int
     consumed_samples: int
     model: Mapping[str, Any]
-    """The configuration keys that decide what the weights are and mean."""
+    """The configuration keys that determine what the weights are and mean."""
     optimizer: Mapping[str, Any]
-    """The configuration keys that decide the form of the optimizer's state."""
+    """The configuration keys that determine the form of the optimizer state."""
     data: Mapping[str, Any]
-    """The configuration keys that decide the order of the training samples."""
+    """The configuration keys that determine the order of the training samples."""
     world: Mapping[str, int]
-    """Sizes of the parallel groups that saved it."""
+    """Sizes of the parallel groups that saved the checkpoint."""
     config_fingerprint: str
     versions: Mapping[str, str]
     files: tuple[FileRecord, ...] = field(default=())
 
     def dumps(self) -> str:
-        """JSON text with a checksum over its own content."""
+        """JSON text with a checksum of its own content."""
         content = {"format": FORMAT_VERSION, **asdict(self)}
         return json.dumps({"content": content, "sha256": _content_hash(content)}, indent=1, sort_keys=True)
 
     @classmethod
     def loads(cls, text: str) -> Manifest:
-        """Parse :meth:`dumps`. Raises ValueError for anything that is not a whole manifest of this format."""
+        """Parse :meth:`dumps`. Raises ValueError for anything that is not a complete manifest of this format."""
         document = json.loads(text)
         content = document["content"]
         if document["sha256"] != _content_hash(content):
@@ -93,7 +93,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read a checkpoint's manifest. Raises CheckpointError naming the file when it cannot be trusted."""
+        """Read a checkpoint's manifest. Raises CheckpointError, with the file's name, if it cannot be trusted."""
         path = folder / MANIFEST_NAME
         try:
             return cls.loads(path.read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ class Manifest:
             raise CheckpointError(
                 explain(
                     got=f"{path}: {type(error).__name__}: {error}",
-                    rule="a checkpoint has a manifest that can be read and matches its own checksum",
+                    rule="a checkpoint must have a readable manifest that matches its own checksum",
                     remedy="Load another checkpoint, or save this one again",
                 )
             ) from error
@@ -113,7 +113,7 @@ class Manifest:
 
 
 def check_relative(name: str) -> None:
-    """Raise ValueError unless ``name`` stays below the folder that it is joined to."""
+    """Raise ValueError if ``name`` leads out of the folder that it is joined to."""
     path = Path(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise ValueError(f"file name {name!r} leads out of the checkpoint")

@@ -1,10 +1,10 @@
 """The optimizer's state as Megatron's sharded state dict, and back; torch's AdamW included.
 
-Megatron-Core can save the state of its DistributedOptimizer over ``torch.optim.AdamW`` and not load it
-(0.16.1, when neither Transformer Engine nor apex provides the optimizer): it asks for state that torch makes
-in the first step, then for the step count among tensors that hold none, and gives all parameters one step
-tensor, which each of them would count up. The functions here supply what is missing, around Megatron's own
-methods, and leave FusedAdam alone.
+Megatron-Core 0.16.1 can save the state of its DistributedOptimizer over ``torch.optim.AdamW``, but not load it (this
+happens if neither Transformer Engine nor apex provides the optimizer): it expects state that torch creates in the first
+step, then looks for the step count among tensors that do not contain it, and gives all parameters the same step tensor,
+which each of them would increment. The functions here wrap Megatron's own methods, supply what is missing, and leave
+FusedAdam alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 SHARDING: dict[str, Any] = {
-    # In terms of the model's parameters: may be loaded into any parallel layout.
+    # In terms of the model's parameters, so that it can be loaded with any parallel sizes.
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
@@ -29,11 +29,11 @@ def sharded_optimizer_state(
     Args:
         optimizer: a MegatronOptimizer.
         model_state: the model's sharded state dict, which names the parameters.
-        is_loading: whether it is a template to load into. State that does not exist yet is made as zeros.
+        is_loading: whether it is a template to load into. Missing state is created as zeros.
     """
     for part in _parts(optimizer):
-        _make_state(part.optimizer)  # on saving, too: the run may have been stopped before its first step
-    # On loading Megatron makes the state of Adam, and fails on SGD, whose state is there already.
+        _make_state(part.optimizer)  # when saving, too: the run may have stopped before its first step
+    # When loading, Megatron creates the state of Adam, but fails on SGD, whose state already exists.
     template = is_loading and not any(
         isinstance(part.optimizer, torch.optim.SGD) for part in _parts(optimizer)
     )
@@ -61,7 +61,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """What a parameter group was configured with; Megatron and torch would load the checkpoint's over it."""
+    """The settings of a parameter group, which Megatron and torch would overwrite with the checkpoint's."""
     return {key: value for key, value in group.items() if key not in ("params", "step")}
 
 
@@ -70,10 +70,11 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def _by_part(parts: list[Any], state: dict[Any, Any]) -> list[dict[str, Any]]:
-    """The state of each of the optimizers that are chained, one of them for experts that are spread over ranks.
+    """The state of each chained optimizer; experts that are spread over ranks have their own.
 
-    A checkpoint may come from ranks that chain another number of them. Its tensors find their parameters by name; what
-    is said for all parameters together (the step count above all) then lies where the saved chain had it.
+    The ranks that saved a checkpoint may have chained a different number of optimizers. Tensors are matched to their
+    parameters by name; what applies to all parameters together (above all the step count) is where the saved chain had
+    it.
     """
     saved = [state[index] for index in sorted(key for key in state if isinstance(key, int))]
     own = {key: value for key, value in state.items() if not isinstance(key, int)}
@@ -86,7 +87,7 @@ def _by_part(parts: list[Any], state: dict[Any, Any]) -> list[dict[str, Any]]:
 
 
 def _inner(part_state: dict[str, Any]) -> dict[str, Any]:
-    """The state of torch's optimizer, which Megatron's for low precision and for shards wrap once more."""
+    """The state of torch's optimizer, which Megatron's optimizers for low precision and for shards wrap."""
     found: dict[str, Any] = part_state.get("optimizer", part_state)
     return found
 
@@ -97,7 +98,7 @@ def _has_settings(part_state: dict[str, Any]) -> bool:
 
 
 def _complete(part: Any, part_state: dict[str, Any], donor: dict[str, Any]) -> None:
-    """Settings as this optimizer has them, and the step count of another of the checkpoint."""
+    """Complete a state with this optimizer's settings and the step count of another optimizer in the checkpoint."""
     if "optimizer" in donor:
         part_state.setdefault("optimizer", {})
     inner, given = _inner(part_state), _inner(donor)
@@ -112,7 +113,7 @@ def _complete(part: Any, part_state: dict[str, Any], donor: dict[str, Any]) -> N
 
 
 def _load_distributed(part: Any, state: dict[str, Any]) -> None:
-    """Step and groups first, then the tensors, with the step count out of Megatron's way."""
+    """Load step count and groups first, then the tensors; meanwhile the step count is kept away from Megatron."""
     tensors = state.pop("param_state")
     state.pop("param_state_sharding_type", None)
     part.load_state_dict(state)
@@ -124,7 +125,7 @@ def _load_distributed(part: Any, state: dict[str, Any]) -> None:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """The state that torch's AdamW or SGD would make in its first step."""
+    """Create the state that torch's AdamW or SGD would create in its first step."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             if optimizer.state[param]:
@@ -140,7 +141,7 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _restore_zero_step(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Megatron does not save a step count of zero, and AdamW cannot do without."""
+    """Add the step count of zero, which Megatron does not save and AdamW needs."""
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         by_param = state.get("optimizer", state)["state"]
         by_param.setdefault("common_step", torch.tensor(0.0))

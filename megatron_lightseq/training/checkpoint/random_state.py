@@ -1,4 +1,4 @@
-"""The state of every random number generator that can decide the next bit of a run."""
+"""The state of every random number generator that a run depends on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 
 
 def random_state() -> dict[str, Any]:
-    """Generator states of this rank as plain containers and uint8 tensors, fit for ``weights_only`` loading."""
+    """This rank's generator states, as plain containers and uint8 tensors, which ``weights_only`` loading accepts."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
@@ -26,7 +26,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set every generator of this rank. Call it after data iterators are made: making one draws numbers."""
+    """Set every generator of this rank. Call it after creating data iterators, because creating one draws numbers."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

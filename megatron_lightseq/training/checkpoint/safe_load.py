@@ -1,10 +1,10 @@
-"""Read torch.distributed checkpoints without executing what they contain.
+"""Read torch.distributed checkpoints without executing anything in them.
 
 ``torch.distributed.checkpoint`` unpickles ``.metadata`` with the plain unpickler, and stored objects with
-``weights_only=False``: either runs any code that the file asks for. :func:`no_code_execution` replaces both
-for the time of one load: ``.metadata`` may name only the dataclasses of a checkpoint's table of contents
-(:func:`load_metadata`), and every ``torch.load`` is held to ``weights_only=True``. What is read is not yet safe for
-modules that unpickle their own part of it: :func:`check_extra_state` comes before ``load_state_dict``.
+``weights_only=False``; both run any code that a file asks for. :func:`no_code_execution` replaces both for the duration
+of a load: ``.metadata`` may name only the dataclasses of a checkpoint's table of contents (:func:`load_metadata`), and
+every ``torch.load`` is restricted to ``weights_only=True``. The result is still unsafe for modules that unpickle parts
+of it themselves, so call :func:`check_extra_state` before ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _RECORDS: tuple[type, ...] = (
 
 
 class _MemoryFormats:
-    """Stands for the enumeration that a checkpoint names: its members by value, or by name through ``getattr``.
+    """Replaces the enumeration that a checkpoint names: gives its members by value, or by name through ``getattr``.
 
-    Python 3.11.2 (Debian 12) pickles members of enumerations in the second way, 3.11.7 in the first.
+    Python 3.11.2 (Debian 12) pickles enumeration members by name, 3.11.7 by value.
     """
 
     __slots__ = ()  # nothing for an unpickler to set
@@ -66,7 +66,7 @@ _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Resolves the names in a ``.metadata`` file from a closed list, and nothing else."""
+    """Resolves the names in a ``.metadata`` file from a fixed list only."""
 
     def find_class(self, module: str, name: str) -> Any:
         for record in _RECORDS:
@@ -88,8 +88,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 def load_metadata(stream: IO[bytes]) -> dcp_metadata.Metadata:
     """A checkpoint's table of contents from its ``.metadata`` file.
 
-    Raises CheckpointError, with nothing executed, when the file is not a table of contents, names anything
-    else, or points outside the checkpoint.
+    Raises CheckpointError, without executing anything, if the file is not a table of contents, names anything else, or
+    points outside the checkpoint.
     """
     before = [dict(vars(record)) for record in _RECORDS]
     try:
@@ -107,7 +107,7 @@ def load_metadata(stream: IO[bytes]) -> dcp_metadata.Metadata:
 
 
 def _restore_classes(before: list[dict[str, Any]]) -> list[str]:
-    """Undo what a BUILD opcode aimed at a class (not an instance) did to it; names of those it changed."""
+    """Undo what BUILD opcodes did to classes instead of instances; returns the names of the changed classes."""
     tampered = []
     for record, attributes in zip(_RECORDS, before, strict=True):
         now = dict(vars(record))
@@ -123,7 +123,7 @@ def _restore_classes(before: list[dict[str, Any]]) -> list[str]:
 
 def _check_contents(metadata: Any) -> None:
     if not isinstance(metadata, dcp_metadata.Metadata):
-        raise _refusal(f".metadata holds a {type(metadata).__name__} and no table of contents")
+        raise _refusal(f".metadata holds a {type(metadata).__name__}, which is no table of contents")
     storage = metadata.storage_data
     if not isinstance(storage, dict) or not isinstance(metadata.state_dict_metadata, dict):
         raise _refusal(".metadata has no table of stored tensors")
@@ -139,8 +139,8 @@ def _check_contents(metadata: Any) -> None:
 def check_extra_state(state: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless every ``_extra_state`` of a model's state dict is blank.
 
-    Transformer Engine keeps FP8 scales there and unpickles them in ``set_extra_state``, bytes in a tensor included.
-    Nothing here trains in FP8, so that nothing honest is lost.
+    Transformer Engine keeps FP8 scales there and unpickles them in ``set_extra_state``, including bytes in a tensor.
+    Nothing here trains in FP8, so no legitimate state is lost.
     """
     for name, value in state.items():
         if name.endswith("_extra_state") and not _is_blank(value):
@@ -155,7 +155,7 @@ def _is_blank(value: Any) -> bool:
     content = value.getvalue()
     try:  # older Transformer Engines write a pickled None
         return not content or torch.load(io.BytesIO(content), weights_only=True) is None
-    except Exception:  # noqa: BLE001 - whatever it is, it is not None
+    except Exception:  # noqa: BLE001 - anything that cannot be loaded is not blank
         return False
 
 
@@ -164,16 +164,16 @@ def _refusal(got: str) -> CheckpointError:
         explain(
             got=got,
             rule="a checkpoint is data and may not contain code or point elsewhere",
-            remedy="Do not use this file; take a checkpoint from a source that you trust",
+            remedy="Do not use this file; use a checkpoint from a source that you trust",
         )
     )
 
 
 @contextmanager
 def no_code_execution() -> Iterator[None]:
-    """Hold torch's checkpoint readers to data for the duration of the block, whoever calls them.
+    """Restrict torch's checkpoint readers to plain data inside the block, whoever calls them.
 
-    Process-wide while it lasts: a ``torch.load`` of another thread is held to ``weights_only=True`` as well.
+    This applies to the whole process: a ``torch.load`` in another thread is restricted to ``weights_only=True``, too.
     """
     unrestricted_load = torch.load
 
@@ -185,7 +185,7 @@ def no_code_execution() -> Iterator[None]:
         except pickle.UnpicklingError as error:
             raise _refusal(f"{_file_name(args)} holds an object that is not plain data") from error
 
-    # `dump` stays: a save may run in another thread.
+    # `dump` is unchanged: a save may be running in another thread.
     data_only_pickle = SimpleNamespace(load=load_metadata, dump=pickle.dump)
     with (
         _replaced(dcp_filesystem, "pickle", data_only_pickle),
@@ -196,10 +196,10 @@ def no_code_execution() -> Iterator[None]:
 
 @contextmanager
 def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Give a module's global another value for a while.
+    """Replace a module's global inside the block.
 
-    Reading the old value first raises AttributeError should a later torch drop the name: the protection
-    cannot lapse in silence.
+    Reading the old value first raises AttributeError if a later torch drops the name, so the protection cannot silently
+    stop working.
     """
     original = getattr(module, name)
     setattr(module, name, value)

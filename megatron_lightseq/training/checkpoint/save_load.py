@@ -1,9 +1,8 @@
 """Save and resume a run: Megatron's distributed checkpoints, made durable, verified and safe to read.
 
-A checkpoint holds the weights and the optimizer's state in terms of the whole model, so it may be loaded on
-any number of ranks and any parallel layout; learning rate schedule and counters; and each rank's random
-state, which is restored when the layout is the same. Saving is collective over all ranks, and so is loading;
-all ranks see one file system.
+A checkpoint holds the weights and the optimizer state of the whole model, so that it can be loaded on any number of
+ranks with any parallelism; the learning rate schedule and counters; and each rank's random state, which is restored if
+the parallelism is the same. Saving and loading are collective over all ranks, which must share one file system.
 """
 
 from __future__ import annotations
@@ -24,9 +23,19 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lightseq import __version__
-from megatron_lightseq.config import CheckpointConfig, PretrainConfig
+from megatron_lightseq.config import CheckpointConfig
 from megatron_lightseq.errors import CheckpointError, explain
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory, fsync_files, iteration_of
+from megatron_lightseq.training.checkpoint.identity import (
+    ROTARY_KEYS,
+    attention_identity,
+    data_identity,
+    differences,
+    differing,
+    model_identity,
+    optimizer_identity,
+    world_identity,
+)
 from megatron_lightseq.training.checkpoint.manifest import FileRecord, Manifest, record_files
 from megatron_lightseq.training.checkpoint.optimizer_state import (
     load_optimizer_state,
@@ -59,7 +68,7 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resumed:
-    """What loading a checkpoint gave, beside the state that it filled in."""
+    """What loading a checkpoint returns, in addition to the state that it restores."""
 
     folder: Path
     position: Position
@@ -73,8 +82,8 @@ class Resumed:
 class _PlainFileStrategy(megatron_strategy.TorchDistSaveShardedStrategy):
     """Megatron's ``torch_dist`` format, written by torch's own writer in this process.
 
-    Megatron's writer forks worker processes from a process full of threads and spawns a manager that
-    imports the main module again; it also synchronises a CUDA device, which there may be none of.
+    Megatron's writer forks worker processes from a process that has threads, spawns a manager that imports the main
+    module again, and synchronises a CUDA device, which may not exist.
     """
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
@@ -91,7 +100,7 @@ class _PlainFileStrategy(megatron_strategy.TorchDistSaveShardedStrategy):
 
 
 def save_checkpoint(training: Training, root: Path, position: Position) -> Path:
-    """Save everything that decides the next step under ``root``; the new checkpoint's folder.
+    """Save everything that the next step depends on; returns the new checkpoint's folder under ``root``.
 
     Raises:
         CheckpointError: a rank could not write; older checkpoints are untouched.
@@ -113,7 +122,7 @@ def save_checkpoint(training: Training, root: Path, position: Position) -> Path:
         records = record_files(folder, names)
     except (OSError, CheckpointException) as error:
         if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint on a full disk helps nobody
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete checkpoint only fills the disk
         raise CheckpointError(
             explain(
                 got=f"saving to {folder}: {_causes(error)}",
@@ -131,7 +140,7 @@ def save_checkpoint(training: Training, root: Path, position: Position) -> Path:
 
 
 def _state(training: Training, *, is_loading: bool, optimizer: bool) -> dict[str, Any]:
-    """Megatron's sharded state dict of a run; the same keys on every parallel layout."""
+    """Megatron's sharded state dict of a run; its keys do not depend on the parallelism."""
     metadata = {"dp_cp_group": training.collection.dp_cp}
     models = training.models
     state: dict[str, Any] = {
@@ -146,7 +155,7 @@ def _state(training: Training, *, is_loading: bool, optimizer: bool) -> dict[str
 
 
 def _own_files(folder: Path, rank: int) -> list[str]:
-    """Files that this rank wrote; rank 0 answers for those that are nobody's in particular."""
+    """Files that this rank wrote; rank 0 also records those that belong to no particular rank."""
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     own = {name for name in names if name.startswith(f"__{rank}_") or name == _random_name(rank)}
     if rank == 0:
@@ -162,7 +171,7 @@ def _manifest(training: Training, position: Position, files: tuple[FileRecord, .
     return Manifest(
         iteration=position.iteration,
         consumed_samples=position.consumed_samples,
-        model=model_identity(training),
+        model={**model_identity(training), **attention_identity(training.config)},
         optimizer=optimizer_identity(training.config),
         data=data_identity(training.config),
         world=world_identity(training),
@@ -176,108 +185,24 @@ def _manifest(training: Training, position: Position, files: tuple[FileRecord, .
     )
 
 
-def model_identity(training: Training) -> dict[str, Any]:
-    """What two runs must share for one to use the other's weights."""
-    model = training.config.model
-    identity: dict[str, Any] = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.query_groups,
-        "kv_channels": model.head_dim,
-        "padded_vocab_size": training.padded_vocab_size,
-    }
-    keys = (
-        "position_embedding_type",
-        "rotary_base",
-        "rotary_percent",
-        "normalization",
-        "norm_epsilon",
-        "swiglu",
-        "untie_embeddings_and_output_weights",
-        "add_bias_linear",
-        "qk_layernorm",
-    )
-    identity.update({key: getattr(model, key) for key in keys})
-    if model.position_embedding_type == "learned_absolute":
-        identity["max_position_embeddings"] = (
-            model.max_position_embeddings or training.config.training.seq_length
-        )
-    identity.update(_variants(training.config))
-    return identity
-
-
-def _variants(config: PretrainConfig) -> dict[str, Any]:
-    """What a plain decoder does not have, so that checkpoints of one need not speak of it."""
-    model, experts = config.model, config.experts
-    found: dict[str, Any] = {}
-    if model.multi_latent_attention:
-        keys = ("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
-        found.update({key: getattr(model, key) for key in (*keys, "v_head_dim")})
-    if model.mtp_num_layers is not None:
-        found["mtp_num_layers"] = model.mtp_num_layers
-    if experts.num_experts is not None:
-        found |= {"num_experts": experts.num_experts, "moe_ffn_hidden_size": config.expert_ffn_size}
-        routed = ("moe_router_topk", "moe_shared_expert_intermediate_size", "moe_grouped_gemm")
-        found.update({key: getattr(experts, key) for key in routed})
-    return found
-
-
-def optimizer_identity(config: PretrainConfig) -> dict[str, Any]:
-    """What two runs must share for one to use the other's optimizer state."""
-    return {
-        "optimizer": config.optimizer.optimizer,
-        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
-        "bf16": config.training.bf16,
-    }
-
-
-def data_identity(config: PretrainConfig) -> dict[str, Any]:
-    """What two runs must share for one to go on where the other stopped reading."""
-    training = config.training
-    return {
-        "seed": training.seed,
-        "seq_length": training.seq_length,
-        "split": config.data.split,
-        "train_iters * global_batch_size": training.train_iters * training.global_batch_size,
-    }
-
-
-def world_identity(training: Training) -> dict[str, int]:
-    """What two runs must share for one to use the other's random state."""
-    sizes, parallel = training.sizes, training.config.parallel
-    experts = {
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_size,
-    }
-    return {
-        "world_size": sizes.world_size,
-        "tensor_model_parallel_size": sizes.tensor,
-        "pipeline_model_parallel_size": sizes.pipeline,
-        "context_parallel_size": sizes.context,
-        **(experts if training.config.experts.num_experts is not None else {}),
-    }
-
-
 # ---- loading --------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(training: Training, root: Path, settings: CheckpointConfig | None = None) -> Resumed:
-    """Fill ``training`` from the newest checkpoint under ``root`` that verifies.
+    """Restore ``training`` from the newest intact checkpoint under ``root``.
 
     Args:
-        training: what to fill.
+        training: what to restore.
         root: folder of checkpoints.
-        settings: what of them to load; default: as the configuration of ``training`` says.
+        settings: what to load of them; default: as the configuration of ``training`` says.
 
     Raises:
-        CheckpointError: there is none, it is of another model or optimizer, it holds anything but data, or,
-            with ``strict_load``, the newest one is damaged.
+        CheckpointError: there is no intact checkpoint, it is of another model or optimizer, it holds anything but data,
+            or, with ``strict_load``, the newest one is damaged.
     """
     settings = settings or training.config.checkpoint
     folder, manifest = find_checkpoint(root, strict=settings.strict_load)
-    _check_same(manifest.model, model_identity(training), folder, "the model", "--load another folder")
+    _check_model(training, settings, manifest, folder)
     if not settings.finetune:
         _warn_of_other_order(manifest, data_identity(training.config), folder)
     with_optimizer = not (settings.no_load_optim or settings.finetune)
@@ -310,9 +235,9 @@ def load_checkpoint(training: Training, root: Path, settings: CheckpointConfig |
 
 
 def find_checkpoint(root: Path, *, strict: bool) -> tuple[Path, Manifest]:
-    """The newest checkpoint under ``root`` whose every file is as its manifest says; collective.
+    """The newest checkpoint under ``root`` whose files all match its manifest. Collective.
 
-    The ranks hash the files between them. A damaged checkpoint is passed over with a warning that names the
+    The ranks divide the files among them and hash them. A damaged checkpoint is skipped with a warning that names the
     file, or refused if ``strict``.
     """
     directory = CheckpointDirectory(root=root)
@@ -325,10 +250,10 @@ def find_checkpoint(root: Path, *, strict: bool) -> tuple[Path, Manifest]:
             return folder, manifest
         damage = explain(
             got=f"checkpoint {folder.name}: {'; '.join(problems)}",
-            rule="every file of a checkpoint must be as its manifest says",
-            remedy="Drop --strict-load to fall back to the one before"
+            rule="every file of a checkpoint must match its manifest",
+            remedy="Remove --strict-load to fall back to the previous one"
             if strict
-            else "The one before is tried",
+            else "Falling back to the previous one",
         )
         if strict:
             raise CheckpointError(damage)
@@ -336,15 +261,15 @@ def find_checkpoint(root: Path, *, strict: bool) -> tuple[Path, Manifest]:
             logger.warning(damage)
     raise CheckpointError(
         explain(
-            got=f"no whole checkpoint in {root}",
-            rule="--load names a folder in which --save has left one",
-            remedy="Check the path, or drop --load to start afresh",
+            got=f"no intact checkpoint in {root}",
+            rule="--load must name a folder that a run has saved a checkpoint to",
+            remedy="Check the path, or remove --load to start from scratch",
         )
     )
 
 
 def _verify(folder: Path) -> tuple[Manifest | None, list[str]]:
-    """A checkpoint's manifest and everything found wrong, the same on every rank."""
+    """A checkpoint's manifest and everything that is wrong with its files, the same on every rank."""
     manifest: Manifest | None = None
     own: list[str] = []
     try:
@@ -359,40 +284,54 @@ def _verify(folder: Path) -> tuple[Manifest | None, list[str]]:
     return manifest, sorted({problem for part in gathered for problem in part})
 
 
-def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    keys = [key for key in sorted({*saved, *own}) if saved.get(key) != own.get(key)]
-    return ", ".join(f"{key} is {saved.get(key)} there and {own.get(key)} here" for key in keys)
+def _check_model(training: Training, settings: CheckpointConfig, manifest: Manifest, folder: Path) -> None:
+    """Refuse weights of another model; report what changes the model's function and is allowed to."""
+    window = attention_identity(training.config)
+    saved = {key: value for key, value in manifest.model.items() if key not in window}
+    saved_window = {key: manifest.model.get(key) for key in window}
+    own = model_identity(training)
+    may_change = ROTARY_KEYS if settings.finetune else ()
+    remedy = "--load another folder"
+    if set(differing(saved, own)) <= set(ROTARY_KEYS):
+        remedy = "start from its weights alone with --finetune, which may change them (context extension)"
+    theirs, ours = ({key: value for key, value in x.items() if key not in may_change} for x in (saved, own))
+    _check_same(theirs, ours, folder, "the model", remedy)
+    changed = [text for text in (differences(saved, own), differences(saved_window, window)) if text]
+    if changed and dist.get_rank() == 0:
+        logger.warning(
+            "%s: %s: training continues with the values of this run", folder.name, ", ".join(changed)
+        )
 
 
 def _warn_of_other_order(manifest: Manifest, own: Mapping[str, Any], folder: Path) -> None:
-    """Going on with more steps or other data is legitimate, and no longer the run that was interrupted."""
-    differences = _differences(manifest.data, own)
-    if differences and dist.get_rank() == 0:
+    """Continuing with more steps or other data is allowed, but it is no longer the run that was interrupted."""
+    found = differences(manifest.data, own)
+    if found and dist.get_rank() == 0:
         logger.warning(
-            "%s: %s: training samples come in another order, from number %d on",
+            "%s: %s: training samples come in a different order, from sample %d on",
             folder.name,
-            differences,
+            found,
             manifest.consumed_samples,
         )
 
 
 def _warn_of_other_schedule(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
-    """Another learning rate or a longer decay is legitimate too, and bends the curve where the run goes on."""
+    """Another learning rate or a longer decay is allowed, too; the curve bends where the run continues."""
     counters = ("num_steps", "wd_incr_steps")
-    differences = _differences(*({k: v for k, v in x.items() if k not in counters} for x in (saved, own)))
-    if differences and dist.get_rank() == 0:
-        logger.warning("%s: %s: the configuration's values are followed", folder.name, differences)
+    found = differences(*({k: v for k, v in x.items() if k not in counters} for x in (saved, own)))
+    if found and dist.get_rank() == 0:
+        logger.warning("%s: %s: the values of this run are used", folder.name, found)
 
 
 def _check_same(
     saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path, what: str, remedy: str
 ) -> None:
-    differences = _differences(saved, own)
-    if not differences:
+    found = differences(saved, own)
+    if not found:
         return
     raise CheckpointError(
         explain(
-            got=f"checkpoint {folder}: {differences}",
+            got=f"checkpoint {folder}: {found}",
             rule=f"a checkpoint fits only {what} that it was saved from",
             remedy=f"Use the checkpoint's values, or {remedy}",
         )
@@ -400,9 +339,9 @@ def _check_same(
 
 
 def _read_state(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
-    """Megatron's load, with nothing in the files executed."""
+    """Megatron's load, without executing anything in the files."""
     with (folder / ".metadata").open("rb") as stream:
-        load_metadata(stream)  # alone first: inside the collective its message would be buried
+        load_metadata(stream)  # first on its own: an error inside the collective would be hard to find
     try:
         with no_code_execution():
             state: dict[str, Any] = dist_checkpointing.load(template, str(folder))
@@ -410,7 +349,7 @@ def _read_state(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             explain(
                 got=f"loading {folder}: {_causes(error)}",
-                rule="a checkpoint holds every tensor of the model",
+                rule="a checkpoint must hold every tensor of the model",
                 remedy="--load another folder",
             )
         ) from error
@@ -420,13 +359,13 @@ def _read_state(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
 def _read_random(
     training: Training, settings: CheckpointConfig, folder: Path, manifest: Manifest
 ) -> dict[str, Any] | None:
-    """This rank's random state, None where it is not wanted or was saved on another layout."""
+    """This rank's random state; None if it is not wanted, or was saved with other parallel sizes."""
     if settings.no_load_rng or settings.finetune:
         return None
     if dict(manifest.world) != world_identity(training):
         if dist.get_rank() == 0:
             logger.warning(
-                "%s was saved on another parallel layout: random states start from the seed", folder.name
+                "%s was saved with other parallel sizes: random states start from the seed", folder.name
             )
         return None
     with no_code_execution():
@@ -435,7 +374,7 @@ def _read_random(
 
 
 def _causes(error: BaseException) -> str:
-    """The errors themselves, by rank, out of torch's bundle of tracebacks."""
+    """The errors themselves, by rank, taken from torch's collection of tracebacks."""
     if not isinstance(error, CheckpointException):
         return f"{type(error).__name__}: {error}"
     causes = [(rank, wrapped[0]) for rank, wrapped in error.failures.items()]

@@ -29,7 +29,7 @@ class SourceFile:
     explicit: bool = False
     """Named by the user, not found in a folder: refused rather than skipped if its format is unclear."""
     problem: str | None = None
-    """Why it cannot be read, as far as its folder entry tells; it is counted as skipped for this reason."""
+    """Why it cannot be read, if this is already known from its folder; it is counted as skipped for this reason."""
 
     def stamp(self) -> str:
         """Name and SHA-256 of the content: decides whether a corpus is up to date. Reads the file."""

@@ -217,10 +217,8 @@ def _end_of_document(path: Path, tokenizer: HuggingFaceTokenizer, name: str | No
         if token.special
     }
     ordinary = tokenizer.get_vocab(with_added_tokens=True)
-    for candidates in (
-        special,
-        ordinary,
-    ):  # "</s>" may also be a fragment of HTML that was learned as one token
+    # Special tokens first: an ordinary "</s>" can be a fragment of HTML that was learned as one token.
+    for candidates in (special, ordinary):
         for known in END_OF_DOCUMENT_NAMES if name is None else (name,):
             if known in candidates:
                 return candidates[known]

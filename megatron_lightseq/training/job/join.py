@@ -16,7 +16,8 @@ from megatron_lightseq.config import PretrainConfig, ResolvedConfig
 from megatron_lightseq.kernels.registry import resolve_kernel
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
 from megatron_lightseq.schedule import Direction
-from megatron_lightseq.training.job.control_channel import ControlChannel, FaultLimits
+from megatron_lightseq.training.job.control_channel import ControlChannel
+from megatron_lightseq.training.job.failure import FaultLimits
 from megatron_lightseq.training.job.launch import Launch
 from megatron_lightseq.training.job.preflight import agree, describe, ranges
 
@@ -91,8 +92,9 @@ def join(resolved: ResolvedConfig, corpus: str) -> Iterator[Job]:
             timeout=timedelta(seconds=timeout_s),
         )
         yield Job(launch=launch, channel=channel, device=device, backend=backend, kernel=kernel)
-    channel.close()
+        channel.finish()
     dist.destroy_process_group()
+    channel.leave()
 
 
 def facts(resolved: ResolvedConfig, device: torch.device, kernel: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What torchrun tells a process about itself: the one place of training that reads its variables."""
+"""What torchrun tells a process about itself. Only this module reads torchrun's variables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """What torchrun tells a process about itself; one started by hand is rank 0 of 1."""
+    """What torchrun tells a process about itself; a process started by hand is rank 0 of 1."""
 
     rank: int = 0
     local_rank: int = 0

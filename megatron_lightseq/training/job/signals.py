@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, exit 0. A second signal exits at once."""
+"""Ctrl-C and SIGTERM: finish the step, save, and exit with status 0. A second signal exits immediately."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class StopRequest:
         return self.signal is not None
 
     def leave(self) -> None:
-        """The process ends by itself from here on: a signal no longer changes its exit code.
+        """From here on signals are ignored, because the process is about to end by itself.
 
-        torchrun sends SIGTERM to all ranks as soon as one has failed, and a rank that reports a failure elsewhere
-        would otherwise show up as killed.
+        torchrun sends SIGTERM to all ranks as soon as one has failed; a rank that is reporting a failure elsewhere
+        would otherwise be listed as killed.
         """
         self.leaving = True
         for number in HANDLED:
@@ -34,16 +34,16 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
-            # No clean-up: a save under way is in a temporary folder, and the old checkpoint stays whole.
+            # No clean-up: a save that is running uses a temporary folder, so the old checkpoint stays intact.
             os._exit(128 + number)
         self.signal = signal.Signals(number)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the signals in :data:`HANDLED` into a request for the time of the block (main thread only).
+    """Inside the block, turn the signals in :data:`HANDLED` into a request (main thread only).
 
-    After :meth:`StopRequest.leave` they stay ignored, up to the end of the process.
+    After :meth:`StopRequest.leave` they stay ignored until the process ends.
     """
     request = StopRequest()
     previous = {number: signal.signal(number, request._receive) for number in HANDLED}

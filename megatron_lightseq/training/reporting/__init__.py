@@ -1,1 +1,1 @@
-"""What a run tells its user: progress, metrics, memory, and the report at its end."""
+"""What a run tells its user: progress, metrics, memory use, and the report at its end."""

@@ -1,4 +1,4 @@
-"""What the operating system says of this process's memory."""
+"""This process's memory, as the operating system measures it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import sys
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident set this process ever had; the Python and torch libraries are part of it."""
+    """Peak resident memory of this process in bytes, including the libraries of Python and torch."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,7 +1,7 @@
-"""The numbers of a run, step by step: a JSON line each, always, and TensorBoard files where asked for.
+"""The metrics of a run, step by step: one JSON line each, and TensorBoard files if asked for.
 
-Tags: every key of a JSON line but ``step`` and ``kind`` is the TensorBoard tag ``<kind>/<key>``, with kind
-``train`` or ``validation``; the x axis is the step.
+Every key of a JSON line except ``step`` and ``kind`` is a TensorBoard tag ``<kind>/<key>``, with the kind ``train`` or
+``validation``; the x axis is the step.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ class TrainMetrics:
     step: int
     """Counts from 1."""
     loss: float
-    """Nats per token, mean over the global batch."""
+    """In nats per token, averaged over the global batch."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
     tokens_per_second: float
-    """Tokens of the global batch, over all ranks."""
+    """Over all ranks."""
     step_seconds: float
     tflops_per_rank: float
-    """Arithmetic of the model (no recomputation) per second and rank, in 10^12."""
+    """Floating-point operations of the model, without recomputation, per second and rank, in 10^12."""
     memory_bytes: int
-    """Peak of rank 0: resident memory on CPUs, allocated memory on GPUs."""
+    """Peak on rank 0: resident memory on CPUs, memory allocated by torch on GPUs."""
     exposed_communication: float
-    """Fraction of the step in which rank 0's host waited for attention's transfers. On GPUs streams wait in its
-    place, and this stays 0 whatever the overlap is."""
+    """Fraction of the step that rank 0's host waited for attention's transfers. On GPUs, streams wait instead of the
+    host, and this is always 0."""
     consumed_samples: int
     skipped: bool
-    """Whether the optimizer refused the step because gradients were not finite."""
+    """Whether the optimizer skipped the step because gradients were not finite."""
     mtp_loss: float | None = None
-    """With multi-token prediction: mean loss of the further tokens, nats per token, unweighted."""
+    """With multi-token prediction: its mean loss in nats per token, before its weight."""
     load_balancing_loss: float | None = None
-    """Of experts that have one: before its coefficient, mean over layers, as Megatron-LM logs it; 1 is balance."""
+    """With a load balancing loss: its mean over layers before its coefficient, as Megatron-LM logs it; 1 is balance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class ValidationMetrics:
 
     step: int
     loss: float
-    """Nats per token."""
+    """In nats per token."""
     num_tokens: int
 
 
@@ -60,10 +60,10 @@ _KINDS: dict[type[Any], str] = {TrainMetrics: "train", ValidationMetrics: "valid
 
 
 class MetricsLog:
-    """Writes metrics; of one rank. A resumed run goes on behind the step that it resumed from."""
+    """Writes the metrics of one rank. A resumed run continues after the step that it resumed from."""
 
     def __init__(self, *, folder: Path | None, tensorboard: Path | None, resumed_step: int = 0) -> None:
-        """Without ``folder`` nothing is written but TensorBoard's files, and those only if asked for."""
+        """Without ``folder``, only TensorBoard's files are written, if ``tensorboard`` is given."""
         self.path = None if folder is None else folder / METRICS_NAME
         self._stream = None
         if self.path is not None:
@@ -106,7 +106,7 @@ def tags() -> list[str]:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """Every whole line of a metrics file; a last line that a killed run left half written is dropped."""
+    """Every complete line of a metrics file; an incomplete last line of a killed run is skipped."""
     found: list[Metrics] = []
     classes = {kind: cls for cls, kind in _KINDS.items()}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -119,7 +119,7 @@ def read_metrics(path: Path) -> list[Metrics]:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop steps that the run has not taken from its checkpoint's point of view."""
+    """Drop the steps after the checkpoint that the run resumes from."""
     if not path.exists():
         return
     kept = [metrics for metrics in read_metrics(path) if metrics.step <= step]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a header, one line that lives or one line per step, and a summary."""
+"""What a person sees during a run: a header, a line that updates in place or one line per step, and a summary."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _WIDTH_FOR_BAR = 132
 
 
 class Display(Protocol):
-    """Where lines go."""
+    """Where progress lines are shown."""
 
     def update(self, step: int, line: str, *, due: bool) -> None:
-        """Show the state after a step; ``due`` when log_interval says so."""
+        """Show the state after a step; ``due`` says whether log_interval asks for a line."""
 
     def note(self, line: str) -> None:
         """Show a line that stays."""
 
     def close(self) -> None:
-        """Leave the terminal in order."""
+        """Restore the terminal."""
 
 
 class PlainDisplay:
@@ -46,11 +46,11 @@ class PlainDisplay:
         self._stream.flush()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to do."""
 
 
 class LiveDisplay:
-    """One line with a bar that is redrawn in place; notes scroll above it."""
+    """One line with a progress bar, redrawn in place; notes scroll above it."""
 
     def __init__(self, stream: IO[str], *, first_step: int, num_steps: int, force: bool = False) -> None:
         from rich.console import Console
@@ -68,7 +68,7 @@ class LiveDisplay:
 
     def update(self, step: int, line: str, *, due: bool) -> None:
         """Redraw the line at its next refresh."""
-        del due  # a live line is never stale
+        del due  # a live line is always up to date
         self._progress.update(self._task, completed=step, description=line)
 
     def note(self, line: str) -> None:
@@ -76,7 +76,7 @@ class LiveDisplay:
         self._progress.console.print(line, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the last state of the line on the screen."""
+        """Stop redrawing; the last line stays on the screen."""
         self._progress.stop()
 
 
@@ -117,19 +117,19 @@ class Progress:
 
     def step(self, metrics: TrainMetrics) -> None:
         """Show one finished step."""
-        if metrics.step > self._first_step + 1:  # the first step plans, allocates and compiles
+        if metrics.step > self._first_step + 1:  # the first step also plans, allocates and compiles
             self._recent.append(metrics.step_seconds)
         due = metrics.step % self._log_interval == 0 or metrics.step == self._num_steps
         self._display.update(metrics.step, self.line(metrics), due=due)
 
     def line(self, metrics: TrainMetrics) -> str:
-        """The one line: step, loss, what is lost besides, grad norm, learning rate, tokens/s, memory, time left."""
+        """One line: step, loss, auxiliary losses, grad norm, learning rate, tokens/s, memory, time left."""
         width = len(str(self._num_steps))
         left = statistics.median(self._recent or [metrics.step_seconds]) * (self._num_steps - metrics.step)
         parts = [
             f"step {metrics.step:>{width}}/{self._num_steps}",
             f"loss {metrics.loss:.4f}",
-            *_besides(metrics),
+            *_auxiliary(metrics),
             f"grad norm {metrics.grad_norm:.3f}",
             f"lr {metrics.learning_rate:.2e}",
             f"{metrics.tokens_per_second:,.0f} tokens/s",
@@ -143,7 +143,7 @@ class Progress:
         self._display.note(line)
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Show name and value, one pair a line."""
+        """Show names and values, one pair per line."""
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             self._display.note(f"{name:<{width}}  {value}")
@@ -153,13 +153,13 @@ class Progress:
         self._display.close()
 
 
-def _besides(metrics: TrainMetrics) -> list[str]:
-    losses = (("further tokens", metrics.mtp_loss), ("load balancing", metrics.load_balancing_loss))
+def _auxiliary(metrics: TrainMetrics) -> list[str]:
+    losses = (("mtp loss", metrics.mtp_loss), ("load balancing", metrics.load_balancing_loss))
     return [f"{name} {loss:.4f}" for name, loss in losses if loss is not None]
 
 
 class Stopwatch:
-    """Seconds since it was made or last read."""
+    """Measures the time since it was made or last read."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -181,14 +181,14 @@ def duration(seconds: float) -> str:
 
 
 def verdict(loss: float, entropy: float | None) -> str:
-    """What a final loss says, beside the entropy of the corpus' token frequencies."""
+    """What the final loss means, compared with the entropy of the corpus' token frequencies."""
     if entropy is None:
         return f"final loss {loss:.2f} nats per token; this corpus' unigram entropy is not known"
     if loss < entropy:
         return f"loss {loss:.2f} is below the corpus' unigram entropy of {entropy:.2f} nats: the model reads context"
     return (
-        f"loss {loss:.2f} is not below the corpus' unigram entropy of {entropy:.2f} nats: the model knows no more "
-        "than token frequencies yet; train for longer"
+        f"loss {loss:.2f} is not below the corpus' unigram entropy of {entropy:.2f} nats: so far the model has learned "
+        "nothing beyond token frequencies; train for longer"
     )
 
 

@@ -25,17 +25,17 @@ SUMMARY_NAME, LOSS_PICTURE, SCHEDULE_PICTURE = "summary.json", "loss.png", "sche
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a run ended; the same on every rank but for ``metrics_path``."""
+    """How a run ended; the same on every rank, except ``metrics_path``."""
 
     position: Position
     resumed_from: int
-    """The step that the run began behind; 0 for a fresh one."""
+    """The step that the run resumed from; 0 for a new run."""
     stopped: str | None
-    """Why it ended before ``train_iters``, None if it did not."""
+    """Why it ended before ``train_iters``; None if it did not."""
     checkpoint: Path | None
     metrics_path: Path | None
     seconds: float
-    """From the first step to the last."""
+    """Wall-clock time from the first step to the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,21 +44,21 @@ class Summary:
 
     steps: int
     first_loss: float
-    """Of the first step on record, which a resumed run's predecessor may have taken."""
+    """Of the first recorded step, which an earlier run may have taken if this one was resumed."""
     last_loss: float
-    """Mean of the last ten steps."""
+    """Mean over the last ten steps."""
     entropy: float | None
     """Unigram entropy of the corpus, nats per token."""
     validation_loss: float | None
     tokens_per_second: float
-    """Median over the steps of this run."""
+    """Median over this run's steps."""
     seconds: float
     stopped: str | None
     checkpoint: str | None
 
 
 def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, str]]:
-    """Model, ranks, attention, data and batch; collective, because parameters are spread over ranks."""
+    """Names and values on model, ranks, attention, data and batch. Collective: parameters are spread over ranks."""
     config, sizes = training.config, training.sizes
     model, settings = config.model, config.training
     parallel = describe_sizes(tp=sizes.tensor, pp=sizes.pipeline, cp=sizes.context, dp=sizes.data)
@@ -69,7 +69,7 @@ def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, st
     ]
     attention = f"{_methods(training.resolved)}, kernel {job.kernel}"
     if config.context.cp_comm_type:
-        attention += f", replaced where cp_comm_type says so ({', '.join(config.context.cp_comm_type)})"
+        attention += f", or per layer as in cp_comm_type ({', '.join(config.context.cp_comm_type)})"
     if sizes.context > 1:
         overlap = "on" if config.context.cp_overlap else "off"
         attention += f", {training.layout.name} layout over {sizes.context} ranks, overlap {overlap}"
@@ -111,7 +111,7 @@ def _methods(resolved: ResolvedConfig) -> str:
 def _heads(config: PretrainConfig) -> str:
     model = config.model
     if model.multi_latent_attention:
-        return f"{model.num_attention_heads} heads of {model.head_dim}:{model.value_head_dim} from latent vectors"
+        return f"{model.num_attention_heads} heads of {model.head_dim}:{model.value_head_dim}, from latent vectors"
     return f"{model.num_attention_heads} heads in {model.query_groups} groups"
 
 
@@ -119,9 +119,9 @@ def _variants(config: PretrainConfig) -> str:
     experts, found = config.experts, ""
     if experts.num_experts is not None:
         found += f", {experts.moe_router_topk} of {experts.num_experts} experts"
-        found += " and a shared one" if experts.moe_shared_expert_intermediate_size else ""
+        found += " and a shared expert" if experts.moe_shared_expert_intermediate_size else ""
     if config.model.mtp_num_layers is not None:
-        found += f", {config.model.mtp_num_layers} further token(s) predicted"
+        found += f", multi-token prediction of depth {config.model.mtp_num_layers}"
     return found
 
 
@@ -129,7 +129,7 @@ def _scores(config: PretrainConfig) -> str:
     model, found = config.model, ""
     if model.window_size:
         layers = f"{model.num_window_layers} of {model.num_layers} layers"
-        found += f", a window of {model.window_size[0]} tokens back in {layers}"
+        found += f", window of {model.window_size[0]} tokens back in {layers}"
     return found if model.softmax_type == "vanilla" else f"{found}, {model.softmax_type} softmax"
 
 
@@ -139,10 +139,10 @@ def _expert_ranks(config: PretrainConfig) -> str:
 
 
 def num_parameters(training: Training) -> int:
-    """Parameters of the whole model, each counted once; collective."""
+    """Number of parameters of the whole model, each counted once. Collective."""
     groups = training.collection
     tied = not training.config.model.untie_embeddings_and_output_weights
-    # The last pipeline stage has the embedding once more, as output layer and for multi-token prediction.
+    # The last pipeline stage has a copy of the embedding, as output layer and for multi-token prediction.
     copies = ("embedding.word_embeddings.weight", *(["output_layer.weight"] if tied else []))
     total = torch.zeros(2, dtype=torch.int64, device=training.device)
     for model in training.models:

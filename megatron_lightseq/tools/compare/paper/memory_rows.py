@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from megatron_lightseq.config import with_values
 from megatron_lightseq.config.accounting import hardware_flops
-from megatron_lightseq.tools.compare.job import Job
+from megatron_lightseq.tools.compare.job import VOCAB_SIZE, Job
 from megatron_lightseq.tools.compare.launch import measure
 from megatron_lightseq.tools.compare.longest import longest_sequence
 from megatron_lightseq.tools.compare.paper.experiment import MIB, Experiments, K, Row
-from megatron_lightseq.tools.compare.run import VOCAB_SIZE
 from megatron_lightseq.tools.compare.systems import SLICES, SYSTEMS
 from megatron_lightseq.tools.ranks import Cluster
 

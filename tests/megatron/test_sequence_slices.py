@@ -1,4 +1,4 @@
-"""MLPs and losses in tiles: the same losses and gradients as whole, at a fraction of the memory."""
+"""MLPs and losses in slices: the same losses and gradients as whole, in a fraction of the memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_lightseq.tools.compare.memory import peak_tensor_bytes
 from tests.megatron.runs import TINY, VOCAB_SIZE, batches, on_ranks
 from tests.megatron.test_parity import BLOCK, CP2, FULL, PP2, SELECTIVE, SHARDED_OPTIMIZER, SP, TP2, VPP
 
-TILES = {"mlp_tile_tokens": 7, "loss_tile_tokens": 5}  # neither divides a rank's tokens
+SLICES = {"mlp_tile_tokens": 7, "loss_tile_tokens": 5}  # neither divides a rank's tokens
 UNTIED = {"untie_embeddings_and_output_weights": True}
 BIASES = {"add_bias_linear": True, "swiglu": False}
-WIDE = {"micro_batch_size": 2}  # a tile is then of 3 or 2 positions
+WIDE = {"micro_batch_size": 2}  # a slice then has 3 or 2 positions
 MTP = {"mtp_num_layers": 2}
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -32,31 +32,31 @@ def _gradients(result: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tenso
     return torch.autograd.grad((result * weight).sum(), leaves)
 
 
-@pytest.mark.parametrize("tile_rows", [1, 3, 10, 64])
-def test_a_function_of_rows_and_its_gradients_are_what_they_were(tile_rows: int) -> None:
-    from megatron_lightseq.megatron.sequence_slices import in_tiles
+@pytest.mark.parametrize("slice_rows", [1, 3, 10, 64])
+def test_a_function_of_rows_and_its_gradients_are_what_they_were(slice_rows: int) -> None:
+    from megatron_lightseq.megatron.sequence_slices import in_slices
 
     torch.manual_seed(0)
     x = torch.randn(10, 2, 4, dtype=torch.float64, requires_grad=True)
     weight, unused = (torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64)) for _ in range(2))
     place = torch.arange(10, dtype=torch.float64)[:, None, None]
     expected = (x @ weight).tanh() * place
-    actual = in_tiles(lambda tile, rows: (tile @ weight).tanh() * place[rows], x, [weight, unused], tile_rows)
+    actual = in_slices(lambda x, rows: (x @ weight).tanh() * place[rows], x, [weight, unused], slice_rows)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     for mine, wanted in zip(_gradients(actual, x, weight), _gradients(expected, x, weight), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
 
 
 def _bf16_gradient(main_grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(What autograd brought of a bf16 weight's gradient over 512 tiles, and all of it in fp64)."""
-    from megatron_lightseq.megatron.sequence_slices import in_tiles
+    """(What autograd brought of a bf16 weight's gradient over 512 slices, and all of it in fp64)."""
+    from megatron_lightseq.megatron.sequence_slices import in_slices
 
     torch.manual_seed(0)
     x = torch.rand(512, 8).bfloat16()
     weight = torch.nn.Parameter(torch.rand(8, 8).bfloat16())
     if main_grad is not None:
         weight.main_grad = main_grad  # type: ignore[attr-defined]
-    in_tiles(lambda tile, _: tile @ weight, x, [weight], 1).backward(torch.ones(512, 8).bfloat16())
+    in_slices(lambda x, _: x @ weight, x, [weight], 1).backward(torch.ones(512, 8).bfloat16())
     assert weight.grad is not None
     return weight.grad, x.double().T @ torch.ones(512, 8).double()
 
@@ -68,8 +68,8 @@ def test_gradients_of_weights_add_up_in_fp32() -> None:
     torch.testing.assert_close(gradient.double(), exact, rtol=2**-8, atol=0)
 
 
-def test_megatrons_main_grad_gets_all_tiles_but_the_last() -> None:
-    """Data parallelism adds what autograd brings, so that each tile counts once."""
+def test_megatrons_main_grad_gets_all_slices_but_the_last() -> None:
+    """Data parallelism adds what autograd brings, so that each slice counts once."""
     main_grad = torch.full((8, 8), 100.0)
     last, exact = _bf16_gradient(main_grad)
     assert last.max() <= 1
@@ -82,7 +82,7 @@ def test_a_layer_that_fuses_accumulation_is_left_to_add_its_own(monkeypatch: pyt
     from megatron.core.tensor_parallel import ColumnParallelLinear, layers
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_lightseq.megatron.sequence_slices import in_tiles
+    from megatron_lightseq.megatron.sequence_slices import in_slices
 
     def accumulate(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> None:
         main_grad += grad.T @ x
@@ -96,7 +96,7 @@ def test_a_layer_that_fuses_accumulation_is_left_to_add_its_own(monkeypatch: pyt
     layer.gradient_accumulation_fusion = True
     x, grad = torch.randn(10, 1, 8), torch.randn(10, 1, 6)
     layer.weight.main_grad, layer.weight.grad_added_to_main_grad = torch.zeros(6, 8), False
-    in_tiles(lambda tile, _: layer(tile)[0], x, [layer.weight], 3).backward(grad)
+    in_slices(lambda x, _: layer(x)[0], x, [layer.weight], 3).backward(grad)
     assert layer.weight.grad_added_to_main_grad
     torch.testing.assert_close(layer.weight.main_grad, grad[:, 0].T @ x[:, 0])
 
@@ -136,9 +136,9 @@ def _one_step(overrides: dict[str, Any]) -> tuple[float, float, dict[str, torch.
 
 
 def _worst(overrides: dict[str, Any]) -> tuple[float, dict[str, float]]:
-    """Relative differences that tiles make: of losses, and by parameter, of gradients, on this rank."""
+    """Relative differences that slices make: of losses, and by parameter, of gradients, on this rank."""
     *wanted_losses, wanted = _one_step(overrides)
-    *losses, gradients = _one_step({**overrides, **TILES})
+    *losses, gradients = _one_step({**overrides, **SLICES})
     assert gradients.keys() == wanted.keys()
     differences = [abs(mine / right - 1) for mine, right in zip(losses, wanted_losses, strict=True)]
     return max(differences), {
@@ -182,7 +182,7 @@ def _value_left_out_in_pairs() -> float:
 
     wrong = PropertyMock(return_value=True)
     with patch.object(PretrainConfig, "recomputes_single_layers", new_callable=lambda: wrong):
-        gradients = _one_step({**TILES, **FULL, "recompute_num_layers": 2})[2]
+        gradients = _one_step({**SLICES, **FULL, "recompute_num_layers": 2})[2]
     return sum(gradient.norm().item() for gradient in gradients.values())
 
 
@@ -196,7 +196,7 @@ def _logits() -> tuple[torch.Tensor, torch.Tensor]:
     from megatron.core import parallel_state
 
     results = []
-    for overrides in ({}, TILES):
+    for overrides in ({}, SLICES):
         training = _built(overrides)
         batch = next(batches(training, 0))
         with torch.no_grad():
@@ -206,9 +206,9 @@ def _logits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_without_labels_a_model_returns_logits() -> None:
-    ((whole, tiled),) = on_ranks(1, _logits)
+    ((whole, sliced),) = on_ranks(1, _logits)
     assert whole.shape == (1, TINY["seq_length"], 64)
-    torch.testing.assert_close(tiled, whole)
+    torch.testing.assert_close(sliced, whole)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -241,13 +241,13 @@ def _peak(overrides: dict[str, Any]) -> float:
 
 
 def _peaks() -> dict[str, float]:
-    tiled = {"mlp_tile_tokens": 64, "loss_tile_tokens": 64}
+    sliced = {"mlp_tile_tokens": 64, "loss_tile_tokens": 64}
     return {
         "whole": _peak(FULL),
-        "tiles of the loss": _peak({**FULL, "loss_tile_tokens": 64}),
-        "tiles of the MLP": _peak({**FULL, "mlp_tile_tokens": 64}),
-        "both": _peak({**FULL, **tiled}),
-        "both, stored": _peak(tiled),
+        "slices of the loss": _peak({**FULL, "loss_tile_tokens": 64}),
+        "slices of the MLP": _peak({**FULL, "mlp_tile_tokens": 64}),
+        "both": _peak({**FULL, **sliced}),
+        "both, stored": _peak(sliced),
     }
 
 
@@ -255,21 +255,21 @@ def test_neither_logits_nor_an_mlp_ever_exist_whole() -> None:
     """An MLP's backward holds 7 tensors of its width at a time (2 of them are one), the loss one of logits."""
     (peaks,) = on_ranks(1, _peaks)
     assert peaks["whole"] > 7
-    assert peaks["tiles of the loss"] > 7
-    assert 4 < peaks["tiles of the MLP"] < 6
+    assert peaks["slices of the loss"] > 7
+    assert 4 < peaks["slices of the MLP"] < 6
     assert max(peaks["both"], peaks["both, stored"]) < 2
 
 
 FLOPS = {
     "whole": {},
-    "tiles": TILES,
+    "slices": SLICES,
     "longer than any sequence": {"mlp_tile_tokens": 48, "loss_tile_tokens": 48},
     "full": FULL,
-    "full, tiles": {**FULL, **TILES},
-    "pairs, tiles": {**FULL, "recompute_num_layers": 2, **TILES},
-    "three of four, tiles": {**BLOCK, "recompute_num_layers": 3, **TILES},
+    "full, slices": {**FULL, **SLICES},
+    "pairs, slices": {**FULL, "recompute_num_layers": 2, **SLICES},
+    "three of four, slices": {**BLOCK, "recompute_num_layers": 3, **SLICES},
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ("mlp",)},
-    "mtp, full, tiles": {**MTP, **FULL, **TILES},
+    "mtp, full, slices": {**MTP, **FULL, **SLICES},
 }
 
 
@@ -315,7 +315,7 @@ def test_layers_with_experts_are_refused() -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_lightseq import gpt_layer_spec
-    from megatron_lightseq.megatron.sequence_slices import tile_mlps
+    from megatron_lightseq.megatron.sequence_slices import slice_mlps
 
     config = TransformerConfig(
         num_layers=1,
@@ -327,5 +327,5 @@ def test_layers_with_experts_are_refused() -> None:
         add_bias_linear=False,
     )
     layer = TransformerLayer(config, gpt_layer_spec(config).submodules)
-    with pytest.raises(UnsupportedError, match=r"MoELayer in the place of its MLP: .*one token at a time"):
-        tile_mlps(layer, 8)
+    with pytest.raises(UnsupportedError, match=r"MoELayer instead of a dense MLP: .*each token separately"):
+        slice_mlps(layer, 8)

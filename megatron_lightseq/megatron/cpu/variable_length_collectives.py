@@ -1,7 +1,7 @@
-"""Collectives over parts of unequal length, which gloo does not have.
+"""Gather and reduce-scatter with a different length per rank, which gloo lacks.
 
-Experts that tensor-parallel ranks share gather and scatter as many tokens as each rank was sent
-(tensor_parallel/mappings.py). Parts of equal length go Megatron's own way.
+Experts that are split over tensor-parallel ranks gather and scatter as many tokens as each rank has received
+(tensor_parallel/mappings.py). Parts of equal length still use Megatron's functions.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.distributed as dist
 Collective = Callable[..., torch.Tensor]
 
 
-def gather_any(gather_equal: Collective) -> Collective:
-    """Megatron's ``_gather_along_first_dim``, parts of unequal length included."""
+def gather_variable(gather_equal: Collective) -> Collective:
+    """Megatron's ``_gather_along_first_dim``, extended to parts of unequal length."""
 
     def gather(
         input_: torch.Tensor,
@@ -37,8 +37,8 @@ def gather_any(gather_equal: Collective) -> Collective:
     return gather
 
 
-def reduce_scatter_any(reduce_scatter_equal: Collective) -> Collective:
-    """Megatron's ``_reduce_scatter_along_first_dim``, parts of unequal length included."""
+def reduce_scatter_variable(reduce_scatter_equal: Collective) -> Collective:
+    """Megatron's ``_reduce_scatter_along_first_dim``, extended to parts of unequal length."""
 
     def reduce_scatter(
         input_: torch.Tensor,

@@ -1,0 +1,43 @@
+"""The last use of the job's store: the rank that holds it leaves after all others.
+
+Where ranks are started by srun or mpirun, and often under torchrun, the store lives in the process of rank 0. If that
+process exits while another rank still asks the store, the other rank fails at the end of a good run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+STORE_HOST = 0
+"""The rank whose process, or whose torchrun agent, holds the store."""
+LEAVE_WITHIN_S = 30.0
+"""How long the host of the store waits for the other ranks."""
+_LEFT = "left"
+
+
+def leave_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: float = LEAVE_WITHIN_S) -> None:
+    """The last use of a store: return on the host of the store once all other ranks have returned here.
+
+    Args:
+        store: of the job.
+        rank: of this process.
+        world_size: number of ranks that use the store.
+        timeout_s: how long the host waits for the others.
+    """
+    with contextlib.suppress(RuntimeError, dist.DistError):  # a store that is gone needs no farewell
+        if rank != STORE_HOST:
+            store.add(_LEFT, 1)
+            return
+        wait_until(lambda: store.add(_LEFT, 0) >= world_size - 1, timeout_s)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether the condition has become true within the time."""
+    deadline = time.monotonic() + timeout_s
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return met

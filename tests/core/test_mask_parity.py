@@ -1,0 +1,103 @@
+"""Every kind of mask through every method, on one to five ranks: equal to attention over the whole sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lightseq.attention import DistAttention
+from megatron_lightseq.kernels.cpu import CpuKernel
+from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.mask import Line, Mask
+from megatron_lightseq.transport import run_loopback
+from megatron_lightseq.transport.group import Group
+from tests.core import oracle
+from tests.core.test_attention import EVERY, attend, check_exact, unshard
+
+FEW_ROUNDINGS = 32 * torch.finfo(torch.float32).eps
+
+
+def kinds(length: int) -> Iterator[Mask]:
+    """One mask of each kind, with borders at awkward places: lone tokens, empty documents, the very end."""
+    third = length // 3
+    borders = sorted({0, 1, third, third + 1, length - 2, length})
+    parts = [max(0, end - first - 2) for first, end in pairwise(borders)]
+    packed = Mask.documents(borders)
+    question = length // 4
+    yield packed & Mask.window(3)
+    yield Mask.documents([0, *borders], causal=False) & Mask.window(2, 1)
+    yield Mask.chunked(max(2, length // 4))
+    yield Mask.chunked(4) & packed
+    yield Mask.prefix((0, length), (third,))
+    yield Mask.prefix(borders, parts)
+    yield Mask.padded(borders, parts)
+    yield Mask.padded((0, length), (third,), causal=False)
+    yield Mask.window(3) | Mask.sinks(2)
+    yield Mask.global_tokens(2) | Mask.window(2, 2)
+    yield Mask.shared_question([(question, 2, length - question - 4), (1, 1)])
+    yield Mask.sinks(2, causal=False)  # no tile but those of the first keys holds work
+    yield Mask.runs([(0, 0, 0), (1, Line(-3, moving=True), Line(-1, moving=True))])  # not itself
+    yield Mask.sinks(0)  # nothing is seen
+
+
+def run(
+    size: int, method: str, layout: SequenceLayout, mask: Mask, whole: list[Tensor], kernel: str
+) -> list[Tensor]:
+    parts = run_loopback(size, lambda group: attend(group, method, layout, mask, whole, kernel=kernel))
+    return unshard(layout, parts)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("method", "layout_name"), EVERY)
+def test_every_kind_is_exact_in_fp64(size: int, method: str, layout_name: str) -> None:
+    layout, length = SequenceLayout(layout_name, size), max(2 * size * 3, 8)
+    whole = oracle.inputs(length, (4, 2), (5, 3), torch.float64)
+    for mask in kinds(length):
+        got = run(size, method, layout, mask, whole, "reference")
+        check_exact(got, whole, mask, mask)
+
+
+@pytest.mark.skipif(
+    CpuKernel().unsupported(*[torch.zeros(1, 1, 1, 1)] * 3) is not None,
+    reason="the compiled kernels are not built",
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("method", "layout_name"), [case for case in EVERY if case[0] != "rsa"])
+def test_every_kind_is_as_exact_as_fp32_allows(size: int, method: str, layout_name: str) -> None:
+    layout, length = SequenceLayout(layout_name, size), 2 * size * 9
+    whole = oracle.inputs(length, (4, 2), (16, 16), torch.float32)
+    for mask in kinds(length):
+        got = run(size, method, layout, mask, whole, "cpu")
+        for name, result, want in zip(oracle.NAMES, got, oracle.expected(whole, mask), strict=True):
+            error, scale = (result - want).abs().max().item(), max(1.0, want.abs().max().item())
+            assert error <= FEW_ROUNDINGS * scale, f"{mask} {name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+@pytest.mark.parametrize(("method", "layout_name"), [case for case in EVERY if case[0] != "rsa"])
+def test_a_query_that_sees_nothing_has_output_0_and_lse_minus_infinity(
+    method: str, layout_name: str, kernel: str
+) -> None:
+    size, length = 3, 24
+    layout, mask = SequenceLayout(layout_name, size), Mask.padded((0, 7, 9, 24), (5, 0, 12))
+    whole = oracle.inputs(length, (4, 2), (8, 8), torch.float32)
+    blind = ~oracle.dense(mask, length).any(1)
+    unseen = ~oracle.dense(mask, length).any(0)
+
+    def one_rank(group: Group) -> list[Tensor]:
+        q, k, v, dout = (layout.shard(x, group.rank(), 0).clone().requires_grad_() for x in whole)
+        attention = DistAttention(group, layout=layout, method=method, mask=mask, kernel=kernel)
+        out, lse = attention.forward_with_lse(q, k, v)
+        grads = torch.autograd.grad(out, (q, k, v), dout.detach())
+        return [out.detach(), lse.permute(2, 0, 1).contiguous(), *grads]
+
+    out, lse, dq, dk, dv = unshard(layout, run_loopback(size, one_rank))
+    assert blind.sum() == 7
+    assert torch.equal(lse.isneginf(), blind[:, None, None].expand_as(lse))
+    for result, empty in ((out, blind), (dq, blind), (dk, unseen), (dv, unseen)):
+        assert (result[empty] == 0).all()
+        assert (result[~empty] != 0).any((1, 2, 3)).all()

@@ -1,0 +1,125 @@
+"""Models that hold layers other than ours: refused by name where these would get tokens in the wrong order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lightseq.errors import UnsupportedError
+from megatron_lightseq.layout import SequenceLayout
+from tests.megatron.runs import on_ranks
+
+
+def stand_in(name: str, module: str, **members: Any) -> type[torch.nn.Module]:
+    """A layer of Megatron's whose own packages are not installed, by its name and place."""
+    return type(name, (torch.nn.Module,), {"__module__": module, **members})
+
+
+def _undo_attention_load_balancing(x: Any) -> Any:
+    return x
+
+
+class Reordering(torch.nn.Module):
+    """Somebody's layer that undoes Megatron's zigzag."""
+
+    def forward(self, x: Any) -> Any:
+        return [_undo_attention_load_balancing(part) for part in x]
+
+
+MambaMixer = stand_in("MambaMixer", "megatron.core.ssm.mamba_mixer")
+LAYERS = {
+    "MambaMixer": MambaMixer,
+    "Subclass": type("Subclass", (MambaMixer,), {}),
+    "GatedDeltaNet": stand_in("GatedDeltaNet", "megatron.core.ssm.gated_delta_net"),
+    "GatedDeltaProductMixer": stand_in("GatedDeltaProductMixer", "megatron.core.ssm.gated_delta_product"),
+    "Reordering": Reordering,
+}
+
+
+def hybrid(kind: type[torch.nn.Module]) -> Any:
+    """Our attention, and another layer next to it."""
+    from tests.megatron.test_core_attention import build, transformer_config
+
+    attention = torch.nn.Module()
+    attention.core_attention = build(transformer_config())
+    return torch.nn.ModuleList([attention, kind()])
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_reorder_tokens_are_refused_on_other_layouts(name: str) -> None:
+    from megatron_lightseq.megatron.sequence_mixers import check_other_mixers
+
+    model = hybrid(LAYERS[name])
+    for layout in (SequenceLayout.contiguous(2), SequenceLayout.striped(2)):
+        expected = (
+            rf"1 {name} next to LightSeq attention on layout {layout.name}\(2\): .*zigzag.*cp_method zigzag"
+        )
+        with pytest.raises(UnsupportedError, match=expected):
+            check_other_mixers(model, layout)
+    check_other_mixers(model, SequenceLayout.zigzag(2))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_one_rank_is_told_which_layers_are_not_ours(caplog: pytest.LogCaptureFixture) -> None:
+    from megatron_lightseq.megatron import adopt_layout, notes
+
+    notes.note_once.cache_clear()
+    adopt_layout(hybrid(torch.nn.Identity))
+    assert not caplog.records
+    adopt_layout(hybrid(MambaMixer))
+    (record,) = caplog.records
+    assert record.message == (
+        "LightSeq attention is used in this model's attention layers; 1 MambaMixer stay Megatron's own"
+    )
+
+
+def test_megatrons_own_layers_are_known() -> None:
+    """By what their source uses: importing it needs packages that are not installed."""
+    import megatron.core
+    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from megatron_lightseq.megatron.fixes.rebind import code_names
+    from megatron_lightseq.megatron.sequence_mixers import ZIGZAG_FUNCTIONS, _reorders
+
+    source = Path(megatron.core.__path__[0]) / "ssm" / "mamba_mixer.py"
+    names = code_names(compile(source.read_text(), "mamba_mixer.py", "exec"))
+    assert "MambaContextParallel" in names & ZIGZAG_FUNCTIONS
+    assert not any(map(_reorders, (SelfAttention, MoELayer, torch.nn.Linear)))
+
+
+def _mixed_model(method: str, layer: str) -> str:
+    """What adopting says of a GPTModel whose second layer is another."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from megatron_lightseq.megatron import adopt_layout
+    from tests.megatron.test_layouts import own_model
+
+    model, _ = own_model(method, adopt=False)
+    second = model.decoder.layers[1].self_attention
+    if layer == "attention":
+        second.core_attention = DotProductAttention.__new__(DotProductAttention)
+        torch.nn.Module.__init__(second.core_attention)
+    else:
+        model.decoder.layers[1].self_attention = LAYERS[layer]()
+    try:
+        adopt_layout(model)
+    except UnsupportedError as error:
+        return str(error)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return "adopted"
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"), [("MambaMixer", "MambaMixer"), ("attention", "DotProductAttention")]
+)
+def test_adopting_a_layout_refuses_a_hybrid_model(layer: str, named: str) -> None:
+    for message in on_ranks(2, _mixed_model, "lightseq", layer):
+        assert f"a model with 1 {named} next to LightSeq attention on layout contiguous(2)" in message
+    assert on_ranks(2, _mixed_model, "zigzag", layer) == ["adopted"] * 2
