@@ -2,6 +2,7 @@
 // bf16 values, the first in its lower half.
 #pragma once
 #include "amx_tile.h"
+#include "bf16_pairs.h"
 #include "isolation.h"
 #include "pack.h"
 #include "row_tile.h"
@@ -207,15 +208,18 @@ MLS_INLINE AmxPartRows tile_rows(const TokenTensor<const void>& tensor, int64_t 
   return padded_rows<Element>(tensor, group, at, tile.first_row, tile.num_rows, kTileRows, dim, copy);
 }
 
-// Whether there are extreme values in rows of bf16 values, or of the first parts of fp32 values.
+// Whether there are extreme values in rows of bf16 values, or of the first parts of fp32 values. num_rows is
+// a multiple of four.
 inline bool any_extreme(AmxRows rows, int64_t num_rows, int64_t width) {
-  constexpr int kValues = 2;  // per word
-  WordVec marks{};
-  for (int64_t r = 0; r < num_rows; ++r) {
-    for (int64_t d = 0; d < width; d += kAmxBlock)
-      marks |= mark_extreme<kValues>(reinterpret_cast<WordVec>(_mm512_loadu_si512(rows[r] + d)));
+  constexpr int kChains = SquareSum<PairWords>::kChains;
+  SquareSum<PairWords> squares;
+  for (int64_t r = 0; r < num_rows; r += kChains) {
+    for (int64_t d = 0; d < width; d += kAmxBlock) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) squares.add(i, load(reinterpret_cast<const float*>(rows[r + i] + d)));
+    }
   }
-  return any_marked<kValues>(marks);
+  return squares.any_extreme();
 }
 
 // If the rows have extreme values, sets `is_extreme` and returns a copy with zeros instead of non-finite

@@ -14,6 +14,7 @@
 // Values are extreme if they are not finite or so large that products of V and dO might overflow. Looking for
 // them when operands are loaded takes little time; the rest costs nothing unless there are any.
 #pragma once
+#include "micro_kernel.h"
 #include "pack.h"
 #include "row_tile.h"
 #include "simd.h"
@@ -26,26 +27,12 @@ constexpr uint32_t kSignBits = kValues == 1 ? 0x80000000u : 0x80008000u;
 template <int kValues>
 constexpr uint32_t kExponentBits = kValues == 1 ? 0x7f800000u : 0x7f807f80u;
 
-// 2^56 as fp32, and as two bf16: products of smaller values do not overflow, nor do sums of many of them.
-template <int kValues>
-constexpr uint32_t kExtreme = kValues == 1 ? 0x5b800000u : 0x5b805b80u;
-
-// Has the sign bit of each value of at least `limit` (a power of two, in each value of the word) in
-// magnitude. Other bits are arbitrary.
-template <int kValues>
-MLS_INLINE WordVec mark_from(WordVec words, uint32_t limit) {
-  const WordVec exponents = words & kExponentBits<kValues>;
-  return exponents + (kSignBits<kValues> - limit);
-}
-template <int kValues>
-MLS_INLINE WordVec mark_extreme(WordVec words) {
-  return mark_from<kValues>(words, kExtreme<kValues>);
-}
-
 // Has all bits of each value that is not finite, whose exponent is all ones, and no others.
 template <int kValues>
 MLS_INLINE WordVec non_finite_bits(WordVec words) {
-  const WordVec signs = mark_from<kValues>(words, kExponentBits<kValues>) & kSignBits<kValues>;
+  constexpr uint32_t kLowestBits = kExponentBits<kValues> & ~(kExponentBits<kValues> << 1);
+  const WordVec exponents = words & kExponentBits<kValues>;
+  const WordVec signs = (exponents + kLowestBits) & kSignBits<kValues>;  // carries, if all bits are ones
   return signs | (signs - (signs >> (32 / kValues - 1)));
 }
 
@@ -53,19 +40,44 @@ MLS_INLINE WordVec load_words(const float* words) {
   return reinterpret_cast<WordVec>(load(words));
 }
 
-template <int kValues>
-inline bool any_marked(WordVec marks) {
-  uint32_t all = 0;
-  for (int i = 0; i < kLanes; ++i) all |= marks[i];
-  return (all & kSignBits<kValues>) != 0;
-}
+// Sums squares of values to find out whether any of them is extreme: one multiply-add per vector. From 1, so
+// that the sum is never denormal, which some processors handle slowly.
+template <class Words>
+class SquareSum {
+ public:
+  // Several independent sums, to hide the latency of the additions.
+  static constexpr int kChains = 4;
+
+  MLS_INLINE SquareSum() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) sums_[i] = splat(1.0f);
+  }
+  MLS_INLINE void add(int chain, Vec words) { sums_[chain] = Words::add_product(sums_[chain], words, words); }
+  MLS_INLINE bool any_extreme() const {
+    constexpr float kExtremeSquare = 0x1p112f;
+    const Vec sum = (sums_[0] + sums_[1]) + (sums_[2] + sums_[3]);
+    const IntVec ordinary = sum < splat(kExtremeSquare);  // false for NaN
+    int32_t all = -1;
+    for (int i = 0; i < kLanes; ++i) all &= ordinary[i];
+    return all == 0;
+  }
+
+ private:
+  Vec sums_[kChains];
+};
 
 // Whether any of the values of `count` words is extreme; `count` is rounded up to whole vectors.
 template <class Words>
 inline bool any_extreme(const float* words, int64_t count) {
-  WordVec marks{};
-  for (int64_t i = 0; i < count; i += kLanes) marks |= mark_extreme<Words::kValues>(load_words(words + i));
-  return any_marked<Words::kValues>(marks);
+  constexpr int kChains = SquareSum<Words>::kChains;
+  SquareSum<Words> squares;
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) squares.add(chain, load(words + i + chain * kLanes));
+  }
+  for (; i < count; i += kLanes) squares.add(0, load(words + i));
+  return squares.any_extreme();
 }
 
 // Replaces non-finite values by zeros; `count` as above.
@@ -96,7 +108,9 @@ MLS_INLINE Vec load_non_finite(const typename Element::Storage* src, int64_t cou
 
 // Whether load_non_finite() has found any.
 MLS_INLINE bool any_non_finite(Vec values) {
-  return any_marked<1>(mark_extreme<1>(reinterpret_cast<WordVec>(values)));
+  uint32_t all = 0;
+  for (int i = 0; i < kLanes; ++i) all |= reinterpret_cast<WordVec>(values)[i];
+  return all != 0;
 }
 
 // lanes[d][row] += value d of each key in [begin, end) that the row sees, where that value is not finite.
