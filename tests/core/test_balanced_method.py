@@ -99,12 +99,18 @@ def test_packed_documents_are_balanced_and_lightseq_is_not() -> None:
     )
 
 
-def test_keys_that_two_ranks_of_another_node_need_cross_once() -> None:
-    built = schedule(Mask.causal(), 4, 4 * 640)
-    inputs = [move for step in built.steps for move in step.moves if move.payload is Payload.KV]
-    relayed = [move for move in inputs if built.layout.owner[move.chunk] != move.src]
-    assert relayed
-    assert all(TWO_NODES.node(move.src) == TWO_NODES.node(move.dst) for move in relayed)
+@pytest.mark.parametrize("groups", [1, 8])
+def test_keys_that_two_ranks_of_another_node_need_cross_once(groups: int) -> None:
+    built = schedule(Mask.causal(), 4, 4 * 640, groups=groups)
+    crossing, needed = [], []
+    for move in (move for step in built.steps for move in step.moves if move.payload is Payload.KV):
+        node = TWO_NODES.node(move.dst)
+        for chunk in range(move.chunk, move.chunk + move.chunks):
+            if TWO_NODES.node(move.src) != node:
+                crossing.append((chunk, node))
+            if TWO_NODES.node(built.layout.owner[chunk]) != node:
+                needed.append((chunk, node))
+    assert len(crossing) == len(set(crossing)) < len(needed)
 
 
 def variants(built: Schedule) -> dict[str, list[Step]]:
