@@ -71,8 +71,18 @@ def test_every_kind_is_exact_in_fp64(size: int, method: str, layout_name: str) -
 
 WITHOUT_WORK = [
     (4, 72, "window(2,2)|globals(2)"),
-    (5, 30, "runs(30;0:0..p+1,9:0..4,22:22..p+1)|runs(30;0:none,9:7..p+1,12:12..p+1,20:p..p+1,22:none)"),
-    (4, 16, "runs(16;0:0..2,2:2..4,3:0..16,5:0..p+1,7:p-5..4,9:7..p+1)|runs(16;0:none,7:7..p+1,9:none)"),
+    (
+        5,
+        30,
+        "runs(30;0:0..p+1,9:0..4,22:22..p+1,23:23..p+1,28:28..p+1)|"
+        "runs(30;0:none,9:7..p+1,12:12..p+1,20:p..p+1,22:none)",
+    ),
+    (
+        4,
+        16,
+        "runs(16;0:0..2,2:2..4,3:0..16,5:0..p+1,6:p-5..p+1,7:p-5..4,9:7..p+1,11:11..p+1,13:13..p+1)|"
+        "runs(16;0:none,7:7..p+1,9:none)",
+    ),
 ]
 """Rectangles of which some key chunks hold no work: their part of dk and dv is sent all the same, and must be zero."""
 
