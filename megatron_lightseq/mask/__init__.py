@@ -3,7 +3,7 @@
 * :mod:`mask` is what users build, combine, print and parse; :mod:`kinds` makes each kind that has a name;
 * :mod:`term` has the one canonical description of a set of (query, key) pairs, and its "and" and "or";
 * :mod:`edge` says where a query's keys start and stop, and counts pairs;
-* :mod:`text` reads and writes the text form.
+* :mod:`text` writes the text form, with the names that :mod:`recognise` finds for terms, and takes it apart.
 """
 
 from megatron_lightseq.mask.edge import FAR, Edge, Line

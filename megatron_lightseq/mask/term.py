@@ -174,9 +174,9 @@ def narrowed(term: Term, left: int | None, right: int | None, end: int) -> Term 
         return None
     start, stop = term.start, term.stop
     if left is not None:
-        start = edge_of(_not_before(start, -left, end))
+        start = edge_of(_bounded(start, -left, end, max))
     if right is not None:
-        stop = edge_of(_not_after(stop, right + 1, end))
+        stop = edge_of(_bounded(stop, right + 1, end, min))
     return Term(start, stop)
 
 
@@ -191,25 +191,19 @@ def _sees_itself(term: Term, end: int) -> bool:
     )
 
 
-def _not_before(edge: Edge, offset: int, end: int) -> Iterator[tuple[int, int, bool]]:
-    """The pieces of an edge, at ``p + offset`` where it would lie before."""
+def _bounded(
+    edge: Edge, offset: int, end: int, tighter: Callable[[int, int], int]
+) -> Iterator[tuple[int, int, bool]]:
+    """The pieces of ``tighter(edge, p + offset)``, which is ``max`` for a start and ``min`` for a stop."""
     for stop, value, moving in zip((*edge.firsts[1:], end), edge.offsets, edge.moving, strict=True):
         if moving:
-            yield stop, max(value, offset), True
+            yield stop, tighter(value, offset), True
         elif value == NOTHING:
             yield stop, NOTHING, False
-        else:
-            yield min(value - offset, stop), value, False
-            yield stop, offset, True
-
-
-def _not_after(edge: Edge, offset: int, end: int) -> Iterator[tuple[int, int, bool]]:
-    """The pieces of an edge, at ``p + offset`` where it would lie behind."""
-    for stop, value, moving in zip((*edge.firsts[1:], end), edge.offsets, edge.moving, strict=True):
-        if moving:
-            yield stop, min(value, offset), True
-        elif value == NOTHING:
-            yield stop, NOTHING, False
-        else:
-            yield (stop if value == FAR else min(value - offset, stop)), offset, True
-            yield stop, value, False
+        else:  # before the query at which they meet, p + offset is the lesser one
+            met = stop if value == FAR else min(value - offset, stop)
+            before, after = (value, False), (offset, True)
+            if tighter is min:
+                before, after = after, before
+            yield met, *before
+            yield stop, *after

@@ -411,8 +411,8 @@ def _mark_fresh(
     """Find the calls that may overwrite their results, and the regions that must be blank because no such call
     comes first.
 
-    Results that are sent need no initialisation: ``validate`` guarantees that every chunk in them is computed, and
-    is not updated after the send.
+    A result is sent whole, including chunks in which the calls found no work; ``validate`` guarantees that it is not
+    updated after the send.
     """
     written = {payload: _Written(payload) for payload in (flow.q_result, flow.k_result) if payload}
     marked = []
@@ -425,6 +425,9 @@ def _mark_fresh(
             for store, part in parts:
                 store.write(part) if fresh else store.need(part)
             calls.append(replace(call, fresh=fresh))
+        for transfer in step.sends:
+            if transfer.payload in RESULTS:
+                written[transfer.payload].need(Operand(transfer.span, 0, transfer.length))
         for transfer in step.receives:
             if transfer.payload in RESULTS:
                 written[transfer.payload].need(Operand(OWN, transfer.start, transfer.start + transfer.length))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from itertools import pairwise
 
 import torch
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_lightseq.errors import UnsupportedError
 from megatron_lightseq.mask import Line, Mask
 
 Defined = tuple[Mask, Tensor]
@@ -144,3 +147,23 @@ KINDS = (
 def kind(length: int) -> st.SearchStrategy[Defined]:
     """A mask of any kind, for sequences of ``length`` tokens or of any length."""
     return st.one_of([strategy(length) for strategy in KINDS])
+
+
+def combine(draw: st.DrawFn, a: Defined, b: Defined) -> Defined:
+    if draw(st.booleans()):
+        return a[0] & b[0], a[1] & b[1]
+    return a[0] | b[0], a[1] | b[1]
+
+
+@st.composite
+def combined(draw: st.DrawFn, length: int) -> Defined:
+    """Up to four masks joined by "and" and "or"; now and then cut to the length."""
+    masks = [draw(kind(length)) for _ in range(draw(st.integers(1, 4)))]
+    if draw(st.booleans()):
+        masks = [(mask & Mask.documents((0, length), causal=False), allowed) for mask, allowed in masks]
+    try:
+        return reduce(lambda a, b: combine(draw, a, b), masks)
+    except UnsupportedError as error:
+        if "chunks of no given sequence length" in str(error):
+            reject()
+        raise

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -79,15 +78,6 @@ def check_exact(got: list[Tensor], whole: list[Tensor], mask: Mask, what: object
     for name, result, want in zip(oracle.NAMES, got, oracle.expected(whole, mask), strict=True):
         error = (result - want).abs().max().item()
         assert error <= 1e-12, f"{what} {name}: {error:.2e}"
-
-
-@pytest.fixture
-def nan_memory() -> Iterator[None]:
-    """Uninitialised tensors hold NaN: whatever a run reads before it was written shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("nan_memory")

@@ -3,12 +3,11 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-from functools import reduce
 from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import given, reject
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,32 +20,12 @@ from megatron_lightseq.layout import LAYOUTS, SequenceLayout
 from megatron_lightseq.mask import Line, Mask
 from megatron_lightseq.transport import run_loopback
 from megatron_lightseq.transport.group import Group
-from tests.core.mask_kinds import KINDS, Defined, kind
+from tests.core.mask_kinds import KINDS, combined
 from tests.core.oracle import dense
 
 CPU = torch.device("cpu")
 layouts = st.builds(SequenceLayout, st.sampled_from(sorted(LAYOUTS)), st.integers(1, 7), st.integers(1, 3))
 lengths = st.integers(1, 14)
-
-
-def combine(draw: st.DrawFn, a: Defined, b: Defined) -> Defined:
-    if draw(st.booleans()):
-        return a[0] & b[0], a[1] & b[1]
-    return a[0] | b[0], a[1] | b[1]
-
-
-@st.composite
-def combined(draw: st.DrawFn, length: int) -> Defined:
-    """Up to four masks joined by "and" and "or"; now and then cut to the length."""
-    masks = [draw(kind(length)) for _ in range(draw(st.integers(1, 4)))]
-    if draw(st.booleans()):
-        masks = [(mask & Mask.documents((0, length), causal=False), allowed) for mask, allowed in masks]
-    try:
-        return reduce(lambda a, b: combine(draw, a, b), masks)
-    except UnsupportedError as error:
-        if "chunks of no given sequence length" in str(error):
-            reject()
-        raise
 
 
 def whole(length: int) -> Mask:

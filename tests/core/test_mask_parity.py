@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lightseq.attention import DistAttention
@@ -16,8 +18,13 @@ from megatron_lightseq.mask import Line, Mask
 from megatron_lightseq.transport import run_loopback
 from megatron_lightseq.transport.group import Group
 from tests.core import oracle
+from tests.core.mask_kinds import combined
 from tests.core.test_attention import EVERY, attend, check_exact, unshard
 
+needs_cpu_kernel = pytest.mark.skipif(
+    CpuKernel().unsupported(*[torch.zeros(1, 1, 1, 1)] * 3) is not None,
+    reason="the compiled kernels are not built",
+)
 FEW_ROUNDINGS = 32 * torch.finfo(torch.float32).eps
 
 
@@ -51,6 +58,7 @@ def run(
     return unshard(layout, parts)
 
 
+@pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("method", "layout_name"), EVERY)
 def test_every_kind_is_exact_in_fp64(size: int, method: str, layout_name: str) -> None:
@@ -61,10 +69,42 @@ def test_every_kind_is_exact_in_fp64(size: int, method: str, layout_name: str) -
         check_exact(got, whole, mask, mask)
 
 
-@pytest.mark.skipif(
-    CpuKernel().unsupported(*[torch.zeros(1, 1, 1, 1)] * 3) is not None,
-    reason="the compiled kernels are not built",
-)
+WITHOUT_WORK = [
+    (4, 72, "window(2,2)|globals(2)"),
+    (
+        5,
+        30,
+        "runs(30;0:0..p+1,9:0..4,22:22..p+1,23:23..p+1,28:28..p+1)|"
+        "runs(30;0:none,9:7..p+1,12:12..p+1,20:p..p+1,22:none)",
+    ),
+    (
+        4,
+        16,
+        "runs(16;0:0..2,2:2..4,3:0..16,5:0..p+1,6:p-5..p+1,7:p-5..4,9:7..p+1,11:11..p+1,13:13..p+1)|"
+        "runs(16;0:none,7:7..p+1,9:none)",
+    ),
+]
+"""Rectangles of which some key chunks hold no work: their part of dk and dv is sent all the same, and must be zero."""
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize(("size", "length", "text"), WITHOUT_WORK)
+def test_chunks_without_work_in_a_rectangle_have_no_gradient(size: int, length: int, text: str) -> None:
+    layout, mask = SequenceLayout.contiguous(size), Mask.parse(text)
+    whole = oracle.inputs(length, (2, 1), (4, 3), torch.float64)
+    check_exact(run(size, "balanced", layout, mask, whole, "reference"), whole, mask, mask)
+
+
+@given(st.data(), st.sampled_from(EVERY), st.integers(2, 5), st.integers(1, 6))
+def test_any_mask_by_any_method(data: st.DataObject, case: tuple[str, str], size: int, scale: int) -> None:
+    (method, layout_name), length = case, 2 * size * scale
+    mask, _ = data.draw(combined(length))
+    whole = oracle.inputs(length, (2, 1), (4, 3), torch.float64)
+    got = run(size, method, SequenceLayout(layout_name, size), mask, whole, "reference")
+    check_exact(got, whole, mask, (method, mask))
+
+
+@needs_cpu_kernel
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("method", "layout_name"), [case for case in EVERY if case[0] != "rsa"])
 def test_every_kind_is_as_exact_as_fp32_allows(size: int, method: str, layout_name: str) -> None:
@@ -101,3 +141,18 @@ def test_a_query_that_sees_nothing_has_output_0_and_lse_minus_infinity(
     for result, empty in ((out, blind), (dq, blind), (dk, unseen), (dv, unseen)):
         assert (result[empty] == 0).all()
         assert (result[~empty] != 0).any((1, 2, 3)).all()
+
+
+@needs_cpu_kernel
+def test_parts_of_a_tile_are_added_in_fp32() -> None:
+    """Several calls per tile: the first one must not round its result, although no other tile follows."""
+    layout, mask = SequenceLayout.contiguous(1), Mask.window(3) | Mask.sinks(2)
+    whole = oracle.inputs(40, (4, 2), (16, 16), torch.bfloat16)
+    oracle.check_within_budget(run(1, "lightseq", layout, mask, whole, "cpu"), whole, mask, str(mask))
+
+
+def test_auto_weighs_the_work_of_any_mask() -> None:
+    layout, length = SequenceLayout.zigzag(3), 36
+    whole = oracle.inputs(length, (4, 2), (5, 3), torch.float64)
+    for mask in kinds(length):
+        check_exact(run(3, "auto", layout, mask, whole, "reference"), whole, mask, mask)
