@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class AttentionFunction(torch.autograd.Function):
         if kept is not None:
             out, lse = (result.view_as(result) for result in kept)
         else:
-            out, lse = plan.run_forward(q, k, v, scale)
+            with _without_autocast(q.device):
+                out, lse = plan.run_forward(q, k, v, scale)
             plan.stats.forwards += 1
             if sink is not None:
                 out, lse = merge_sink(out, lse, sink)
@@ -45,8 +47,37 @@ class AttentionFunction(torch.autograd.Function):
     @torch.compiler.disable
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse, sink = ctx.saved_tensors
-        dq, dk, dv = ctx.plan.run_backward(dout.contiguous(), q, k, v, out, lse, ctx.scale)
+        with _without_autocast(q.device):
+            dq, dk, dv = ctx.plan.run_backward(dout.contiguous(), q, k, v, out, lse, ctx.scale)
         return dq, dk, dv, _sink_gradient(sink, dout, out, lse), None, None, None
+
+
+class LearnedScale(torch.autograd.Function):
+    """Queries as they are, and the gradient of the softmax scale, a tensor of one element.
+
+    Scores are scale * (q . k), so the gradient of the scale is the sum of dq * q over all rows, divided by the scale.
+    It is that of the local queries: like a parameter's gradient, it is to be summed over the ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, scale: Tensor, value: float) -> Tensor:
+        ctx.save_for_backward(q)
+        ctx.shape, ctx.dtype, ctx.device, ctx.value = scale.shape, scale.dtype, scale.device, value
+        return q.view_as(q)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dq: Tensor) -> tuple[Tensor, Tensor, None]:
+        (q,) = ctx.saved_tensors
+        gradient = attention_delta(q, dq).sum() / ctx.value
+        return dq, gradient.reshape(ctx.shape).to(ctx.device, ctx.dtype), None
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Kernels choose their precision themselves: products in plain torch would be computed in autocast's dtype."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _sink_gradient(sink: Tensor | None, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor | None:

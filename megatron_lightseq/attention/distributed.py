@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.attention.agreement import Agreement
-from megatron_lightseq.attention.autograd import AttentionFunction
-from megatron_lightseq.attention.inputs import Inputs, check_sink
+from megatron_lightseq.attention.autograd import AttentionFunction, LearnedScale
+from megatron_lightseq.attention.inputs import Inputs, autocast_inputs, check_sink
 from megatron_lightseq.attention.plan import Plan
 from megatron_lightseq.attention.planner import Planner
 from megatron_lightseq.attention.runtime import Runtime
@@ -42,7 +42,7 @@ def dist_attention(
     layout: str | SequenceLayout = "contiguous",
     method: MethodArgument = "lightseq",
     mask: Mask | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     kernel: str | Kernel = "auto",
     overlap: bool = True,
 ) -> Tensor:
@@ -67,12 +67,16 @@ def dist_attention(
             a pair of these for forward and backward; ``schedule.method_forms()`` lists the names. ``auto``: in each
             direction, the one predicted to be the fastest (schedule/choose.py).
         mask: which keys a query may see; default causal.
-        softmax_scale: factor of the scores, positive; default 1 / sqrt(D).
+        softmax_scale: factor of the scores, positive; default 1 / sqrt(D). A tensor of one element may be learned: it
+            gets the gradient that comes from the local queries, to be summed over the ranks. Its value is read by the
+            host, and must be the same on all ranks.
         kernel: one of ``kernels.specs.kernel_names()``, or a Kernel; ``auto`` is the first that supports the inputs.
         overlap: transfer data for the next step while computing the present one.
 
+    Under ``torch.autocast``, q, k and v are cast to its dtype first, as in torch's scaled_dot_product_attention.
+
     Returns:
-        (S, B, H, Dv), q's dtype, differentiable in q, k and v.
+        (S, B, H, Dv), q's dtype, differentiable in q, k, v and softmax_scale.
 
     Raises:
         ConfigError: shapes, dtypes or devices do not fit together.
@@ -162,7 +166,7 @@ class DistAttention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         sink: Tensor | None = None,
         mask: Mask | None = None,
     ) -> Tensor:
@@ -181,15 +185,12 @@ class DistAttention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         sink: Tensor | None = None,
         mask: Mask | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The local output (S, B, H, Dv) and log-sum-exp (B, H, S; accumulator dtype, not differentiable)."""
-        plan = self._plan_for(q, k, v, mask)
-        check_sink(sink, q)
-        out, lse = AttentionFunction.apply(q, k, v, sink, None, plan, self._scale(softmax_scale, q))
-        return out, lse
+        return self._attend(q, k, v, None, softmax_scale, sink, mask)
 
     def reattach(
         self,
@@ -197,7 +198,7 @@ class DistAttention:
         k: Tensor,
         v: Tensor,
         kept: tuple[Tensor, Tensor],
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         sink: Tensor | None = None,
         mask: Mask | None = None,
     ) -> Tensor:
@@ -208,13 +209,40 @@ class DistAttention:
             kept: (S, B, H, Dv) and (B, H, S), what :meth:`forward_with_lse` returned for them.
             softmax_scale, sink, mask: as they were then.
         """
+        return self._attend(q, k, v, kept, softmax_scale, sink, mask)[0]
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: tuple[Tensor, Tensor] | None,
+        softmax_scale: float | Tensor | None,
+        sink: Tensor | None,
+        mask: Mask | None,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = autocast_inputs(q, k, v)
         plan = self._plan_for(q, k, v, mask)
-        attached, _ = AttentionFunction.apply(q, k, v, sink, kept, plan, self._scale(softmax_scale, q))
-        return attached
+        check_sink(sink, q)
+        scale = self._scale(softmax_scale, q)
+        if isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad:
+            q = LearnedScale.apply(q, softmax_scale, scale)
+        out, lse = AttentionFunction.apply(q, k, v, sink, kept, plan, scale)
+        return out, lse
 
     @torch.compiler.disable
-    def _scale(self, given: float | None, q: Tensor) -> float:
+    def _scale(self, given: float | Tensor | None, q: Tensor) -> float:
         """Validate the softmax scale; the first time a value is seen, check that all ranks use the same one."""
+        if isinstance(given, Tensor) and given.numel() != 1:
+            raise ConfigError(
+                explain(
+                    got=f"softmax_scale of shape {tuple(given.shape)}",
+                    rule="all scores are multiplied by one number",
+                    remedy="Multiply q by scales per head or dimension, and give softmax_scale=1.0",
+                )
+            )
+        if isinstance(given, Tensor):
+            given = given.detach().item()
         scale = float(q.shape[-1] ** -0.5 if given is None else given)
         if scale in self._scales:
             return scale
@@ -227,6 +255,8 @@ class DistAttention:
                 )
             )
         self._agreement.check(f"softmax scale {scale!r}", f"softmax scale {scale}")
+        if len(self._scales) >= MAX_SCALES:  # on all ranks, because they make the same calls
+            self._scales.clear()
         self._scales.add(scale)
         return scale
 
@@ -272,6 +302,9 @@ def _check_method(method: Method, layout: SequenceLayout, kernel: str | Kernel) 
 MAX_PLANS = 64
 """Plans that one attention keeps, those used last; one is made for every new shape of inputs and for every new mask.
 They must cover the micro-batches in flight: a plan serves their backward and recomputation too."""
+
+MAX_SCALES = 64
+"""Softmax scales that one attention remembers as agreed on: a learned one takes a new value in every step."""
 
 _ATTENTIONS: weakref.WeakKeyDictionary[Any, dict[Any, DistAttention]] = weakref.WeakKeyDictionary()
 """What :func:`dist_attention` keeps, by group and settings; dropped with the group."""

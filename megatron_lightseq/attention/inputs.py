@@ -53,6 +53,23 @@ class Inputs:
         return f"q {self.q_shape}, k {self.k_shape}, v {self.v_shape}, {self.dtype}"
 
 
+def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as torch's scaled_dot_product_attention takes them under ``torch.autocast``: all in its dtype.
+
+    fp64 stays as it is, and without autocast, everything does. Differentiable.
+    """
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:
+        eligible = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device
+        return x.to(dtype) if eligible else x
+
+    return cast(q), cast(k), cast(v)
+
+
 def check_sink(sink: Tensor | None, q: Tensor) -> None:
     """Raise :class:`ConfigError` unless ``sink`` is None or has one logit per query head of q, on its device."""
     if sink is not None and (tuple(sink.shape) != (q.shape[2],) or sink.device != q.device):

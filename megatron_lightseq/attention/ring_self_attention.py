@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lightseq.attention.passes import Bundle
 from megatron_lightseq.attention.runtime import BoundProgram, Runtime
-from megatron_lightseq.kernels.reference import visible
+from megatron_lightseq.kernels.reference import sum_over_seen, visible
 from megatron_lightseq.kernels.registry import accumulator_dtype
 from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.schedule import Payload
@@ -77,10 +77,11 @@ class _RowPass:
         keys = call.k_positions
         return rows[..., call.q.start : call.q.stop, keys.start : keys.stop : keys.step]
 
-    def seen(self, rows: Tensor, call: Call, mask: TileMask) -> Tensor:
-        """The same with zeros for the pairs that are another call's: a tile may take several."""
-        hidden = ~visible(mask, len(call.q_positions), len(call.k_positions), rows.device)
-        return self.part(rows, call).masked_fill(hidden, 0.0)
+    def sum_over_seen(self, equation: str, call: Call, mask: TileMask, x: Tensor) -> Tensor:
+        """einsum of a call's rows and ``x``. Pairs of other calls contribute nothing: a tile may take several calls."""
+        seen = visible(mask, len(call.q_positions), len(call.k_positions), x.device)
+        rows = self.part(self.rows, call).masked_fill(~seen, 0.0)
+        return sum_over_seen(equation, rows, x.to(rows.dtype), seen)
 
     def add(self, call: Call, total: Tensor, part: Tensor) -> None:
         total.copy_(part) if call.fresh else total.add_(part)
@@ -123,8 +124,7 @@ class _Outputs(_RowPass):
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
         (v,), ((out,),) = k_side, results
-        weights = self.seen(self.rows, call, mask)
-        self.add(call, out, torch.einsum("bgrsn,nbgd->sbgrd", weights, v.to(weights.dtype)).flatten(2, 3))
+        self.add(call, out, self.sum_over_seen("bgrsn,nbgd->sbgrd", call, mask, v).flatten(2, 3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +140,10 @@ class _ValueGradients(_RowPass):
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
         (dout,), (v,), (_, (dv,)) = q_side, k_side, results
-        weights, grouped = self.seen(self.rows, call, mask), _grouped(dout, v.shape[2])
-        dweights = torch.einsum("sbgrd,nbgd->bgrsn", grouped, v.to(weights.dtype))
+        grouped = _grouped(dout, v.shape[2])
+        dweights = torch.einsum("sbgrd,nbgd->bgrsn", grouped, v.to(grouped.dtype))
         self.part(self.dweights, call).copy_(dweights)
-        self.add(call, dv, torch.einsum("bgrsn,sbgrd->nbgd", weights, grouped))
+        self.add(call, dv, self.sum_over_seen("bgrsn,sbgrd->nbgd", call, mask, grouped))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,10 +162,8 @@ class _KeyGradients(_RowPass):
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
     ) -> None:
         (q,), (k,), ((dq,), (dk,)) = q_side, k_side, results
-        dscores = self.seen(self.rows, call, mask)
-        dq_part = torch.einsum("bgrsn,nbgd->sbgrd", dscores, k.to(dscores.dtype)).flatten(2, 3)
-        self.add(call, dq, dq_part)
-        self.add(call, dk, torch.einsum("bgrsn,sbgrd->nbgd", dscores, _grouped(q, k.shape[2])))
+        self.add(call, dq, self.sum_over_seen("bgrsn,nbgd->sbgrd", call, mask, k).flatten(2, 3))
+        self.add(call, dk, self.sum_over_seen("bgrsn,sbgrd->nbgd", call, mask, _grouped(q, k.shape[2])))
 
 
 def _grouped(x_SBHD: Tensor, groups: int) -> Tensor:

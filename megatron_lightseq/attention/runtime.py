@@ -120,7 +120,9 @@ class _Execution:
 
     def _outgoing(self, transfer: Transfer) -> Bundle:
         if transfer.payload in RESULTS:
-            self._result(transfer.payload, Operand(transfer.span, 0, transfer.length))  # blank if no call made it
+            self._result(
+                transfer.payload, Operand(transfer.span, 0, transfer.length)
+            )  # blank if no call made it
             return self._made.pop((transfer.payload, transfer.span))
         source = Operand(transfer.store, transfer.start, transfer.start + transfer.length)
         return self._input(transfer.payload, source)

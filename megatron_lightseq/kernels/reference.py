@@ -45,7 +45,7 @@ class ReferenceKernel:
         scores_BGRQK = _scores(q, k, seen, softmax_scale)
         lse_BGRQ = scores_BGRQK.logsumexp(-1)
         weights = _probabilities(scores_BGRQK, lse_BGRQ, seen)
-        out_QBHD = _sum_over_seen("bgrqk,kbgd->qbgrd", weights, v.to(weights.dtype), seen).flatten(2, 3)
+        out_QBHD = sum_over_seen("bgrqk,kbgd->qbgrd", weights, v.to(weights.dtype), seen).flatten(2, 3)
         lse_BHQ = lse_BGRQ.flatten(1, 2)
         if accumulate:
             merge_into(out, lse, out_QBHD, lse_BHQ)
@@ -79,9 +79,9 @@ class ReferenceKernel:
         dscores = weights * (dweights - delta.unflatten(1, (groups, -1)).unsqueeze(-1)) * softmax_scale
         dscores = dscores.masked_fill(~seen, 0.0)  # dweights may not be finite there
         gradients = (
-            _sum_over_seen("bgrqk,kbgd->qbgrd", dscores, k.to(acc), seen).flatten(2, 3),
-            _sum_over_seen("bgrqk,qbgrd->kbgd", dscores, q_grouped, seen),
-            _sum_over_seen("bgrqk,qbgrd->kbgd", weights, dout_grouped, seen),
+            sum_over_seen("bgrqk,kbgd->qbgrd", dscores, k.to(acc), seen).flatten(2, 3),
+            sum_over_seen("bgrqk,qbgrd->kbgd", dscores, q_grouped, seen),
+            sum_over_seen("bgrqk,qbgrd->kbgd", weights, dout_grouped, seen),
         )
         for target, gradient in zip((dq, dk, dv), gradients, strict=True):
             target.add_(gradient) if accumulate else target.copy_(gradient)
@@ -114,7 +114,7 @@ def _probabilities(scores: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen & ~lse.isneginf().unsqueeze(-1), (scores - lse.unsqueeze(-1)).exp(), 0.0)
 
 
-def _sum_over_seen(equation: str, weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+def sum_over_seen(equation: str, weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
     """einsum of ``weights`` (B, G, R, Q, K) and ``x``, in which masked pairs contribute nothing.
 
     Their weight is 0, but 0 times infinity or NaN is NaN. So values of ``x`` that are not finite are left out of the
