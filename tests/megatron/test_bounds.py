@@ -70,9 +70,9 @@ def _attentions() -> tuple[int, int]:
     for length in range(2, 202, 2):
         mask = Mask.documents((0, 1, length))
         q = torch.zeros(length // 2, 1, 1, 4)
-        settings.attention(group, mask, "ring")(q, q, q)
-    first = settings.attention(group, Mask.causal(), "ring")
-    return len(settings._shared), int(settings.attention(group, Mask.causal(), "ring") is first)
+        settings.attention(group, mask, "ring", 1)(q, q, q)
+    first = settings.attention(group, Mask.causal(), "ring", 1)
+    return len(settings._shared), int(settings.attention(group, Mask.causal(), "ring", 1) is first)
 
 
 def test_layers_share_a_few_attentions() -> None:
