@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule.ir import Direction, Placement, Tile
+from megatron_lightseq.schedule.ir import Direction, Placement, Step, Tile
 from megatron_lightseq.schedule.method import Method
 from megatron_lightseq.schedule.methods import resolve_method
 from megatron_lightseq.schedule.network import Network
@@ -66,15 +66,20 @@ def solve(method: Method, problem: Problem) -> Schedule:
     Raises:
         ScheduleError: the placement loses, repeats or misplaces a tile.
     """
-    placement = drop_empty(method.place(problem), problem.areas)
     return Schedule(
         method=method.name,
         direction=problem.direction,
         layout=problem.layout,
         mask=problem.mask,
         seq_length=problem.seq_length,
-        steps=route(placement, problem, relays=method.relays),
+        steps=steps_of(method, problem),
     )
+
+
+def steps_of(method: Method, problem: Problem) -> tuple[Step, ...]:
+    """The steps of a method's schedule, placed and routed but not checked: enough for a prediction."""
+    placement = drop_empty(method.place(problem), problem.areas)
+    return route(placement, problem, relays=method.relays)
 
 
 def drop_empty(placement: Placement, areas: Callable[[Tile], int]) -> Placement:

@@ -64,13 +64,24 @@ class TileAreas:
         self._seq_length = seq_length
         self._is_window = mask.window_size is not None
         self._known: dict[tuple[int, int, int, int], int] = {}
+        self._of_tile: dict[Tile, int] = {}
+        self._positions: dict[tuple[int, int], range] = {}
 
     def __call__(self, tile: Tile) -> int:
         """The area of a tile."""
-        return self.between(
-            self._layout.chunk_positions(tile.q, self._seq_length, tile.queries),
-            self._layout.chunk_positions(tile.k, self._seq_length, tile.keys),
-        )
+        area = self._of_tile.get(tile)
+        if area is None:
+            q, k, queries, keys = tile
+            area = self._of_tile[tile] = self.between(self.positions(q, queries), self.positions(k, keys))
+        return area
+
+    def positions(self, chunk: int, chunks: int = 1) -> range:
+        """Global positions of the tokens of a chunk, or of several adjacent ones of one piece."""
+        found = self._positions.get((chunk, chunks))
+        if found is None:
+            found = self._layout.chunk_positions(chunk, self._seq_length, chunks)
+            self._positions[chunk, chunks] = found
+        return found
 
     def between(self, queries: range, keys: range) -> int:
         """The area of queries against keys at these global positions, which have the same stride."""

@@ -7,10 +7,12 @@ long the transfers of a step take is computed in network.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_lightseq.schedule.ir import Payload
+from megatron_lightseq.schedule.ir import Payload, Step
 from megatron_lightseq.schedule.network import Network, transfer_times
+from megatron_lightseq.schedule.problem import TileAreas
 from megatron_lightseq.schedule.schedule import Schedule
 from megatron_lightseq.schedule.shape import TensorShape
 
@@ -76,17 +78,21 @@ class Profile:
     @staticmethod
     def of(schedule: Schedule) -> Profile:
         """Count the work and the transfers of a schedule, step by step."""
-        layout = schedule.layout
+        shard_length = schedule.seq_length / schedule.layout.cp_size
+        return Profile.of_steps(schedule.steps, schedule.layout.cp_size, shard_length, schedule.areas)
+
+    @staticmethod
+    def of_steps(moments: Sequence[Step], cp_size: int, shard_length: float, areas: TileAreas) -> Profile:
+        """The same for the steps of a schedule that need not be valid."""
         steps = []
-        for step in schedule.steps:
+        for step in moments:
             tokens: dict[tuple[Payload, int, int], int] = {}
             for payload, chunk, src, dst, chunks in step.moves:
                 key = (payload, src, dst)
-                length = len(layout.chunk_positions(chunk, schedule.seq_length, chunks))
-                tokens[key] = tokens.get(key, 0) + length
-            pairs = tuple(sum(map(schedule.areas, tiles)) for tiles in step.tiles)
+                tokens[key] = tokens.get(key, 0) + len(areas.positions(chunk, chunks))
+            pairs = tuple(sum(map(areas, tiles)) for tiles in step.tiles)
             steps.append((pairs, tuple((*key, total) for key, total in tokens.items())))
-        return Profile(layout.cp_size, schedule.seq_length / layout.cp_size, tuple(steps))
+        return Profile(cp_size, shard_length, tuple(steps))
 
 
 def simulate(
