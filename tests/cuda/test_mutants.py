@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -113,20 +117,52 @@ def mutated(mutant: Mutant, folder: Path) -> Path:
     return csrc
 
 
+class Examiner:
+    """Runs :func:`examine` in another process, which a mutant that corrupts memory ends."""
+
+    def __init__(self) -> None:
+        self._pool = self._new_pool()
+
+    @staticmethod
+    def _new_pool() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def examine(self, library: Path, architecture: str) -> str | None:
+        """What is wrong with the kernels, or None."""
+        try:
+            return self._pool.submit(examine, library, architecture).result()
+        except BrokenProcessPool:
+            self._pool = self._new_pool()
+            return "the process ended by a signal"
+
+    def close(self) -> None:
+        """End the process."""
+        self._pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def examiner() -> Iterator[Examiner]:
+    made = Examiner()
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("architecture", HEAD_DIMS)
-def test_nothing_is_wrong_without_a_mutant(architecture: str, machine: list[str], tmp_path: Path) -> None:
+def test_nothing_is_wrong_without_a_mutant(
+    architecture: str, machine: list[str], examiner: Examiner, tmp_path: Path
+) -> None:
     build_library(
         CSRC, machine, tmp_path / "library.so", "-O1", "-DMLS_BFLOAT16_ONLY", *HEAD_DIMS[architecture]
     )
-    assert examine(tmp_path / "library.so", architecture) is None
+    assert examiner.examine(tmp_path / "library.so", architecture) is None
 
 
 @pytest.mark.parametrize(
     "mutant", SM80_MUTANTS + HOPPER_MUTANTS + HOPPER_BACKWARD_MUTANTS, ids=lambda mutant: mutant.name
 )
-def test_mutant_is_caught(mutant: Mutant, machine: list[str], tmp_path: Path) -> None:
+def test_mutant_is_caught(mutant: Mutant, machine: list[str], examiner: Examiner, tmp_path: Path) -> None:
     options = ("-O1", "-DMLS_BFLOAT16_ONLY", *HEAD_DIMS[mutant.architecture])
     build_library(mutated(mutant, tmp_path), machine, tmp_path / "library.so", *options)
-    problem = examine(tmp_path / "library.so", mutant.architecture)
+    problem = examiner.examine(tmp_path / "library.so", mutant.architecture)
     assert problem is not None
     assert (problem == "bank conflicts") == mutant.slow
