@@ -43,7 +43,8 @@ class BufferPool:
     def give(self, tensor: Tensor) -> None:
         """Return a tensor from :meth:`take` that is no longer read or written."""
         storage = tensor.untyped_storage()
-        block = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        with torch.inference_mode(False):  # as for new blocks
+            block = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         size = storage.nbytes()
         self._used_bytes -= size
         self._free.setdefault((size, tensor.device), []).append(block)
