@@ -77,6 +77,10 @@ MLS_DEVICE void prefetch_keys(const BackwardParams& params, const QueryGradientS
   load_tile<T::kThreads>(shared.values(stage), rows_of(params.v, batch, kv_head, num_keys), first_key);
 }
 
+MLS_DEVICE GradientRows query_gradient_rows(const BackwardParams& params, int batch, int head) {
+  return {params.dq, params.rounded_dq, batch, head, params.shape.num_queries, params.accumulate};
+}
+
 // Blocks: (query tiles, heads, batch).
 template <class T>
 MLS_KERNEL(T::kThreads, 1)
@@ -89,10 +93,9 @@ attention_backward_dq_sm80(const BackwardParams params) {
   const int head = static_cast<int>(block_index().y), batch = static_cast<int>(block_index().z);
   const int kv_head = head / static_cast<int>(params.shape.num_heads / params.shape.num_kv_heads);
   const KeyBounds bounds = bounds_of_queries<T::kQueries>(visibility, first_query);
-  const GradientRows target(params.dq, params.rounded_dq, batch, head, params.shape.num_queries,
-                            params.accumulate);
   if (bounds.any_first >= bounds.any_end)
-    return write_empty_rows<T::kQueries, T::kHeadDim, T::kThreads>(target, first_query);
+    return write_empty_rows<T::kQueries, T::kHeadDim, T::kThreads>(query_gradient_rows(params, batch, head),
+                                                                   first_query);
   const int first_tile = bounds.any_first / T::kKeys, end_tile = (bounds.any_end + T::kKeys - 1) / T::kKeys;
   load_tile<T::kThreads>(shared.queries(), rows_of(params.q, batch, head, visibility.num_queries),
                          first_query);
@@ -116,7 +119,9 @@ attention_backward_dq_sm80(const BackwardParams params) {
     sync_threads();
   }
   copy_async_wait<0>();
-  write_rows<typename T::Element>(target, dq[0], warp_query, 0, params.softmax_scale);
+  // Made here again: kept over the loop, it would cost registers that the largest head dim does not have.
+  write_rows<typename T::Element>(query_gradient_rows(params, batch, head), dq[0], warp_query, 0,
+                                  params.softmax_scale);
 }
 
 template <class T, class Q>
