@@ -68,6 +68,7 @@ class ControlChannel:
         self._closing = threading.Event()
         self._news = threading.Event()
         self._introduced = threading.Event()
+        self._over = threading.Event()
         self._failure: Failure | None = None
         self._known = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -118,9 +119,13 @@ class ControlChannel:
         """
         if self._thread is None:
             return
-        store = self._connect()
-        store.add(_DONE, 1)
-        wait_until(lambda: store.add(_DONE, 0) >= self._world_size, self._limits.setup_s)
+        try:
+            store = self._connect()
+            store.add(_DONE, 1)
+            wait_until(lambda: self._all_finished(store), self._limits.setup_s)
+        except (RuntimeError, dist.DistError):
+            if not self._over.is_set():  # else the store's host has left after a good run
+                raise
 
     def leave(self) -> None:
         """Stop the heartbeats and the use of the store; the rank that holds the store returns last."""
@@ -212,15 +217,23 @@ class ControlChannel:
                 failure = watch.look(store, suspicious=self._suspicious.is_set()) or self._overdue(
                     watch, store
                 )
+                if self._all_finished(store):
+                    return  # a rank that is gone has left: this one may be late to see that all have finished
                 if failure is not None:
                     self._learn(publish(store, failure))
                     if self._failure is not None and self._failure.rank != self._rank:
                         store.add(_SEEN, 1)
                     return self._leave()
         except (RuntimeError, dist.DistError) as error:
-            if not self._closing.is_set():
+            if not self._closing.is_set() and not self._over.is_set():
                 self._learn(self._host_gone(error))
                 self._leave()
+
+    def _all_finished(self, store: dist.Store) -> bool:
+        """Whether every rank has finished its work; from then on a missing process is no failure."""
+        if not self._over.is_set() and store.add(_DONE, 0) >= self._world_size:
+            self._over.set()
+        return self._over.is_set()
 
     def _closed_before_beat(self) -> bool:
         """Wait until the next heartbeat is due: after a while, or immediately when the phase changes."""
@@ -234,7 +247,7 @@ class ControlChannel:
 
     def _supervise(self) -> None:
         """Notice a store that does not answer and blocks the other thread: its process is stopped or unreachable."""
-        while not self._closing.wait(self._limits.beat_s):
+        while not self._closing.wait(self._limits.beat_s) and not self._over.is_set():
             silent_s = time.monotonic() - self._last_round
             if self._failure is None and silent_s > self._limits.silence_s + self._limits.suspect_silence_s:
                 error = f"the process that holds the job's store has not answered for {silent_s:.0f} s"
