@@ -53,7 +53,9 @@ def hold_up() -> None:
     wait = control_channel.wait_until
 
     def late(condition: Callable[[], bool], timeout_s: float) -> bool:
-        return condition() or (time.sleep(6.0) or wait(condition, timeout_s))  # the others' processes have gone by then
+        return condition() or (
+            time.sleep(6.0) or wait(condition, timeout_s)
+        )  # the others' processes have gone by then
 
     control_channel.wait_until = late  # type: ignore[attr-defined]
 
