@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS_OF_DEV = ("dev", "docs")
+EXTRAS_OF_DEV = ("dev", "docs", "hf")
 VARIABLE = "LIGHTSEQ_MEGATRON_CORE"
 COMPILED_AGAINST_TORCH = re.compile(r"(torch|(pytorch-)?triton|transformer-engine|apex|flash-attn|nvidia-)")
 

@@ -59,6 +59,10 @@ EXTRAS = {
         module="flash_attn",
         adds="`--cp-kernel flash_attn` on GPUs",
     ),
+    "hf": Extra(
+        packages=("transformers", "accelerate", "safetensors"),
+        adds="Hugging Face models and trainers with our attention (`megatron_lightseq.hf`)",
+    ),
     "docs": Extra(packages=("sphinx",), adds="the tools that build the documentation site"),
     "dev": Extra(packages=("pytest", "ruff", "mypy", "import-linter"), adds="tests and linters"),
 }

@@ -68,7 +68,7 @@ def test_requirements_are_those_of_pyproject() -> None:
     assert run == project["build-system"]["requires"] + project["project"]["dependencies"]
     dev = dependencies.requirements(ROOT / "pyproject.toml", dev=True)
     extras = project["project"]["optional-dependencies"]
-    assert dev == run + extras["dev"] + extras["docs"]
+    assert dev == run + extras["dev"] + extras["docs"] + extras["hf"]
     only_gpus_use = {dependencies.distribution_name(line) for line in extras["te"] + extras["flash-attn"]}
     assert only_gpus_use == {"transformer-engine", "flash-attn"}
     assert only_gpus_use.isdisjoint(map(dependencies.distribution_name, dev))
