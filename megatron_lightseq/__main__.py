@@ -6,11 +6,13 @@ import sys
 
 from megatron_lightseq.cli import run
 from megatron_lightseq.training.job.exit import CleanExit
+from megatron_lightseq.training.job.launch import end_with_launcher
 
 
 def main() -> int:
     """Run the command line of this process; returns its exit status."""
     end = CleanExit()
+    end_with_launcher()
     end.status = run(sys.argv[1:])
     return end.status
 

@@ -11,7 +11,7 @@
 # Environment variables: those of scripts/lib.sh, and
 #   NPROC_PER_NODE   processes on this node (default: derived from the recipe and the number of GPUs)
 #   MAX_RESTARTS     how often torchrun restarts all processes after one has failed (default: 0)
-#   SHUTDOWN_TIMEOUT seconds for ranks to finish a step and save after Ctrl-C or SIGTERM (default: torchrun's 30)
+#   SHUTDOWN_TIMEOUT seconds for ranks to finish a step and save after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 (default: 120)
 #   NNODES, RDZV_ENDPOINT, RDZV_ID   several nodes: see scripts/slurm_pretrain.sbatch
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -52,8 +52,8 @@ plan=$(python "$ROOT/scripts/launch_plan.py" "${recipes[@]}" "$@") || exit
 read -r processes threads device <<<"$plan"
 say "starting $processes process(es) per node on ${NNODES:-1} node(s), with $threads thread(s) each, on the $device"
 
-# Otherwise processes that torchrun restarts after a failure connect to addresses of ended ones, and most restarts fail
-# (with torch 2.13 and gloo, 13 of 15; with this variable, none of 10).
+# On several nodes: otherwise processes that torchrun restarts after a failure connect to addresses of ended ones, and
+# most restarts fail (with torch 2.13 and gloo, 13 of 15; with this variable, none of 10).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # The cores are divided among the ranks; if every rank used all of them, all would be slow.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
@@ -76,7 +76,7 @@ if [ "${NNODES:-1}" -gt 1 ]; then
     rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d
         --rdzv-endpoint "${RDZV_ENDPOINT:?several nodes need RDZV_ENDPOINT=HOST:PORT}" --rdzv-id "${RDZV_ID:-lightseq}")
 else
-    # Uses a free port, so that two runs on one machine do not interfere.
+    # The launcher holds the job's store, on a free port of the loopback interface.
     rendezvous=(--standalone)
     # gloo resolves the host name to find its address, which can fail or give the wrong interface, for example on laptops.
     # A single node only needs the loopback interface, and then no port is open to the network.
@@ -84,4 +84,4 @@ else
 fi
 
 exec python "$ROOT/scripts/launch_ranks.py" "${rendezvous[@]}" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}" \
-    ${SHUTDOWN_TIMEOUT:+--shutdown-timeout "$SHUTDOWN_TIMEOUT"} -m megatron_lightseq pretrain "${recipes[@]}" "$@"
+    --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}" -m megatron_lightseq pretrain "${recipes[@]}" "$@"

@@ -48,5 +48,5 @@ plain=(--transformer-impl local --no-gradient-accumulation-fusion --no-rope-fusi
     --no-persist-layer-norm)
 ours=(--context-parallel-size 2 --cp-method lightseq)
 
-exec python -m torch.distributed.run --standalone --nproc-per-node "${NPROC_PER_NODE:-2}" -m megatron_lightseq \
+exec python "$ROOT/scripts/launch_ranks.py" --standalone --nproc-per-node "${NPROC_PER_NODE:-2}" -m megatron_lightseq \
     megatron-lm "$CHECKOUT/pretrain_gpt.py" "${model[@]}" "${data[@]}" "${schedule[@]}" "${plain[@]}" "${ours[@]}" "$@"

@@ -39,7 +39,9 @@ def run(arguments: Sequence[str]) -> int:
             verification.follow()
         else:
             status = _print(verification.lead(), len(verification.cells), 0)
-        leave_store(verification.store, rank=launch.rank, world_size=launch.world_size)
+        leave_store(
+            verification.store, rank=launch.rank, world_size=launch.world_size, store_host=launch.store_host
+        )
         return status
     most = most_processes(options.processes)
     cells = select(options.cells, most)

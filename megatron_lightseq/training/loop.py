@@ -192,7 +192,12 @@ class Loop:
             return
         self._job.channel.enter(step, EVALUATE)
         iterators = [valid_iterator(self._config, datasets, self._share()) for _ in self._training.chunks]
-        result = evaluate(self._training, iterators, training.eval_iters)
+        result = evaluate(
+            self._training, iterators, training.eval_iters, lambda: self._agree_to_stop() != RUNNING
+        )
+        if not result.complete:  # the loop stops next
+            progress.note(f"validation after step {step} was interrupted")
+            return
         log.write(ValidationMetrics(step=step, loss=result.loss, num_tokens=result.num_tokens))
         progress.note(f"validation loss after step {step}: {result.loss:.4f} ({result.num_tokens:,} tokens)")
 

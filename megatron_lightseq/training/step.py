@@ -11,7 +11,7 @@ divisor of the sums is the same on all ranks:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +69,8 @@ class EvalResult:
     """Mean loss in nats per token."""
     num_tokens: int
     """Number of unmasked tokens evaluated."""
+    complete: bool
+    """Whether all batches were evaluated."""
 
 
 def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
@@ -100,19 +102,32 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
     )
 
 
-def evaluate(training: Training, data_iterators: DataIterators, num_batches: int) -> EvalResult:
-    """The loss on ``num_batches`` global batches, without gradients or dropout. Collective over all ranks."""
+def evaluate(
+    training: Training,
+    data_iterators: DataIterators,
+    num_batches: int,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> EvalResult:
+    """The loss on ``num_batches`` global batches, without gradients or dropout. Collective over all ranks.
+
+    ``interrupted`` is asked between batches and must give all ranks the same answer. If it is true, the remaining batches
+    are left out.
+    """
     # Megatron's schedules build a graph even if they only run forward.
     with torch.no_grad(), parameters_in_place(training):
         for chunk in training.chunks:
             chunk.eval()
-        reports = []
-        for _ in range(num_batches):
+        reports: list[torch.Tensor] = []
+        complete = True
+        for batch in range(num_batches):
+            complete = batch == 0 or not interrupted()
+            if not complete:
+                break
             reports += _run_schedule(training, data_iterators, training.num_microbatches, forward_only=True)
         for chunk in training.chunks:
             chunk.train()
     loss, num_tokens = _reduce(training, reports)
-    return EvalResult(loss=loss, num_tokens=num_tokens)
+    return EvalResult(loss=loss, num_tokens=num_tokens, complete=complete)
 
 
 @contextmanager

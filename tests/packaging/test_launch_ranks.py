@@ -9,64 +9,117 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+import pytest
+
 from tests.packaging.fakes import ROOT
 
 LAUNCHER = str(ROOT / "scripts" / "launch_ranks.py")
-SAVES_WHEN_ASKED = """
+READY = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
+rank = os.environ["RANK"]
+def ready():
+    (folder / f"part-{rank}").write_text(str(os.getpid()))
+    os.rename(folder / f"part-{rank}", folder / f"ready-{rank}")
+"""
+SAVES_WHEN_ASKED = (
+    READY
+    + """
 def save(*_):
-    (folder / f"saved-{os.environ['RANK']}").touch()
+    (folder / f"saved-{rank}").touch()
     sys.exit(0)
 signal.signal(signal.SIGINT, save)
 signal.signal(signal.SIGTERM, save)
-(folder / f"ready-{os.environ['RANK']}").touch()
+ready()
 time.sleep(60)
 """
+)
 IS_DEAF = SAVES_WHEN_ASKED.replace("save)", "signal.SIG_IGN)")
+FAILS_TO_SAVE = SAVES_WHEN_ASKED.replace("sys.exit(0)", "sys.exit(5 if rank == '1' else 0)")
+KNOWS_NO_SIGNALS = READY + "ready()\ntime.sleep(60)\n"
+OUTLIVES_NOBODY = (
+    READY
+    + """
+from megatron_lightseq.training.job.launch import end_with_launcher
+end_with_launcher()
+ready()
+time.sleep(60)
+"""
+)
 ONE_FAILS = """
 import os, sys, time
 if os.environ["RANK"] != "1":
     time.sleep(60)
 sys.exit(print("its own words") or 7)
 """
-LAST_WORDS = "[lightseq] error: rank 1 failed first, with exit code 7; see its messages above"
+FAILS_AT_A_STEP = """
+import os, pathlib, sys, time
+import torch.distributed as dist
+from megatron_lightseq.training.job.control_channel import ControlChannel
+from megatron_lightseq.training.job.launch import Launch
+launch = Launch.from_environment()
+assert launch.store_host == -1
+store, _, _ = next(dist.rendezvous("env://"))
+def connect():
+    client = dist.TCPStore(store.host, store.port, None, False, wait_for_workers=False)
+    return dist.PrefixStore(launch.store_prefix, client)
+(pathlib.Path(sys.argv[1]) / f"attempt-{launch.attempt}").touch()
+channel = ControlChannel(connect, rank=launch.rank, world_size=2, store_host=launch.store_host)
+channel.enter(FAILS_AT, "train")
+channel.start()
+if launch.rank == 0:
+    time.sleep(60)
+with channel.guard():
+    raise ValueError("the disk is gone")
+"""
 
 
-def start(folder: Path, program: str, *options: str) -> subprocess.Popen[str]:
+def start(folder: Path, program: str, *options: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     script = folder / "rank.py"
     script.write_text(program)
-    command = [
-        sys.executable,
-        LAUNCHER,
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *options,
-        str(script),
-        str(folder),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, LAUNCHER, "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*before, *launcher, *options, str(script), str(folder)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
-def wait_until_ready(folder: Path) -> None:
+def wait_until_ready(folder: Path) -> list[psutil.Process]:
+    """The processes of the ranks."""
     deadline = time.monotonic() + 120
-    while len(list(folder.glob("ready-*"))) < 2:
+    while len(found := list(folder.glob("ready-*"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return [psutil.Process(int(file.read_text())) for file in found]
 
 
-def test_a_stopped_run_ends_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_stopped_run_ends_in_order(tmp_path: Path, number: signal.Signals) -> None:
     run = start(tmp_path, SAVES_WHEN_ASKED)
     wait_until_ready(tmp_path)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     printed, _ = run.communicate(timeout=120)
     assert run.returncode == 0, printed
     assert "Traceback" not in printed
     assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_a_closed_terminal_does_not_stop_a_run_under_nohup(tmp_path: Path) -> None:
+    run = start(tmp_path, SAVES_WHEN_ASKED, before=("nohup",))
+    wait_until_ready(tmp_path)
+    run.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert run.poll() is None
+    assert not list(tmp_path.glob("saved-*"))
+    run.send_signal(signal.SIGTERM)
+    printed, _ = run.communicate(timeout=120)
+    assert (run.returncode, len(list(tmp_path.glob("saved-*")))) == (0, 2), printed
 
 
 def test_ranks_that_had_to_be_killed_are_reported(tmp_path: Path) -> None:
@@ -78,6 +131,28 @@ def test_ranks_that_had_to_be_killed_are_reported(tmp_path: Path) -> None:
     assert "2 rank(s) did not end in time after SIGTERM and were killed" in printed
 
 
+@pytest.mark.parametrize(
+    ("program", "status", "words"),
+    [(FAILS_TO_SAVE, 5, "rank 1 ended with exit code 5"), (KNOWS_NO_SIGNALS, 143, "ended with signal 15")],
+)
+def test_a_stop_without_a_save_is_no_success(tmp_path: Path, program: str, status: int, words: str) -> None:
+    run = start(tmp_path, program)
+    wait_until_ready(tmp_path)
+    run.send_signal(signal.SIGTERM)
+    printed, _ = run.communicate(timeout=120)
+    assert run.returncode == status, printed
+    assert words in printed
+
+
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    run = start(tmp_path, OUTLIVES_NOBODY)
+    ranks = wait_until_ready(tmp_path)
+    run.kill()
+    run.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+
+
 def test_a_failed_rank_is_named_after_its_own_messages(tmp_path: Path) -> None:
     run = start(tmp_path, ONE_FAILS)
     printed, _ = run.communicate(timeout=120)
@@ -87,3 +162,20 @@ def test_a_failed_rank_is_named_after_its_own_messages(tmp_path: Path) -> None:
     assert printed.rstrip().endswith(
         "[lightseq] error: rank 1 failed first, with exit code 7; see its messages above"
     )
+
+
+def test_a_loop_of_crashes_ends_and_its_cause_is_the_last_line(tmp_path: Path) -> None:
+    run = start(tmp_path, FAILS_AT_A_STEP.replace("FAILS_AT", "4"), "--max-restarts", "9")
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode == 1, printed
+    assert len(list(tmp_path.glob("attempt-*"))) == 3
+    assert "3 attempts have failed without getting beyond step 4; 7 restart(s) were left" in printed, printed
+    last = "[lightseq] error: rank 1 failed at step 4 (train): ValueError: the disk is gone; exit code 1"
+    assert printed.rstrip().splitlines()[-1] == last
+
+
+def test_attempts_that_get_further_are_restarted(tmp_path: Path) -> None:
+    run = start(tmp_path, FAILS_AT_A_STEP.replace("FAILS_AT", "1 + launch.attempt"), "--max-restarts", "3")
+    printed, _ = run.communicate(timeout=300)
+    assert len(list(tmp_path.glob("attempt-*"))) == 4, printed
+    assert "not restarted again" not in printed

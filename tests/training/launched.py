@@ -81,11 +81,6 @@ class Launched:
         """Exit code of torchrun."""
         return self.process.wait(timeout=WALL_LIMIT_S)
 
-    def exit_codes(self) -> dict[int, int]:
-        """Exit codes by rank, out of torchrun's report of failures."""
-        found = re.findall(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+)", self.text())
-        return {int(rank): int(code) for rank, code in found}
-
     def stop(self) -> None:
         """End what is left, children included."""
         try:
@@ -102,6 +97,7 @@ class Launched:
 
 
 PRETRAIN = ("-m", "megatron_lightseq", "pretrain")
+OUR_LAUNCHER = (str(REPOSITORY / "scripts" / "launch_ranks.py"), "--standalone")
 
 
 def launch(
@@ -110,10 +106,11 @@ def launch(
     *,
     ranks: int = 2,
     max_restarts: int = 0,
+    launcher: Sequence[str] | None = None,
     program: Sequence[str] = PRETRAIN,
     **flags: Any,
 ) -> Launched:
-    """Start torchrun with :data:`FLAGS` and these; ``folder`` gets report, checkpoints and output."""
+    """Start torchrun, or ``launcher``, with :data:`FLAGS` and these; ``folder`` gets report, checkpoints and output."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         **FLAGS,
@@ -127,9 +124,9 @@ def launch(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     output = folder / f"output{port}.txt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--max-restarts", str(max_restarts)]
-    command += ["--master-port", str(port), *program, *arguments]
+    torchrun = ("-m", "torch.distributed.run", "--master-port", str(port))
+    command = [sys.executable, *(launcher or torchrun), "--nproc-per-node", str(ranks)]
+    command += ["--max-restarts", str(max_restarts), *program, *arguments]
     with output.open("w") as stream:
         process = subprocess.Popen(
             command,

@@ -26,6 +26,7 @@ from megatron_lightseq.training.job.failure import (
     publish,
 )
 from megatron_lightseq.training.job.heartbeat import Heartbeat, Watch, beat_key, is_alive, read_beat
+from megatron_lightseq.training.job.launch import LAUNCHER
 from megatron_lightseq.training.job.leave import wait_until
 from megatron_lightseq.training.job.signals import stop_on_signals
 from tests.training.faulty_rank import LIMITS
@@ -111,6 +112,23 @@ def test_a_rank_that_is_stopped_is_named_and_put_down() -> None:
             errors[rank],
         )
     assert seconds < LIMITS.silence_s + 20.0
+
+
+def test_a_store_that_dies_with_its_launcher_is_not_blamed_on_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Failure] = []
+    monkeypatch.setattr(ControlChannel, "_leave", lambda channel: left.append(channel._failure))
+
+    def connect() -> dist.Store:
+        raise dist.DistNetworkError("connection refused")
+
+    channel = ControlChannel(
+        connect, rank=0, world_size=2, limits=replace(LIMITS, setup_s=0.1), store_host=LAUNCHER
+    )
+    channel.start()
+    assert wait_until(lambda: bool(left), 30.0)
+    assert str(left[0]).startswith(
+        "the launcher failed before the first step (set-up): the process that holds"
+    )
 
 
 def test_a_stopped_process_that_holds_the_store_is_named() -> None:
@@ -290,7 +308,7 @@ def test_a_rank_is_known_before_its_first_step(store: dist.TCPStore) -> None:
 # ---- signals --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_one_signal_is_a_request(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_on_signals() as stop:
@@ -307,12 +325,32 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         with stop_on_signals():
             os.kill(os.getpid(), signal.SIGINT)
             try:
+                time.sleep(1.2)
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
             finally:
                 os._exit(99)  # clean-up must not run: it could wait for other ranks
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
+
+def test_signals_that_come_together_are_one_request() -> None:
+    """A scheduler may signal the ranks and their launcher, which signals the ranks as well."""
+    with stop_on_signals() as stop:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert stop.signal == signal.SIGUSR1
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_does_not_change_how_a_leaving_process_ends() -> None:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_lightseq.config import rules
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
-from tests.training.launched import Launched, kill_hard, launch, make_corpus, train_metrics
+from tests.training.launched import OUR_LAUNCHER, Launched, kill_hard, launch, make_corpus, train_metrics
 
 GOLDEN_TRAIN = {
     "kind",
@@ -177,18 +178,32 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same_bit_for_bit(
 
 
 def test_a_killed_rank_is_named_by_the_others(start: Any) -> None:
-    run = start(ranks=3, context_parallel_size=3, seq_length=66, train_iters=5000)
+    run = start(launcher=OUR_LAUNCHER, ranks=3, context_parallel_size=3, seq_length=66, train_iters=5000)
     run.wait_for(r"step +5/5000")
     kill_hard(run.rank_process(1))
     began = time.monotonic()
-    assert run.wait() == 1
+    assert run.wait() == 128 + signal.SIGKILL, run.text()
     assert time.monotonic() - began < 30.0
+    cause = r"rank 1 failed at step \d+ \(train\): its process \d+ is gone \(killed\?\)"
     for rank in (0, 2):
-        assert re.search(
-            rf"rank {rank}: stopped because rank 1 failed at step \d+ \(train\): its process \d+ is gone \(killed\?\)",
-            run.text(),
-        ), run.text()
-    assert run.exit_codes() == {0: 3, 1: -9, 2: 3}
+        assert re.search(rf"rank {rank}: stopped because {cause}", run.text()), run.text()
+    assert re.fullmatch(rf"\[lightseq\] error: {cause}; signal 9", run.text().splitlines()[-1])
+
+
+def test_one_host_opens_no_port_to_the_network_and_a_long_evaluation_can_be_stopped(
+    start: Any, tmp_path: Path
+) -> None:
+    run = start(launcher=OUR_LAUNCHER, eval_interval=2, eval_iters=1_000_000, train_iters=2)
+    run.wait_for(r"step +2/2")
+    family = [psutil.Process(run.process.pid), *psutil.Process(run.process.pid).children(recursive=True)]
+    sockets = [c for p in family for c in p.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+    assert sockets, "the store and gloo listen"
+    assert {socket.laddr.ip for socket in sockets} <= {"127.0.0.1", "::1"}
+
+    run.process.send_signal(signal.SIGHUP)
+    assert run.wait() == 0, run.text()
+    assert "validation after step 2 was interrupted" in run.text()
+    assert CheckpointDirectory(root=tmp_path / "checkpoints").candidates()[0].name == "iter_0000002"
 
 
 def test_a_restarted_run_goes_on_from_its_checkpoint_bit_for_bit(

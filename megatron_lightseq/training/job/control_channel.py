@@ -35,7 +35,7 @@ from megatron_lightseq.training.job.failure import (
     publish,
 )
 from megatron_lightseq.training.job.heartbeat import Watch, kill_silent_rank
-from megatron_lightseq.training.job.leave import STORE_HOST, leave_store, wait_until
+from megatron_lightseq.training.job.leave import leave_store, wait_until
 
 _SEEN = "failure_seen"
 _DONE = "done"
@@ -45,7 +45,8 @@ class ControlChannel:
     """One rank's end of the control channel.
 
     ``connect`` opens a new connection to the job's store. The daemon thread has its own, because a store's client
-    serves one call at a time, and the main thread may block in one.
+    serves one call at a time, and the main thread may block in one. ``store_host`` is the rank whose process holds the
+    store, or :data:`~megatron_lightseq.training.job.launch.LAUNCHER`.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class ControlChannel:
         rank: int,
         world_size: int,
         limits: FaultLimits | None = None,
+        store_host: int = 0,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._limits = limits or FaultLimits()
+        self._store_host = store_host
         self._connect = connect
         self._step = 0
         self._phase = SET_UP
@@ -136,7 +139,7 @@ class ControlChannel:
             store = self._connect()
         except (RuntimeError, dist.DistError):
             return  # the store is gone: all others have left
-        leave_store(store, rank=self._rank, world_size=self._world_size)
+        leave_store(store, rank=self._rank, world_size=self._world_size, store_host=self._store_host)
 
     # ---- main thread ------------------------------------------------------------------------------------------
 
@@ -151,7 +154,7 @@ class ControlChannel:
             self._known.wait_for(lambda: self._failure is not None, timeout=self._limits.blame_s)
             if self._failure is not None:
                 return self._failure
-        if self._rank == STORE_HOST:
+        if self._rank == self._store_host:
             return None
         try:
             self._connect()
@@ -178,7 +181,7 @@ class ControlChannel:
 
     def _let_others_read(self) -> None:
         """On the rank that holds the store, wait until the others have read the record: it dies with this process."""
-        if self._rank != STORE_HOST:
+        if self._rank != self._store_host:
             return
         try:
             store = self._connect()
@@ -198,7 +201,7 @@ class ControlChannel:
 
     def _host_gone(self, error: Exception) -> Failure:
         return Failure(
-            rank=STORE_HOST,
+            rank=self._store_host,
             step=self._step,
             phase=self._phase,
             error=f"the process that holds the job's store is gone ({type(error).__name__})",
@@ -251,7 +254,7 @@ class ControlChannel:
             silent_s = time.monotonic() - self._last_round
             if self._failure is None and silent_s > self._limits.silence_s + self._limits.suspect_silence_s:
                 error = f"the process that holds the job's store has not answered for {silent_s:.0f} s"
-                self._learn(Failure(rank=STORE_HOST, step=self._step, phase=self._phase, error=error))
+                self._learn(Failure(rank=self._store_host, step=self._step, phase=self._phase, error=error))
                 return self._leave()
 
     def _overdue(self, watch: Watch, store: dist.Store) -> Failure | None:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from megatron_lightseq.training.job.launch import LAUNCHER
+
 SET_UP, TRAIN, EVALUATE, SAVE, FINISH = "set-up", "train", "evaluate", "save", "finish"
 """Phases that a rank can be in. :data:`TRAIN` is one optimizer step, with a time limit that adapts to earlier steps."""
 
@@ -43,6 +45,7 @@ class Failure:
     """The record of the first failure of a run."""
 
     rank: int
+    """The rank that failed, or :data:`~megatron_lightseq.training.job.launch.LAUNCHER`."""
     step: int
     phase: str
     error: str
@@ -51,7 +54,8 @@ class Failure:
 
     def __str__(self) -> str:
         where = f"at step {self.step}" if self.step > 0 else "before the first step"
-        return f"rank {self.rank} failed {where} ({self.phase}): {self.error}"
+        who = "the launcher" if self.rank == LAUNCHER else f"rank {self.rank}"
+        return f"{who} failed {where} ({self.phase}): {self.error}"
 
 
 def publish(store: dist.Store, failure: Failure) -> Failure:

@@ -59,7 +59,7 @@ def join(resolved: ResolvedConfig, corpus: str) -> Iterator[Job]:
     device = _choose_device(launch)
     backend = _choose_backend(config, device)
     store = _rendezvous(launch, timeout_s)
-    host, port, prefix = store.host, store.port, _store_prefix(launch)
+    host, port, prefix = store.host, store.port, launch.store_prefix
 
     def connect() -> dist.Store:
         client = dist.TCPStore(
@@ -72,6 +72,7 @@ def join(resolved: ResolvedConfig, corpus: str) -> Iterator[Job]:
         rank=launch.rank,
         world_size=launch.world_size,
         limits=FaultLimits(setup_s=timeout_s),
+        store_host=launch.store_host,
     )
     channel.start()
     with channel.guard():
@@ -147,16 +148,8 @@ def _rendezvous(launch: Launch, timeout_s: float) -> dist.TCPStore:
     return store
 
 
-def _store_prefix(launch: Launch) -> str:
-    """Prefix of the keys of one attempt.
-
-    torchrun may keep one store over restarts, with the dead ranks' keys in it. On several machines it makes a new store
-    (the launch scripts ask it to), and there each machine counts its own restarts.
-    """
-    return f"mls/{launch.attempt}" if launch.world_size == launch.local_world_size else "mls"
-
-
 def _stay_on_loopback(launch: Launch) -> None:
-    """On one machine, keep gloo off the network; then a host name that does not resolve cannot stop it, either."""
+    """On one machine, keep gloo and NCCL off the network; then a host name that does not resolve cannot stop them."""
     if launch.world_size == launch.local_world_size and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")

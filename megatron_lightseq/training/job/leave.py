@@ -1,7 +1,7 @@
 """The last use of the job's store: the rank that holds it leaves after all others.
 
-Where ranks are started by srun or mpirun, and often under torchrun, the store lives in the process of rank 0. If that
-process exits while another rank still asks the store, the other rank fails at the end of a good run.
+Where ranks are started by srun or mpirun, and under torchrun on several hosts, the store lives in the process of rank
+0. If that process exits while another rank still asks the store, the other rank fails at the end of a good run.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-STORE_HOST = 0
-"""The rank whose process, or whose torchrun agent, holds the store."""
 LEAVE_WITHIN_S = 30.0
 """How long the host of the store waits for the other ranks."""
 _LEFT = "left"
 
 
-def leave_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: float = LEAVE_WITHIN_S) -> None:
+def leave_store(
+    store: dist.Store, *, rank: int, world_size: int, store_host: int = 0, timeout_s: float = LEAVE_WITHIN_S
+) -> None:
     """The last use of a store: return on the host of the store once all other ranks have returned here.
 
     Args:
         store: of the job.
         rank: of this process.
         world_size: number of ranks that use the store.
+        store_host: the rank whose process holds the store; none of them if the launcher does.
         timeout_s: how long the host waits for the others.
     """
     with contextlib.suppress(RuntimeError, dist.DistError):  # a store that is gone needs no farewell
-        if rank != STORE_HOST:
+        if rank != store_host:
             store.add(_LEFT, 1)
             return
         wait_until(lambda: store.add(_LEFT, 0) >= world_size - 1, timeout_s)

@@ -1,15 +1,21 @@
-"""Ctrl-C and SIGTERM: finish the step, save, and exit with status 0. A second signal exits immediately."""
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1: finish the step, save, and exit with status 0.
+
+A second Ctrl-C, SIGTERM or SIGHUP exits immediately.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm sends before a time limit (``--signal=USR1@120``)."""
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm sends before a time limit (``--signal=USR1@120``), SIGHUP what a closed terminal sends."""
+_ONE_REQUEST_S = 1.0
+"""Signals that are closer together are one request: a scheduler may signal a rank, and so does its launcher."""
 
 
 class StopRequest:
@@ -18,6 +24,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.leaving = False
+        self._since = 0.0
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -33,10 +40,11 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN)  # unlike a handler in Python, this outlasts the interpreter
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), time.monotonic()
+        elif number != signal.SIGUSR1 and time.monotonic() - self._since > _ONE_REQUEST_S:
             # No clean-up: a save that is running uses a temporary folder, so the old checkpoint stays intact.
             os._exit(128 + number)
-        self.signal = signal.Signals(number)
 
 
 @contextmanager
@@ -46,7 +54,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
     After :meth:`StopRequest.leave` they stay ignored until the process ends.
     """
     request = StopRequest()
-    previous = {number: signal.signal(number, request._receive) for number in HANDLED}
+    ignored = [
+        number for number in HANDLED if signal.getsignal(number) == signal.SIG_IGN
+    ]  # SIGHUP, under nohup
+    taken = [number for number in HANDLED if number not in ignored]
+    previous = {number: signal.signal(number, request._receive) for number in taken}
     try:
         yield request
     finally:
