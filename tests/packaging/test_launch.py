@@ -45,7 +45,7 @@ def test_one_node_without_gpus(machine: FakeMachine, recipe: Path) -> None:
     done = machine.run(PRETRAIN, str(recipe))
     assert done.returncode == 0, done.stderr
     assert machine.launch().arguments == [
-        *["--standalone", "--nproc-per-node", "2", "--max-restarts", "0"],
+        *["--standalone", "--nproc-per-node", "2", "--max-restarts", "0", "--shutdown-timeout", "120"],
         *["-m", "megatron_lightseq", "pretrain", str(recipe)],
     ]
     assert not any("prepare-data" in call.arguments for call in machine.calls("python"))
@@ -209,7 +209,7 @@ def test_slurm(tmp_path: Path, recipe: Path, num_nodes: int, global_batch: int) 
     expected = ["--standalone"] if num_nodes == 1 else [*meet, "--rdzv-id", "123456"]
     assert call.arguments == [
         *expected,
-        *["--nproc-per-node", "8", "--max-restarts", "0"],
+        *["--nproc-per-node", "8", "--max-restarts", "0", "--shutdown-timeout", "120"],
         *["-m", "megatron_lightseq", "pretrain", str(recipe), *flags],
     ]
     # Ranks on other nodes cannot be reached over the loopback interface.
