@@ -110,8 +110,8 @@ def evaluate(
 ) -> EvalResult:
     """The loss on ``num_batches`` global batches, without gradients or dropout. Collective over all ranks.
 
-    ``interrupted`` is asked between batches and must give all ranks the same answer. If it is true, the remaining batches
-    are left out.
+    ``interrupted`` is asked between batches and must give all ranks the same answer. If it is true, the remaining
+    batches are left out.
     """
     # Megatron's schedules build a graph even if they only run forward.
     with torch.no_grad(), parameters_in_place(training):
