@@ -12,6 +12,9 @@ attention cannot disagree because each did its own arithmetic.
 A schedule addresses *chunks*: every piece divided into ``splits`` parts. A chunk's positions are a Python ``range``
 in every layout.
 
+Where the rows of a batch have masks of their own, a schedule sees them as one sequence, row after row
+(:meth:`SequenceLayout.of_rows`): every row is cut as above, and a rank holds its pieces of all of them.
+
 Standard library only: tensors are handled through their own methods.
 """
 
@@ -62,7 +65,9 @@ LAYOUTS: dict[str, LayoutRule] = {
 }
 """Every layout by name."""
 
-_TEXT_FORM = re.compile(r"(?P<name>\w+)\((?P<cp_size>\d+)\)(?:/(?P<splits>\d+))?")
+_TEXT_FORM = re.compile(
+    r"(?:(?P<batch_rows>\d+)\*)?(?P<name>[a-z]\w*)\((?P<cp_size>\d+)\)(?:/(?P<splits>\d+))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,8 @@ class SequenceLayout:
     """P, the number of context-parallel ranks."""
     splits: int = 1
     """Adjacent chunks that every piece is divided into; 1 unless a schedule needs finer tiles."""
+    batch_rows: int = 1
+    """Sequences of equal length that follow one another in what is cut; each is cut alike."""
 
     def __post_init__(self) -> None:
         if self.name not in LAYOUTS:
@@ -92,11 +99,12 @@ class SequenceLayout:
                     remedy="Choose one of these names",
                 )
             )
-        if self.cp_size < 1 or self.splits < 1:
+        if self.cp_size < 1 or self.splits < 1 or self.batch_rows < 1:
             raise LayoutError(
                 explain(
-                    got=f"layout {self.name} with cp_size={self.cp_size}, splits={self.splits}",
-                    rule="both must be at least 1",
+                    got=f"layout {self.name} with cp_size={self.cp_size}, splits={self.splits}, "
+                    f"batch_rows={self.batch_rows}",
+                    rule="all must be at least 1",
                     remedy="Give the size of the context-parallel group",
                 )
             )
@@ -121,12 +129,21 @@ class SequenceLayout:
         """The same tokens on the same ranks, with every piece addressed as ``splits`` adjacent chunks."""
         return replace(self, splits=splits)
 
+    def of_rows(self, batch_rows: int) -> SequenceLayout:
+        """The layout of ``batch_rows`` sequences, one after the other, each cut by this one.
+
+        A rank's shard is then its shards of all rows, in order. Tensors keep rows apart in their batch dimension, so
+        they are cut by the layout of one row.
+        """
+        return replace(self, batch_rows=batch_rows)
+
     def __str__(self) -> str:
-        return f"{self.name}({self.cp_size})" + (f"/{self.splits}" if self.splits > 1 else "")
+        rows = f"{self.batch_rows}*" if self.batch_rows > 1 else ""
+        return f"{rows}{self.name}({self.cp_size})" + (f"/{self.splits}" if self.splits > 1 else "")
 
     @staticmethod
     def parse(text: str) -> SequenceLayout:
-        """Read the form that ``str()`` writes: ``contiguous(4)``, ``zigzag(2)``, ``contiguous(4)/2``.
+        """Read the form that ``str()`` writes: ``contiguous(4)``, ``contiguous(4)/2``, ``3*zigzag(2)`` for three rows.
 
         Raises:
             LayoutError: the text does not have that form.
@@ -136,26 +153,34 @@ class SequenceLayout:
             raise LayoutError(
                 explain(
                     got=f"layout text {text!r}",
-                    rule="the form is NAME(RANKS) or NAME(RANKS)/SPLITS",
+                    rule="the form is NAME(RANKS) or NAME(RANKS)/SPLITS, with ROWS* before it for several rows",
                     remedy="Write, for example, contiguous(4)",
                 )
             )
-        return SequenceLayout(match["name"], int(match["cp_size"]), int(match["splits"] or 1))
+        return SequenceLayout(
+            match["name"], int(match["cp_size"]), int(match["splits"] or 1), int(match["batch_rows"] or 1)
+        )
 
     # --- pieces and chunks ----------------------------------------------------------------------------------
 
     @property
     def _pieces(self) -> tuple[tuple[int, ...], ...]:
         """The pieces of every rank, in storage order."""
-        return LAYOUTS[self.name].pieces(self.cp_size)
+        of_one_row = LAYOUTS[self.name].pieces(self.cp_size)
+        return of_one_row if self.batch_rows == 1 else _pieces_of_rows(of_one_row, self.batch_rows)
 
     @property
     def _interleaved(self) -> bool:
         return LAYOUTS[self.name].interleaved
 
     @property
+    def pieces_per_row(self) -> int:
+        """Pieces of all ranks in one row; all there are, if there is one row."""
+        return self.cp_size * len(LAYOUTS[self.name].pieces(self.cp_size)[0])
+
+    @property
     def _num_pieces(self) -> int:
-        return self.cp_size * len(self._pieces[0])
+        return self.batch_rows * self.pieces_per_row
 
     @property
     def num_chunks(self) -> int:
@@ -173,11 +198,17 @@ class SequenceLayout:
             piece * self.splits + part for piece in self._pieces[rank] for part in range(self.splits)
         )
 
+    def row_of(self, chunk: int) -> int:
+        """The row that holds chunk ``chunk``."""
+        return chunk // (self.splits * self.pieces_per_row)
+
     def chunk_positions(self, chunk: int, seq_length: int, chunks: int = 1) -> range:
         """Global positions of the tokens of a chunk, or of several adjacent chunks of one piece."""
         piece, part = divmod(chunk, self.splits)
         if self._interleaved:
-            positions = range(piece, seq_length, self._num_pieces)
+            row, at = divmod(piece, self.pieces_per_row)
+            row_length = seq_length // self.batch_rows
+            positions = range(row * row_length + at, (row + 1) * row_length, self.pieces_per_row)
         else:
             length = seq_length // self._num_pieces
             positions = range(piece * length, (piece + 1) * length)
@@ -215,7 +246,7 @@ class SequenceLayout:
     # --- groups of ranks ------------------------------------------------------------------------------------
 
     def merged(self, size: int) -> SequenceLayout:
-        """The layout of P / ``size`` groups, each holding everything that its ``size`` ranks held.
+        """The layout of P / ``size`` groups, each holding everything that its ``size`` ranks held, in every row.
 
         Raises:
             LayoutError: ``size`` does not divide P.
@@ -326,6 +357,7 @@ class SequenceLayout:
 
     def _by_piece(self, x: Any, dim: int) -> Any:
         """A view of ``x`` whose sequence dimension is replaced by two: pieces, and the tokens of a piece."""
+        assert self.batch_rows == 1, "rows are a dimension of tensors, and cut one by one"
         shape, length = x.shape, x.shape[dim] // self._num_pieces
         if self._interleaved:
             view = x.reshape(*shape[:dim], length, self._num_pieces, *shape[dim + 1 :])
@@ -336,6 +368,14 @@ class SequenceLayout:
         """The index of a rank's pieces in :meth:`_by_piece`."""
         pieces = self._pieces[rank]
         return (*(slice(None),) * dim, pieces[0] if len(pieces) == 1 else list(pieces))
+
+
+@lru_cache(maxsize=64)
+def _pieces_of_rows(of_one_row: tuple[tuple[int, ...], ...], batch_rows: int) -> tuple[tuple[int, ...], ...]:
+    count = sum(map(len, of_one_row))
+    return tuple(
+        tuple(row * count + piece for row in range(batch_rows) for piece in pieces) for pieces in of_one_row
+    )
 
 
 @lru_cache(maxsize=64)

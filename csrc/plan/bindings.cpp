@@ -15,22 +15,24 @@ namespace {
 using PythonRow =
     std::tuple<int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>, int64_t, int64_t, int64_t>;
 
-constexpr size_t kFields = 7;  // step, piece, q_start, q_stop, k_start, k_stop, area
+constexpr size_t kFields = 7;  // step, rank, q_start, q_stop, k_start, k_stop, area
 
 py::bytes blocks_as_bytes(const std::vector<Timed>& timed) {
   std::vector<int64_t> flat;
   flat.reserve(timed.size() * kFields);
-  for (const auto& [step, piece, block] : timed)
+  for (const auto& [step, rank, block] : timed)
     flat.insert(flat.end(),
-                {step, piece, block.q_start(), block.q_stop(), block.k_start, block.k_stop, block.area()});
+                {step, rank, block.q_start(), block.q_stop(), block.k_start, block.k_stop, block.area()});
   return py::bytes(reinterpret_cast<const char*>(flat.data()), flat.size() * sizeof(int64_t));
 }
 
 py::bytes plan(std::vector<Row> rows, int64_t grain, double query, double key, double far,
                const std::vector<int64_t>& nodes, double target, double tolerance, int64_t num_steps,
                double edge) {
-  if (grain < 1 || num_steps < 3 || nodes.empty() || rows.size() != nodes.size() * static_cast<size_t>(grain))
-    throw std::invalid_argument("plan: rows are grain per piece, nodes one per piece, and steps at least 3");
+  if (grain < 1 || num_steps < 3 || nodes.empty() || rows.empty() ||
+      rows.size() % (nodes.size() * static_cast<size_t>(grain)))
+    throw std::invalid_argument(
+        "plan: rows are grain per piece, pieces as many as nodes or a multiple, and steps at least 3");
   py::gil_scoped_release release;
   const Assignment assignment = solve(std::move(rows), grain, {query, key, far}, nodes, target, tolerance);
   const std::vector<Timed> timed = stage(assignment, num_steps, edge, nodes);
@@ -38,12 +40,12 @@ py::bytes plan(std::vector<Row> rows, int64_t grain, double query, double key, d
   return blocks_as_bytes(timed);
 }
 
-py::bytes plan_documents(const std::vector<int64_t>& documents, int64_t grain, double query, double key,
-                         double far, const std::vector<int64_t>& nodes, double target, double tolerance,
-                         int64_t num_steps, double edge) {
-  if (documents.size() < 2 || documents.front() != 0 || grain < 1 || nodes.empty())
+py::bytes plan_documents(const std::vector<int64_t>& documents, int64_t grain, int64_t batch_rows,
+                         double query, double key, double far, const std::vector<int64_t>& nodes,
+                         double target, double tolerance, int64_t num_steps, double edge) {
+  if (documents.size() < 2 || documents.front() != 0 || grain < 1 || batch_rows < 1 || nodes.empty())
     throw std::invalid_argument("plan_documents: borders begin with 0 and end with the sequence length");
-  const std::vector<int64_t> borders = row_borders(documents.back(), nodes.size(), grain);
+  const std::vector<int64_t> borders = row_borders(documents.back(), batch_rows * nodes.size(), grain);
   return plan(rows_of_documents(documents, borders), grain, query, key, far, nodes, target, tolerance,
               num_steps, edge);
 }
@@ -66,10 +68,10 @@ py::bytes plan_rows(const std::vector<PythonRow>& given, int64_t grain, double q
 PYBIND11_MODULE(_plan, module) {
   module.doc() = "Plans of the `balanced` method: who computes which block at which step.";
   const char* result =
-      "Blocks as int64 (step, piece, q_start, q_stop, k_start, k_stop, area), in tokens of the sequence.";
-  module.def("plan_documents", &plan_documents, py::arg("documents"), py::arg("grain"), py::kw_only(),
-             py::arg("query"), py::arg("key"), py::arg("far"), py::arg("nodes"), py::arg("target"),
-             py::arg("tolerance"), py::arg("num_steps"), py::arg("edge"), result);
+      "Blocks as int64 (step, rank, q_start, q_stop, k_start, k_stop, area), in tokens of the sequence.";
+  module.def("plan_documents", &plan_documents, py::arg("documents"), py::arg("grain"), py::arg("batch_rows"),
+             py::kw_only(), py::arg("query"), py::arg("key"), py::arg("far"), py::arg("nodes"),
+             py::arg("target"), py::arg("tolerance"), py::arg("num_steps"), py::arg("edge"), result);
   module.def("plan_rows", &plan_rows, py::arg("rows"), py::arg("grain"), py::kw_only(), py::arg("query"),
              py::arg("key"), py::arg("far"), py::arg("nodes"), py::arg("target"), py::arg("tolerance"),
              py::arg("num_steps"), py::arg("edge"), result);

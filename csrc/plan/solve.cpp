@@ -31,19 +31,18 @@ class Solver {
         slack_(slack),
         quantum_(quantum_of(plan.piece_length())),
         present_(plan.loads.size()) {
-    for (size_t piece = 0; piece < present_.size(); ++piece) {
+    for (int64_t piece = 0; piece < plan.num_pieces(); ++piece) {
       const auto* first = &rows_[piece * plan_.grain];
       int64_t begin = first->start;
       for (int64_t i = 0; i < plan_.grain; ++i) begin = std::min(begin, first[i].edges.front());
-      present_[piece].push_back({begin, first[plan_.grain - 1].stop});
+      present_[piece % plan.num_ranks()].push_back({begin, first[plan_.grain - 1].stop});
     }
   }
 
   void run() {
-    const int64_t num_pieces = plan_.loads.size();
-    surplus_.assign(num_pieces, 0.0);
+    surplus_.assign(plan_.num_ranks(), 0.0);
     Numbers helpers;
-    for (int64_t p = 0; p < num_pieces; ++p) {
+    for (int64_t p = 0; p < plan_.num_ranks(); ++p) {
       const double load = static_cast<double>(plan_.loads[p]);
       if (load > level_ + slack_) donors_.push_back(p), surplus_[p] = load - level_;
       if (load < level_) helpers.push_back(p);
@@ -89,26 +88,29 @@ class Solver {
     const double query = prices_.query * factor, key = prices_.key * factor;
     std::vector<Numbers> documents;
     Numbers short_rows;
-    for (int64_t number = donor * plan_.grain; number < (donor + 1) * plan_.grain; ++number) {
-      const Row& row = rows_[number];
-      if (row.given) continue;
-      if (row.shared - row.edges.front() > row.length()) {
-        const auto same = std::find_if(documents.begin(), documents.end(), [&](const Numbers& other) {
-          const Row& first = rows_[other.front()];
-          return first.document == row.document && first.taken == row.taken;
-        });
-        if (same == documents.end())
-          documents.push_back({number});
-        else
-          same->push_back(number);
-      } else if (row.left()) {
-        short_rows.push_back(number);
-      }
-    }
+    for (int64_t piece = donor; piece < plan_.num_pieces(); piece += plan_.num_ranks())
+      for (int64_t i = 0; i < plan_.grain; ++i) bundle(piece * plan_.grain + i, documents, short_rows);
     std::optional<Offer> best = short_rows_offer(short_rows, want, query, key);
-    for (const Numbers& numbers : documents)
-      offer_of_document(numbers, donor, helper, want, query, key, best);
+    for (const Numbers& numbers : documents) offer_of_document(numbers, helper, want, query, key, best);
     return best;
+  }
+
+  // Puts a row to those that share its keys, or to those of short documents.
+  void bundle(int64_t number, std::vector<Numbers>& documents, Numbers& short_rows) const {
+    const Row& row = rows_[number];
+    if (row.given) return;
+    if (row.shared - row.edges.front() > row.length()) {
+      const auto same = std::find_if(documents.begin(), documents.end(), [&](const Numbers& other) {
+        const Row& first = rows_[other.front()];
+        return first.document == row.document && first.taken == row.taken;
+      });
+      if (same == documents.end())
+        documents.push_back({number});
+      else
+        same->push_back(number);
+    } else if (row.left()) {
+      short_rows.push_back(number);
+    }
   }
 
   std::optional<Offer> short_rows_offer(const Numbers& numbers, double want, double query, double key) {
@@ -133,8 +135,8 @@ class Solver {
     return Offer{(query * tokens * (useful / moved) + key * tokens) / useful, std::move(chosen), kAllKeys};
   }
 
-  void offer_of_document(const Numbers& numbers, int64_t donor, int64_t helper, double want, double query,
-                         double key, std::optional<Offer>& best) {
+  void offer_of_document(const Numbers& numbers, int64_t helper, double want, double query, double key,
+                         std::optional<Offer>& best) {
     const Row &first = rows_[numbers.front()], &last = rows_[numbers.back()];
     const int64_t begin = first.first_key(), room = first.shared - begin;
     const auto consider = [&](double cost, size_t count, int64_t stop) {
@@ -163,7 +165,7 @@ class Solver {
                                      [&](const Row& row) { return row.density * (stop - begin); });
       double cost = query * tokens + key * missing(helper, begin, stop);
       if (count == numbers.size()) {
-        const int64_t own = rows_[donor * plan_.grain].start;
+        const int64_t own = rows_[numbers.front() / plan_.grain * plan_.grain].start;
         cost -= key * std::max<int64_t>(0, std::min(stop, own) - begin);
       }
       consider(cost / std::min(static_cast<double>(moved), want), count, stop);
@@ -183,9 +185,9 @@ class Solver {
     return count;
   }
 
-  int64_t missing(int64_t piece, int64_t start, int64_t stop) const {
+  int64_t missing(int64_t rank, int64_t start, int64_t stop) const {
     int64_t gap = stop - start;
-    for (const auto& [a, b] : present_[piece])
+    for (const auto& [a, b] : present_[rank])
       gap -= std::max<int64_t>(0, std::min(b, stop) - std::max(a, start));
     return std::max<int64_t>(0, gap);
   }
@@ -242,11 +244,11 @@ class Solver {
 
 Assignment solve(std::vector<Row> rows, int64_t grain, const Prices& prices, std::vector<int64_t> nodes,
                  double target, double tolerance) {
-  const int64_t num_pieces = static_cast<int64_t>(rows.size()) / grain;
-  Assignment plan{std::move(rows), {}, std::vector<int64_t>(num_pieces, 0), grain};
-  for (size_t i = 0; i < plan.rows.size(); ++i) plan.loads[i / grain] += plan.rows[i].left();
+  const int64_t num_ranks = static_cast<int64_t>(nodes.size());
+  Assignment plan{std::move(rows), {}, std::vector<int64_t>(num_ranks, 0), grain};
+  for (size_t i = 0; i < plan.rows.size(); ++i) plan.loads[i / grain % num_ranks] += plan.rows[i].left();
   const int64_t total = std::accumulate(plan.loads.begin(), plan.loads.end(), int64_t{0});
-  const double mean = static_cast<double>(total) / static_cast<double>(num_pieces);
+  const double mean = static_cast<double>(total) / static_cast<double>(num_ranks);
   Solver(plan, prices, std::move(nodes), mean * target, mean * tolerance).run();
   return plan;
 }

@@ -23,7 +23,9 @@ struct Assignment {
   std::vector<int64_t> loads;
   int64_t grain;
 
-  int64_t piece_length() const { return rows.back().stop / static_cast<int64_t>(loads.size()); }
+  int64_t num_ranks() const { return static_cast<int64_t>(loads.size()); }
+  int64_t num_pieces() const { return static_cast<int64_t>(rows.size()) / grain; }  // piece p: rank p % ranks
+  int64_t piece_length() const { return rows.back().stop / num_pieces(); }
 };
 
 Assignment solve(std::vector<Row> rows, int64_t grain, const Prices& prices, std::vector<int64_t> nodes,

@@ -68,7 +68,8 @@ bool continues(const Grant& last, const Grant& grant, const Assignment& plan) {
 
 std::vector<std::vector<Block>> blocks_of(const Assignment& plan) {
   std::vector<std::vector<Block>> found(plan.loads.size());
-  for (size_t piece = 0; piece < found.size(); ++piece) kept_blocks(plan, piece, found[piece]);
+  for (int64_t piece = 0; piece < plan.num_pieces(); ++piece)
+    kept_blocks(plan, piece, found[piece % plan.num_ranks()]);
   std::vector<Grant> grants = plan.grants;
   std::sort(grants.begin(), grants.end(), [](const Grant& a, const Grant& b) {
     return std::tie(a.helper, a.row, a.start) < std::tie(b.helper, b.row, b.start);
@@ -141,49 +142,51 @@ class Stage {
     ends_.push_back(std::numeric_limits<double>::infinity());
   }
 
-  void piece(int64_t piece, std::vector<Block> blocks) {
+  void rank(int64_t rank, std::vector<Block> blocks) {
     std::vector<Block> own, remote;
     for (Block& block : blocks) {
-      const bool mine = block.q_start() / length_ == piece && block.k_start / length_ == piece;
+      const bool mine = owner(block.q_start()) == rank && owner(block.k_start) == rank;
       (mine ? own : remote).push_back(std::move(block));
     }
     std::stable_sort(own.begin(), own.end(), [](const Block& a, const Block& b) {
       return std::make_pair(a.q_start(), a.k_start) < std::make_pair(b.q_start(), b.k_start);
     });
     std::stable_sort(remote.begin(), remote.end(),
-                     [&](const Block& a, const Block& b) { return order(a, piece) < order(b, piece); });
+                     [&](const Block& a, const Block& b) { return order(a, rank) < order(b, rank); });
     double total = 0;
     for (const Block& block : own) total += static_cast<double>(block.area());
     std::vector<Block> rest;
-    double filled = cut_head(own, std::min(ends_.front(), total / 2), piece, rest);
+    double filled = cut_head(own, std::min(ends_.front(), total / 2), rank, rest);
     for (const Block& block : remote) {
-      spread(block, filled, 1, last_ - (block.q_start() / length_ != piece), piece);
+      spread(block, filled, 1, last_ - (owner(block.q_start()) != rank), rank);
       filled += static_cast<double>(block.area());
     }
     for (const Block& block : rest) {
-      spread(block, filled, 0, last_, piece);
+      spread(block, filled, 0, last_, rank);
       filled += static_cast<double>(block.area());
     }
   }
+
+  int64_t owner(int64_t position) const { return position / length_ % static_cast<int64_t>(nodes_.size()); }
 
   std::vector<Timed> take() { return std::move(out_); }
 
  private:
   // Puts the blocks that hold the first `area` pairs into step 0 and those behind into `rest`; the area of
   // the first.
-  double cut_head(const std::vector<Block>& own, double area, int64_t piece, std::vector<Block>& rest) {
+  double cut_head(const std::vector<Block>& own, double area, int64_t rank, std::vector<Block>& rest) {
     double filled = 0;
     size_t i = 0;
     for (; i < own.size() && static_cast<double>(own[i].area()) <= area; ++i) {
       area -= static_cast<double>(own[i].area());
       filled += static_cast<double>(own[i].area());
-      out_.push_back({0, piece, own[i]});
+      out_.push_back({0, rank, own[i]});
     }
     if (i < own.size()) {
       Parts parts = cut(own[i++], area, quantum_);
       if (parts.first) {
         filled += static_cast<double>(parts.first->area());
-        out_.push_back({0, piece, std::move(*parts.first)});
+        out_.push_back({0, rank, std::move(*parts.first)});
       }
       if (parts.second) rest.push_back(std::move(*parts.second));
     }
@@ -191,26 +194,26 @@ class Stage {
     return filled;
   }
 
-  void spread(Block block, double filled, int64_t earliest, int64_t latest, int64_t piece) {
+  void spread(Block block, double filled, int64_t earliest, int64_t latest, int64_t rank) {
     int64_t step = earliest;
     for (; step < latest; ++step) {
       if (filled >= ends_[step]) continue;
       Parts parts = cut(block, ends_[step] - filled, quantum_);
       if (parts.first) {
         filled += static_cast<double>(parts.first->area());
-        out_.push_back({step, piece, std::move(*parts.first)});
+        out_.push_back({step, rank, std::move(*parts.first)});
       }
       if (!parts.second) return;
       block = std::move(*parts.second);
     }
-    out_.push_back({step, piece, std::move(block)});
+    out_.push_back({step, rank, std::move(block)});
   }
 
   // Near inputs first, among them what has to go home.
-  std::tuple<bool, bool, int64_t, int64_t, int64_t> order(const Block& block, int64_t piece) const {
-    const int64_t q_piece = block.q_start() / length_, k_piece = block.k_start / length_;
-    const bool far = nodes_[q_piece] != nodes_[piece] || nodes_[k_piece] != nodes_[piece];
-    return {far, q_piece == piece, std::abs(piece - k_piece), block.q_start(), block.k_start};
+  std::tuple<bool, bool, int64_t, int64_t, int64_t> order(const Block& block, int64_t rank) const {
+    const int64_t q_rank = owner(block.q_start()), k_rank = owner(block.k_start);
+    const bool far = nodes_[q_rank] != nodes_[rank] || nodes_[k_rank] != nodes_[rank];
+    return {far, q_rank == rank, std::abs(rank - k_rank), block.q_start(), block.k_start};
   }
 
   int64_t length_, quantum_, last_;
@@ -225,7 +228,7 @@ std::vector<Timed> stage(const Assignment& assignment, int64_t num_steps, double
                          const std::vector<int64_t>& nodes) {
   Stage stage(assignment, num_steps, edge, nodes);
   std::vector<std::vector<Block>> blocks = blocks_of(assignment);
-  for (size_t piece = 0; piece < blocks.size(); ++piece) stage.piece(piece, std::move(blocks[piece]));
+  for (size_t rank = 0; rank < blocks.size(); ++rank) stage.rank(rank, std::move(blocks[rank]));
   return stage.take();
 }
 

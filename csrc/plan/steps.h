@@ -22,11 +22,11 @@ struct Block {
 };
 
 struct Timed {
-  int64_t step, piece;
+  int64_t step, rank;
   Block block;
 };
 
-// All blocks, by piece and, within a piece, in the order in which they were given a step.
+// All blocks, by rank and, within a rank, in the order in which they were given a step.
 std::vector<Timed> stage(const Assignment& assignment, int64_t num_steps, double edge,
                          const std::vector<int64_t>& nodes);
 

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from megatron_lightseq.attention.agreement import Agreement
 from megatron_lightseq.attention.autograd import AttentionFunction, LearnedScale
-from megatron_lightseq.attention.inputs import Inputs, autocast_inputs, check_sink
+from megatron_lightseq.attention.inputs import (
+    Inputs,
+    MaskArgument,
+    Masks,
+    autocast_inputs,
+    check_sink,
+    masks_of,
+)
 from megatron_lightseq.attention.plan import Plan
 from megatron_lightseq.attention.planner import Planner
 from megatron_lightseq.attention.runtime import Runtime
@@ -41,7 +48,7 @@ def dist_attention(
     group: Group | None = None,
     layout: str | SequenceLayout = "contiguous",
     method: MethodArgument = "lightseq",
-    mask: Mask | None = None,
+    mask: MaskArgument | None = None,
     softmax_scale: float | Tensor | None = None,
     kernel: str | Kernel = "auto",
     overlap: bool = True,
@@ -66,7 +73,8 @@ def dist_attention(
         method: a name in ``schedule.METHODS``, with sizes if it takes any (``usp:4``), a :class:`schedule.Method`, or
             a pair of these for forward and backward; ``schedule.method_forms()`` lists the names. ``auto``: in each
             direction, the one predicted to be the fastest (schedule/choose.py).
-        mask: which keys a query may see; default causal.
+        mask: which keys a query may see; default causal. A sequence of masks is one for each row of the batch, as where
+            each row packs other documents; the work of all rows is then balanced together.
         softmax_scale: factor of the scores, positive; default 1 / sqrt(D). A tensor of one element may be learned: it
             gets the gradient that comes from the local queries, to be summed over the ranks. Its value is read by the
             host, and must be the same on all ranks.
@@ -106,7 +114,7 @@ class DistAttention:
         *,
         layout: str | SequenceLayout = "contiguous",
         method: MethodArgument = "lightseq",
-        mask: Mask | None = None,
+        mask: MaskArgument | None = None,
         kernel: str | Kernel = "auto",
         overlap: bool = True,
         stats: AttentionStats | None = None,
@@ -136,7 +144,7 @@ class DistAttention:
                 )
             )
         self.stats = AttentionStats() if stats is None else stats
-        mask = Mask.causal() if mask is None else mask
+        self.mask: MaskArgument = Mask.causal() if mask is None else mask
         methods = _methods_of(method)
         for given in {} if methods is None else methods.values():
             _check_method(given, self.layout, kernel)
@@ -145,7 +153,6 @@ class DistAttention:
             overlap=overlap,
             stats=self.stats,
         )
-        self.mask = mask
         self._agreement = Agreement(runtime.transport, f"{_shown(methods)} on {self.layout}")
         self._planner = Planner(
             rank=rank_in(group),
@@ -157,7 +164,7 @@ class DistAttention:
             agreement=self._agreement,
         )
         self._kernel = kernel
-        self._plans: OrderedDict[tuple[Inputs, Mask], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Inputs, Masks], Plan] = OrderedDict()
         self._scales: set[float] = set()
         """Softmax scales that all ranks have agreed on."""
 
@@ -168,7 +175,7 @@ class DistAttention:
         v: Tensor,
         softmax_scale: float | Tensor | None = None,
         sink: Tensor | None = None,
-        mask: Mask | None = None,
+        mask: MaskArgument | None = None,
     ) -> Tensor:
         """The local output (S, B, H, Dv); shapes as in :func:`dist_attention`.
 
@@ -187,7 +194,7 @@ class DistAttention:
         v: Tensor,
         softmax_scale: float | Tensor | None = None,
         sink: Tensor | None = None,
-        mask: Mask | None = None,
+        mask: MaskArgument | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The local output (S, B, H, Dv) and log-sum-exp (B, H, S; accumulator dtype, not differentiable)."""
         return self._attend(q, k, v, None, softmax_scale, sink, mask)
@@ -200,7 +207,7 @@ class DistAttention:
         kept: tuple[Tensor, Tensor],
         softmax_scale: float | Tensor | None = None,
         sink: Tensor | None = None,
-        mask: Mask | None = None,
+        mask: MaskArgument | None = None,
     ) -> Tensor:
         """Give a kept result a backward pass, without repeating the forward pass or its communication.
 
@@ -219,7 +226,7 @@ class DistAttention:
         kept: tuple[Tensor, Tensor] | None,
         softmax_scale: float | Tensor | None,
         sink: Tensor | None,
-        mask: Mask | None,
+        mask: MaskArgument | None,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = autocast_inputs(q, k, v)
         plan = self._plan_for(q, k, v, mask)
@@ -261,9 +268,9 @@ class DistAttention:
         return scale
 
     @torch.compiler.disable
-    def _plan_for(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Plan:
+    def _plan_for(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskArgument | None) -> Plan:
         inputs = Inputs.of(q, k, v)
-        key = (inputs, self.mask if mask is None else mask)
+        key = (inputs, masks_of(self.mask if mask is None else mask, q.shape[1]))
         plan = self._plans.get(key)
         if plan is None:
             plan = self._planner.plan(inputs, key[1], resolve_kernel(self._kernel, q, k, v))

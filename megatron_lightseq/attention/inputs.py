@@ -6,14 +6,20 @@ queries and keys, Dv = head dim of values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import TensorShape
+
+Masks = Mask | tuple[Mask, ...]
+"""One mask for all rows of a batch, or one for each row; not all of them equal."""
+MaskArgument = Mask | Sequence[Mask]
+"""What users give: one mask for all rows of a batch, or one for each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,31 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
         return x.to(dtype) if eligible else x
 
     return cast(q), cast(k), cast(v)
+
+
+def masks_of(given: MaskArgument, batch: int) -> Masks:
+    """The masks of a batch: one, unless its rows differ.
+
+    Args:
+        given: a mask, or one for each row.
+        batch: rows.
+
+    Raises:
+        ConfigError: there are more or fewer masks than rows, or something that is no mask.
+    """
+    if isinstance(given, Mask):
+        return given
+    masks = tuple(given)
+    if len(masks) != batch or not all(isinstance(mask, Mask) for mask in masks):
+        raise ConfigError(
+            explain(
+                got=f"{len(masks)} masks ({', '.join(sorted({type(mask).__name__ for mask in masks}))}) "
+                f"for a batch of {batch}",
+                rule="mask= is one Mask, or one Mask for each row of the batch",
+                remedy="Give as many masks as q has rows in its dimension 1",
+            )
+        )
+    return masks[0] if all(mask == masks[0] for mask in masks[1:]) else masks
 
 
 def check_sink(sink: Tensor | None, q: Tensor) -> None:

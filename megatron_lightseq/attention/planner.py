@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_lightseq.attention.agreement import Agreement
 from megatron_lightseq.attention.head_exchange import HeadExchange, HeadRun, UlyssesGroups
-from megatron_lightseq.attention.inputs import Inputs
+from megatron_lightseq.attention.inputs import Inputs, Masks
 from megatron_lightseq.attention.plan import Plan, Run, TileRun
 from megatron_lightseq.attention.ring_self_attention import RowRun
 from megatron_lightseq.attention.runtime import BoundProgram, Runtime
@@ -45,8 +45,9 @@ class Planner:
     """Runs programs over the whole group."""
     agreement: Agreement
 
-    def plan(self, inputs: Inputs, mask: Mask, kernel: Kernel) -> Plan:
-        """The plan for one kind of inputs and a mask. Collective: every rank must plan for equal ones.
+    def plan(self, inputs: Inputs, mask: Masks, kernel: Kernel) -> Plan:
+        """The plan for one kind of inputs and a mask, or one for each row. Collective: every rank must plan for equal
+        ones.
 
         Raises:
             LayoutError: the sequence does not divide among the ranks.
@@ -57,19 +58,23 @@ class Planner:
         sizes = [pair.method(direction).ulysses_size(self.layout.cp_size) for direction in Direction]
         plan = [str(pair.schedule(direction)) for direction in Direction]
         texts = [*plan, f"heads over {sizes}", kernel.name, inputs.describe()]
-        self.agreement.check("\n".join(texts), f"{_shortened(str(mask))} mask, {inputs.describe()}")
+        self.agreement.check("\n".join(texts), f"{_shortened(shown(mask))} mask, {inputs.describe()}")
         forward, backward = (self._run(pair, direction, inputs, kernel) for direction in Direction)
         return Plan(forward, backward, self.runtime.stats)
 
-    def _pair(self, inputs: Inputs, mask: Mask) -> SchedulePair:
+    def _problem(self, inputs: Inputs, mask: Masks) -> Problem:
+        """What is to be scheduled; of several masks, the rows of the batch as one sequence after the other."""
+        layout, shape, seq_length = self.layout, inputs.shape, inputs.q_shape[0] * self.layout.cp_size
+        self.layout.check_length(seq_length)
+        if not isinstance(mask, Mask):
+            rows = len(mask)
+            layout, shape = layout.of_rows(rows), replace(shape, batch=1)
+            mask, seq_length = Mask.of_rows(mask, seq_length), rows * seq_length
+        return Problem(layout=layout, mask=mask, seq_length=seq_length, shape=shape, network=self.network)
+
+    def _pair(self, inputs: Inputs, mask: Masks) -> SchedulePair:
         """The schedules for these inputs: those that exist, or new ones of the given or of the fastest methods."""
-        problem = Problem(
-            layout=self.layout,
-            mask=mask,
-            seq_length=inputs.q_shape[0] * self.layout.cp_size,
-            shape=inputs.shape,
-            network=self.network,
-        )
+        problem = self._problem(inputs, mask)
         if self.schedules is not None:
             return self.schedules.fitted(problem)
         if self.methods is None:
@@ -113,6 +118,11 @@ class Planner:
     @staticmethod
     def _bound(schedule: Schedule, rank: int, device: torch.device) -> BoundProgram:
         return BoundProgram.bind(compile_program(schedule, rank), device)
+
+
+def shown(mask: Masks) -> str:
+    """The text of a mask, or those of all rows."""
+    return str(mask) if isinstance(mask, Mask) else " | row: ".join(map(str, mask))
 
 
 def _shortened(text: str) -> str:

@@ -39,7 +39,7 @@ class RowRun:
         lse_BGRS = scores_BGRSN.logsumexp(-1)
         weights = _probabilities(scores_BGRSN, lse_BGRS)
         out = torch.empty((*q.shape[:3], v.shape[3]), dtype=weights.dtype, device=q.device)
-        self.runtime.run(self.forward_program, _Outputs.over(v, weights, out))
+        self.runtime.run(self.forward_program, _Outputs.over(v, weights, out, self._batch_rows))
         return out.to(q.dtype), lse_BGRS.flatten(1, 2)
 
     def backward(
@@ -49,10 +49,10 @@ class RowRun:
         acc, groups = accumulator_dtype(q.dtype), k.shape[2]
         weights = _probabilities(self._scores(q, k, scale), lse.unflatten(1, (groups, -1)))
         dq, dk, dv = (torch.empty(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
-        dweights = torch.zeros_like(weights)
-        self.runtime.run(self.backward_program, _ValueGradients.over(dout, v, weights, dweights, dv))
+        dweights, rows = torch.zeros_like(weights), self._batch_rows
+        self.runtime.run(self.backward_program, _ValueGradients.over(dout, v, weights, dweights, dv, rows))
         dscores = weights * (dweights - delta.unflatten(1, (groups, -1)).unsqueeze(-1)) * scale
-        self.runtime.run(self.backward_program, _KeyGradients.over(q, k, dscores, dq, dk))
+        self.runtime.run(self.backward_program, _KeyGradients.over(q, k, dscores, dq, dk, rows))
         return dq, dk, dv
 
     def _scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -61,8 +61,12 @@ class RowRun:
         num_keys = tokens * (1 if self.runtime.transport is None else self.runtime.transport.size)
         shape = (batch, groups, heads // groups, tokens, num_keys)
         rows = torch.full(shape, float("-inf"), dtype=accumulator_dtype(q.dtype), device=q.device)
-        self.runtime.run(self.forward_program, _Scores.over(q, k, rows, scale))
+        self.runtime.run(self.forward_program, _Scores.over(q, k, rows, scale, self._batch_rows))
         return rows
+
+    @property
+    def _batch_rows(self) -> int:
+        return self.forward_program.program.batch_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +75,19 @@ class _RowPass:
 
     own: dict[Payload, Bundle]
     rows: Tensor
+    """(B, G, R, S, N)."""
+    batch_rows: int
+    """As in :class:`schedule.Program`."""
 
     def part(self, rows: Tensor, call: Call) -> Tensor:
         """The scores (B, G, R, queries, keys) of a call."""
-        keys = call.k_positions
-        return rows[..., call.q.start : call.q.stop, keys.start : keys.stop : keys.step]
+        keys, queries = call.k_positions, slice(call.q.start, call.q.stop)
+        if self.batch_rows > 1:
+            (tokens, num_keys), row = rows.shape[-2:], keys.start // rows.shape[-1]
+            rows = rows[row : row + 1]
+            keys = range(keys.start - row * num_keys, keys.stop - row * num_keys, keys.step)
+            queries = slice(call.q.start - row * tokens, call.q.stop - row * tokens)
+        return rows[..., queries, keys.start : keys.stop : keys.step]
 
     def sum_over_seen(self, equation: str, call: Call, mask: TileMask, x: Tensor) -> Tensor:
         """einsum of a call's rows and ``x``. Pairs of other calls contribute nothing: a tile may take several calls."""
@@ -100,8 +112,9 @@ class _Scores(_RowPass):
     scale: float
 
     @staticmethod
-    def over(q: Tensor, k: Tensor, rows: Tensor, scale: float) -> _Scores:
-        return _Scores(own={Payload.Q: (q,), Payload.KV: (k,), Payload.OUT: ()}, rows=rows, scale=scale)
+    def over(q: Tensor, k: Tensor, rows: Tensor, scale: float, batch_rows: int) -> _Scores:
+        own: dict[Payload, Bundle] = {Payload.Q: (q,), Payload.KV: (k,), Payload.OUT: ()}
+        return _Scores(own=own, rows=rows, batch_rows=batch_rows, scale=scale)
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
@@ -117,8 +130,9 @@ class _Scores(_RowPass):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outputs(_RowPass):
     @staticmethod
-    def over(v: Tensor, weights: Tensor, out: Tensor) -> _Outputs:
-        return _Outputs(own={Payload.Q: (), Payload.KV: (v,), Payload.OUT: (out,)}, rows=weights)
+    def over(v: Tensor, weights: Tensor, out: Tensor, batch_rows: int) -> _Outputs:
+        own: dict[Payload, Bundle] = {Payload.Q: (), Payload.KV: (v,), Payload.OUT: (out,)}
+        return _Outputs(own=own, rows=weights, batch_rows=batch_rows)
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
@@ -132,9 +146,11 @@ class _ValueGradients(_RowPass):
     dweights: Tensor
 
     @staticmethod
-    def over(dout: Tensor, v: Tensor, weights: Tensor, dweights: Tensor, dv: Tensor) -> _ValueGradients:
+    def over(
+        dout: Tensor, v: Tensor, weights: Tensor, dweights: Tensor, dv: Tensor, batch_rows: int
+    ) -> _ValueGradients:
         own = {Payload.QDO: (dout,), Payload.KV: (v,), Payload.DQ: (), Payload.DKV: (dv,)}
-        return _ValueGradients(own=own, rows=weights, dweights=dweights)
+        return _ValueGradients(own=own, rows=weights, batch_rows=batch_rows, dweights=dweights)
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]
@@ -149,14 +165,14 @@ class _ValueGradients(_RowPass):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _KeyGradients(_RowPass):
     @staticmethod
-    def over(q: Tensor, k: Tensor, dscores: Tensor, dq: Tensor, dk: Tensor) -> _KeyGradients:
+    def over(q: Tensor, k: Tensor, dscores: Tensor, dq: Tensor, dk: Tensor, batch_rows: int) -> _KeyGradients:
         own: dict[Payload, Bundle] = {
             Payload.QDO: (q,),
             Payload.KV: (k,),
             Payload.DQ: (dq,),
             Payload.DKV: (dk,),
         }
-        return _KeyGradients(own=own, rows=dscores)
+        return _KeyGradients(own=own, rows=dscores, batch_rows=batch_rows)
 
     def compute(
         self, call: Call, mask: TileMask, q_side: Bundle, k_side: Bundle, results: list[Bundle]

@@ -91,8 +91,10 @@ class _Execution:
         }
 
     def run(self) -> None:
-        for payload, bundle in self._data.own.items():
-            self._clear_blanks(payload, OWN, bundle)
+        for blank in self._bound.program.blanks:
+            if blank.part.store is OWN:
+                own = self._cut_own(blank.payload, blank.part.start, blank.part.stop)
+                self._data.clear(blank.payload, own)
         for t, (step, masks) in enumerate(zip(self._bound.program.steps, self._bound.masks, strict=True)):
             self._run_step(t, step, masks)
 
@@ -135,7 +137,7 @@ class _Execution:
             self._received[transfer.payload, transfer.span] = bundle
 
     def _own_part(self, transfer: Transfer) -> Bundle:
-        return _cut(self._data.own[transfer.payload], transfer.start, transfer.start + transfer.length)
+        return self._cut_own(transfer.payload, transfer.start, transfer.start + transfer.length)
 
     def _start(self, t: int, outgoing: list[_Parcel], incoming: list[_Parcel]) -> Pending | None:
         if not outgoing and not incoming:
@@ -165,16 +167,26 @@ class _Execution:
         self._data.compute(call, mask, q_side, k_side, results)
 
     def _input(self, payload: Payload, operand: Operand) -> Bundle:
-        store = self._data.own[payload] if operand.store is OWN else self._received[payload, operand.store]
-        return _cut(store, operand.start, operand.stop)
+        if operand.store is OWN:
+            return self._cut_own(payload, operand.start, operand.stop)
+        return _cut(self._received[payload, operand.store], operand.start, operand.stop)
 
     def _result(self, payload: Payload, operand: Operand) -> Bundle:
         if operand.store is OWN:
-            return _cut(self._data.own[payload], operand.start, operand.stop)
+            return self._cut_own(payload, operand.start, operand.stop)
         key = (payload, operand.store)
         if key not in self._made:
             self._made[key] = self._new_result(payload, operand.store)
         return _cut(self._made[key], operand.start, operand.stop)
+
+    def _cut_own(self, payload: Payload, start: int, stop: int) -> Bundle:
+        """Tokens of the rank's own shard; of one row, where rows have masks of their own."""
+        bundle, program = self._data.own[payload], self._bound.program
+        if program.batch_rows > 1:
+            row, first = divmod(start, program.row_length)
+            bundle = tuple(x.narrow(_batch_dim(x), row, 1) for x in bundle)
+            start, stop = first, first + stop - start
+        return _cut(bundle, start, stop)
 
     # --- buffers --------------------------------------------------------------------------------------
 
@@ -183,14 +195,15 @@ class _Execution:
         self._clear_blanks(payload, span, bundle)
         return bundle
 
-    def _clear_blanks(self, payload: Payload, store: Span | None, bundle: Bundle) -> None:
+    def _clear_blanks(self, payload: Payload, store: Span, bundle: Bundle) -> None:
         for blank in self._bound.program.blanks:
             if blank.payload is payload and blank.part.store == store:
                 self._data.clear(payload, _cut(bundle, blank.part.start, blank.part.stop))
 
     def _buffers_for(self, payload: Payload, length: int) -> Bundle:
+        batch = 1 if self._bound.program.batch_rows > 1 else None
         return tuple(
-            self._runtime.buffers.take(_with_tokens(tensor, length), tensor.dtype, tensor.device)
+            self._runtime.buffers.take(_with_tokens(tensor, length, batch), tensor.dtype, tensor.device)
             for tensor in self._data.own[payload]
         )
 
@@ -221,11 +234,19 @@ def _token_dim(x: Tensor) -> int:
     return 0 if x.dim() == 4 else -1
 
 
+def _batch_dim(x: Tensor) -> int:
+    return 1 if x.dim() == 4 else 0
+
+
 def _cut(bundle: Bundle, start: int, stop: int) -> Bundle:
     """Views of the tokens ``[start, stop)`` of every tensor."""
     return tuple(x.narrow(_token_dim(x), start, stop - start) for x in bundle)
 
 
-def _with_tokens(x: Tensor, length: int) -> tuple[int, ...]:
-    """The shape of ``x`` with ``length`` tokens."""
-    return (length, *x.shape[1:]) if _token_dim(x) == 0 else (*x.shape[:-1], length)
+def _with_tokens(x: Tensor, length: int, batch: int | None) -> tuple[int, ...]:
+    """The shape of ``x`` with ``length`` tokens, and with ``batch`` rows where that is not None."""
+    shape = list(x.shape)
+    shape[_token_dim(x)] = length
+    if batch is not None:
+        shape[_batch_dim(x)] = batch
+    return tuple(shape)

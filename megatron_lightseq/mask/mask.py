@@ -11,7 +11,7 @@ from functools import lru_cache, reduce
 from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
 from megatron_lightseq.mask import kinds, recognise, text
 from megatron_lightseq.mask.edge import FAR, Line
-from megatron_lightseq.mask.term import Terms, both, either, narrowed, whole
+from megatron_lightseq.mask.term import Terms, both, either, narrowed, stacked, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,22 @@ class Mask:
         """
         given = [(first, _line(start), _line(FAR if stop is None else stop)) for first, start, stop in runs]
         return Mask(kinds.runs(given, FAR if length is None else length), length)
+
+    @staticmethod
+    def of_rows(masks: Sequence[Mask], seq_length: int) -> Mask:
+        """The masks of the rows of a batch as one, over the rows one after the other: no row sees another.
+
+        Args:
+            masks: one for each row.
+            seq_length: tokens of every row.
+
+        Raises:
+            ConfigError: a mask is for sequences of another length.
+        """
+        for mask in masks:
+            mask.check_length(seq_length)
+        rows = [mask._terms_within(seq_length) for mask in masks]
+        return Mask(stacked(rows, seq_length), len(masks) * seq_length)
 
     # --- combinations -------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ equal if and only if their terms are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,6 +67,28 @@ def both(a: Terms, b: Terms, end: int) -> Terms:
 def either(a: Terms, b: Terms, end: int) -> Terms:
     """What ``a`` or ``b`` allows to the queries ``[0, end)``."""
     return _combine(a, b, end, _union)
+
+
+def stacked(rows: Sequence[Terms], length: int) -> Terms:
+    """Sequences of ``length`` tokens one after the other, each with terms of its own that end there."""
+    number = max(map(len, rows))
+    starts: list[list[tuple[int, int, bool]]] = [[] for _ in range(number)]
+    stops: list[list[tuple[int, int, bool]]] = [[] for _ in range(number)]
+    for row, terms in enumerate(rows):
+        for i in range(number):
+            for pieces, edge in ((starts[i], "start"), (stops[i], "stop")):
+                if i < len(terms):
+                    pieces += _shifted(getattr(terms[i], edge), row * length, length)
+                else:
+                    pieces.append(((row + 1) * length, NOTHING, False))
+    return tuple(Term(edge_of(start), edge_of(stop)) for start, stop in zip(starts, stops, strict=True))
+
+
+def _shifted(edge: Edge, by: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    """The pieces of the queries ``[0, length)`` and their keys, both ``by`` tokens further on."""
+    for end, offset, moving in zip((*edge.firsts[1:], length), edge.offsets, edge.moving, strict=True):
+        fixed = moving or offset == NOTHING
+        yield end + by, offset if fixed else offset + by, moving
 
 
 # --- the sweep over queries --------------------------------------------------------------------------------

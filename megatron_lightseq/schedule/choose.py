@@ -100,6 +100,8 @@ class Chooser:
     device: Device = field(default_factory=Device)
     overlap: bool = True
     """Whether transfers run concurrently with kernels. An exchange of heads never does."""
+    batch_rows: int = 1
+    """Rows with masks of their own, which ``mask`` and ``seq_length`` are of, one after the other."""
     _profiles: dict[tuple[Method, Problem], Profile] = field(default_factory=dict)
 
     def predict(
@@ -148,7 +150,7 @@ class Chooser:
         self, layout_name: str, direction: Direction, shape: TensorShape, network: Network
     ) -> Problem:
         return Problem(
-            layout=SequenceLayout(layout_name, self.cp_size),
+            layout=SequenceLayout(layout_name, self.cp_size).of_rows(self.batch_rows),
             mask=self.mask,
             seq_length=self.seq_length,
             direction=direction,
@@ -176,7 +178,7 @@ class Chooser:
         """
         choices: list[Choice] = []
         for layout in default_layouts() if layouts is None else layouts:
-            if not SequenceLayout(layout, self.cp_size).divides(self.seq_length):
+            if not SequenceLayout(layout, self.cp_size).of_rows(self.batch_rows).divides(self.seq_length):
                 continue
             forward, backward = (
                 self._predict_all(layout, direction, shape, network) for direction in Direction
@@ -226,7 +228,7 @@ def candidates(problem: Problem) -> list[str]:
 
 def exchange_messages(problem: Problem, cut: HeadCut) -> tuple[list[Message], list[Message]]:
     """The messages that exchange heads for tokens, and those that exchange them back."""
-    layout, shape = problem.layout, problem.shape
+    layout, shape = problem.layout.of_rows(1), problem.shape
     tokens = problem.seq_length // layout.cp_size * shape.batch
     dims, e = shape.head_dim + shape.value_dim, shape.element_bytes
     if problem.direction is Direction.FORWARD:
@@ -266,6 +268,7 @@ def rank_methods(
     network: Network | None = None,
     device: Device | None = None,
     layouts: Sequence[str] | None = None,
+    batch_rows: int = 1,
 ) -> list[Choice]:
     """All methods, and the best pair of methods, with their predicted times; fastest first.
 
@@ -278,14 +281,17 @@ def rank_methods(
         device: default an H100.
         layouts: those to consider; default: every layout that is the default of some method. If the sequence is
             already cut, give its layout alone.
+        batch_rows: rows with masks of their own, which ``mask`` and ``seq_length`` are of, one after the other.
 
     Raises:
         LayoutError: no layout cuts ``seq_length`` over ``cp_size`` ranks.
     """
-    chooser = Chooser(cp_size, seq_length, mask or Mask.causal(), device or Device())
+    chooser = Chooser(cp_size, seq_length, mask or Mask.causal(), device or Device(), batch_rows=batch_rows)
     choices = chooser.rank(shape, network or Network.parse("nvlink+100gbps"), layouts)
     if not choices:
-        SequenceLayout((layouts or default_layouts())[0], cp_size).check_length(seq_length)
+        SequenceLayout((layouts or default_layouts())[0], cp_size).of_rows(batch_rows).check_length(
+            seq_length
+        )
     return choices
 
 

@@ -55,6 +55,7 @@ class SchedulePair:
             mask=problem.mask,
             network=problem.network,
             layouts=[problem.layout.name],
+            batch_rows=problem.layout.batch_rows,
         )
         return SchedulePair.from_choice(best, problem)
 

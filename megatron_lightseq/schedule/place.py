@@ -13,8 +13,11 @@ from megatron_lightseq.schedule.problem import Problem
 
 
 def all_tiles(layout: SequenceLayout, q_rank: int, k_rank: int) -> list[Tile]:
-    """Every tile of one rank's queries against another's keys."""
-    return [Tile(q, k) for q in layout.chunks_of(q_rank) for k in layout.chunks_of(k_rank)]
+    """Every tile of one rank's queries against another's keys, of the same row."""
+    q_chunks, k_chunks = layout.chunks_of(q_rank), layout.chunks_of(k_rank)
+    if layout.batch_rows == 1:
+        return [Tile(q, k) for q in q_chunks for k in k_chunks]
+    return [Tile(q, k) for q in q_chunks for k in k_chunks if layout.row_of(q) == layout.row_of(k)]
 
 
 def with_local_ends(layout: SequenceLayout, remote_steps: Placement) -> Placement:
@@ -22,7 +25,9 @@ def with_local_ends(layout: SequenceLayout, remote_steps: Placement) -> Placemen
     diagonal ones after, to overlap the transfer of the last results.
     """
     local = [all_tiles(layout, rank, rank) for rank in range(layout.cp_size)]
-    if not remote_steps or layout.num_chunks == layout.cp_size:  # nothing to hide, or nothing to divide
+    if (
+        not remote_steps or layout.num_chunks == layout.cp_size * layout.batch_rows
+    ):  # nothing to hide, or nothing to divide
         return [local, *remote_steps]
     first = [[tile for tile in tiles if tile.q != tile.k] for tiles in local]
     last = [[tile for tile in tiles if tile.q == tile.k] for tiles in local]

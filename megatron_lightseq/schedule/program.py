@@ -115,10 +115,18 @@ class Program:
     direction: Direction
     mask: Mask
     shard_length: int
-    """Tokens in the rank's own shard."""
+    """Tokens in the rank's own shard, of all rows."""
     steps: tuple[ProgramStep, ...]
     blanks: tuple[Blank, ...] = ()
     """Regions to initialise before anything is accumulated into them or they are returned."""
+    batch_rows: int = 1
+    """Rows that have masks of their own: the shard is theirs, one after the other, and no operand crosses from one
+    to the next."""
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of one row in the rank's own shard."""
+        return self.shard_length // self.batch_rows
 
     @property
     def merges(self) -> bool:
@@ -155,6 +163,8 @@ class _Geometry:
         """Whether ``chunk`` directly follows ``chunk - 1``: of the same owner, in the sequence and in storage."""
         if chunk % self._layout.splits:
             return True
+        if self._layout.row_of(chunk) != self._layout.row_of(chunk - 1):
+            return False
         before, after = self.positions(chunk - 1), self.positions(chunk)
         return (
             self.owner[chunk - 1] == self.owner[chunk]
@@ -213,7 +223,8 @@ def compile_program(schedule: Schedule, rank: int) -> Program:
         calls = _calls(step.tiles[rank], schedule, geometry, stores)
         steps.append(ProgramStep(tuple(calls), tuple(sends), tuple(receives), ()))
     shard_length = schedule.seq_length // schedule.layout.cp_size
-    steps, blanks = _mark_fresh(steps, DATAFLOW[schedule.direction], shard_length)
+    batch_rows = schedule.layout.batch_rows
+    steps, blanks = _mark_fresh(steps, DATAFLOW[schedule.direction], shard_length, batch_rows)
     return Program(
         rank=rank,
         direction=schedule.direction,
@@ -221,6 +232,7 @@ def compile_program(schedule: Schedule, rank: int) -> Program:
         shard_length=shard_length,
         steps=_mark_last_uses(steps, schedule.direction),
         blanks=blanks,
+        batch_rows=batch_rows,
     )
 
 
@@ -406,7 +418,7 @@ class _Written:
 
 
 def _mark_fresh(
-    steps: list[ProgramStep], flow: Dataflow, shard_length: int
+    steps: list[ProgramStep], flow: Dataflow, shard_length: int, batch_rows: int
 ) -> tuple[list[ProgramStep], tuple[Blank, ...]]:
     """Find the calls that may overwrite their results, and the regions that must be blank because no such call
     comes first.
@@ -432,6 +444,8 @@ def _mark_fresh(
             if transfer.payload in RESULTS:
                 written[transfer.payload].need(Operand(OWN, transfer.start, transfer.start + transfer.length))
         marked.append(replace(step, calls=tuple(calls)))
+    row_length = shard_length // batch_rows
     for store in written.values():
-        store.need(Operand(OWN, 0, shard_length))
+        for row in range(batch_rows):
+            store.need(Operand(OWN, row * row_length, (row + 1) * row_length))
     return marked, tuple(blank for store in written.values() for blank in store.blanks)

@@ -63,6 +63,7 @@ class _Replay:
 
     direction: Direction
     owner: Sequence[int]
+    chunks_per_row: int
     areas: TileAreas
     done: _Computed = field(default_factory=_Computed)
     area: int = 0
@@ -87,6 +88,8 @@ class _Replay:
                 return f"rank {rank} computes {tile}, which is not in the sequence", []
             if len(set(self.owner[chunks.start : chunks.stop])) > 1:
                 return f"rank {rank} computes {tile}, whose chunks belong to several ranks", []
+            if self._crosses_rows(chunks.start, chunks.stop):
+                return f"rank {rank} computes {tile}, whose chunks belong to several rows of the batch", []
         area = self.areas(tile)
         if not area:
             return f"rank {rank} computes {tile}, which holds no work", []
@@ -109,6 +112,9 @@ class _Replay:
                     return f"rank {rank} adds to {result}{text} after having sent it", []
                 made.append((result, rank, *span))
         return None, made
+
+    def _crosses_rows(self, start: int, stop: int) -> bool:
+        return start // self.chunks_per_row != (stop - 1) // self.chunks_per_row
 
     def send(self, move: Move) -> str | None:
         """The fault of sending ``move`` in this step, or None."""
@@ -136,6 +142,8 @@ class _Replay:
         """None if a result goes to its owner, and an input comes from its owner or from a rank that has received
         it."""
         owners, text = set(self.owner[start:stop]), chunks_text(move.chunk, move.chunks)
+        if self._crosses_rows(start, stop):
+            return f"chunk {text} belongs to several rows of the batch"
         if move.payload in RESULTS:
             return None if owners == {move.dst} else f"rank {move.dst} does not own chunk {text}"
         if owners == {move.src}:
@@ -165,7 +173,7 @@ def find_fault(
         layout: which rank holds which chunk.
         areas: the areas of tiles.
     """
-    replay = _Replay(direction, layout.owner, areas)
+    replay = _Replay(direction, layout.owner, layout.num_chunks // layout.batch_rows, areas)
     for t, step in enumerate(steps):
         if len(step.tiles) != layout.cp_size:
             return Fault(t, f"tiles of {len(step.tiles)} ranks, the layout has {layout.cp_size}")

@@ -69,14 +69,14 @@ class Block:
 
 
 def blocks_of(assignment: Assignment) -> list[list[Block]]:
-    """The blocks that the rank of each piece computes."""
-    length = assignment.piece_length
-    found: list[list[Block]] = [[] for _ in assignment.loads]
-    for piece, blocks in enumerate(found):
+    """The blocks that each rank computes."""
+    length, num_ranks = assignment.piece_length, len(assignment.loads)
+    found: list[list[Block]] = [[] for _ in range(num_ranks)]
+    for piece in range(assignment.num_pieces):
         rows = assignment.rows[piece * assignment.grain : (piece + 1) * assignment.grain]
         for run in _kept(rows):
             start, stop = min(row.first_key for row in run), max(row.last_key for row in run)
-            blocks += _by_key_piece(run, start, stop, length)
+            found[piece % num_ranks] += _by_key_piece(run, start, stop, length)
     for helper, grants in _rectangles(assignment):
         rows = assignment.rows[grants[0].row : grants[-1].row + 1]
         start, stop = min(grant.start for grant in grants), max(grant.stop for grant in grants)

@@ -12,14 +12,19 @@ from megatron_lightseq.schedule.problem import Problem
 STEPS = 6
 TARGET_PERCENT = 100
 _MANY_RANKS = 16
+_LEAST_GRAIN = 4
 _MOST_EXPENSIVE = 8.0
 """Transfers between nodes are taken to cost at most this many times those within a node."""
 
 
 def splits_of(problem: Problem) -> int:
     """Chunks per piece: as fine as cuts may be."""
-    length = problem.seq_length // problem.layout.cp_size
+    length = _piece_length(problem)
     return length // quantum_of(length)
+
+
+def _piece_length(problem: Problem) -> int:
+    return problem.seq_length // (problem.layout.cp_size * problem.layout.batch_rows)
 
 
 def place_balanced(
@@ -33,18 +38,19 @@ def place_balanced(
         target_percent: ranks are filled up to this share of the mean load. More than 100 leaves some imbalance where
             moving work costs more than it saves.
     """
-    num_pieces = problem.layout.cp_size
-    owners = [problem.layout.owner[piece * problem.layout.splits] for piece in range(num_pieces)]
-    network = problem.network
+    layout, network = problem.layout, problem.network
+    owners = [layout.owner[piece * layout.splits] for piece in range(layout.cp_size)]
+    grain = 16 if len(owners) <= _MANY_RANKS else 8
     options = BalanceOptions(
         prices=prices_of(problem),
         nodes=tuple(0 if network is None else network.node(rank) for rank in owners),
-        grain=16 if num_pieces <= _MANY_RANKS else 8,
+        batch_rows=layout.batch_rows,
+        grain=max(min(grain, _LEAST_GRAIN), grain // layout.batch_rows),
         num_steps=max(3, num_steps),
         target=target_percent / 100,
     )
     blocks = plan_blocks(problem.mask, problem.seq_length, options)
-    quantum = quantum_of(problem.seq_length // num_pieces)
+    quantum = quantum_of(_piece_length(problem))
     placement: Placement = [
         [[] for _ in owners] for _ in range(1 + max((block.step for block in blocks), default=-1))
     ]
@@ -55,7 +61,7 @@ def place_balanced(
             (block.q_stop - block.q_start) // quantum,
             (block.k_stop - block.k_start) // quantum,
         )
-        placement[block.step][owners[block.piece]].append(tile)
+        placement[block.step][owners[block.rank]].append(tile)
     return placement
 
 

@@ -22,8 +22,8 @@ class PlannedBlock(NamedTuple):
     """One rectangle of work: queries ``[q_start, q_stop)`` against keys ``[k_start, k_stop)``, in tokens."""
 
     step: int
-    piece: int
-    """The piece of the sequence whose rank computes it."""
+    rank: int
+    """The rank that computes it, counted in the order in which ranks hold the pieces of the sequence."""
     q_start: int
     q_stop: int
     k_start: int
@@ -38,7 +38,9 @@ class BalanceOptions:
 
     prices: Prices
     nodes: tuple[int, ...]
-    """The node of the rank that holds each piece; as many as there are pieces."""
+    """The node of the rank that holds each piece of a row; as many as there are ranks."""
+    batch_rows: int = 1
+    """Sequences one after the other, each in as many pieces as there are ranks."""
     grain: int = 16
     """Rows of work per piece: more balance better and take longer to plan."""
     num_steps: int = 8
@@ -71,7 +73,7 @@ def plan_blocks(mask: Mask, seq_length: int, options: BalanceOptions) -> list[Pl
     }
     documents = causal_documents(mask, seq_length)
     if documents is not None:
-        packed = native.plan_documents(documents, options.grain, **arguments)
+        packed = native.plan_documents(documents, options.grain, options.batch_rows, **arguments)
     else:
         rows = [_as_tuple(row) for row in _rows(mask, seq_length, options)]
         packed = native.plan_rows(rows, options.grain, **arguments)
@@ -90,15 +92,15 @@ def plan_in_python(mask: Mask, seq_length: int, options: BalanceOptions) -> list
     )
     steps = stage(assignment, num_steps=options.num_steps, edge=options.edge, nodes=options.nodes)
     return [
-        PlannedBlock(step, piece, b.q_start, b.q_stop, b.k_start, b.k_stop, b.area)
+        PlannedBlock(step, rank, b.q_start, b.q_stop, b.k_start, b.k_stop, b.area)
         for step, row in enumerate(steps)
-        for piece, blocks in enumerate(row)
+        for rank, blocks in enumerate(row)
         for b in blocks
     ]
 
 
 def _rows(mask: Mask, seq_length: int, options: BalanceOptions) -> list[Row]:
-    return rows_of(mask, row_borders(seq_length, len(options.nodes), options.grain))
+    return rows_of(mask, row_borders(seq_length, len(options.nodes) * options.batch_rows, options.grain))
 
 
 def _as_tuple(row: Row) -> tuple[int, int, Sequence[int], Sequence[int], int, int, int]:
@@ -106,7 +108,7 @@ def _as_tuple(row: Row) -> tuple[int, int, Sequence[int], Sequence[int], int, in
 
 
 def _without_empty_steps(blocks: list[PlannedBlock]) -> list[PlannedBlock]:
-    """In order of step and piece; steps that hold no block are left out."""
+    """In order of step and rank; steps that hold no block are left out."""
     number = {step: index for index, step in enumerate(sorted({block.step for block in blocks}))}
     if len(number) <= max(number, default=-1):
         blocks = [block._replace(step=number[block.step]) for block in blocks]

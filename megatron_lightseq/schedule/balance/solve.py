@@ -16,7 +16,7 @@ is many rows of few keys, which is the exchange of late rows for early ones that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -55,14 +55,19 @@ class Assignment:
     rows: Sequence[Row]
     grants: Sequence[Grant]
     loads: Sequence[int]
-    """Pairs that the rank of each piece computes."""
+    """Pairs that each rank computes."""
     grain: int
     """Rows per piece."""
 
     @property
     def piece_length(self) -> int:
         """Tokens per piece."""
-        return self.rows[-1].stop // len(self.loads)
+        return self.rows[-1].stop * self.grain // len(self.rows)
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of all ranks; piece p is rank ``p % num_ranks``'s."""
+        return len(self.rows) // self.grain
 
 
 @dataclass(slots=True)
@@ -89,12 +94,19 @@ class _Solver:
     quantum: int
     grants: list[Grant] = field(default_factory=list)
     present: list[list[tuple[int, int]]] = field(default_factory=list)
-    """Ranges of keys that the rank of each piece has or will receive."""
+    """Ranges of keys that each rank has or will receive."""
 
     def __post_init__(self) -> None:
-        for piece in range(len(self.loads)):
-            rows = self.rows[piece * self.grain : (piece + 1) * self.grain]
-            self.present.append([(min(rows[0].start, min(row.edges[0] for row in rows)), rows[-1].stop)])
+        self.present = [[] for _ in self.loads]
+        for first in range(0, len(self.rows), self.grain):
+            rows = self.rows[first : first + self.grain]
+            begin = min(rows[0].start, min(row.edges[0] for row in rows))
+            self.present[first // self.grain % len(self.loads)].append((begin, rows[-1].stop))
+
+    def _numbers_of(self, rank: int) -> Iterator[int]:
+        """The numbers of a rank's rows, piece by piece."""
+        for first in range(rank * self.grain, len(self.rows), len(self.loads) * self.grain):
+            yield from range(first, first + self.grain)
 
     def run(self) -> None:
         surplus = {
@@ -136,7 +148,7 @@ class _Solver:
         documents, short = self._bundles(donor)
         best = self._short_rows(short, want, query, key) if short else None
         for rows in documents:
-            for offer in self._of_document(rows, donor, helper, want, query, key):
+            for offer in self._of_document(rows, helper, want, query, key):
                 if best is None or offer.cost < best.cost:
                     best = offer
         return best
@@ -145,7 +157,7 @@ class _Solver:
         """The donor's rows that share keys with other rows, by document; and those of short documents."""
         documents: dict[tuple[int, int], list[int]] = {}
         short: list[int] = []
-        for number in range(donor * self.grain, (donor + 1) * self.grain):
+        for number in self._numbers_of(donor):
             row = self.rows[number]
             if row.given:
                 continue
@@ -173,7 +185,7 @@ class _Solver:
         return _Offer((query * tokens * (useful / moved) + key * tokens) / useful, chosen, None)
 
     def _of_document(
-        self, numbers: list[int], donor: int, helper: int, want: float, query: float, key: float
+        self, numbers: list[int], helper: int, want: float, query: float, key: float
     ) -> list[_Offer]:
         """Whole rows of one document, the last ones first; and prefixes of the keys of its last rows."""
         rows = [self.rows[n] for n in numbers]
@@ -190,7 +202,7 @@ class _Solver:
         stops = [self._aligned(begin + min(room, width)) for width in wished]
         for i, stop in enumerate(stops):
             if stop > begin and stop not in stops[:i]:
-                offers.append(self._key_prefix(numbers, donor, helper, begin, stop, want, query, key))
+                offers.append(self._key_prefix(numbers, helper, begin, stop, want, query, key))
         return offers
 
     def _last_rows(
@@ -212,7 +224,6 @@ class _Solver:
     def _key_prefix(
         self,
         numbers: list[int],
-        donor: int,
         helper: int,
         begin: int,
         stop: int,
@@ -230,14 +241,14 @@ class _Solver:
                 break
         cost = query * tokens + key * self._missing(helper, begin, stop)
         if count == len(numbers):  # the donor need not receive these keys
-            own = self.rows[donor * self.grain].start
+            own = self.rows[numbers[0] // self.grain * self.grain].start
             cost -= key * max(0, min(stop, own) - begin)
         return _Offer(cost / min(float(moved), want), numbers[len(numbers) - count :], stop)
 
-    def _missing(self, piece: int, start: int, stop: int) -> int:
-        """About how many keys in ``[start, stop)`` a piece's rank neither has nor will receive (ranges may overlap)."""
+    def _missing(self, rank: int, start: int, stop: int) -> int:
+        """About how many keys in ``[start, stop)`` a rank neither has nor will receive (ranges may overlap)."""
         gap = stop - start
-        for a, b in self.present[piece]:
+        for a, b in self.present[rank]:
             low, high = a if a > start else start, b if b < stop else stop
             if high > low:
                 gap -= high - low
@@ -287,7 +298,7 @@ def solve(
     *,
     grain: int,
     prices: Prices,
-    nodes: Sequence[int] | None = None,
+    nodes: Sequence[int],
     target: float = 1.0,
     tolerance: float = 0.02,
 ) -> Assignment:
@@ -295,19 +306,19 @@ def solve(
 
     Args:
         rows: ``grain`` rows for every piece of the sequence, in order; consumed (what is given away is marked in them).
-        grain: rows per piece; one rank holds one piece.
+        grain: rows per piece.
         prices: what moving a token costs.
-        nodes: the node of every piece's rank; None for one node.
+        nodes: the node of every rank. Rank r of R holds the pieces r, r + R, r + 2 R, ...: one of each sequence, where
+            several follow one another.
         target: helpers are filled up to this many times the mean load. More than 1 leaves some imbalance where moving
             work costs more than it saves.
         tolerance: how far from the target a load may stay, as a share of the mean.
     """
-    num_pieces = len(rows) // grain
-    loads = [sum(row.left for row in rows[p * grain : (p + 1) * grain]) for p in range(num_pieces)]
-    mean = sum(loads) / num_pieces
-    quantum = quantum_of(rows[-1].stop // num_pieces)
-    solver = _Solver(
-        rows, grain, prices, nodes or [0] * num_pieces, mean * target, mean * tolerance, loads, quantum
-    )
+    loads = [0] * len(nodes)
+    for number, row in enumerate(rows):
+        loads[number // grain % len(loads)] += row.left
+    mean = sum(loads) / len(loads)
+    quantum = quantum_of(rows[-1].stop * grain // len(rows))
+    solver = _Solver(rows, grain, prices, nodes, mean * target, mean * tolerance, loads, quantum)
     solver.run()
     return Assignment(rows=rows, grants=solver.grants, loads=solver.loads, grain=grain)

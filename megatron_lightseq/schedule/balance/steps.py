@@ -15,7 +15,7 @@ from megatron_lightseq.schedule.balance.rows import quantum_of
 from megatron_lightseq.schedule.balance.solve import Assignment
 
 Steps = list[list[list[Block]]]
-"""Blocks by step and piece."""
+"""Blocks by step and rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,38 +55,41 @@ class _Clock:
 def stage(
     assignment: Assignment, *, num_steps: int, edge: float = 0.15, nodes: Sequence[int] | None = None
 ) -> Steps:
-    """The blocks of every step and piece.
+    """The blocks of every step and rank.
 
     Args:
         assignment: who computes what.
         num_steps: steps with work; at least 3 where anything travels.
         edge: length of the first and the last step, as a share of the others'.
-        nodes: the node of every piece's rank; None for one node.
+        nodes: the node of every rank; None for one node.
     """
-    num_pieces = len(assignment.loads)
+    num_ranks = len(assignment.loads)
     clock = _Clock.of(assignment, num_steps, edge)
-    steps: Steps = [[[] for _ in range(num_pieces)] for _ in range(num_steps)]
-    for piece, blocks in enumerate(blocks_of(assignment)):
-        for step, block in _timed(blocks, piece, assignment.piece_length, clock, nodes or [0] * num_pieces):
-            steps[step][piece].append(block)
+    steps: Steps = [[[] for _ in range(num_ranks)] for _ in range(num_steps)]
+    for rank, blocks in enumerate(blocks_of(assignment)):
+        for step, block in _timed(blocks, rank, assignment.piece_length, clock, nodes or [0] * num_ranks):
+            steps[step][rank].append(block)
     return [row for row in steps if any(row)]
 
 
 def _timed(
-    blocks: Sequence[Block], piece: int, length: int, clock: _Clock, nodes: Sequence[int]
+    blocks: Sequence[Block], rank: int, length: int, clock: _Clock, nodes: Sequence[int]
 ) -> Iterator[tuple[int, Block]]:
+    def owner(position: int) -> int:
+        return position // length % len(nodes)
+
     def is_own(block: Block) -> bool:
-        return block.q_start // length == piece and block.k_start // length == piece
+        return owner(block.q_start) == rank and owner(block.k_start) == rank
 
     own = sorted((b for b in blocks if is_own(b)), key=lambda b: (b.q_start, b.k_start))
-    remote = sorted((b for b in blocks if not is_own(b)), key=_nearest_first(piece, length, nodes))
+    remote = sorted((b for b in blocks if not is_own(b)), key=_nearest_first(rank, owner, nodes))
     total = sum(block.area for block in own)
     head, rest = _cut_at(own, min(clock.ends[0], total / 2), clock.quantum)
     yield from ((0, block) for block in head)
     filled = float(sum(block.area for block in head))
     for block in remote:
         # What belongs to another rank must not be computed in the last step: its results still travel home.
-        latest = clock.last - (block.q_start // length != piece)
+        latest = clock.last - (owner(block.q_start) != rank)
         yield from clock.spread(block, filled, 1, latest)
         filled += block.area
     for block in rest:
@@ -95,14 +98,14 @@ def _timed(
 
 
 def _nearest_first(
-    piece: int, length: int, nodes: Sequence[int]
+    rank: int, owner: Callable[[int], int], nodes: Sequence[int]
 ) -> Callable[[Block], tuple[bool, bool, int, int, int]]:
     """Order: near inputs first, among them what has to go home."""
 
     def key(block: Block) -> tuple[bool, bool, int, int, int]:
-        q_piece, k_piece = block.q_start // length, block.k_start // length
-        far = nodes[q_piece] != nodes[piece] or nodes[k_piece] != nodes[piece]
-        return far, q_piece == piece, abs(piece - k_piece), block.q_start, block.k_start
+        q_rank, k_rank = owner(block.q_start), owner(block.k_start)
+        far = nodes[q_rank] != nodes[rank] or nodes[k_rank] != nodes[rank]
+        return far, q_rank == rank, abs(rank - k_rank), block.q_start, block.k_start
 
     return key
 
