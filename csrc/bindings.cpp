@@ -243,7 +243,7 @@ BackwardParams backward_params(Device device, const BackwardTensors& t, const Ma
   check_tokens("dq", t.dq, device, {s.num_queries, s.batch, s.num_heads, s.head_dim}, "(Sq, B, H, D)");
   check_tokens("dk", t.dk, device, {s.num_keys, s.batch, s.num_kv_heads, s.head_dim}, "(Sk, B, G, D)");
   check_tokens("dv", t.dv, device, {s.num_keys, s.batch, s.num_kv_heads, s.value_dim}, "(Sk, B, G, Dv)");
-  // On CUDA each result may be rounded or not; on the CPU all are, or none.
+  // On CUDA each result is rounded or not independently; on the CPU either all results are or none.
   const bool rounds_dq = is_final(t.q, t.dq, accumulate);
   const bool rounds_dk = device.is_cuda ? is_final(t.q, t.dk, accumulate) : rounds_dq;
   const bool rounds_dv = device.is_cuda ? is_final(t.q, t.dv, accumulate) : rounds_dq;
@@ -357,8 +357,8 @@ PyObject* cuda_fallback(PyObject*, PyObject*) {
 
 PyMethodDef kFunctions[] = {
     {"cuda_fallback", cuda_fallback, METH_NOARGS,
-     "Why the last CUDA call of this thread used a slower kernel than the GPU has; None when it did not, or "
-     "when that was reported before."},
+     "Why the last CUDA call of this thread used a slower kernel than the GPU supports. None if it did not, "
+     "or if that was already reported."},
     {nullptr, nullptr, 0, nullptr}};
 
 #else
@@ -370,17 +370,16 @@ PyMethodDef kFunctions[] = {{nullptr, nullptr, 0, nullptr}};
 }  // namespace
 }  // namespace mls
 
-// `stream` is a cudaStream_t of the current device, as an integer; `deterministic` asks for a dq that is bit
-// for bit reproducible. Only the CUDA kernel uses them.
+// `stream` is a cudaStream_t of the current device, as an integer; `deterministic` requests a bitwise
+// reproducible dq. Only the CUDA kernel uses them.
 STABLE_TORCH_LIBRARY(mls, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int band_lo, int "
-      "band_hi, "
-      "Tensor? key_ranges, float softmax_scale, bool accumulate, int stream=0) -> ()");
+      "band_hi, Tensor? key_ranges, float softmax_scale, bool accumulate, int stream=0) -> ()");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) "
-      "dq, "
-      "Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale, bool "
+      "dq, Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale, "
+      "bool "
       "accumulate, int stream=0, bool deterministic=False, int head_parts=1) -> ()");
   m.def("attention_delta(Tensor out, Tensor dout, Tensor(a!) delta, int stream=0) -> ()");
 }
@@ -399,8 +398,8 @@ STABLE_TORCH_LIBRARY_IMPL(mls, CUDA, m) {
 }
 #endif
 
-// Importing the module runs the registrations above. Its attributes tell what was built and which variant was
-// selected.
+// Importing the module runs the registrations above. Its attributes state what was built and which variant
+// was selected.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, mls::kFunctions, nullptr, nullptr, nullptr, nullptr};

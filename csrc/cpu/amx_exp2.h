@@ -1,4 +1,4 @@
-// Base-2 exponentials of the AMX engines, by polynomials no longer than the required precision needs: for
+// Base-2 exponentials of the AMX engines, with polynomials of the lowest degree that is precise enough: for
 // about 200 cycles after a tile instruction, the core executes one multiply-add per cycle instead of two.
 #pragma once
 #include "softmax.h"
@@ -13,7 +13,7 @@ constexpr float kWeightExp2[] = {7.8267969e-2f, 2.2630771e-1f, 6.9542432e-1f, 1.
 // For weights whose sum becomes lse: relative error 3.3e-6.
 constexpr float kSummedExp2[] = {1.3557086e-2f, 5.2030448e-2f, 2.4138010e-1f, 6.9303238e-1f, 1.0f};
 
-// 2^x; requires that denormals are flushed, as AmxSession sets it.
+// 2^x; requires that denormals are flushed to zero, as AmxSession sets it.
 template <int kTerms>
 MLS_INLINE Vec flushing_exp2(Vec x, const float (&polynomial)[kTerms]) {
   return exp2_by(polynomial, x, 0xffff);

@@ -1,6 +1,7 @@
-// The AMX instructions that the kernel uses, and the only way it uses them.
+// Wrappers of the AMX instructions. The kernel uses AMX only through them.
 //
-// With MLS_EMULATE_AMX they are emulated: tests then run the same kernel source on processors without AMX.
+// With MLS_EMULATE_AMX they are emulated, so that tests can run the same kernel source on processors without
+// AMX.
 #pragma once
 #include "simd.h"
 
@@ -24,7 +25,7 @@ MLS_INLINE void tile_release() {
   asm volatile("tilerelease" : :);
 }
 
-// Wrappers of our own, because g++ 12's intrinsics do not tell the compiler that they read and write memory.
+// Inline assembly, because g++ 12's intrinsics do not tell the compiler that they read and write memory.
 template <int kTile>
 MLS_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" : : "i"(kTile));

@@ -49,7 +49,7 @@ struct AmxPartPair {
 };
 template <int kParts>
 constexpr AmxPartPair kAmxPartPairs[1] = {{0, 0}};
-// Ordered so that only one of the two parts changes from one product to the next, mostly.
+// Ordered so that between most consecutive products only one of the two parts changes.
 template <>
 constexpr AmxPartPair kAmxPartPairs<3>[6] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
 

@@ -1,8 +1,8 @@
 // Backward driver: one chunk of keys against all query rows that see it.
 //
 // dK and dV of the chunk stay with the worker. dQ of a row tile is summed over chunks in memory, always in
-// the order of the chunks: workers take turns, so that the sum is bit for bit the same on any number of cores
-// and workers need no dQ buffers of their own. The sum is accumulated in dq itself, or, if dq is to be
+// the order of the chunks: workers take turns, so the sum is bitwise identical on any number of cores, and no
+// worker needs a private dQ buffer. The sum is accumulated in dq itself, or, if dq is to be
 // rounded, in a buffer until the last chunk rounds it. Per (row tile, key panel), with P from the final lse:
 //
 //   P^T = 2^(K Q^T - lse)   dP^T = V dO^T   dS^T = P^T (dP^T - delta)
@@ -26,9 +26,8 @@
 //     void load_rows(const RowTile&);
 //     // Adds the gradients of these rows with keys [begin, end), which are in one panel of the chunk.
 //     void differentiate(const BackwardTile&, int64_t begin, int64_t end, const Gradients&);
-//     // Whether K of the chunk, or Q or dO of the row tile, has extreme values. Those not finite were
-//     replaced by zeros
-//     // in the products with P and dS (isolation.h).
+//     // Whether K of the chunk, or Q or dO of the row tile, has extreme values. Non-finite ones were
+//     // replaced by zeros in the products with P and dS (isolation.h).
 //     bool has_extreme_keys() const;
 //     bool has_extreme_rows() const;
 //   };
@@ -259,7 +258,7 @@ class BackwardChunk {
   const BackwardState state_;
 };
 
-// The first chunk has a task even if there are no keys: it clears the gradients that no chunk adds to.
+// The first chunk has a task even if there are no keys: it zeroes the gradients that no chunk adds to.
 template <class Engine>
 Workload backward_workload(const BackwardParams& p) {
   const int64_t heads = p.shape.batch * p.shape.num_kv_heads, tiles = heads * row_tiles(p.shape);

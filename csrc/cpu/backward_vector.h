@@ -223,7 +223,7 @@ class VectorBackward : public BackwardProducts<typename Operands::Words> {
     } else {
       k_columns_ = copy_columns(k, words<Words>(count), dim_, words<Words>(chunk_keys_), k_copy_);
     }
-    // Not in k_: scores need the values as they are.
+    // Only in the copy: the scores need the original values of k_.
     if (has_extreme_keys_) {
       clear_non_finite<Words>(k_copy_, words<Words>(chunk_keys_) * round_up(dim_, kMicroRows));
     }

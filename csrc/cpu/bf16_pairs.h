@@ -75,8 +75,8 @@ struct PairWords {
     return joined;
   }
 
-  // Stores values of keys, with query rows in the lanes, as the operand of products whose depth is query rows
-  // ...
+  // Stores values of keys, with query rows in the lanes, as the operand of products whose depth is query
+  // rows.
   template <int R, int V>
   static MLS_INLINE void store_row_words(const Accumulator<R, V>& values, float* words) {
     for_key_pairs(values, [&](int i, int x, __m512i halves) __attribute__((always_inline)) {
@@ -85,7 +85,7 @@ struct PairWords {
       store_half(at + kTileRows / kValues, upper_half(halves));
     });
   }
-  // ... and of products whose depth is keys.
+  // Stores the same values as the operand of products whose depth is keys.
   template <int R, int V>
   static MLS_INLINE void store_key_words(const Accumulator<R, V>& values, float* words) {
     for_key_pairs(values, [&](int i, int x, __m512i halves) __attribute__((always_inline)) {

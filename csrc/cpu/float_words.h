@@ -16,12 +16,12 @@ struct FloatWords {
 
   static MLS_INLINE Vec join(const Vec (&values)[kValues]) { return values[0]; }
 
-  // Rows already are the operand of a product whose depth is rows.
+  // The rows are already the operand of a product whose depth is rows.
   static constexpr int64_t joined_words(int64_t, int64_t) { return 0; }
   static float* join_rows(float* rows, int64_t, int64_t, float*) { return rows; }
 
-  // Stores values of keys, with query rows in the lanes, as the operand of products whose depth is query rows
-  // ...
+  // Stores values of keys, with query rows in the lanes, as the operand of products whose depth is query
+  // rows.
   template <int R, int V>
   static MLS_INLINE void store_row_words(const Accumulator<R, V>& values, float* words) {
 #pragma GCC unroll 16
@@ -30,7 +30,7 @@ struct FloatWords {
       for (int x = 0; x < V; ++x) store(words + i * kTileRows + x * kLanes, values.at[i][x]);
     }
   }
-  // ... and of products whose depth is keys: the same operand.
+  // The operand of products whose depth is keys is the same, so there is nothing to store.
   template <int R, int V>
   static MLS_INLINE void store_key_words(const Accumulator<R, V>&, float*) {}
 };

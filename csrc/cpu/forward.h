@@ -19,22 +19,21 @@
 //     // Loads K and V of keys [begin, end) of the panel that starts at key `first`.
 //     void load_panel(int64_t first, int64_t begin, int64_t end);
 //     // Adds keys [begin, end) of that panel to row tile t.
-//     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end, float*
-//     out);
+//     void attend(int t, const RowTile&, SoftmaxState&, int64_t first, int64_t begin, int64_t end,
+//                 float* out);
 //     // Completes the products that attend() has left pending.
 //     void finish_panel();
-//     // Whether V of the panel has extreme values. Those not finite were replaced by zeros (isolation.h).
+//     // Whether V of the panel has extreme values. Non-finite ones were replaced by zeros (isolation.h).
 //     bool has_extreme_values() const;
 //
-//     // The driver calls prefetch_keys_later() before the last kPrefetchRowTiles row tiles of a panel: the
-//     engine
-//     // then prefetches these keys of the next panel during their products.
+//     // The driver calls prefetch_keys_later() before the last kPrefetchRowTiles row tiles of a panel. The
+//     // engine then prefetches these keys of the next panel during their products.
 //     static constexpr int kPrefetchRowTiles;
 //     void prefetch_keys_later(int64_t begin, int64_t end);
 //   };
 //
-// Panels begin at multiples of panel_keys() whatever keys a block sees, so that a row tile goes through the
-// same steps of its softmax in any block.
+// Panels begin at multiples of panel_keys() regardless of which keys a block sees, so that a row tile takes
+// the same softmax steps in any block.
 #pragma once
 #include "isolation.h"
 #include "pack.h"

@@ -1,18 +1,17 @@
 // Isolation of rows and keys that the mask separates, such as those of different documents.
 //
-// A (row, key) pair that the mask excludes has weight zero, but zero times infinity or NaN is NaN. So the
-// products of a tile would spread them from one document to the rows and keys of another. Where extreme
-// values occur, two rules prevent this:
+// A (row, key) pair that the mask excludes has weight zero, but zero times infinity or NaN is NaN. Without
+// isolation, the products of a tile would spread non-finite values of one document to rows and keys of
+// another. Where extreme values occur, two rules prevent this:
 //
-// * P and dS are set to zero where masked after they are computed, because a masked dP may not be finite, and
-// a
-//   masked score of -inf minus an lse of NaN is NaN.
-// * The other operand of their products (V, dO, K or Q) has zeros instead of its non-finite values. The rows
-// and keys
-//   that do see these values get them added afterwards, without weights: the sum is not finite either way.
+// - P and dS are set to zero where masked after they are computed, because a masked dP may not be finite, and
+//   a masked score of -inf minus an lse of NaN is NaN.
+// - The other operand of their products (V, dO, K or Q) has zeros in place of its non-finite values. These
+//   are added afterwards, without weights, to the rows and keys that do see them: their sum is not finite
+//   either way.
 //
-// Values are extreme if they are not finite or so large that products of V and dO might overflow. Looking for
-// them when operands are loaded takes little time; the rest costs nothing unless there are any.
+// Values are extreme if they are not finite or so large that products of V and dO might overflow. Checking
+// for them when operands are loaded takes little time; the rest costs nothing unless there are any.
 #pragma once
 #include "micro_kernel.h"
 #include "pack.h"
@@ -27,7 +26,7 @@ constexpr uint32_t kSignBits = kValues == 1 ? 0x80000000u : 0x80008000u;
 template <int kValues>
 constexpr uint32_t kExponentBits = kValues == 1 ? 0x7f800000u : 0x7f807f80u;
 
-// Has all bits of each value that is not finite, whose exponent is all ones, and no others.
+// Has all bits set in each value that is not finite (whose exponent is all ones), and no others.
 template <int kValues>
 MLS_INLINE WordVec non_finite_bits(WordVec words) {
   constexpr uint32_t kLowestBits = kExponentBits<kValues> & ~(kExponentBits<kValues> << 1);
@@ -40,8 +39,8 @@ MLS_INLINE WordVec load_words(const float* words) {
   return reinterpret_cast<WordVec>(load(words));
 }
 
-// Sums squares of values to find out whether any of them is extreme: one multiply-add per vector. From 1, so
-// that the sum is never denormal, which some processors handle slowly.
+// Sums squares of values to find out whether any of them is extreme: one multiply-add per vector. Starts from
+// 1, so that the sum is never denormal, which some processors handle slowly.
 template <class Words>
 class SquareSum {
  public:
@@ -89,7 +88,7 @@ inline void clear_non_finite(float* words, int64_t count) {
   }
 }
 
-// The same, if there are extreme values; returns whether there are.
+// Does so only if there are extreme values; returns whether there are any.
 template <class Words>
 inline bool clear_if_extreme(float* words, int64_t count) {
   const bool extreme = any_extreme<Words>(words, count);

@@ -9,8 +9,8 @@
 
 namespace mls::cpu {
 
-// Work is split into numbered tasks; a worker takes the lowest task not yet taken. Results are bit for bit
-// the same on any number of cores, because the order of every sum depends only on shape and mask.
+// Work is split into numbered tasks; a worker takes the lowest task not yet taken. Results are bitwise
+// identical on any number of cores, because the order of every sum depends only on shape and mask.
 struct Workload {
   int64_t num_tasks;
   size_t scratch_bytes;  // per worker
@@ -19,13 +19,14 @@ struct Workload {
   int64_t num_dq_sums;   // backward: number of floats in dq_sums
 };
 
-// Backward: chunks [first, last) of keys add to dQ of one row tile, in this order; `next` has its turn now.
+// Backward: chunks [first, last) of keys add to dQ of one row tile, in this order; it is the turn of chunk
+// `next`.
 struct ChunkTurns {
   int32_t first, last;
   std::atomic<int32_t> next;
 };
 
-// State shared by the workers of a backward.
+// State shared by the workers of a backward call.
 struct BackwardState {
   ChunkTurns* turns;  // one per row tile
   float* dq_sums;     // fp32 dQ of each row tile, if it is rounded at the end
@@ -58,7 +59,7 @@ extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
 extern const KernelTable kAvx512Bf16Table;
 extern const KernelTable kAmxTable;
-extern const KernelTable kAmxTilesTable;  // for tests: tiles also where kAmxTable uses vectors
+extern const KernelTable kAmxTilesTable;  // for tests: uses tiles even where kAmxTable uses vectors
 #endif
 
 // The fastest variant for this machine, or the one that MLS_CPU_ISA names. Throws if that one cannot run

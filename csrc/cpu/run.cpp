@@ -25,9 +25,9 @@ size_t round_up(size_t bytes, size_t multiple) {
   return (bytes + multiple - 1) / multiple * multiple;
 }
 
-// The workers' memory, kept for the next call of the same thread: getting fresh pages from the operating
-// system would take a tenth of the time of a short attention. In huge pages, because a block of rows and its
-// keys span more small pages than the TLB holds.
+// The workers' scratch memory, kept for the next call of the same thread: getting fresh pages from the
+// operating system would take a tenth of the time of a short attention call. It uses huge pages, because a
+// block of rows and its keys span more small pages than the TLB holds.
 class Scratch {
  public:
   char* at_least(size_t bytes) {

@@ -1,6 +1,6 @@
-// Vectors of floats, by the compiler's vector extensions: without intrinsics, so that the same source
-// compiles to AVX-512, AVX2, SSE or NEON. The width is a macro of ours because g++ does not update
-// __AVX512F__ after a target pragma.
+// Vectors of floats, written with the compiler's vector extensions rather than intrinsics, so that the same
+// source compiles to AVX-512, AVX2, SSE or NEON. The vector width is our own macro because g++ does not
+// update __AVX512F__ after a target pragma.
 #pragma once
 #if !defined(MLS_VEC_BYTES) || !defined(MLS_VARIANT)
 #error "include from a variant_*.cpp that defines MLS_VEC_BYTES and MLS_VARIANT"

@@ -15,7 +15,7 @@ constexpr int kMicroVecs = 4;
 constexpr int kMicroRows = MLS_VEC_BYTES == 64 ? 6 : 3;
 constexpr int kTileRows = kMicroVecs * kLanes;
 // The rows of a block share the loading and packing of K and V, so a block should be large. But every worker
-// should get several tasks, because they are not equally long, and Q and O of a block may take at most half
+// should get several tasks, because tasks differ in length, and Q and O of a block may take at most half
 // of the L2 cache.
 constexpr int kMinBlockTiles = 256 / kTileRows;
 constexpr int64_t kBlockBytes = 1024 * 1024;
@@ -33,7 +33,7 @@ constexpr int64_t kAmxMinPanelKeys = 256, kAmxSharedPanelKeys = 512;
 // in parts. Larger values save loads and stores of O, smaller ones L1 cache. Tuned.
 constexpr int kAmxAddedKeys = 128, kAmxSplitAddedKeys = 64;
 constexpr int kAmxStepValues = 4096, kAmxSplitStepValues = 2048;
-constexpr int kPanelsPerChunk = 4;  // at least
+constexpr int kPanelsPerChunk = 4;  // minimum
 // A backward chunk should be large too, to amortise the work done once per row tile (loading and transposing
 // Q and dO, adding dQ).
 constexpr int kMaxPanelsPerChunk = 8;

@@ -1,4 +1,4 @@
-// What every call is checked for before a kernel is chosen.
+// Argument checks that every call must pass before a kernel is chosen.
 #pragma once
 #include <initializer_list>
 
@@ -14,7 +14,7 @@ inline bool aligned(const void* pointer, std::initializer_list<int64_t> strides,
   return every;
 }
 
-// Kernels copy 16 bytes of inputs at a time, and write two numbers of a result at a time.
+// Kernels load inputs 16 bytes at a time and store results two elements at a time.
 inline bool aligned_input(const TokenTensor<const void>& t, int64_t element_bytes = 2) {
   return aligned(t.data, {t.token_stride, t.batch_stride, t.head_stride}, 16, element_bytes);
 }
@@ -34,8 +34,7 @@ constexpr const char* kHeadParts =
     "head_parts must divide the query heads of a key/value head, and be 1 for deterministic gradients";
 constexpr const char* kAtomicResult =
     "results that blocks add to atomically must be fp32: dq unless deterministic, dk and dv with several "
-    "head "
-    "parts";
+    "head parts";
 constexpr const char* kTooManyHeads = "B and H must be at most 65535: they are dimensions of the launch grid";
 
 inline const char* check_shape(const AttentionShape& shape) {

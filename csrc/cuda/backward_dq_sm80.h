@@ -1,5 +1,5 @@
-// dQ alone, repeatable bit for bit: a block owns a tile of queries and walks over the keys that they see, in
-// order.
+// dQ alone, bitwise reproducible: each block owns a tile of queries and iterates over the keys that they see
+// in a fixed order.
 #pragma once
 #include "cuda/backward_sm80.h"
 
@@ -119,7 +119,7 @@ attention_backward_dq_sm80(const BackwardParams params) {
     sync_threads();
   }
   copy_async_wait<0>();
-  // Made here again: kept over the loop, it would cost registers that the largest head dim does not have.
+  // Created again here: kept live across the loop, it would spill registers at the largest head dim.
   write_rows<typename T::Element>(query_gradient_rows(params, batch, head), dq[0], warp_query, 0,
                                   params.softmax_scale);
 }

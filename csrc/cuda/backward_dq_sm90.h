@@ -1,6 +1,7 @@
-// dQ alone on compute capability 9.0a, repeatable bit for bit: a block owns 128 queries and walks over the
-// keys that they see, in order. Built like forward_sm90.h: a thread copies tiles of K and V into a ring, and
-// two consumer warpgroups of 64 queries each keep dQ in registers.
+// dQ alone on compute capability 9.0a, bitwise reproducible: each block owns 128 queries and iterates over
+// the keys that they see in a fixed order. It is structured like forward_sm90.h: a producer thread issues TMA
+// copies of K and V tiles into a ring buffer, and two consumer warpgroups with 64 queries each keep dQ in
+// registers.
 #pragma once
 #include "cuda/gradients.h"
 #include "cuda/hopper_launch.h"
@@ -56,7 +57,7 @@ struct HopperDqLaunch {
   WorkOrder order;
   TensorMap q, k, v, dout;
   template <class T>
-  bool describe();  // makes the maps; false where CUDA cannot
+  bool describe();  // creates the tensor maps; false if the driver refuses them
 };
 
 // What a block works on.
@@ -65,7 +66,7 @@ struct HopperDqWork {
   int first_tile, end_tile;  // of keys
 };
 
-// One thread: Q, dO, and every tile of K and V.
+// Run by one producer thread: copies Q, dO, and every tile of K and V.
 template <class T>
 MLS_DEVICE void produce_keys_and_values(const HopperDqLaunch& launch, const HopperDqShared<T>& shared,
                                         const HopperDqWork& work) {
@@ -75,14 +76,14 @@ MLS_DEVICE void produce_keys_and_values(const HopperDqLaunch& launch, const Hopp
   RingPosition<T::kStages> at;
   for (int tile = work.first_tile; tile < work.end_tile; ++tile, at.advance()) {
     Barrier* full = shared.keys_full(at.stage);
-    barrier_wait(shared.keys_empty(at.stage), at.parity ^ 1);  // passes at once the first time round
+    barrier_wait(shared.keys_empty(at.stage), at.parity ^ 1);  // does not block in the first round
     barrier_expect(full, 2 * T::KeyTile::kBytes);
     copy_tile(shared.keys(at.stage), launch.k, full, tile * T::kKeys, work.kv_head, work.batch);
     copy_tile(shared.values(at.stage), launch.v, full, tile * T::kKeys, work.kv_head, work.batch);
   }
 }
 
-// Starts sums = 64 rows of `a` times `b` transposed: Q K^T or dO V^T.
+// Issues sums = 64 rows of `a` times `b` transposed (Q K^T or dO V^T), without waiting.
 template <class T>
 MLS_DEVICE void issue_rows(float (&sums)[T::kKeys / 8][4], const typename T::QueryTile& a, int first_row,
                            const typename T::KeyTile& b) {
@@ -95,7 +96,7 @@ MLS_DEVICE void issue_rows(float (&sums)[T::kKeys / 8][4], const typename T::Que
   wgmma_commit();
 }
 
-// Starts dq += dS K.
+// Issues dq += dS K, without waiting.
 template <class T>
 MLS_DEVICE void issue_dq(float (&dq)[T::kHeadDim / 8][4], uint32_t (&ds)[T::kKeys / 16][4],
                          const typename T::KeyTile& keys) {
@@ -108,12 +109,12 @@ MLS_DEVICE void issue_dq(float (&dq)[T::kHeadDim / 8][4], uint32_t (&ds)[T::kKey
   wgmma_commit();
 }
 
-// Of the two queries that a thread holds.
+// Per-query data of the two query rows that a thread holds in its fragments.
 struct DqRows {
   QueryRow rows[2];
   float scale_log2;
 
-  // Scores -> probabilities; `masked` where a query may not see every key.
+  // Scores -> probabilities. `masked`: some query may not see every key of the tile.
   template <int kTiles>
   MLS_DEVICE void to_probabilities(float (&scores)[kTiles][4], int first_key, bool masked) const {
     if (masked) {
@@ -127,7 +128,7 @@ struct DqRows {
       scores[i / 4][i % 4] = exp2_approx(scores[i / 4][i % 4] * scale_log2 - rows[i % 4 / 2].lse_log2);
   }
 
-  // dP -> dS = P (dP - delta), as an operand, without the scale of the scores.
+  // dP -> dS = P (dP - delta), converted to an A operand. The softmax scale is applied to dQ at the end.
   template <class Element, int kTiles>
   MLS_DEVICE void to_operand(uint32_t (&ds)[kTiles / 2][4], float (&grads)[kTiles][4],
                              const float (&probabilities)[kTiles][4]) const {
@@ -139,7 +140,7 @@ struct DqRows {
   }
 };
 
-// One consumer warpgroup: dq (unscaled) over all keys.
+// Run by one consumer warpgroup: accumulates dq over all keys, without the softmax scale.
 template <class T>
 MLS_DEVICE void consume_keys(float (&dq)[T::kHeadDim / 8][4], const HopperDqShared<T>& shared,
                              const HopperDqWork& work, const DqRows& rows, const KeyBounds& bounds) {
@@ -157,7 +158,7 @@ MLS_DEVICE void consume_keys(float (&dq)[T::kHeadDim / 8][4], const HopperDqShar
     hold(scores);
     rows.to_probabilities(scores, first_key, !bounds.covers(first_key, first_key + T::kKeys));
     ++tile, at.advance();
-    // As in forward_sm90.h: without a branch here ptxas waits for dP before the probabilities.
+    // As in forward_sm90.h: without a branch here, ptxas hoists the wait for dP above the probabilities.
     if (tile < work.end_tile) barrier_wait(shared.keys_full(at.stage), at.parity);
     wgmma_wait<0>();
     hold(grads);
@@ -210,7 +211,7 @@ MLS_DEVICE void dq_block_sm90(const HopperDqLaunch& launch, unsigned char* memor
   }
 }
 
-// A block for each place of the order.
+// One block per place of the work order.
 template <class T>
 MLS_KERNEL(T::kThreads, 1)
 attention_backward_dq_sm90(const MLS_GRID_CONSTANT HopperDqLaunch launch) {
@@ -230,7 +231,7 @@ bool HopperDqLaunch::describe() {
          make_tensor_map(&v, params.v, keys, type, T::kKeys);
 }
 
-// Null, or what is wrong.
+// Returns null, or an error message.
 template <class T>
 const char* launch_dq_sm90(const BackwardParams& params, void* stream) {
   const auto& shape = params.shape;
@@ -240,7 +241,8 @@ const char* launch_dq_sm90(const BackwardParams& params, void* stream) {
   if (failure != nullptr) return failure;
   const bool is_started = launch_hopper<T>(&attention_backward_dq_sm90<T>, arguments.order.blocks(),
                                            T::kSharedBytes, stream, arguments, &failure);
-  return is_started ? failure : "the driver described q, k, v and dout for dk and dv, and not for dq";
+  return is_started ? failure
+                    : "the driver accepted the tensor maps of q, k, v and dout for dk and dv, but not for dq";
 }
 
 }  // namespace mls::cuda

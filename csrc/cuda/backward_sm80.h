@@ -1,17 +1,18 @@
 // Fused attention backward for compute capability 8.0 and later.
 //
-// attention_backward_sm80: a block owns a tile of keys of one key/value head and walks over the tiles of
-// queries that see them, over all query heads of the group, so dK and dV stay in registers and need no
-// atomics. It computes S^T = K Q^T: P^T and dS^T then are A fragments as they stand, and only dS passes
-// through shared memory, for dQ. dQ goes to memory by atomic additions, in no fixed order; for repeatable
-// gradients attention_backward_dq_sm80 computes it instead, at 7 products a tile in place of 5.
+// attention_backward_sm80: a block owns a tile of keys of one key/value head and iterates over the tiles of
+// queries that see them, for all query heads of the group, so dK and dV stay in registers and need no
+// atomics. It computes S^T = K Q^T, so P^T and dS^T are used as A fragments directly, and only dS goes
+// through shared memory, for dQ. dQ is accumulated in global memory with atomic additions, whose order is not
+// fixed. For reproducible gradients attention_backward_dq_sm80 computes it instead, at 7 matrix products per
+// tile instead of 5.
 #pragma once
 #include "cuda/gradients.h"
 #include "cuda/softmax.h"
 
 namespace mls::cuda {
 
-// kKeyWarps x kColumnWarps warps: each has 16 keys and 1 / kColumnWarps of the columns of dK and dV.
+// kKeyWarps x kColumnWarps warps: each owns 16 keys and 1 / kColumnWarps of the columns of dK and dV.
 template <class Element_, int kHeadDim_, int kValueDim_, int kKeyWarps_, int kColumnWarps_, int kQueries_>
 struct BackwardTraits {
   using Element = Element_;
@@ -51,12 +52,12 @@ struct BackwardShared {
   }
 };
 
-// The part of dK and dV that a warp accumulates, and where the warp stands.
+// The part of dK and dV that a warp accumulates, and its position in the tile.
 template <class T>
 struct KeyGradients {
   float dk[1][T::kHeadDim / T::kColumnWarps / 8][4];
   float dv[1][T::kValueDim / T::kColumnWarps / 8][4];
-  int first_key;  // of the warp, within the block's tile
+  int first_key;  // first key of the warp, within the block's tile
   int column_warp;
 
   MLS_DEVICE KeyGradients()
@@ -74,7 +75,7 @@ template <class T, class ATile, class BTile>
 MLS_DEVICE void multiply_transposed(TransposedScores<T>& scores, const ATile& a_tile, const BTile& b_tile,
                                     int first_key) {
   set_zero(scores[0]);
-  MLS_UNROLL_2  // all at once spills at D = 128
+  MLS_UNROLL_2  // full unrolling spills registers at D = 128
       for (int k = 0; k < ATile::kColumns; k += 16) {
     uint32_t a[1][4];
     load_a(a[0], a_tile, first_key, k);
@@ -82,7 +83,7 @@ MLS_DEVICE void multiply_transposed(TransposedScores<T>& scores, const ATile& a_
   }
 }
 
-// S^T -> P^T. Keys count within the tensor.
+// S^T -> P^T. `first_key` is an index into the whole tensor.
 template <class T>
 MLS_DEVICE void to_probabilities(TransposedScores<T>& scores, const QueryRow* rows, int first_key,
                                  bool masked, float scale_log2) {
@@ -97,7 +98,7 @@ MLS_DEVICE void to_probabilities(TransposedScores<T>& scores, const QueryRow* ro
   }
 }
 
-// dP^T -> dS^T without the scale of the scores, which dQ and dK get at their end.
+// dP^T -> dS^T, without the softmax scale, which is applied to dQ and dK at the end.
 template <class T>
 MLS_DEVICE void to_score_gradients(TransposedScores<T>& grads, const TransposedScores<T>& probabilities,
                                    const QueryRow* rows) {
@@ -133,7 +134,7 @@ MLS_DEVICE void store_score_gradients(const typename T::ScoreTile& tile, const T
   }
 }
 
-// dQ += dS K for the block's queries: a warp takes 16 queries and some pairs of column tiles.
+// dQ += dS K for the block's queries. Each warp computes 16 queries and some pairs of column tiles.
 template <class T>
 MLS_DEVICE void add_query_gradient(const BackwardParams& params, const BackwardShared<T>& shared, int batch,
                                    int head, int first_query) {
@@ -161,7 +162,7 @@ MLS_DEVICE void add_query_gradient(const BackwardParams& params, const BackwardS
   }
 }
 
-// One tile of queries: everything that it adds to the gradients.
+// Processes one tile of queries: adds its contributions to all gradients.
 template <class T>
 MLS_DEVICE void backward_tile(KeyGradients<T>& gradients, const BackwardShared<T>& shared, int stage,
                               int first_key, bool masked, float scale_log2) {
@@ -194,7 +195,7 @@ MLS_DEVICE void prefetch_queries(const BackwardParams& params, const QueryTiles<
 
 struct BackwardLaunch {
   BackwardParams params;
-  bool with_dq;  // false: attention_backward_dq_sm80 does it
+  bool with_dq;  // false: attention_backward_dq_sm80 computes dQ
 };
 
 // Blocks: (key tiles, key/value heads, batch).
@@ -231,7 +232,7 @@ attention_backward_sm80(const BackwardLaunch arguments) {
     copy_async_wait<1>();
     sync_threads();
     backward_tile<T>(gradients, shared, stage, first_key, masked, params.softmax_scale * kLog2e);
-    sync_threads();  // dS is complete, and this stage may be filled again
+    sync_threads();  // dS is complete, and this stage may be refilled
     if (arguments.with_dq) add_query_gradient<T>(params, shared, batch, head, first_query);
   }
   copy_async_wait<0>();

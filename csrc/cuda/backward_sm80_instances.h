@@ -5,7 +5,7 @@
 
 namespace mls::cuda {
 
-// Warps along keys, warps along columns, queries a tile; keys a tile of the dQ kernel.
+// Key warps, column warps and queries per tile; keys per tile of the dQ kernel.
 template <int kHeadDim, int kValueDim>
 struct BackwardSizes {
   static constexpr int kKeyWarps = 8, kColumnWarps = 1, kQueries = 64, kDqKeys = 64;

@@ -1,19 +1,20 @@
-// Fused attention backward for compute capability 9.0a (FlashAttention-3's structure, by own code).
+// Fused attention backward for compute capability 9.0a (an independent implementation of FlashAttention-3's
+// structure).
 //
-// A block owns 128 keys of one key/value head, as backward_sm80.h's does, and walks over the query tiles that
-// see them. One warpgroup produces: a thread copies tiles of Q and dO into a ring by tensor copies, a warp
-// writes beside them what is known of each query. Two consumer warpgroups, 64 keys each, multiply by wgmma:
-// S^T = K Q^T and dP^T = V dO^T leave P^T and dS^T in registers as operands of dV and dK; only dS goes
-// through shared memory, for dQ = dS K, of which each consumer makes half the columns. Two more threads of
-// the producer send dQ on, by tensor copies that add in the L2 cache. The softmax runs beside dP, dS beside
-// dV, the store of dQ beside dK, and each consumer beside the other.
+// As in backward_sm80.h, a block owns keys of one key/value head, here 128, and iterates over the query tiles
+// that see them. In the producer warpgroup, one thread issues TMA copies of Q and dO tiles into a ring
+// buffer, one warp writes lse, delta and the mask of each query to the same stage, and two more threads add
+// dQ to global memory with TMA reductions, which the L2 cache performs. Two consumer warpgroups with 64 keys
+// each use wgmma: S^T = K Q^T and dP^T = V dO^T leave P^T and dS^T in registers as operands of dV and dK.
+// Only dS goes through shared memory, for dQ = dS K, of which each consumer computes half the columns. The
+// softmax overlaps with dP, dS with dV, the store of dQ with dK, and the two consumers with each other.
 #pragma once
 #include "cuda/backward_sm90_tiles.h"
 #include "cuda/hopper_launch.h"
 
 namespace mls::cuda {
 
-// What a consumer warpgroup accumulates: of its 64 keys, and its share of dQ.
+// What a consumer warpgroup accumulates for its 64 keys, and its columns of dQ.
 template <class T>
 struct HopperBackwardState {
   float dk[T::kHeadDim / 8][4];
@@ -23,12 +24,12 @@ struct HopperBackwardState {
   float grads[T::kQueries / 8][4];           // dP^T, then dS^T
   uint32_t p_operand[T::kQueries / 16][4];   // P^T in 16 bits
   uint32_t ds_operand[T::kQueries / 16][4];  // dS^T in 16 bits
-  // K and V of its 64 keys, where registers hold them.
+  // K and V of its 64 keys, if they are kept in registers.
   uint32_t keys[T::kHoldsKeys ? T::kHeadDim / 16 : 1][4];
   uint32_t values[T::kHoldsKeys ? T::kHeadDim / 16 : 1][4];
 };
 
-// A warp's 16 rows of a tile, as operands in registers.
+// Loads a warp's 16 rows of a tile into registers, as A operands.
 template <class Tile, int kSteps>
 MLS_DEVICE void load_operands(uint32_t (&a)[kSteps][4], const Tile& tile, int first_row) {
   const int lane = lane_id();
@@ -37,7 +38,7 @@ MLS_DEVICE void load_operands(uint32_t (&a)[kSteps][4], const Tile& tile, int fi
     ldmatrix_x4(a[step], tile.chunk(first_row + (lane & 15), step * 2 + (lane >> 4)));
 }
 
-// Starts sums = 64 rows in registers times `b` transposed: K Q^T or V dO^T.
+// Issues sums = 64 rows in registers times `b` transposed (K Q^T or V dO^T), without waiting.
 template <class T, int kSteps>
 MLS_DEVICE void issue_transposed(float (&sums)[T::kQueries / 8][4], uint32_t (&a)[kSteps][4],
                                  const typename T::QueryTile& b) {
@@ -51,7 +52,7 @@ MLS_DEVICE void issue_transposed(float (&sums)[T::kQueries / 8][4], uint32_t (&a
   wgmma_commit();
 }
 
-// The same for 64 rows in shared memory.
+// The same with the 64 rows in shared memory.
 template <class T>
 MLS_DEVICE void issue_transposed(float (&sums)[T::kQueries / 8][4], const typename T::KeyTile& a,
                                  int first_row, const typename T::QueryTile& b) {
@@ -64,7 +65,7 @@ MLS_DEVICE void issue_transposed(float (&sums)[T::kQueries / 8][4], const typena
   wgmma_commit();
 }
 
-// Starts grad += the transposed scores times Q or dO.
+// Issues grad += the transposed scores times Q or dO, without waiting.
 template <class T>
 MLS_DEVICE void issue_key_gradient(float (&grad)[T::kHeadDim / 8][4], uint32_t (&scores)[T::kQueries / 16][4],
                                    const typename T::QueryTile& tile) {
@@ -77,7 +78,7 @@ MLS_DEVICE void issue_key_gradient(float (&grad)[T::kHeadDim / 8][4], uint32_t (
   wgmma_commit();
 }
 
-// S^T of a warp's 16 keys from first_key on: -inf where the query does not see the key.
+// Masks S^T of a warp's 16 keys from first_key on: -inf where the query does not see the key.
 template <int kTiles, int kQueries>
 MLS_DEVICE void mask_transposed(float (&scores)[kTiles][4], const TileRows<kQueries>& rows, int first_key) {
   MLS_UNROLL
@@ -92,9 +93,9 @@ template <class T>
 struct HopperBackwardConsumer {
   const HopperBackwardShared<T>& shared;
   HopperBackwardBarriers<T>& barriers;
-  int consumer;   // warpgroup
-  int warp_row;   // of the warp's 16 keys, within the block's tile
-  int first_key;  // the block's
+  int consumer;   // index among the consumer warpgroups
+  int warp_row;   // first of the warp's 16 keys, within the block's tile
+  int first_key;  // first key of the block
   float softmax_scale;
 
   MLS_DEVICE void issue_scores(HopperBackwardState<T>& state, int stage) const {
@@ -128,7 +129,7 @@ struct HopperBackwardConsumer {
     }
   }
 
-  // dP^T -> dS^T = P^T (dP^T - delta), without the scale of the scores, which dQ and dK get at their end.
+  // dP^T -> dS^T = P^T (dP^T - delta), without the softmax scale, which is applied to dQ and dK at the end.
   MLS_DEVICE void make_score_gradients(HopperBackwardState<T>& state, int stage) const {
     const auto& rows = shared.rows(stage);
     MLS_UNROLL
@@ -143,7 +144,8 @@ struct HopperBackwardConsumer {
     }
   }
 
-  // For all consumers to read: the fragments of 16 queries are four 8 x 8 matrices as they stand.
+  // Writes dS^T to shared memory for all consumers. The fragments of 16 queries already have the layout of
+  // four 8 x 8 matrices.
   MLS_DEVICE void share_score_gradients(const HopperBackwardState<T>& state, int score_stage) const {
     const int lane = lane_id(), row = warp_row + (lane & 15), second = lane >> 4;
     const auto tile = shared.scores(score_stage);
@@ -154,7 +156,7 @@ struct HopperBackwardConsumer {
     named_barrier_sync(1, T::kConsumers * kWarpgroupSize);
   }
 
-  // Starts dq = dS K.
+  // Issues dq = dS K, without waiting.
   MLS_DEVICE void issue_query_gradient(HopperBackwardState<T>& state, int score_stage) const {
     hold(state.dq);
     wgmma_fence();
@@ -168,15 +170,15 @@ struct HopperBackwardConsumer {
 
   MLS_DEVICE void store_query_gradient(HopperBackwardState<T>& state, int turn) const {
     hold(state.dq);
-    barrier_wait(&barriers.dq_empty[consumer], turn ^ 1);  // passes at once the first time
+    barrier_wait(&barriers.dq_empty[consumer], turn ^ 1);  // does not block the first time
     store_fragments(shared.query_gradient(consumer), state.dq, warp_row % 64, softmax_scale);
     proxy_fence();
     arrive_as_warp(&barriers.dq_full[consumer]);
   }
 };
 
-// One consumer warpgroup: all its queries. ptxas allows no product in flight from one turn of a loop to the
-// next.
+// Run by one consumer warpgroup: iterates over all its queries. ptxas does not allow a product to be in
+// flight across iterations of the loop.
 template <class T>
 MLS_DEVICE void consume_queries(HopperBackwardState<T>& state, const HopperBackwardConsumer<T>& consumer) {
   const auto& shared = consumer.shared;
@@ -187,7 +189,7 @@ MLS_DEVICE void consume_queries(HopperBackwardState<T>& state, const HopperBackw
     load_operands(state.keys, shared.keys(), consumer.warp_row);
     load_operands(state.values, shared.values(), consumer.warp_row);
   }
-  for (int turn = 0;; turn ^= 1, at.advance()) {  // of the scores' two stages, and the parity of dQ's one
+  for (int turn = 0;; turn ^= 1, at.advance()) {  // stage of dS, and parity of dQ's barriers
     barrier_wait(&barriers.queries_full[at.stage], at.parity);
     if (!any_lane(shared.rows(at.stage).any)) return;
     consumer.issue_scores(state, at.stage);
@@ -216,7 +218,7 @@ MLS_DEVICE void consume_queries(HopperBackwardState<T>& state, const HopperBackw
   }
 }
 
-// As write_rows, for rows that other blocks add to concurrently.
+// Like write_rows, but for rows that other blocks add to concurrently.
 template <int kTiles>
 MLS_DEVICE void add_shared_rows(const GradientRows& target, const float (&grad)[kTiles][4], int first_row,
                                 float scale) {
@@ -293,7 +295,7 @@ MLS_DEVICE void backward_block_sm90(const HopperBackwardLaunch& launch, unsigned
     consume<T>(launch, shared, work);
 }
 
-// A block for each place of the order.
+// One block per place of the work order.
 template <class T>
 MLS_KERNEL(T::kThreads, 1)
 attention_backward_sm90(const MLS_GRID_CONSTANT HopperBackwardLaunch launch) {
@@ -301,7 +303,7 @@ attention_backward_sm90(const MLS_GRID_CONSTANT HopperBackwardLaunch launch) {
   if constexpr (kCompilesSm90a) backward_block_sm90<T>(launch, memory);
 }
 
-// Queries first_query.. of a tile, at most `most`, with the same keys.
+// At most `most` queries from first_query on, with the same keys.
 inline BackwardParams queries_from(const BackwardParams& params, int64_t first_query, int64_t most) {
   BackwardParams part = params;
   part.accumulate = params.accumulate || first_query > 0;
@@ -322,7 +324,7 @@ inline BackwardParams queries_from(const BackwardParams& params, int64_t first_q
 }
 
 constexpr const char* kRoundedTooLong =
-    "dk and dv must be fp32 where the queries take several launches, which add up";
+    "dk and dv must be fp32 when the queries need several launches, whose results are added";
 
 template <class T>
 bool HopperBackwardLaunch::describe() {
@@ -337,7 +339,7 @@ bool HopperBackwardLaunch::describe() {
          (!T::kWithDq || make_tensor_map(&dq, params.dq, queries, T::kQueries));
 }
 
-// As launch_hopper, in as many launches as a block's shared memory makes necessary.
+// Like launch_hopper, but with several launches if there are more than kMaxTiles query tiles.
 template <class T>
 bool launch_backward_sm90(const BackwardParams& params, const BackwardOptions& options, void* stream,
                           const char** failure) {
@@ -348,13 +350,13 @@ bool launch_backward_sm90(const BackwardParams& params, const BackwardOptions& o
     return true;
   }
   WorkOrder order;
-  // A block goes through one query head after another: it uses one head's queries at a time.
+  // A block processes its query heads one after another, so it uses the queries of one head at a time.
   *failure = make_order(&order, (shape.num_keys + T::kKeys - 1) / T::kKeys,
                         shape.num_kv_heads * shape.batch * options.head_parts, query_bytes_of_head(shape));
   for (int64_t first = 0; first < shape.num_queries && *failure == nullptr; first += kMost) {
     HopperBackwardLaunch arguments{
         queries_from(params, first, kMost), order, options.head_parts, {}, {}, {}, {}, {}};
-    // Strides and alignment decide, so that the first launch is refused if any is.
+    // Support depends only on strides and alignment, so if any launch is refused, the first one is.
     if (!launch_hopper<T>(&attention_backward_sm90<T>, order.blocks(), HopperBackwardShared<T>::kBytes,
                           stream, arguments, failure))
       return false;

@@ -1,4 +1,4 @@
-// Defines backward_sm90: the head dims that have kernels of their own on Hopper.
+// Defines backward_sm90 for the head dims that have a Hopper kernel.
 #pragma once
 #include "cuda/backward_dq_sm90.h"
 #include "cuda/backward_sm90.h"
@@ -6,7 +6,8 @@
 
 namespace mls::cuda {
 
-// A launch sees so many tiles of 64 queries, a byte of shared memory each. Tests compile fewer.
+// Maximum number of query tiles (64 queries each) per launch. Each takes one byte of shared memory. Tests
+// compile fewer.
 #if !defined(MLS_BACKWARD_QUERY_TILES)
 #define MLS_BACKWARD_QUERY_TILES 4096
 #endif

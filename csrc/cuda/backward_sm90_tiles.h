@@ -1,4 +1,4 @@
-// How backward_sm90.h lays out shared memory, and the warps that fill and empty it.
+// Shared memory layout and producer warps of backward_sm90.h.
 #pragma once
 #include "cuda/gradients.h"
 #include "cuda/panels.h"
@@ -6,7 +6,8 @@
 
 namespace mls::cuda {
 
-// kWithDq false: dK and dV alone, for repeatable gradients. A launch takes at most 64 kMaxTiles queries.
+// kWithDq = false computes dK and dV alone, for reproducible gradients. A launch takes at most 64 * kMaxTiles
+// queries.
 template <class Element_, int kHeadDim_, bool kWithDq_, int kMaxTiles_>
 struct HopperBackwardTraits {
   using Element = Element_;
@@ -15,8 +16,8 @@ struct HopperBackwardTraits {
   static constexpr int kMaxTiles = kMaxTiles_;
   static constexpr int kQueries = 64;
   static constexpr int kConsumers = 2;  // warpgroups
-  // Reading K and V again for each query tile takes a seventh of shared memory's time at D = 64, where
-  // registers are left to hold them.
+  // At D = 64 there are enough registers to hold K and V. Reading them from shared memory for each query tile
+  // would take a seventh of its bandwidth.
   static constexpr bool kHoldsKeys = kHeadDim == 64;
   static constexpr int kKeys = 64 * kConsumers;
   static constexpr int kStages = 2;
@@ -30,7 +31,7 @@ struct HopperBackwardTraits {
   using KeyTile = PanelTile<kKeys, kHeadDim>;
   using QueryTile = PanelTile<kQueries, kHeadDim>;
   using ScoreTile = PanelTile<kKeys, kQueries>;
-  // Each consumer makes dQ of all queries of a tile in its share of the columns.
+  // Each consumer computes kDqColumns columns of dQ, for all queries of a tile.
   static constexpr int kDqColumns = kHeadDim / kConsumers;
   using QueryGradient = FloatPanelTile<kQueries, kDqColumns>;
   static constexpr int kScoreBytes = kWithDq ? kScoreStages * ScoreTile::kBytes : 0;
@@ -39,13 +40,13 @@ struct HopperBackwardTraits {
       2 * KeyTile::kBytes + 2 * kStages * QueryTile::kBytes + kScoreBytes + kGradientBytes;
 };
 
-// What a tile of queries brings besides its vectors; see QueryRow.
+// Per-query data of a tile of queries; see QueryRow.
 template <int kQueries>
 struct alignas(16) TileRows {
   float lse_log2[kQueries];
   float delta[kQueries];
-  KeyInterval seen[kQueries];  // of masked tiles
-  bool any;                    // false: no tile is left
+  KeyInterval seen[kQueries];  // valid for masked tiles only
+  bool any;                    // false: there are no more tiles
   bool masked;
 };
 
@@ -53,9 +54,9 @@ struct alignas(16) TileRows {
 template <class T>
 struct HopperBackwardBarriers {
   Barrier keys_full;
-  Barrier queries_full[T::kStages];  // Q and its rows
+  Barrier queries_full[T::kStages];  // Q and its TileRows
   Barrier grads_full[T::kStages];    // dO
-  Barrier tile_empty[T::kStages];    // all of these
+  Barrier tile_empty[T::kStages];    // Q, its TileRows and dO
   Barrier dq_full[T::kConsumers], dq_empty[T::kConsumers];
 
   MLS_DEVICE void init() {
@@ -109,18 +110,19 @@ struct HopperBackwardLaunch {
   int head_parts;  // see BackwardOptions
   TensorMap q, k, v, dout, dq;
   template <class T>
-  bool describe();  // makes the maps; false where CUDA cannot
+  bool describe();  // creates the tensor maps; false if the driver refuses them
 };
 
-// What a block works on: keys of one key/value head, and the query tiles that a band lets see them.
+// What a block works on: keys of one key/value head, and the query tiles that see some of them by the band of
+// the mask.
 struct HopperBackwardWork {
   int first_key, kv_head, batch;
-  int first_head, end_head;  // of queries
+  int first_head, end_head;  // query heads
   int first_tile, end_tile;
 
   MLS_DEVICE GradientRows rows(const HopperBackwardLaunch& launch, const TokenTensor<float>& sums,
                                const TokenTensor<uint16_t>& rounded) const {
-    // Blocks that share keys add to zeros.
+    // Blocks that share keys add to zero-initialised gradients.
     return {sums,
             rounded,
             batch,
@@ -136,7 +138,8 @@ struct HopperBackwardWork {
   }
 };
 
-// All warps of the block: which of its query tiles see its keys. A barrier must follow.
+// Run by all warps of the block: finds out which of its query tiles see its keys. The caller must synchronise
+// the block afterwards.
 template <class T>
 MLS_DEVICE void classify_tiles(TileKind* kinds, const Visibility& visibility,
                                const HopperBackwardWork& work) {
@@ -150,11 +153,11 @@ MLS_DEVICE void classify_tiles(TileKind* kinds, const Visibility& visibility,
   }
 }
 
-// The tiles of a block in the order in which all of its warps meet them: for each of its query heads.
+// Iterates over the tiles of a block, query head by query head. All of its warps use this order.
 struct TileCursor {
   const TileKind* kinds;
   int first_tile, end_tile, end_head;
-  int tile, head;  // none is left where head == end_head
+  int tile, head;  // done when head == end_head
 
   MLS_DEVICE TileCursor(const TileKind* kinds, const HopperBackwardWork& work)
       : kinds(kinds),
@@ -175,7 +178,7 @@ struct TileCursor {
   }
 };
 
-// One thread: K, V, and every tile of Q and dO.
+// Run by one producer thread: copies K, V, and every tile of Q and dO.
 template <class T>
 MLS_DEVICE void produce_tiles(const HopperBackwardLaunch& launch, const HopperBackwardShared<T>& shared,
                               const HopperBackwardWork& work) {
@@ -188,7 +191,7 @@ MLS_DEVICE void produce_tiles(const HopperBackwardLaunch& launch, const HopperBa
   for (; !cursor.done(); cursor.advance(), at.advance()) {
     Barrier *queries = &barriers.queries_full[at.stage], *grads = &barriers.grads_full[at.stage];
     const int first_query = cursor.tile * T::kQueries;
-    barrier_wait(&barriers.tile_empty[at.stage], at.parity ^ 1);  // passes at once the first time round
+    barrier_wait(&barriers.tile_empty[at.stage], at.parity ^ 1);  // does not block in the first round
     barrier_expect(queries, T::QueryTile::kBytes);
     copy_tile(shared.queries(at.stage), launch.q, queries, first_query, cursor.head, work.batch);
     barrier_expect(grads, T::QueryTile::kBytes);
@@ -198,7 +201,7 @@ MLS_DEVICE void produce_tiles(const HopperBackwardLaunch& launch, const HopperBa
   barrier_arrive(&barriers.queries_full[at.stage]);
 }
 
-// A loop for each kind of number: the producer has few registers.
+// One loop per array, because the producer has few registers.
 template <int kQueries>
 MLS_DEVICE void fill_numbers(TileRows<kQueries>& rows, const BackwardParams& params, int batch, int head,
                              int first_query) {
@@ -216,7 +219,7 @@ MLS_DEVICE void fill_intervals(TileRows<kQueries>& rows, const Visibility& visib
   for (int i = lane_id(); i < kQueries; i += kWarpSize) rows.seen[i] = visibility.keys_of(first_query + i);
 }
 
-// One warp: what is known of the queries of every tile, and then word that none is left.
+// Run by one producer warp: writes the TileRows of every tile, then signals that there are no more tiles.
 template <class T>
 MLS_DEVICE void produce_rows(const BackwardParams& params, const HopperBackwardShared<T>& shared,
                              const HopperBackwardWork& work) {
@@ -237,7 +240,7 @@ MLS_DEVICE void produce_rows(const BackwardParams& params, const HopperBackwardS
   }
 }
 
-// One thread: adds one consumer's share of dQ to global memory, tile after tile.
+// Run by one producer thread per consumer: adds the consumer's columns of dQ to global memory, tile by tile.
 template <class T>
 MLS_DEVICE void send_query_gradient(const HopperBackwardLaunch& launch, const HopperBackwardShared<T>& shared,
                                     const HopperBackwardWork& work, int consumer) {
@@ -258,7 +261,7 @@ MLS_DEVICE void send_query_gradient(const HopperBackwardLaunch& launch, const Ho
   }
 }
 
-// The producer warpgroup.
+// Assigns the warps of the producer warpgroup to their tasks.
 template <class T>
 MLS_DEVICE void produce(const HopperBackwardLaunch& launch, const HopperBackwardShared<T>& shared,
                         const HopperBackwardWork& work) {

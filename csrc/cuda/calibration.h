@@ -1,22 +1,22 @@
-// One kernel for each group of primitives, to compare a GPU with the emulator bit for bit.
+// One kernel per group of primitives, to compare a GPU with the emulator bit for bit.
 //
-// Inputs are small integers, so that every sum is exact whatever its order, and results are raw registers.
-// Run by tests/cuda/test_calibration.py on the emulator and, under the marker `gpu`, on the device.
+// Inputs are small integers, so that sums are exact in any order. Results are raw register contents. Run by
+// tests/cuda/test_calibration.py on the emulator and, with the marker `gpu`, on the device.
 #pragma once
 #include "cuda/panels.h"
 #include "cuda/tile.h"
 
 namespace mls::cuda {
 
-constexpr int kCalibrationRows = 128;  // of the input: rows x columns 16-bit numbers
+constexpr int kCalibrationRows = 128;  // the input is rows x columns 16-bit numbers
 constexpr int kCalibrationColumns = 128;
 
 struct CalibrationParams {
   const uint16_t* input;
-  uint32_t* output;  // registers, thread by thread
+  uint32_t* output;  // register contents, thread after thread
 };
 
-// Registers of one thread after each other.
+// Appends register contents of one thread.
 struct RegisterLog {
   uint32_t* next;
 
@@ -37,14 +37,15 @@ struct RegisterLog {
 
 constexpr int kWarpLogWords = 48;
 
-// One warp: copies, ldmatrix, mma, pack, shuffle, 32-bit stores.
+// Run by one warp: copies, ldmatrix, mma, pack, shuffle, 32-bit stores.
 template <class Element>
 MLS_KERNEL(kWarpSize, 1)
 calibrate_sm80(const CalibrationParams params) {
   MLS_SHARED_MEMORY(memory);
   using Tile = SharedTile<32, 64>;
   const Tile tile{memory}, stored{memory + Tile::kBytes};
-  load_tile<kWarpSize>(tile, TokenRows{params.input, kCalibrationColumns, 29}, 0);  // three rows of zeros
+  // 29 of 32 rows: the last three become zeros.
+  load_tile<kWarpSize>(tile, TokenRows{params.input, kCalibrationColumns, 29}, 0);
   copy_async_commit();
   copy_async_wait<0>();
   sync_threads();
@@ -64,7 +65,8 @@ calibrate_sm80(const CalibrationParams params) {
   mma_m16n8k16<Element>(sums[1], a, b[0], b[1]);
   log.add(b);
   log.add(sums);
-  log.add(pack<Element>(sums[0][0] * 1.0009765625f, -sums[1][1] * 0.3333333f));  // rounds
+  // Inexact values, so that rounding is compared.
+  log.add(pack<Element>(sums[0][0] * 1.0009765625f, -sums[1][1] * 0.3333333f));
   log.add(shuffle_xor(sums[0][0], 5));
   for (int j = 0; j < 4; ++j)
     store_shared(stored.pair(fragment_row(j % 2 * 2), fragment_column(j / 2, 0)), a[j]);
@@ -73,7 +75,7 @@ calibrate_sm80(const CalibrationParams params) {
   log.add(a);
 }
 
-constexpr int kNarrowColumns = 96;  // of a product: one panel and half of the next
+constexpr int kNarrowColumns = 96;  // columns of a product: one panel and half of the next
 constexpr int kWarpgroupLogWords = 3 * 64 + kNarrowColumns / 2 + kSwizzleRowBytes / 4;
 
 struct HopperCalibrationLaunch {
@@ -81,7 +83,7 @@ struct HopperCalibrationLaunch {
   TensorMap map;
 };
 
-// A product whose columns end within a panel.
+// A product whose columns end in the middle of a panel.
 template <class Element>
 MLS_DEVICE void calibrate_narrow_product(unsigned char* base, uint32_t (&a)[1][4], RegisterLog& log) {
   const PanelTile<kCalibrationRows, kNarrowColumns> tile{base};
@@ -98,12 +100,13 @@ MLS_DEVICE void calibrate_narrow_product(unsigned char* base, uint32_t (&a)[1][4
   log.add(sums);
 }
 
-// One warpgroup: tensor copy, mbarrier, swizzle, and wgmma with its operands every way that kernels use.
+// Run by one warpgroup: TMA copy, mbarrier, swizzle, and wgmma with every combination of operands that
+// kernels use.
 template <class Element>
 MLS_DEVICE void calibrate_warpgroup(const HopperCalibrationLaunch& launch, unsigned char* memory) {
   using Tile = PanelTile<kCalibrationRows, kCalibrationColumns>;
   const Tile tile{memory};
-  unsigned char* const edge = memory + Tile::kBytes;  // a panel that the tensor ends in
+  unsigned char* const edge = memory + Tile::kBytes;  // a panel that extends beyond the tensor
   auto* full = reinterpret_cast<Barrier*>(edge + Tile::kPanelBytes);
   if (thread_index().x == 0) {
     barrier_init(full, 1);
@@ -133,7 +136,7 @@ MLS_DEVICE void calibrate_warpgroup(const HopperCalibrationLaunch& launch, unsig
     hold(sums);
     hold(a);
     log.add(sums);
-    sync_threads();  // keeps its registers apart from the next one's
+    sync_threads();  // separates its registers from the next product's
   };
   log_product([&] {
     Product::template from_shared<false, false>(sums, tile.along_columns(64, 80), tile.along_columns(0, 48),
@@ -155,17 +158,18 @@ calibrate_sm90(const MLS_GRID_CONSTANT HopperCalibrationLaunch launch) {
   if constexpr (kCompilesSm90a) calibrate_warpgroup<Element>(launch, memory);
 }
 
-// ---- what backward uses besides ----
+// ---- primitives used by backward only ----
 
 constexpr int kGradientLogWords = kSwizzleRowBytes / 4 + 16;
-constexpr int kReducedQueries = 50, kReducedColumns = 24;  // of a tile of 64 x 32
+constexpr int kReducedQueries = 50, kReducedColumns = 24;  // the part of a 64 x 32 tile inside the tensor
 
 struct GradientCalibrationLaunch {
   CalibrationParams params;
   TensorMap map, reduced;
 };
 
-// One warpgroup: stmatrix, proxy fence, wgmma from the middle of a panel, and a reduction to global memory.
+// Run by one warpgroup: stmatrix, proxy fence, wgmma from the middle of a panel, and a TMA reduction to
+// global memory.
 template <class Element>
 MLS_DEVICE void calibrate_gradient_warpgroup(const GradientCalibrationLaunch& launch, unsigned char* memory) {
   using Tile = PanelTile<kCalibrationRows, kCalibrationColumns>;
@@ -219,9 +223,9 @@ calibrate_sm90_gradients(const MLS_GRID_CONSTANT GradientCalibrationLaunch launc
   if constexpr (kCompilesSm90a) calibrate_gradient_warpgroup<Element>(launch, memory);
 }
 
-constexpr const char* kNoTensorMap = "CUDA made no tensor map";
+constexpr const char* kNoTensorMap = "CUDA could not create a tensor map";
 constexpr const char* kNoCode =
-    "CUDA reports no sm_90a code of this kernel: attention would run the sm_80 ones";
+    "CUDA reports no sm_90a code for this kernel, so attention would run the sm_80 kernels";
 
 inline bool map_input(TensorMap* map, const CalibrationParams& params, ElementType type) {
   const TokenTensor<const void> tensor{params.input, kCalibrationColumns, 0, 0};
@@ -242,11 +246,12 @@ const char* calibrate_gradients(const CalibrationParams& params, ElementType typ
   return launch(&calibrate_sm90_gradients<Element>, Dim3(1), kWarpgroupSize, kBytes, stream, arguments);
 }
 
-// Primitives are compared in groups.
+// Primitives are compared in these groups.
 enum class PrimitiveGroup { kSm80, kSm90, kSm90Gradients };
 
-// `input` holds 128 x 128 numbers of `type`; `output` gets 32 x 48 words, 128 x 272, or 128 x 48 and a sum of
-// 64 x 32 to what is there. Null, or what is wrong.
+// `input` holds 128 x 128 numbers of `type`. `output` receives 32 x 48 words (kSm80), 128 x 272 words
+// (kSm90), or 128 x 48 words followed by a 64 x 32 fp32 tile that is added to (kSm90Gradients). Returns null,
+// or an error message.
 template <class Element>
 const char* calibrate(PrimitiveGroup group, const CalibrationParams& params, ElementType type, void* stream) {
   if (group == PrimitiveGroup::kSm80)

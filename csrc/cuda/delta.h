@@ -1,4 +1,5 @@
-// delta, the sums of out * dout over the value dim, which backward needs first: one pass over both tensors.
+// delta, the sums of out * dout over the value dim, which backward takes as an input. Reads both tensors
+// once.
 #pragma once
 #include "attention_params.h"
 #include "cuda/tile.h"
@@ -6,9 +7,9 @@
 namespace mls::cuda {
 
 constexpr int kDeltaThreads = 256;
-constexpr int kDeltaElements = 8;  // that a thread reads: 16 bytes of dout
+constexpr int kDeltaElements = 8;  // per thread: 16 bytes of dout
 
-struct Float32 {};  // as BFloat16 and Float16 are the names of their types
+struct Float32 {};  // a type tag, like BFloat16 and Float16
 
 template <class Element>
 constexpr int kElementBytes = 2;
@@ -20,7 +21,7 @@ struct DeltaLaunch {
   int lanes;  // threads per row: a power of two, at most a warp
 };
 
-// Eight neighbouring numbers in fp32.
+// Eight consecutive numbers, converted to fp32.
 template <class Element>
 MLS_DEVICE void load_eight(float (&values)[kDeltaElements], const TokenTensor<const void>& tensor,
                            int64_t offset) {
@@ -43,7 +44,8 @@ MLS_DEVICE void load_eight(float (&values)[kDeltaElements], const TokenTensor<co
   }
 }
 
-// Blocks: groups of rows, in the order (token, sequence, head) in which Megatron's tensors lie in memory.
+// Blocks: groups of rows in the order (token, sequence, head), which is the memory order of Megatron's
+// tensors.
 template <class Out, class Grad>
 MLS_KERNEL(kDeltaThreads, 1)
 attention_delta(const DeltaLaunch launch) {
@@ -91,7 +93,7 @@ const char* launch_delta(const DeltaParams& params, void* stream) {
   return launch(&attention_delta<Out, Grad>, blocks, kDeltaThreads, 0, stream, arguments);
 }
 
-// Null, or what is wrong. Both tensors are aligned to 16 bytes.
+// Returns null, or an error message. Both tensors must be 16-byte aligned.
 inline const char* run_delta(const DeltaParams& params, void* stream) {
   const ElementType out = params.out_type, grad = params.dout_type;
   if (grad == ElementType::kBFloat16 && out == grad) return launch_delta<BFloat16, BFloat16>(params, stream);

@@ -5,7 +5,7 @@
 namespace mls::cuda {
 
 struct KernelEntry {
-  int capability;  // the least, as 10 * major + minor
+  int capability;  // the lowest supported, as 10 * major + minor
   int end_capability;
   ElementType element_type;
   int64_t head_dim, value_dim;
@@ -15,7 +15,7 @@ struct KernelEntry {
 
 constexpr int kAnyLater = 1 << 30;
 
-// backward_sm90 where it has such head dims.
+// backward_sm90 if it supports these head dims, otherwise backward_sm80.
 template <class Element, int kHeadDim, int kValueDim>
 const char* backward_of_hopper(const BackwardParams& params, const BackwardOptions& options, void* stream) {
 #define MLS_IS(D, Dv) || (kHeadDim == D && kValueDim == Dv)
@@ -35,13 +35,12 @@ const char* backward_of_hopper(const BackwardParams& params, const BackwardOptio
   MLS_ENTRY(80, kAnyLater, BFloat16, D, Dv, forward_sm80, backward_sm80) \
   MLS_ENTRY(80, kAnyLater, Float16, D, Dv, forward_sm80, backward_sm80)
 
-// The first entry that fits is taken: the newest kernels come first. sm_90a code runs on 9.0 alone; later
-// GPUs run the kernels of 8.0, which the driver compiles for them from PTX (setup.py ships it unless told
-// otherwise).
+// The first entry that matches is used, so the newest kernels come first. sm_90a code runs on 9.0 only. Later
+// GPUs run the kernels for 8.0, which the driver compiles from PTX (setup.py includes it by default).
 constexpr KernelEntry kKernels[] = {MLS_FOR_EACH_HOPPER_HEAD_DIM(MLS_SM90_ENTRIES)
                                         MLS_FOR_EACH_HEAD_DIM(MLS_SM80_ENTRIES)};
 
-// Null where there is none.
+// Null if there is none.
 inline const KernelEntry* find_kernel(int capability, int64_t head_dim, int64_t value_dim,
                                       ElementType element_type) {
   for (const KernelEntry& entry : kKernels)

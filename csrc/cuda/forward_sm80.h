@@ -1,7 +1,7 @@
-// Fused attention forward for compute capability 8.0 and later (FlashAttention-2's loop on mma.sync).
+// Fused attention forward for compute capability 8.0 and later (FlashAttention-2's loop, with mma.sync).
 //
-// A block owns a tile of queries of one head and walks over the tiles of keys that they see. Each warp keeps
-// 16 or 32 of the queries: scores, probabilities and output stay in its registers.
+// A block owns a tile of queries of one head and iterates over the tiles of keys that they see. Each warp
+// owns 16 or 32 of the queries and keeps their scores, probabilities and output in registers.
 #pragma once
 #include "cuda/softmax.h"
 
@@ -12,13 +12,13 @@ struct ForwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
-  static constexpr int kRowTiles = kRowTiles_;  // of 16 queries, a warp
+  static constexpr int kRowTiles = kRowTiles_;  // tiles of 16 queries per warp
   static constexpr int kWarpQueries = 16 * kRowTiles;
   static constexpr int kQueries = kWarps * kWarpQueries;
   static constexpr int kKeys = kKeys_;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStages = 2;
-  // Short query rows stay in registers; longer ones are read again for each tile of keys.
+  // Short query rows stay in registers; longer ones are reloaded from shared memory for each tile of keys.
   static constexpr bool kHoldQueries = kHeadDim * kRowTiles <= 128;
   using QueryTile = SharedTile<kQueries, kHeadDim>;
   using KeyTile = SharedTile<kKeys, kHeadDim>;
@@ -26,7 +26,7 @@ struct ForwardTraits {
   static constexpr int kSharedBytes = QueryTile::kBytes + kStages * (KeyTile::kBytes + ValueTile::kBytes);
 };
 
-// What a warp accumulates.
+// Accumulators of a warp.
 template <class T>
 struct ForwardState {
   float out[T::kRowTiles][T::kValueDim / 8][4];
@@ -38,7 +38,7 @@ struct ForwardState {
   }
 };
 
-// The query fragments of a warp: all of them in registers, or those of one step at a time.
+// The query fragments of a warp: all of them in registers, or only those of the current step.
 template <class T>
 struct QueryFragments {
   static constexpr int kSteps = T::kHeadDim / 16;
@@ -100,7 +100,7 @@ MLS_DEVICE void attend_to_tile(ForwardState<T>& state, float (&scores)[T::kRowTi
   accumulate_output<T>(state, scores, values);
 }
 
-// Where the tiles lie in shared memory.
+// Layout of the tiles in shared memory.
 template <class T>
 struct ForwardShared {
   unsigned char* base;
@@ -124,7 +124,7 @@ MLS_DEVICE void walk_over_keys(ForwardState<T>& state, const ForwardParams& para
   const auto prefetch = [&](int tile) {
     const int stage = (tile - first_tile) % T::kStages;
     if (tile < end_tile) {
-      // Views are made anew each time: kept, they would cost the loop registers.
+      // Views are created each time: kept live, they would take registers from the loop.
       load_tile<T::kThreads>(shared.keys(stage), rows_of(params.k, batch, kv_head, num_keys),
                              tile * T::kKeys);
       load_tile<T::kThreads>(shared.values(stage), rows_of(params.v, batch, kv_head, num_keys),
@@ -162,7 +162,7 @@ attention_forward_sm80(const ForwardParams params) {
   MLS_SHARED_MEMORY(memory);
   const Visibility visibility(params.shape, params.mask);
   const int num_tiles = (visibility.num_queries + T::kQueries - 1) / T::kQueries;
-  // Under a causal mask the last queries have most work: they start first.
+  // Under a causal mask the last queries have the most work, so they start first.
   const int first_query = (num_tiles - 1 - static_cast<int>(block_index().x)) * T::kQueries;
   const int head = static_cast<int>(block_index().y), batch = static_cast<int>(block_index().z);
   const int warp_query = first_query + warp_id() * T::kWarpQueries;

@@ -5,7 +5,7 @@
 
 namespace mls::cuda {
 
-// Warps, 16-query tiles a warp, keys a tile. At D = 128 more than 32 keys spill registers on sm_90a.
+// Warps, 16-query tiles per warp, keys per tile. At D = 128, more than 32 keys spill registers on sm_90a.
 template <int kHeadDim, int kValueDim>
 struct ForwardSizes {
   static constexpr int kWarps = 4, kRowTiles = 2, kKeys = 64;

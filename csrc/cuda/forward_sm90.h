@@ -1,8 +1,9 @@
-// Fused attention forward for compute capability 9.0a (FlashAttention-3's structure, by own code).
+// Fused attention forward for compute capability 9.0a (an independent implementation of FlashAttention-3's
+// structure).
 //
-// One producer warpgroup copies tiles of K and V into a ring by tensor copies; two or three consumer
-// warpgroups, 64 queries each, multiply by wgmma. A consumer issues the scores of tile j, then the output of
-// tile j - 1, and computes the softmax of tile j while the latter runs.
+// One producer warpgroup issues TMA copies of K and V tiles into a ring buffer. Two or three consumer
+// warpgroups with 64 queries each use wgmma. A consumer issues the scores of tile j, then the output product
+// of tile j - 1, and computes the softmax of tile j while the output product runs.
 #pragma once
 #include "cuda/hopper_launch.h"
 #include "cuda/panels.h"
@@ -22,8 +23,7 @@ struct HopperForwardTraits {
   static constexpr int kStages = 2;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
   static constexpr int kConsumerWarps = kConsumers * 4;
-  // A block starts with as many registers for each of its threads as there are; these numbers redistribute
-  // them.
+  // A block starts with the register file divided evenly among its threads; these numbers redistribute it.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -34,7 +34,7 @@ struct HopperForwardTraits {
   static constexpr int kTileBytes = QueryTile::kBytes + kStages * (KeyTile::kBytes + ValueTile::kBytes);
   static constexpr int kSharedBytes = kTileBytes + (1 + 4 * kStages) * sizeof(Barrier);
   static_assert(kSharedBytes <= 227 * 1024);
-  // Longer rows keep the tensor cores busy by themselves.
+  // With head dim > 128 one warpgroup keeps the tensor cores busy, so ping-pong scheduling is off.
   static constexpr bool kTakesTurns = kHeadDim <= 128;
 };
 
@@ -43,7 +43,7 @@ struct HopperForwardLaunch {
   WorkOrder order;
   TensorMap q, k, v;
   template <class T>
-  bool describe();  // makes the maps; false where CUDA cannot
+  bool describe();  // creates the tensor maps; false if the driver refuses them
 };
 
 // A tile is `full` once its copy has landed, and `empty` once every consumer warp is done with it.
@@ -82,7 +82,7 @@ struct HopperForwardWork {
   int first_tile, end_tile;  // of keys
 };
 
-// One thread of the producer warpgroup.
+// Run by one thread of the producer warpgroup.
 template <class T>
 MLS_DEVICE void produce_keys(const HopperForwardLaunch& launch, const HopperForwardShared<T>& shared,
                              const HopperForwardWork& work) {
@@ -91,7 +91,7 @@ MLS_DEVICE void produce_keys(const HopperForwardLaunch& launch, const HopperForw
   RingPosition<T::kStages> at;
   for (int tile = work.first_tile; tile < work.end_tile; ++tile, at.advance()) {
     Barrier *keys = shared.keys_full(at.stage), *values = shared.values_full(at.stage);
-    barrier_wait(shared.keys_empty(at.stage), at.parity ^ 1);  // passes at once the first time round
+    barrier_wait(shared.keys_empty(at.stage), at.parity ^ 1);  // does not block in the first round
     barrier_expect(keys, T::KeyTile::kBytes);
     copy_tile(shared.keys(at.stage), launch.k, keys, tile * T::kKeys, work.kv_head, work.batch);
     barrier_wait(shared.values_empty(at.stage), at.parity ^ 1);
@@ -100,7 +100,7 @@ MLS_DEVICE void produce_keys(const HopperForwardLaunch& launch, const HopperForw
   }
 }
 
-// What a consumer warpgroup accumulates. Members named like registers of FlashAttention's S, P and O.
+// Registers of a consumer warpgroup: S, P and O in the notation of FlashAttention.
 template <class T>
 struct HopperForwardState {
   float scores[T::kKeys / 8][4];
@@ -109,7 +109,7 @@ struct HopperForwardState {
   RowStatistics rows;
 };
 
-// Starts scores = Q K^T.
+// Issues scores = Q K^T, without waiting.
 template <class T>
 MLS_DEVICE void issue_scores(HopperForwardState<T>& state, const typename T::QueryTile& queries,
                              const typename T::KeyTile& keys, int first_row) {
@@ -122,7 +122,7 @@ MLS_DEVICE void issue_scores(HopperForwardState<T>& state, const typename T::Que
   wgmma_commit();
 }
 
-// Starts out += P V.
+// Issues out += P V, without waiting.
 template <class T>
 MLS_DEVICE void issue_output(HopperForwardState<T>& state, const typename T::ValueTile& values) {
   hold(state.out);
@@ -168,9 +168,10 @@ struct HopperConsumer {
   }
 };
 
-// Consumer warpgroups issue their products in turn: while one's run, the others compute their softmax. Turn i
-// is named barrier 1 + i: the warpgroup before arrives, warpgroup i waits. (A warpgroup's number is asked for
-// anew each time: kept, it would cost a register.)
+// Ping-pong scheduling: consumer warpgroups issue their products in turn, so that the others compute their
+// softmax while the products of one run. The turn of warpgroup i is named barrier 1 + i: the previous
+// warpgroup arrives, warpgroup i waits. warpgroup() is recomputed at each use, because keeping its value
+// would cost a register.
 template <class T>
 struct Turn {
   static constexpr int kThreads = 2 * kWarpgroupSize;
@@ -185,13 +186,13 @@ struct Turn {
   MLS_DEVICE static void wait() {
     if constexpr (T::kTakesTurns) named_barrier_sync(1 + warpgroup(), kThreads);
   }
-  // Nobody waits for the turn after the last one.
+  // After the last tile no warpgroup waits for another turn.
   MLS_DEVICE static void pass(bool last_tile) {
     if (!last_tile || warpgroup() < T::kConsumers - 1) give(warpgroup() + 1);
   }
 };
 
-// One consumer warpgroup: all its keys, with products and softmax side by side.
+// Run by one consumer warpgroup: iterates over all its keys, with products and softmax overlapped.
 template <class T>
 MLS_DEVICE void consume_keys(HopperForwardState<T>& state, const HopperConsumer<T>& consumer,
                              const HopperForwardWork& work, int first_row) {
@@ -204,7 +205,7 @@ MLS_DEVICE void consume_keys(HopperForwardState<T>& state, const HopperConsumer<
   wgmma_wait<0>();
   hold(state.scores);
   release_stage(shared.keys_empty(0));
-  consumer.softmax(state, rescale, work.first_tile);  // out is still zero: nothing to rescale
+  consumer.softmax(state, rescale, work.first_tile);  // out is still zero, so nothing to rescale
   consumer.pack_probabilities(state);
   at.advance();
   int tile = work.first_tile + 1;
@@ -223,8 +224,8 @@ MLS_DEVICE void consume_keys(HopperForwardState<T>& state, const HopperConsumer<
     release_stage(shared.keys_empty(at.stage));
     consumer.softmax(state, rescale, tile);
     ++tile, at.advance();
-    // The wait for the next keys must stay here. ptxas moves the wait for the output product as far up as the
-    // nearest branch, and this one is the only branch between that wait and the softmax.
+    // The wait for the next keys must stay here: ptxas hoists the wait for the output product to the nearest
+    // branch, and this is the only branch between that wait and the softmax.
     if (tile < work.end_tile) barrier_wait(shared.keys_full(at.stage), at.parity);
     consumer.finish_output(state, shared.values_empty(before.stage));
     scale_row(state.out, 0, rescale[0]);
@@ -271,7 +272,7 @@ MLS_DEVICE void forward_block_sm90(const HopperForwardLaunch& launch, unsigned c
   }
 }
 
-// A block for each place of the order.
+// One block per place of the work order.
 template <class T>
 MLS_KERNEL(T::kThreads, 1)
 attention_forward_sm90(const MLS_GRID_CONSTANT HopperForwardLaunch launch) {
@@ -291,7 +292,7 @@ bool HopperForwardLaunch::describe() {
                          type, T::kKeys);
 }
 
-// As launch_hopper.
+// Returns what launch_hopper returns.
 template <class T>
 bool launch_forward_sm90(const ForwardParams& params, void* stream, const char** failure) {
   const auto& shape = params.shape;

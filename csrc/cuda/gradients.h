@@ -1,4 +1,4 @@
-// What backward kernels share: the queries that a tile of keys meets, and sums that go to memory.
+// Shared by the backward kernels: iterating over the queries that see a tile of keys, and writing gradients.
 #pragma once
 #include "cuda/key_interval.h"
 #include "cuda/run.h"
@@ -6,7 +6,8 @@
 
 namespace mls::cuda {
 
-// The log-sum-exp of a query in base 2; +inf where it sees no key at all: its probabilities are then 0.
+// The log-sum-exp of a query in base 2. It is +inf for a query that sees no key, so that its probabilities
+// are 0.
 MLS_DEVICE float lse_log2_of(const BackwardParams& params, int batch, int head, int query) {
   if (query >= params.shape.num_queries) return infinity();
   const float lse = params.lse.data[batch * params.lse.batch_stride + head * params.lse.head_stride +
@@ -20,7 +21,7 @@ MLS_DEVICE float delta_of(const BackwardParams& params, int batch, int head, int
                            query * params.delta.query_stride];
 }
 
-// What backward needs to know of a query besides its vectors.
+// Per-query data that backward needs besides the vectors q and dO.
 struct alignas(16) QueryRow {
   float lse_log2;
   float delta;
@@ -33,13 +34,13 @@ MLS_DEVICE QueryRow query_row(const BackwardParams& params, const Visibility& vi
           visibility.keys_of(query)};
 }
 
-// The query tiles of all heads of a group that see some of the keys of a tile.
+// Iterates over the query tiles, of all heads of a group, that see some of the keys of a tile.
 template <int kQueries, int kKeys>
 struct QueryTiles {
   const Visibility& visibility;
   int first_key, end_key, end_head;
   QueryInterval rows;
-  // The tile at hand; none is left where head == end_head.
+  // The current tile; the iteration is done when head == end_head.
   int head, first_query;
   bool masked = false;
 
@@ -68,7 +69,8 @@ struct QueryTiles {
       }
       const KeyBounds bounds = bounds_of_queries<kQueries>(visibility, first_query);
       if (bounds.misses(first_key, end_key)) continue;
-      // Keys beyond the tensor count as masked: their probability, exp(0 - lse), may be infinite.
+      // Keys beyond the end of the tensor count as masked: their scores are 0, and exp(0 - lse) may be
+      // infinite.
       masked = !bounds.covers(first_key, first_key + kKeys);
       return;
     }
@@ -80,8 +82,8 @@ MLS_DEVICE float* gradient_row(const TokenTensor<float>& tensor, int batch, int 
   return tensor.data + batch * tensor.batch_stride + head * tensor.head_stride + token * tensor.token_stride;
 }
 
-// The rows of a gradient of one head of one sequence: fp32 sums, or final results rounded to the inputs' type
-// (then `sums` is null).
+// The rows of a gradient for one head of one sequence: fp32 sums or, if `sums` is null, final results rounded
+// to the inputs' type.
 struct GradientRows {
   float* sums;
   uint16_t* rounded;
@@ -124,7 +126,7 @@ MLS_DEVICE void write_rows(const GradientRows& target, const float (&grad)[kTile
   }
 }
 
-// All threads of a block: the gradient of rows first_row.. that the block found nothing to add to.
+// Called by all threads of a block that found nothing to add to rows first_row.. of a gradient: zeroes them.
 template <int kRows, int kColumns, int kThreads>
 MLS_DEVICE void write_empty_rows(const GradientRows& target, int first_row) {
   if (target.accumulate) return;

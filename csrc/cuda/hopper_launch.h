@@ -1,4 +1,4 @@
-// How kernels that need compute capability 9.0a are started, and what is reported where they cannot run.
+// Launches kernels that need compute capability 9.0a, and reports why they cannot run.
 #pragma once
 #include <atomic>
 #include <string>
@@ -7,13 +7,15 @@
 
 namespace mls::cuda {
 
-// Why this thread's last launch used a kernel of compute capability 8.0 on Hopper; empty: nothing to report.
+// Why this thread's last launch used a kernel for compute capability 8.0 on Hopper; empty if there is nothing
+// to report.
 inline std::string& pending_fallback() {
   static thread_local std::string text;
   return text;
 }
 
-// What is to be reported, once: null when nothing is. The text stays valid until the thread's next call.
+// Returns the pending report and clears it; null if there is none. The text stays valid until the thread's
+// next call.
 inline const char* take_fallback() {
   static thread_local std::string taken;
   taken.swap(pending_fallback());
@@ -21,7 +23,7 @@ inline const char* take_fallback() {
   return taken.empty() ? nullptr : taken.c_str();
 }
 
-// Each kernel T is reported once per process: the fallback is slower and not wrong, and a training run makes
+// Each kernel T is reported once per process: the fallback is slower but correct, and a training run makes
 // the same call millions of times.
 template <class T>
 void report_fallback(const std::string& reason) {
@@ -29,18 +31,18 @@ void report_fallback(const std::string& reason) {
   if (is_reported.exchange(true)) return;
   pending_fallback() = "attention with head dim " + std::to_string(T::kHeadDim) +
                        " runs the kernel for compute capability 8.0 on this Hopper GPU, at about half the "
-                       "speed of Hopper's own: " +
+                       "speed of the Hopper kernel: " +
                        reason;
 }
 
-// Returns false, and starts nothing, where CUDA has no sm_90a code of the kernel or the driver refuses to
-// describe its tensors. The caller then starts the kernel for compute capability 8.0.
+// Returns false, without launching, if CUDA has no sm_90a code of the kernel or the driver refuses its tensor
+// maps. The caller then launches the kernel for compute capability 8.0.
 template <class T, class Kernel, class Arguments>
 bool launch_hopper(Kernel kernel, Dim3 blocks, int shared_bytes, void* stream, Arguments& arguments,
                    const char** failure) {
-  static const bool has_code = has_sm90a_code(kernel);  // T names the kernel
+  static const bool has_code = has_sm90a_code(kernel);  // T identifies the kernel
   if (!has_code || !arguments.template describe<T>()) {
-    report_fallback<T>(has_code ? tensor_map_refusal() : "this build holds no sm_90a code of it");
+    report_fallback<T>(has_code ? tensor_map_refusal() : "this build contains no sm_90a code for it");
     return false;
   }
   *failure = launch(kernel, blocks, T::kThreads, shared_bytes, stream, arguments);

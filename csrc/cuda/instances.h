@@ -1,4 +1,4 @@
-// Which kernels exist: the tile sizes of every head dim. Each .cu file compiles some of them.
+// The head dims for which kernels are compiled. Each .cu file compiles some of them.
 #pragma once
 #include "attention_params.h"
 #include "cuda/primitives/sm80.h"
@@ -6,7 +6,7 @@
 
 namespace mls::cuda {
 
-// D = head dim of q and k, Dv of v. Tests compile fewer.
+// D is the head dim of q and k, Dv that of v. Tests compile fewer.
 #if !defined(MLS_FOR_EACH_HEAD_DIM)
 #define MLS_FOR_EACH_HEAD_DIM(X) X(64, 64) X(80, 80) X(96, 96) X(128, 128) X(192, 128) X(256, 256)
 #endif
@@ -19,13 +19,13 @@ namespace mls::cuda {
 #define MLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(X) X(64, 64) X(128, 128)
 #endif
 
-// Bytes of shared memory for a block of the sm_80 kernels: what 8.0 has, and for the commonest head dim
-// what 8.6, 8.9 and 12.x have too (kernels/cuda.py refuses those GPUs the others).
+// Shared memory budget in bytes for a block of the sm_80 kernels: that of 8.0 or, for the most common head
+// dim, that of 8.6, 8.9 and 12.x (on those GPUs kernels/cuda.py refuses the other head dims).
 constexpr int shared_budget(int head_dim) {
   return (head_dim == 64 ? 99 : 163) * 1024;
 }
 
-// Each runs on the stream given and returns null, or what is wrong.
+// Each launches on `stream`. Returns null, or an error message.
 template <class Element, int kHeadDim, int kValueDim>
 const char* forward_sm80(const ForwardParams& params, void* stream);
 

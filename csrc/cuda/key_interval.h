@@ -1,4 +1,4 @@
-// Which keys of a tile a query sees: always one interval of them, so masks of every kind cost the same.
+// Which keys of a tile a query sees. They always form one interval, so all kinds of masks cost the same.
 #pragma once
 #include "attention_params.h"
 #include "cuda/primitives/sm80.h"
@@ -13,7 +13,7 @@ MLS_DEVICE int larger(int a, int b) {
   return a > b ? a : b;
 }
 
-// Keys [first, end); {0, 0} where there are none.
+// Keys [first, end); {0, 0} if there are none.
 struct KeyInterval {
   int first, end;
 
@@ -22,7 +22,7 @@ struct KeyInterval {
   }
 };
 
-// KeyMask in 32 bits: run_forward and run_backward refuse tiles where that could overflow.
+// KeyMask in 32-bit integers. check_shape refuses tiles for which they could overflow.
 struct Visibility {
   int num_queries, num_keys, band_lo, band_hi;
   const int32_t* range_begin;
@@ -47,8 +47,8 @@ struct Visibility {
   }
 };
 
-// Of a run of queries: [any_first, any_end) holds every key that one of them sees (and perhaps others),
-// [all_first, all_end) only keys that all of them see.
+// Bounds for a range of queries: [any_first, any_end) contains every key that at least one of them sees (and
+// perhaps others); [all_first, all_end) contains only keys that all of them see.
 struct KeyBounds {
   int any_first, any_end, all_first, all_end;
 
@@ -73,11 +73,11 @@ MLS_DEVICE KeyBounds reduce_over_warp(KeyBounds bounds) {
   return bounds;
 }
 
-// Every lane of the warp gets the same answer, and every warp that asks.
+// Called by whole warps. All lanes and all warps get the same result.
 template <int kRows>
 MLS_DEVICE KeyBounds bounds_of_queries(const Visibility& visibility, int first_row) {
   const int last_row = smaller(first_row + kRows, visibility.num_queries) - 1;
-  if (visibility.range_begin == nullptr) {  // a band moves right with the rows
+  if (visibility.range_begin == nullptr) {  // a band shifts right by one key per row
     return {larger(first_row + visibility.band_lo, 0),
             smaller(last_row + visibility.band_hi + 1, visibility.num_keys),
             larger(last_row + visibility.band_lo, 0),
@@ -95,7 +95,7 @@ MLS_DEVICE KeyBounds bounds_of_queries(const Visibility& visibility, int first_r
   return reduce_over_warp(bounds);
 }
 
-// Queries [first, end) hold every one that sees a key in [first_key, end_key), and perhaps others.
+// Queries [first, end) include every query that sees a key in [first_key, end_key), and perhaps others.
 struct QueryInterval {
   int first, end;
 };

@@ -1,6 +1,5 @@
-// Tiles that tensor copies write and wgmma reads: panels of 64 columns under the 128-byte swizzle. Of a
-// number of columns that is no multiple of 64, the last panel is filled up with zeros, which wgmma never
-// reads.
+// Tiles that TMA copies write and wgmma reads: panels of 64 columns with the 128-byte swizzle. If the number
+// of columns is not a multiple of 64, the last panel is padded with zeros, which wgmma never reads.
 #pragma once
 #include "cuda/primitives/sm90.h"
 
@@ -17,7 +16,7 @@ struct PanelTile {
 
   unsigned char* base;  // 1024-byte aligned
 
-  // An operand whose k runs along the columns: rows first_row.., columns k..k+15.
+  // An operand whose k dimension runs along the columns: rows first_row.., columns k..k+15.
   MLS_DEVICE uint64_t along_columns(int first_row, int k) const {
     return matrix_descriptor(base + first_row * kSwizzleRowBytes,
                              k / kSwizzleColumns * kPanelBytes + k % kSwizzleColumns * 2, kPanelBytes);
@@ -25,8 +24,8 @@ struct PanelTile {
   MLS_DEVICE unsigned char* chunk(int row, int chunk) const {
     return base + chunk / 8 * kPanelBytes + row * kSwizzleRowBytes + (chunk % 8 ^ row % 8) * 16;
   }
-  // An operand whose k runs along the rows: rows k..k+15, columns from first_column on: whole panels, or
-  // columns of one panel.
+  // An operand whose k dimension runs along the rows: rows k..k+15, columns from first_column on, which are
+  // whole panels or columns of one panel.
   MLS_DEVICE uint64_t along_rows(int first_column, int k) const {
     return matrix_descriptor(
         base + first_column / kSwizzleColumns * kPanelBytes + first_column % kSwizzleColumns * 2,
@@ -34,9 +33,9 @@ struct PanelTile {
   }
 };
 
-// Starts sums += 16 columns of A, in registers, times rows k..k+15 of a tile, all of its columns. Whole
-// panels make one product, and what is left of the last panel another: CUTLASS makes operands of whole panels
-// alone, and nothing says how the hardware would take one and a half.
+// Issues sums += 16 columns of A, in registers, times rows k..k+15 of a tile, all of its columns. Whole
+// panels form one product, and the rest of the last panel another: CUTLASS only uses operands of whole
+// panels, and it is undocumented how the hardware handles one and a half.
 template <class Element, class Tile>
 MLS_DEVICE void multiply_by_rows(float (&sums)[Tile::kColumns / 8][4], const uint32_t (&a)[4],
                                  const Tile& tile, int k) {
@@ -48,7 +47,7 @@ MLS_DEVICE void multiply_by_rows(float (&sums)[Tile::kColumns / 8][4], const uin
         reinterpret_cast<float (&)[kRest / 8][4]>(sums[kWhole / 8]), a, tile.along_rows(kWhole, k), 1);
 }
 
-// fp32 sums on their way to global memory: panels of 32 columns under the same swizzle.
+// fp32 sums to be added to global memory: panels of 32 columns with the same swizzle.
 template <int kRows_, int kColumns_>
 struct FloatPanelTile {
   static constexpr int kRows = kRows_;
@@ -61,8 +60,8 @@ struct FloatPanelTile {
   unsigned char* base;  // 1024-byte aligned
 };
 
-// Writes a warp's fragments, times `factor`, as rows first_row.. of a tile. Odd rows of a fragment trade
-// tiles j and j ^ 2: of the four rows that half a warp stores at once, no two then meet in a bank.
+// Writes a warp's fragments, times `factor`, as rows first_row.. of a tile. Odd rows of a fragment swap tiles
+// j and j ^ 2, so that the four rows that half a warp stores in one access use different banks.
 template <class Tile, int kTiles>
 MLS_DEVICE void store_fragments(const Tile& tile, const float (&x)[kTiles][4], int first_row, float factor) {
   constexpr int kPanelTiles = Tile::kPanelColumns / 8;
@@ -82,7 +81,7 @@ MLS_DEVICE void store_fragments(const Tile& tile, const float (&x)[kTiles][4], i
   }
 }
 
-// Copies tokens first_token.. of one head into a tile. One thread calls it, once it has made `full` expect
+// Copies tokens first_token.. of one head into a tile. Called by one thread, after it has made `full` expect
 // Tile::kBytes.
 template <class Tile>
 MLS_DEVICE void copy_tile(const Tile& tile, const TensorMap& map, Barrier* full, int first_token, int head,
@@ -93,13 +92,14 @@ MLS_DEVICE void copy_tile(const Tile& tile, const TensorMap& map, Barrier* full,
                 batch);
 }
 
-// A warp is done with what `empty` guards: all of its lanes, before one of them says so.
+// Signals that a warp is done with what `empty` guards: after all lanes have reached this point, one arrives.
 MLS_DEVICE void arrive_as_warp(Barrier* empty) {
   sync_warp();
   if (lane_id() == 0) barrier_arrive(empty);
 }
 
-// A ring of stages that a producer fills and consumers drain: the stage and the parity of one use.
+// Position in a ring buffer that a producer fills and consumers drain: the stage, and the parity of its
+// barriers.
 template <int kStages>
 struct RingPosition {
   int stage = 0;

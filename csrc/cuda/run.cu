@@ -9,7 +9,7 @@
 namespace mls::cuda {
 namespace {
 
-// 10 * major + minor of the current device; 0 with `failure` set where there is none.
+// 10 * major + minor of the current device; 0, with `failure` set, if there is none.
 int current_capability(const char** failure) {
   int device = 0, major = 0, minor = 0;
   cudaError_t status = cudaGetDevice(&device);
@@ -23,8 +23,7 @@ int current_capability(const char** failure) {
 
 constexpr const char* kNoKernel =
     "no CUDA kernel: it takes compute capability 8.0 and later, bfloat16 or float16, and head dims 64, 80, "
-    "96, "
-    "128, 192 with value dim 128, or 256";
+    "96, 128, 192 with value dim 128, or 256";
 
 const KernelEntry* choose(const AttentionShape& shape, ElementType element_type, const char** failure) {
   if ((*failure = check_shape(shape)) != nullptr) return nullptr;

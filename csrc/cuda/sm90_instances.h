@@ -1,12 +1,12 @@
-// Defines forward_sm90: the head dims that have kernels of their own on Hopper.
+// Defines forward_sm90 for the head dims that have a Hopper kernel.
 #pragma once
 #include "cuda/forward_sm90.h"
 #include "cuda/instances.h"
 
 namespace mls::cuda {
 
-// Consumer warpgroups, keys a tile. Where short rows leave registers and shared memory, a third warpgroup
-// uses each tile of keys once more; at D = 256 fewer keys fit.
+// Consumer warpgroups, keys per tile. With short rows, registers and shared memory suffice for a third
+// warpgroup that reuses each tile of keys; at D = 256 fewer keys fit.
 template <int kHeadDim, int kValueDim>
 struct HopperForwardSizes {
   static constexpr int kConsumers = 2, kKeys = 128;

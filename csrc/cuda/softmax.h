@@ -6,13 +6,14 @@
 
 namespace mls::cuda {
 
-// Of the two rows that a thread holds in each 16-row tile. `sum` is this thread's part until finish().
+// Statistics of the two rows that a thread holds in each 16-row tile. `sum` covers only the columns of this
+// thread until finish().
 struct RowStatistics {
   float max[2] = {-infinity(), -infinity()};  // of raw scores
   float sum[2] = {0.0f, 0.0f};
 };
 
-// Scores of 16 queries from first_query on: -inf for keys that a query does not see.
+// Masks the scores of 16 queries from first_query on: -inf for keys that a query does not see.
 template <int kTiles>
 MLS_DEVICE void mask_scores(float (&scores)[kTiles][4], const Visibility& visibility, int first_query,
                             int first_key) {
@@ -37,7 +38,7 @@ MLS_DEVICE void scale_row(float (&x)[kTiles][4], int row, float factor) {
   }
 }
 
-// Over the four lanes that share a row.
+// Reduction over the four lanes that share a row.
 MLS_DEVICE float row_max(float x) {
   x = fmaxf(x, shuffle_xor(x, 1));
   return fmaxf(x, shuffle_xor(x, 2));
@@ -48,7 +49,7 @@ MLS_DEVICE float row_sum(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// Turns raw scores into unnormalised probabilities; rescale[r] is what earlier sums of row r now count.
+// Turns raw scores into unnormalised probabilities. rescale[r] is the factor for earlier sums of row r.
 template <int kTiles>
 MLS_DEVICE void online_softmax(float (&scores)[kTiles][4], RowStatistics& rows, float (&rescale)[2],
                                float scale_log2) {
@@ -74,14 +75,14 @@ MLS_DEVICE void online_softmax(float (&scores)[kTiles][4], RowStatistics& rows, 
   }
 }
 
-// How a finished row goes to memory: out = new_weight * row + old_weight * what is there.
+// How a finished row is merged with the stored one: out = new_weight * row + old_weight * stored.
 struct RowMerge {
   float new_weight, old_weight, lse;
 };
 
-// `old_lse` is -inf where nothing is merged.
+// `old_lse` is -inf if there is nothing to merge with.
 MLS_DEVICE RowMerge merge_row(float max, float sum, float old_lse, float scale_log2) {
-  if (!(sum != 0.0f)) return {0.0f, 1.0f, old_lse};  // no key here; NaN goes on
+  if (!(sum != 0.0f)) return {0.0f, 1.0f, old_lse};  // saw no key; NaN propagates
   const float lse = (max * scale_log2 + log2_approx(sum)) * kLn2;
   if (old_lse == -infinity()) return {1.0f / sum, 0.0f, lse};
   const float top = fmaxf(old_lse, lse);
@@ -90,7 +91,7 @@ MLS_DEVICE RowMerge merge_row(float max, float sum, float old_lse, float scale_l
   return {new_part / (both * sum), old_part / both, top + log2_approx(both) * kLn2};
 }
 
-// The result rows of one head of one sequence: out in fp32, or rounded, the other one null.
+// The result rows of one head of one sequence: `out` in fp32, or `rounded_out`; the other is null.
 struct OutputRows {
   float* out;
   uint16_t* rounded_out;
@@ -111,7 +112,7 @@ struct OutputRows {
         scale_log2(params.softmax_scale * kLog2e) {}
 };
 
-// Writes row `half` of a fragment as row `query`, or merges it with what is there. A whole warp calls it.
+// Writes row `half` of a fragment to row `query`, or merges it with the stored row. Called by a whole warp.
 template <class Element, int kTiles>
 MLS_DEVICE void store_row(const OutputRows& target, const float (&out)[kTiles][4], const RowStatistics& rows,
                           int half, int query) {
@@ -119,7 +120,7 @@ MLS_DEVICE void store_row(const OutputRows& target, const float (&out)[kTiles][4
   const bool inside = query < target.num_queries;
   float* lse = target.lse + query * target.lse_stride;
   const float old_lse = inside && target.accumulate ? *lse : -infinity();
-  sync_warp();  // four lanes read it before one of them writes it
+  sync_warp();  // four lanes read old_lse before one of them overwrites it
   if (!inside) return;
   const RowMerge merge = merge_row(rows.max[half], sum, old_lse, target.scale_log2);
   const bool keep = old_lse != -infinity();
@@ -127,7 +128,7 @@ MLS_DEVICE void store_row(const OutputRows& target, const float (&out)[kTiles][4
   MLS_UNROLL
   for (int j = 0; j < kTiles; ++j) {
     FloatPair value{out[j][2 * half] * merge.new_weight, out[j][2 * half + 1] * merge.new_weight};
-    if (target.rounded_out != nullptr) {  // final, so nothing is there to merge with
+    if (target.rounded_out != nullptr) {  // final, so there is nothing to merge with
       store_pair<Element>(target.rounded_out + row + fragment_column(j, 0), value);
       continue;
     }

@@ -1,13 +1,13 @@
-// Tiles of 16-bit numbers in shared memory, and the fragments that mma.m16n8k16 takes from them.
+// Tiles of 16-bit numbers in shared memory, and the mma.m16n8k16 fragments loaded from them.
 #pragma once
 #include "attention_params.h"
 #include "cuda/primitives/sm80.h"
 
 namespace mls::cuda {
 
-// kRows x kColumns elements. A row is an odd number of 16-byte chunks long, so the eight rows that ldmatrix
-// reads at once lie in different banks, and every address is a lane's own plus a constant (an XOR swizzle
-// would save the padding but costs a register for each of its addresses).
+// kRows x kColumns elements. Rows are padded to an odd number of 16-byte chunks, so that the eight rows that
+// one ldmatrix reads are in different banks, and every address is a per-lane base plus a constant. (An XOR
+// swizzle would save the padding but cost a register for each of its addresses.)
 template <int kRows_, int kColumns_>
 struct SharedTile {
   static constexpr int kRows = kRows_;
@@ -37,10 +37,11 @@ MLS_DEVICE TokenRows rows_of(const TokenTensor<const void>& tensor, int batch, i
           tensor.token_stride, num_rows};
 }
 
-// Starts the copy of rows first_row.. into the tile; rows beyond the tensor become zeros.
+// Starts an asynchronous copy of rows first_row.. into the tile. Rows beyond the end of the tensor become
+// zeros.
 template <int kThreads, class Tile>
 MLS_DEVICE void load_tile(const Tile& tile, const TokenRows& rows, int first_row) {
-  MLS_NO_UNROLL  // unrolled, its addresses would push accumulators out of the registers
+  MLS_NO_UNROLL  // unrolled, its addresses would make accumulators spill
       for (int i = static_cast<int>(thread_index().x); i < Tile::kRows * Tile::kChunks; i += kThreads) {
     const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
     const bool valid = first_row + row < rows.num_rows;
@@ -49,7 +50,7 @@ MLS_DEVICE void load_tile(const Tile& tile, const TokenRows& rows, int first_row
   }
 }
 
-// The A fragment of rows row.. and columns k.. of a tile.
+// The A fragment at rows row.. and columns k.. of a tile.
 template <class Tile>
 MLS_DEVICE void load_a(uint32_t (&a)[4], const Tile& tile, int row, int k) {
   const int lane = lane_id();
@@ -63,8 +64,8 @@ MLS_DEVICE void load_a_transposed(uint32_t (&a)[4], const Tile& tile, int row, i
   ldmatrix_x4_transposed(a, tile.chunk(k + (lane & 7) + (lane >> 4) * 8, row / 8 + (lane >> 3 & 1)));
 }
 
-// B fragments of columns column..+15 and k.. ; b[0..1] are the first eight columns'. kByColumn: the tile is
-// stored column by k (as K is for Q K^T); otherwise k by column (as V is for P V).
+// B fragments of columns column..column+15 and k..; b[0..1] belong to the first eight columns. kByColumn: the
+// tile is stored column by k (like K in Q K^T); otherwise k by column (like V in P V).
 template <bool kByColumn, class Tile>
 MLS_DEVICE void load_b(uint32_t (&b)[4], const Tile& tile, int column, int k) {
   const int lane = lane_id();
@@ -75,8 +76,8 @@ MLS_DEVICE void load_b(uint32_t (&b)[4], const Tile& tile, int column, int k) {
   }
 }
 
-// An accumulator of 16 x (8 kTiles): element e of tile j belongs to row lane / 4 + (e / 2) * 8 and column
-// 8 j + (lane % 4) * 2 + e % 2.
+// Layout of an accumulator of 16 x (8 kTiles): element e of tile j belongs to row lane / 4 + (e / 2) * 8 and
+// column 8 j + (lane % 4) * 2 + e % 2.
 MLS_DEVICE int fragment_row(int element) {
   return (lane_id() >> 2) + (element >> 1) * 8;
 }
@@ -94,7 +95,7 @@ MLS_DEVICE void set_zero(float (&x)[kTiles][4]) {
   }
 }
 
-// Columns 16 step.. of an accumulator, as the A fragment of the next product.
+// Columns 16 * step.. of an accumulator, converted to the A fragment of the next product.
 template <class Element, int kTiles>
 MLS_DEVICE void to_a(uint32_t (&a)[4], const float (&x)[kTiles][4], int step) {
   a[0] = pack<Element>(x[2 * step][0], x[2 * step][1]);
@@ -132,13 +133,13 @@ struct alignas(16) FourFloats {
   float values[4];
 };
 
-// Two neighbouring numbers, rounded to 16 bits.
+// Two adjacent numbers, rounded to 16 bits.
 template <class Element>
 MLS_DEVICE void store_pair(uint16_t* target, FloatPair value) {
   *reinterpret_cast<uint32_t*>(target) = pack<Element>(value.x, value.y);
 }
 
-// The first row of one head of one sequence; null where there is no tensor.
+// The first row of one head of one sequence; null if the tensor is absent.
 template <class T>
 MLS_DEVICE T* rows_at(const TokenTensor<T>& tensor, int batch, int head) {
   return tensor.data == nullptr ? nullptr

@@ -1,4 +1,4 @@
-// The order in which the blocks of a Hopper launch take their work.
+// The order in which the blocks of a Hopper launch are assigned their work.
 #pragma once
 #include "attention_params.h"
 #include "cuda/primitives/sm80.h"
@@ -6,19 +6,19 @@
 namespace mls::cuda {
 
 // The work of a launch is every tile of every unit, where a unit is one head of one sequence. Blocks start in
-// the order of their index, so the order decides two things:
+// the order of their index, so the order determines two things:
 //
-// - The load of the multiprocessors. Under a causal mask tiles differ in length. All units' longest tiles
-// come
-//   first and all units' shortest last, so that no multiprocessor starts a long tile when the others finish.
-// - The use of the L2 cache. Only as many units are side by side as fit into it with what they read again and
-//   again (forward: K and V); the next units follow when those are done.
+// - Load balance of the multiprocessors. Under a causal mask tiles differ in cost. The longest tiles of all
+//   units come first and the shortest last, so that no multiprocessor starts a long tile when the others
+//   finish.
+// - Reuse of the L2 cache. Only as many units run side by side as fit into it with the data that their blocks
+//   read repeatedly (forward: K and V). The next units follow when those are done.
 struct WorkOrder {
   int num_tiles, num_units, units_side_by_side;
 
   struct Place {
     int unit;
-    int tile;  // 0 starts first
+    int tile;  // 0 is started first
   };
 
   MLS_DEVICE Place place(int index) const {
@@ -28,11 +28,11 @@ struct WorkOrder {
     return {first_unit + within % width, within / width};
   }
 
-  // Blocks of a launch that gives each block one tile.
+  // The grid of a launch with one tile per block.
   Dim3 blocks() const { return Dim3(static_cast<unsigned>(num_tiles) * static_cast<unsigned>(num_units)); }
 };
 
-// Of the 50 MB of L2 cache of capability 9.0. Tests take less.
+// Budget, out of the 50 MB of L2 cache of compute capability 9.0. Tests use less.
 #if !defined(MLS_CACHED_BYTES)
 #define MLS_CACHED_BYTES (32 << 20)
 #endif
@@ -41,7 +41,7 @@ constexpr int64_t kMaxBlocks = 0x7fffffff;
 constexpr const char* kTooManyBlocks =
     "B * H * Sq is too large for one launch: use fewer heads or sequences per call";
 
-// Null, or what is wrong. `cached_bytes`: what the blocks of one unit read again and again.
+// Returns null, or an error message. `cached_bytes`: data that the blocks of one unit read repeatedly.
 inline const char* make_order(WorkOrder* order, int64_t num_tiles, int64_t num_units, int64_t cached_bytes) {
   if (num_tiles * num_units > kMaxBlocks) return kTooManyBlocks;
   int64_t width = cached_bytes > 0 ? kCachedBytes / cached_bytes : num_units;

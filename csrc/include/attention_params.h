@@ -1,4 +1,5 @@
-// One attention tile in plain structs: the interface between the bindings and the kernels (CPU and CUDA).
+// The parameters of one attention tile as plain structs: the interface between the bindings and the kernels
+// (CPU and CUDA).
 #pragma once
 #include <cstdint>
 
@@ -54,7 +55,7 @@ struct ForwardParams {
   KeyMask mask;
   float softmax_scale;
   bool accumulate;  // (out, lse) hold a partial result to merge with; otherwise they are uninitialised
-  TokenTensor<uint16_t> rounded_out;  // the final output, in the inputs' type; out is then null
+  TokenTensor<uint16_t> rounded_out;  // final output in the inputs' type, if requested; out is then null
 };
 
 struct BackwardParams {
@@ -66,11 +67,11 @@ struct BackwardParams {
   KeyMask mask;
   float softmax_scale;
   bool accumulate;  // add to dq, dk and dv; otherwise they are uninitialised (on CUDA see cuda/run.h)
-  // The final gradients, in the inputs' type. Where one of them is given, its fp32 counterpart is null.
+  // Final gradients in the inputs' type. If one is given, its fp32 counterpart is null.
   TokenTensor<uint16_t> rounded_dq, rounded_dk, rounded_dv;
 };
 
-// delta, the sums of out * dout over Dv. Both are (Sq, B, H, Dv), and may have different types.
+// delta, the sums of out * dout over Dv. Both tensors are (Sq, B, H, Dv) and may have different types.
 struct DeltaParams {
   int64_t num_queries, batch, num_heads, value_dim;
   ElementType out_type, dout_type;

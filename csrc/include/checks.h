@@ -1,5 +1,5 @@
-// The only way in which C++ code of this package refuses its arguments: the value, then the rule that it
-// breaks.
+// Argument checks. All C++ code of this package reports invalid arguments with MLS_CHECK: the value, then the
+// rule.
 #pragma once
 #include <sstream>
 #include <stdexcept>

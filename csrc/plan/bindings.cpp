@@ -1,4 +1,4 @@
-// megatron_lightseq._plan: the solver of `balanced` in C++. No torch in it.
+// megatron_lightseq._plan: the C++ solver of the `balanced` method. It does not use torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -32,7 +32,8 @@ py::bytes plan(std::vector<Row> rows, int64_t grain, double query, double key, d
   if (grain < 1 || num_steps < 3 || nodes.empty() || rows.empty() ||
       rows.size() % (nodes.size() * static_cast<size_t>(grain)))
     throw std::invalid_argument(
-        "plan: rows are grain per piece, pieces as many as nodes or a multiple, and steps at least 3");
+        "plan: there must be `grain` rows per piece, a multiple of the number of nodes as pieces, and 3 "
+        "steps or more");
   py::gil_scoped_release release;
   const Assignment assignment = solve(std::move(rows), grain, {query, key, far}, nodes, target, tolerance);
   const std::vector<Timed> timed = stage(assignment, num_steps, edge, nodes);
@@ -44,7 +45,7 @@ py::bytes plan_documents(const std::vector<int64_t>& documents, int64_t grain, i
                          double query, double key, double far, const std::vector<int64_t>& nodes,
                          double target, double tolerance, int64_t num_steps, double edge) {
   if (documents.size() < 2 || documents.front() != 0 || grain < 1 || batch_rows < 1 || nodes.empty())
-    throw std::invalid_argument("plan_documents: borders begin with 0 and end with the sequence length");
+    throw std::invalid_argument("plan_documents: borders must begin with 0 and end with the sequence length");
   const std::vector<int64_t> borders = row_borders(documents.back(), batch_rows * nodes.size(), grain);
   return plan(rows_of_documents(documents, borders), grain, query, key, far, nodes, target, tolerance,
               num_steps, edge);
@@ -57,7 +58,8 @@ py::bytes plan_rows(const std::vector<PythonRow>& given, int64_t grain, double q
   rows.reserve(given.size());
   for (const auto& [start, stop, edges, sums, shared, document, density] : given) {
     if (edges.size() < 2 || edges.size() != sums.size())
-      throw std::invalid_argument("plan_rows: a row has as many sums as edges, two at least");
+      throw std::invalid_argument(
+          "plan_rows: a row must have as many sums as edges, and at least two of each");
     rows.push_back({start, stop, edges, sums, shared, document, density});
   }
   return plan(std::move(rows), grain, query, key, far, nodes, target, tolerance, num_steps, edge);
@@ -66,7 +68,7 @@ py::bytes plan_rows(const std::vector<PythonRow>& given, int64_t grain, double q
 }  // namespace
 
 PYBIND11_MODULE(_plan, module) {
-  module.doc() = "Plans of the `balanced` method: who computes which block at which step.";
+  module.doc() = "Plans for the `balanced` method: which rank computes which block at which step.";
   const char* result =
       "Blocks as int64 (step, rank, q_start, q_stop, k_start, k_stop, area), in tokens of the sequence.";
   module.def("plan_documents", &plan_documents, py::arg("documents"), py::arg("grain"), py::arg("batch_rows"),

@@ -1,4 +1,4 @@
-// What a mask asks of every row of work; megatron_lightseq/schedule/balance/rows.py says what a row is.
+// The work that a mask requires in every row. megatron_lightseq/schedule/balance/rows.py defines rows.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,7 +13,7 @@ struct Row {
   int64_t taken = 0;
   bool given = false;
 
-  // Pairs with keys before `position`, linear between two edges.
+  // Number of pairs with keys before `position`, interpolated linearly between edges.
   int64_t before(int64_t position) const {
     if (position >= edges.back()) return sums.back();
     if (position < edges.front()) return 0;
@@ -27,14 +27,15 @@ struct Row {
   int64_t length() const { return stop - start; }
 };
 
-// Tokens that all cuts are multiples of: the largest divisor of the piece up to 64, and less on short pieces.
+// Every cut is at a multiple of this many tokens: the largest divisor of the piece length up to 64, or less
+// for short pieces.
 inline int64_t quantum_of(int64_t piece_length) {
   int64_t quantum = std::max<int64_t>(1, std::min<int64_t>(64, piece_length / 64));
   while (piece_length % quantum) --quantum;
   return quantum;
 }
 
-// Where rows begin and end: every one of `num_pieces` equal pieces of the sequence cut into `grain` rows.
+// The borders of all rows: each of `num_pieces` equal pieces of the sequence is cut into `grain` rows.
 inline std::vector<int64_t> row_borders(int64_t seq_length, int64_t num_pieces, int64_t grain) {
   const int64_t length = seq_length / num_pieces, quantum = quantum_of(length);
   std::vector<int64_t> borders;
@@ -46,7 +47,7 @@ inline std::vector<int64_t> row_borders(int64_t seq_length, int64_t num_pieces, 
   return borders;
 }
 
-// Packed causal documents: one pass over documents and rows.
+// Rows for packed causal documents, in one pass over documents and rows.
 inline std::vector<Row> rows_of_documents(const std::vector<int64_t>& documents,
                                           const std::vector<int64_t>& borders) {
   std::vector<Row> rows;

@@ -172,7 +172,8 @@ class Solver {
     }
   }
 
-  // How many of the last rows hold what is wanted, with their pairs and tokens.
+  // The number of rows, counted from the last, that together hold at least `want` pairs. Adds up their pairs
+  // in `moved` and their tokens in `tokens`.
   template <class Pairs>
   size_t last_rows(const Numbers& numbers, double want, int64_t& moved, int64_t& tokens, Pairs pairs) {
     size_t count = 0;

@@ -1,5 +1,6 @@
-// Who computes what; megatron_lightseq/schedule/balance/solve.py explains the algorithm and is this file's
-// oracle: every operation is the same and in the same order, so that both make the same plan bit for bit.
+// Decides which rank computes what. megatron_lightseq/schedule/balance/solve.py explains the algorithm and
+// is the oracle of this file: operations and their order are the same, so both produce the same plan bit for
+// bit.
 #pragma once
 #include <cstdint>
 #include <utility>

@@ -10,8 +10,8 @@ namespace {
 
 // --- blocks ----------------------------------------------------------------------------------------------
 
-// `count` rows from `first` on against the keys of [start, stop), cut where the keys change their owner, and
-// to what rows see.
+// Makes blocks of `count` rows from `first` on against the keys [start, stop), cut where the owner of the
+// keys changes and clipped to the keys that the rows see.
 void by_key_piece(const Row* first, size_t count, int64_t start, int64_t stop, int64_t length,
                   std::vector<Block>& out) {
   const int64_t quantum = quantum_of(length);
@@ -117,7 +117,7 @@ Parts cut_in_row(const Block& block, size_t i, double share, int64_t quantum) {
   return parts;
 }
 
-// The block cut between two queries, as near to `area` pairs as multiples of `quantum` queries allow.
+// Cuts the block between two queries, as near to `area` pairs as multiples of `quantum` queries allow.
 Parts cut(const Block& block, double area, int64_t quantum) {
   int64_t filled = 0;
   for (size_t i = 0; i < block.areas.size(); ++i) {
@@ -172,8 +172,8 @@ class Stage {
   std::vector<Timed> take() { return std::move(out_); }
 
  private:
-  // Puts the blocks that hold the first `area` pairs into step 0 and those behind into `rest`; the area of
-  // the first.
+  // Puts the blocks that hold the first `area` pairs into step 0 and the others into `rest`. Returns the area
+  // of step 0.
   double cut_head(const std::vector<Block>& own, double area, int64_t rank, std::vector<Block>& rest) {
     double filled = 0;
     size_t i = 0;
@@ -209,7 +209,8 @@ class Stage {
     out_.push_back({step, rank, std::move(block)});
   }
 
-  // Near inputs first, among them what has to go home.
+  // Sort key: blocks whose inputs are on the same node first and, among those, blocks whose results go to
+  // another rank.
   std::tuple<bool, bool, int64_t, int64_t, int64_t> order(const Block& block, int64_t rank) const {
     const int64_t q_rank = owner(block.q_start()), k_rank = owner(block.k_start);
     const bool far = nodes_[q_rank] != nodes_[rank] || nodes_[k_rank] != nodes_[rank];

@@ -1,5 +1,5 @@
-// An assignment as rectangles, and when each is computed; blocks.py and steps.py of
-// megatron_lightseq/schedule/balance are the oracles.
+// Turns an assignment into rectangles and decides when each is computed. Their oracles are blocks.py and
+// steps.py in megatron_lightseq/schedule/balance.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -26,7 +26,7 @@ struct Timed {
   Block block;
 };
 
-// All blocks, by rank and, within a rank, in the order in which they were given a step.
+// All blocks, ordered by rank and, within a rank, by when they were assigned a step.
 std::vector<Timed> stage(const Assignment& assignment, int64_t num_steps, double edge,
                          const std::vector<int64_t>& nodes);
 

@@ -1,4 +1,4 @@
-// AMX instructions in plain C++, for tests on processors without AMX (they need AVX-512 all the same). Slow.
+// AMX instructions in plain C++, for tests on processors without AMX (AVX-512 is still required). Slow.
 #pragma once
 #include "cpu/simd.h"
 
@@ -11,8 +11,8 @@ struct AmxTileConfig {
   uint8_t rows[16] = {};
 };
 
-// The tile registers. Unlike the real ones they hold NaN after configuration, so that reading a tile before
-// writing it is noticed.
+// The tile registers. Unlike hardware, they hold NaN after configuration, so that reading a tile before
+// writing it is detected.
 struct alignas(64) EmulatedTile {
   uint32_t words[16][16];
 };

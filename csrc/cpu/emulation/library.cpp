@@ -1,4 +1,5 @@
-// The AMX kernels with emulated instructions, as a library that tests load: one C function per direction.
+// The AMX kernels compiled with emulated instructions, as a library that tests load: one C function per
+// direction.
 #define MLS_EMULATE_AMX
 #include <cstdlib>
 #include <memory>
@@ -9,7 +10,7 @@
 namespace mls::cpu {
 namespace {
 
-// All tasks one after the other, in memory that holds NaN before.
+// Runs all tasks in order, in scratch memory that is filled with NaN.
 template <class RunTask>
 void run_tasks(const Workload& work, RunTask run_task) {
   constexpr size_t kPage = 4096;

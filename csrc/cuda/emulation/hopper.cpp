@@ -8,14 +8,15 @@
 namespace mls::emu {
 namespace {
 
-constexpr int kRowBytes = 128;  // of a swizzled panel
+constexpr int kRowBytes = 128;  // one row of a swizzled panel
 
-// The 128-byte swizzle: 16-byte chunks of a row change places by the row's number in its group of eight.
+// The 128-byte swizzle: the index of a 16-byte chunk in its row is XORed with the index of the row in its
+// group of eight.
 size_t swizzled(size_t offset) {
   return offset ^ (offset >> 7 & 7) << 4;
 }
 
-// Where element e of the fragment (j, e) of thread t stands in a 64-row accumulator.
+// Position of element e of fragment (j, e) of thread t in a 64-row accumulator.
 int fragment_row(int thread, int element) {
   return thread / 32 * 16 + thread % 32 / 4 + element / 2 * 8;
 }
@@ -87,10 +88,10 @@ void Hopper::barrier_arrive(const void* pointer, int transaction_bytes) {
   barrier.transaction_bytes += transaction_bytes;
   const int phase = barrier.phase;
   advance(barrier);
-  if (barrier.phase != phase) block.yield();  // whoever waited may go first
+  if (barrier.phase != phase) block.yield();  // waiting threads may run first
 }
 
-// Until the phase of this parity has been completed.
+// Waits until the phase of this parity has completed.
 void Hopper::barrier_wait(const void* pointer, int parity) {
   Barrier& barrier = find(pointer);
   while (barrier.phase == parity) block.sleep(barrier.waiters);
@@ -113,7 +114,7 @@ void Hopper::land_sometimes() {
   if (!copies.empty() && laziness != 0 && block.random() % laziness == 0) land_one();
 }
 
-// Lands a copy in flight, any of them. False: none is.
+// Completes one of the pending copies, chosen at random. Returns false if there is none.
 bool Hopper::land_one() {
   if (copies.empty()) return false;
   const size_t chosen = block.random() % copies.size();
@@ -153,7 +154,7 @@ void Hopper::tensor_reduce_add(const TensorMap& map, const void* source, std::ar
   const size_t bytes = static_cast<size_t>(map.rows) * kRowBytes;
   if (reduction.source % 1024) block.fail("tensor reduction: a swizzled source must be 1024-byte aligned");
   if (reduction.source + bytes > block.shared_bytes()) block.fail("tensor reduction beyond shared memory");
-  if (map.strides[0] != 4) block.fail("tensor reduction: the emulator adds fp32 alone");
+  if (map.strides[0] != 4) block.fail("tensor reduction: the emulator supports fp32 only");
   if (block.random() % 2) reduce(reduction);
   reductions.push_back(reduction);
 }
@@ -163,13 +164,13 @@ void Hopper::tensor_reduce_commit() {
     if (reduction.thread == block.thread()) reduction.committed = true;
 }
 
-// Lets other warps go on, for long in some blocks.
-void Hopper::dawdle(unsigned turns) {
+// Lets other warps run, for a long time in some blocks.
+void Hopper::let_others_run(unsigned turns) {
   for (unsigned turn = 0; turn < turns; ++turn) block.yield();
 }
 
 void Hopper::tensor_reduce_wait_read() {
-  dawdle(reduction_patience);  // others may spoil what was not read
+  let_others_run(reduction_patience);  // other warps may overwrite memory that was not read yet
   std::erase_if(reductions, [this](PendingReduction& reduction) {
     const bool due = reduction.committed && reduction.thread == block.thread();
     if (due && !reduction.read) reduce(reduction);
@@ -206,8 +207,8 @@ bool Hopper::warpgroup_arrive(WarpgroupStep step) {
   if (group.arrived == 0) group.step = step;
   if (group.step != step) block.fail("threads of one warpgroup are in different wgmma operations");
   if (++group.arrived == 128) return true;
-  static thread_local Waiters nobody;  // the last thread wakes all 128 by warpgroup_release()
-  block.sleep(nobody);
+  static thread_local Waiters unused_waiters;  // the last thread wakes all 128 in warpgroup_release()
+  block.sleep(unused_waiters);
   return false;
 }
 
@@ -230,12 +231,12 @@ void Hopper::wgmma(float* accumulator, const WgmmaCall& call) {
   warpgroup_release();
 }
 
-// Of a transposed operand under the 128-byte swizzle: whole panels of 64 elements, or a part of one. What the
-// hardware makes of others nobody says.
+// A transposed operand with the 128-byte swizzle must consist of whole panels of 64 elements, or be part of
+// one panel. How the hardware handles others is undocumented.
 void Hopper::check_panels(uint64_t descriptor, int elements) {
-  const int first = static_cast<int>((descriptor & 0x7) << 4) / 2;  // within its panel
+  const int first = static_cast<int>((descriptor & 0x7) << 4) / 2;  // offset within its panel
   if ((first || elements % 64) && first + elements > 64)
-    block.fail("wgmma: a transposed operand of neither whole panels nor a part of one");
+    block.fail("wgmma: a transposed operand must consist of whole panels or be part of one panel");
 }
 
 void Hopper::issue(Warpgroup& group, const WgmmaCall& call) {
@@ -273,7 +274,7 @@ void Hopper::wgmma_commit() {
 
 void Hopper::wgmma_wait(int pending) {
   if (!warpgroup_arrive(WarpgroupStep::kWait)) return;
-  dawdle(product_patience);  // products take their time, and may read their operands late
+  let_others_run(product_patience);  // products take time, and may read their operands late
   Warpgroup& group = warpgroup();
   while (static_cast<int>(group.groups.size()) > pending) {
     for (WgmmaTask& task : group.groups.front()) multiply(group, task);
@@ -284,8 +285,8 @@ void Hopper::wgmma_wait(int pending) {
   warpgroup_release();
 }
 
-// Element (major, k) of an operand, by its matrix descriptor (PTX ISA, "Shared Memory Matrix Layout").
-// Transposed, 64 major elements are contiguous; otherwise the elements along k are.
+// Element (major, k) of an operand, addressed by its matrix descriptor (PTX ISA, "Shared Memory Matrix
+// Layout"). In a transposed operand 64 major elements are contiguous; otherwise elements along k are.
 float Hopper::element(Format format, uint64_t descriptor, int major, int k, bool transposed) {
   if (descriptor >> 62 != 1) block.fail("wgmma: the emulator knows only the 128-byte swizzle");
   const size_t start = (descriptor & 0x3fff) << 4;
@@ -341,7 +342,7 @@ void Hopper::multiply(Warpgroup& group, WgmmaTask& task) {
     }
 }
 
-// Registers get their values when no product on them is in flight.
+// Writes results to their registers once no product on them is in flight.
 void Hopper::write_back(Warpgroup& group) {
   const auto busy = [&group](float* accumulator) {
     const auto writes = [accumulator](const WgmmaTask& task) { return task.accumulator == accumulator; };

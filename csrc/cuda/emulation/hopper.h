@@ -1,4 +1,4 @@
-// What compute capability 9.0 adds to the machine: mbarriers, tensor copies, two memory proxies, wgmma.
+// The features of compute capability 9.0: mbarriers, TMA copies, two memory proxies, wgmma.
 #pragma once
 #include <array>
 #include <map>
@@ -9,12 +9,12 @@
 
 namespace mls::emu {
 
-// A rank-4 tensor, (dim, tokens, heads, batch), cut into boxes of 128 bytes x `rows` tokens that lie in
-// shared memory under the 128-byte swizzle.
+// A rank-4 tensor, (dim, tokens, heads, batch), copied in boxes of 128 bytes x `rows` tokens to shared memory
+// with the 128-byte swizzle.
 struct TensorMap {
   const unsigned char* data = nullptr;
   std::array<int64_t, 4> sizes = {};
-  std::array<int64_t, 4> strides = {};  // bytes; the first is an element's
+  std::array<int64_t, 4> strides = {};  // bytes; the first is the element size
   int rows = 0;
 };
 
@@ -23,7 +23,7 @@ struct WgmmaCall {
   Format format;
   bool accumulate;
   bool transpose_a, transpose_b;
-  const uint32_t* a_registers;  // null: descriptor_a
+  const uint32_t* a_registers;  // null: use descriptor_a
   uint64_t descriptor_a, descriptor_b;
 };
 
@@ -35,7 +35,8 @@ struct Hopper {
   void reset();
   std::string describe_waits() const;
 
-  // Ordinary stores reach the asynchronous proxy (wgmma, tensor copies) at the storing thread's fence.
+  // Ordinary stores become visible to the async proxy (wgmma, TMA copies) at the storing thread's proxy
+  // fence.
   void note_store(int thread, size_t offset, size_t bytes);
   void proxy_fence();
 
@@ -47,7 +48,7 @@ struct Hopper {
   void tensor_reduce_add(const TensorMap& map, const void* source, std::array<int, 4> at);
   void tensor_reduce_commit();
   void tensor_reduce_wait_read();
-  // Empty, or what a block that has ended left behind.
+  // Empty, or a description of what a finished block left incomplete.
   std::string describe_unfinished() const;
   void land_sometimes();
   bool land_one();
@@ -68,7 +69,8 @@ struct Hopper {
     size_t barrier;
     std::array<int, 4> at;
   };
-  // A reduction reads shared memory at its start or, as the seed falls, only when its thread waits for that.
+  // A reduction reads shared memory when it is issued or, depending on the seed, only when its thread waits
+  // for the read.
   struct PendingReduction {
     int thread;
     size_t source;
@@ -79,10 +81,10 @@ struct Hopper {
   struct WgmmaTask {
     WgmmaCall call;
     std::array<const uint32_t*, 128> a_registers;
-    float* accumulator;       // of the first thread: names the accumulator
+    float* accumulator;       // that of the first thread; identifies the accumulator
     std::vector<float> a, b;  // 64 x 16 and columns x 16, once read
   };
-  // An accumulator with products in flight: its registers are NaN meanwhile.
+  // An accumulator with products in flight. Its registers hold NaN until they complete.
   struct InFlight {
     std::array<float*, 128> registers;
     int columns;
@@ -100,7 +102,7 @@ struct Hopper {
     std::map<float*, InFlight> in_flight;
   };
 
-  // True in the thread that arrives last: it acts for all 128.
+  // Returns true in the last thread to arrive, which acts for all 128.
   bool warpgroup_arrive(WarpgroupStep step);
   void warpgroup_release();
   Warpgroup& warpgroup();
@@ -108,7 +110,7 @@ struct Hopper {
   void advance(Barrier& barrier);
   void land(const PendingCopy& copy);
   void reduce(PendingReduction& reduction);
-  void dawdle(unsigned turns);
+  void let_others_run(unsigned turns);
   void check_panels(uint64_t descriptor, int elements);
   void issue(Warpgroup& group, const WgmmaCall& call);
   void read_operands(WgmmaTask& task);
@@ -117,14 +119,14 @@ struct Hopper {
   void write_back(Warpgroup& group);
 
   Block& block;
-  std::vector<unsigned char> async_view;  // shared memory as the asynchronous proxy sees it
+  std::vector<unsigned char> async_view;  // shared memory as seen by the async proxy
   std::vector<std::vector<std::pair<size_t, size_t>>> unfenced;
   std::map<size_t, Barrier> barriers;
   std::vector<PendingCopy> copies;
   std::vector<PendingReduction> reductions;
-  // Turns that asynchronous work waits before it reads shared memory.
+  // Number of turns for which asynchronous work waits before it reads shared memory.
   unsigned product_patience = 1, reduction_patience = 1;
-  unsigned laziness = 0;  // a copy lands at one in so many switches; 0: only when every thread waits
+  unsigned laziness = 0;  // a copy completes at one in `laziness` switches; 0: only when every thread waits
   std::vector<Warpgroup> warpgroups;
 };
 

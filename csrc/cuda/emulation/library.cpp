@@ -1,4 +1,5 @@
-// The kernels of csrc/cuda for the CPU, as a library that tests load: one C function per entry point.
+// The kernels of csrc/cuda compiled for the CPU, as a library that tests load: one C function per entry
+// point.
 #include <cstring>
 
 #include "cuda/argument_checks.h"
@@ -15,7 +16,7 @@ namespace {
 
 constexpr const char* kNoKernel = "the library has no kernel for these head dims";
 
-// Tests of mutants compile bfloat16 alone.
+// Mutant tests compile bfloat16 only.
 #if defined(MLS_BFLOAT16_ONLY)
 using OtherElement = BFloat16;
 #else
@@ -54,7 +55,7 @@ void mls_emu_configure(uint64_t seed, int threads, bool refuses_tensor_maps) {
   mls::emu::options() = {seed, threads, refuses_tensor_maps};
 }
 
-// The unit and the tile of every block of a launch, in the order of the blocks.
+// Writes the unit and the tile of every block of a launch, in block order.
 const char* mls_emu_order(int64_t num_tiles, int64_t num_units, int64_t cached_bytes, int* places) {
   mls::cuda::WorkOrder order;
   const char* failure = mls::cuda::make_order(&order, num_tiles, num_units, cached_bytes);

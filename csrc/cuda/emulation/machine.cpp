@@ -31,7 +31,8 @@ void land(std::vector<AsyncCopy>& group) {
   group.clear();
 }
 
-// How many times the busiest of the 32 four-byte banks is asked for different words, less one.
+// Bank conflicts of one access: the largest number of different words requested from one of the 32 four-byte
+// banks, minus one.
 uint64_t extra_wavefronts(const std::vector<size_t>& words) {
   std::map<size_t, std::vector<size_t>> banks;
   size_t most = 1;
@@ -99,7 +100,7 @@ std::string Block::run(Dim3 index) {
   return failure_.empty() ? describe_unfinished() : failure_;
 }
 
-// Empty, or what a block that has ended left behind.
+// Empty, or a description of what a finished block left incomplete.
 std::string Block::describe_unfinished() const {
   for (const auto& [id, barrier] : barriers_)
     if (barrier.arrived) return "a block ended with arrivals at barrier " + std::to_string(id);
@@ -129,7 +130,7 @@ void Block::fail(const std::string& what) {
   __builtin_unreachable();
 }
 
-// Stays with the warp that runs, mostly; otherwise any warp that can run.
+// Usually continues the current warp; otherwise picks any warp that can run.
 bool Block::choose_warp() {
   const int warps = static_cast<int>(ready_.size());
   if (ready_[warp_] && random() % 64) return true;
@@ -147,7 +148,7 @@ bool Block::choose_warp() {
 void Block::switch_away(void** save) {
   hopper_->land_sometimes();
   while (!choose_warp()) {
-    if (hopper_->land_one()) continue;  // a copy in flight may be what all wait for
+    if (hopper_->land_one()) continue;  // all threads may be waiting for a copy in flight
     if (finished_ == num_threads()) {
       lane_ = nullptr;
       switch_fiber(save, main_stack_pointer_);
@@ -215,7 +216,7 @@ void Block::barrier(int id, int expected, bool wait) {
   NamedBarrier& barrier = barriers_[id];
   if (barrier.arrived == 0) barrier.expected = expected;
   if (barrier.expected != expected)
-    fail("threads disagree on how many barrier " + std::to_string(id) + " awaits");
+    fail("threads disagree on the number of threads at barrier " + std::to_string(id));
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
     ++statistics.barriers;
@@ -337,7 +338,7 @@ void Block::put_word(Lane& lane, size_t offset, uint32_t value) {
   hopper_->note_store(static_cast<int>(&lane - lanes_.data()), offset, 4);
 }
 
-// Stores of eight bytes go to the banks half a warp at a time.
+// Eight-byte stores access the banks half a warp at a time.
 void Block::store_shared(Lane* lanes, size_t words) {
   std::vector<size_t> asked;
   for (int i = 0; i < 32; ++i) {
@@ -388,7 +389,7 @@ void merge(const Statistics& part, const std::string& failure, std::string& firs
 }  // namespace
 
 std::string run_grid(Dim3 blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  if (threads % 32) return "a block must be whole warps";
+  if (threads % 32) return "a block must consist of whole warps";
   const uint64_t total = static_cast<uint64_t>(blocks.x) * blocks.y * blocks.z;
   std::atomic<uint64_t> next{0};
   std::string failure;

@@ -1,14 +1,14 @@
-// Runs kernels on a CPU: every CUDA thread is a fiber, every block runs by itself on one OS thread.
+// Runs kernels on a CPU. Every CUDA thread is a fiber, and every block runs on one OS thread.
 //
-// The machine is adversarial where the GPU may be: the order of warps is drawn from a seed, shared memory
-// starts as NaN, asynchronous copies land only when something waits for them (or at a random earlier moment),
-// wgmma's operands are read at its issue or at its end as the seed falls, and a proxy sees ordinary stores
-// only after a fence. It refuses mixed collectives, deadlocks, misaligned or foreign shared addresses, and
-// counts bank conflicts.
+// The machine is adversarial wherever the GPU gives no guarantee: the order of warps is drawn from a seed,
+// shared memory starts as NaN, asynchronous copies complete only when something waits for them (or at a
+// random earlier moment), wgmma reads its operands at issue or at completion depending on the seed, and a
+// memory proxy sees ordinary stores only after a fence. It reports mixed collectives, deadlocks, and
+// misaligned or out-of-bounds shared addresses, and counts bank conflicts.
 //
-// What it cannot show: speed, register pressure, the rounding of ex2.approx and of tensor cores, weak memory
-// order between blocks, and every misreading of the PTX ISA that it shares with the primitives. Those need a
-// GPU: scripts/gpu_check.sh compares each primitive bit for bit with vectors that this machine wrote.
+// It cannot show speed, register pressure, the rounding of ex2.approx and of tensor cores, weak memory order
+// between blocks, or misreadings of the PTX ISA that it shares with the primitives. Those need a GPU:
+// scripts/gpu_check.sh compares each primitive bit for bit with vectors that this machine wrote.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -39,7 +39,7 @@ enum class Operation {
   kStmatrix
 };
 
-// What happened, summed over all blocks since the caller cleared it.
+// Event counts, summed over all blocks since the caller last cleared them.
 struct Statistics {
   uint64_t mma, ldmatrix, shuffles, barriers, async_copies, wgmma, bank_conflicts;
 };
@@ -47,10 +47,10 @@ struct Statistics {
 struct Options {
   uint64_t seed = 1;
   int threads = 1;
-  bool refuses_tensor_maps = false;  // as a driver may
+  bool refuses_tensor_maps = false;  // simulates a driver that refuses them
 };
 
-// One CUDA thread, and the operands it brought to the warp collective it waits in.
+// One CUDA thread, and its operands of the warp collective that it waits in.
 struct Lane {
   void* stack_pointer = nullptr;
   Dim3 index;
@@ -70,10 +70,10 @@ struct AsyncCopy {
   unsigned char data[16];
 };
 
-// cp.async groups of one thread: the last one is open.
+// cp.async groups of one thread; the last one is still open.
 using CopyGroups = std::deque<std::vector<AsyncCopy>>;
 
-// A set of threads that wait for one event, as a mask of lanes per warp.
+// A set of threads that wait for one event, as one mask of lanes per warp.
 using Waiters = std::vector<uint32_t>;
 
 struct NamedBarrier {
@@ -92,7 +92,7 @@ class Block {
   ~Block();
   Block(const Block&) = delete;
 
-  // Empty, or what the kernel did wrong.
+  // Returns an empty string, or what the kernel did wrong.
   std::string run(Dim3 index);
 
   static Block& current();
@@ -110,16 +110,17 @@ class Block {
   void copy_async_commit();
   void copy_async_wait(int pending);
 
-  // Aborts the run of this block.
+  // Aborts this block with an error.
   [[noreturn]] void fail(const std::string& what);
-  // An address of this block's shared memory, aligned to and valid for `bytes`; its offset.
+  // Checks that `address` is in shared memory of this block, aligned to and valid for `bytes`. Returns its
+  // offset.
   size_t check_shared(const void* address, size_t bytes);
-  // Puts the running thread to sleep among `waiters`.
+  // Suspends the running thread and adds it to `waiters`.
   void sleep(Waiters& waiters);
   void wake(Waiters& waiters);
-  // Lets any warp that can run go first.
+  // Lets any warp that can run continue first.
   void yield();
-  // Bit for bit repeatable from the seed.
+  // Reproducible from the seed.
   uint32_t random();
   Hopper& hopper() { return *hopper_; }
 
@@ -162,7 +163,7 @@ class Block {
   Hopper* hopper_ = nullptr;
 };
 
-// Runs a grid. Empty, or the first block's complaint.
+// Runs a grid. Returns an empty string, or the error of the first block that failed.
 std::string run_grid(Dim3 blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 
 Options& options();

@@ -1,4 +1,4 @@
-// The primitives of primitives/sm80_ptx.h, emulated. Same names, same meaning.
+// Emulation of the primitives in primitives/sm80_ptx.h, with the same names and semantics.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -146,7 +146,7 @@ inline void atomic_add(float* target, float value) {
   } while (!__atomic_compare_exchange_n(bits, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
 
-// Few, so that small tests reach what happens when there is more work than multiprocessors, and when less.
+// A small number, so that small tests cover more work than multiprocessors as well as less.
 inline int multiprocessors() {
   return 2;
 }

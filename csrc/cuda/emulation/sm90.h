@@ -1,4 +1,4 @@
-// The primitives of primitives/sm90_ptx.h and wgmma_ptx.h, emulated. Same names, same meaning.
+// Emulation of the primitives in primitives/sm90_ptx.h and wgmma_ptx.h, with the same names and semantics.
 #pragma once
 #include "attention_params.h"
 #include "cuda/emulation/hopper.h"

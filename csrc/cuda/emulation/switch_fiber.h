@@ -20,9 +20,9 @@ void enter_fiber();
 // The stack pointer of a fiber that will start in enter_fiber().
 inline void* new_fiber(unsigned char* stack_end) {
   auto** stack = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack_end) & ~uintptr_t{63});
-  *--stack = nullptr;  // where enter_fiber() would return to; it never does
+  *--stack = nullptr;  // return address of enter_fiber(), which never returns
   *--stack = reinterpret_cast<void*>(&enter_fiber);
-  return stack - 6;  // six callee-saved registers of any value
+  return stack - 6;  // six callee-saved registers, whose initial values do not matter
 }
 
 }  // namespace mls::emu

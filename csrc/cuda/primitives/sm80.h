@@ -1,7 +1,7 @@
-// The GPU operations of compute capability 8.0 that kernels use, and the only way they reach them.
+// The operations of compute capability 8.0 that kernels use. Kernels reach the hardware only through these.
 //
-// nvcc compiles sm80_ptx.h; a host compiler compiles emulation/sm80.h, which runs the same kernel source on a
-// CPU (emulation/machine.h says what that proves and what it does not).
+// nvcc compiles sm80_ptx.h. A host compiler compiles emulation/sm80.h, which runs the same kernel source on a
+// CPU (emulation/machine.h states what that can verify and what it cannot).
 #pragma once
 #if defined(__CUDACC__)
 #include "cuda/primitives/sm80_ptx.h"

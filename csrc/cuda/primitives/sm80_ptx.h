@@ -1,5 +1,4 @@
-// Compute capability 8.0 by PTX. One function an instruction; what each does is in the PTX ISA under its
-// name.
+// Compute capability 8.0 in PTX, one function per instruction. The PTX ISA documents each under its name.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -41,7 +40,8 @@ MLS_DEVICE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
-// Whether it holds in some lane of the warp: the same answer in all of them, and ptxas knows that.
+// Whether the condition holds in some lane of the warp. The result is the same in all lanes, and ptxas knows
+// that.
 MLS_DEVICE bool any_lane(bool condition) {
   return __any_sync(0xffffffffu, condition);
 }
@@ -64,7 +64,7 @@ MLS_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Two numbers rounded to nearest even, `low` in the lower half.
+// Two numbers rounded to nearest even, with `low` in the lower half.
 template <class Element>
 MLS_DEVICE uint32_t pack(float low, float high);
 
@@ -82,7 +82,7 @@ MLS_DEVICE uint32_t pack<Float16>(float low, float high) {
   return pair;
 }
 
-// The lower and the upper of two 16-bit numbers.
+// The lower and the upper of two packed 16-bit numbers, converted to fp32.
 template <class Element>
 MLS_DEVICE float unpack_low(uint32_t pair);
 template <class Element>
@@ -110,7 +110,7 @@ MLS_DEVICE float unpack_high<Float16>(uint32_t pair) {
   return unpack_low<Float16>(pair >> 16);
 }
 
-// Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8, 16 bytes.
+// Loads four 8 x 8 matrices. Lane i passes the address of row i % 8 of matrix i / 8, 16 bytes.
 MLS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -147,7 +147,7 @@ MLS_DEVICE void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[4], uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes from global to shared memory, zeros where not `valid` (the source is then not read).
+// Copies 16 bytes from global to shared memory, or writes zeros if not `valid` (the source is then not read).
 MLS_DEVICE void copy16_async(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -159,13 +159,13 @@ MLS_DEVICE void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Until at most kPending of this thread's groups have not arrived.
+// Waits until at most kPending of this thread's copy groups are in flight.
 template <int kPending>
 MLS_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four bytes a lane; the whole warp takes part.
+// Stores four bytes per lane. Called by the whole warp.
 MLS_DEVICE void store_shared(void* shared, uint32_t value) {
   *static_cast<uint32_t*>(shared) = value;
 }
@@ -174,7 +174,7 @@ MLS_DEVICE void atomic_add(float* target, float value) {
   atomicAdd(target, value);
 }
 
-// Of the current device.
+// The number of multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 1;
   cudaGetDevice(&device);
@@ -182,7 +182,7 @@ inline int multiprocessors() {
   return count;
 }
 
-// Starts a kernel on a stream; null, or what CUDA said against it.
+// Launches a kernel on a stream. Returns null, or CUDA's error message.
 template <class Kernel, class Params>
 const char* launch(Kernel kernel, Dim3 blocks, int threads, int shared_bytes, void* stream,
                    const Params& params) {

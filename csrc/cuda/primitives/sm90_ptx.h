@@ -1,5 +1,4 @@
-// Compute capability 9.0a by PTX. One function an instruction; what each does is in the PTX ISA under its
-// name.
+// Compute capability 9.0a in PTX, one function per instruction. The PTX ISA documents each under its name.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -13,20 +12,20 @@
 
 namespace mls::cuda {
 
-// False while nvcc compiles for another architecture: a kernel's body is then left out.
+// False while nvcc compiles for another architecture; kernel bodies are then left out.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool kCompilesSm90a = true;
 #else
 constexpr bool kCompilesSm90a = false;
 #endif
 
-// Whether the current device runs the sm_90a code of a kernel: a build may hold none, and the driver may have
-// been told to compile PTX instead (CUDA_FORCE_PTX_JIT), in which the body is left out.
+// Whether the current device runs the sm_90a code of a kernel. The build may contain none, or the driver may
+// be set to compile PTX instead (CUDA_FORCE_PTX_JIT), which has no kernel body.
 template <class Kernel>
 bool has_sm90a_code(Kernel kernel) {
   cudaFuncAttributes found;
   const cudaError_t status = cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
-  if (status != cudaSuccess) cudaGetLastError();  // clears it: nobody else is to find this error
+  if (status != cudaSuccess) cudaGetLastError();  // clears the error, so that later checks do not report it
   return status == cudaSuccess && found.ptxVersion >= 90;
 }
 
@@ -40,7 +39,7 @@ MLS_DEVICE void barrier_init(Barrier* barrier, int count) {
                : "memory");
 }
 
-// Makes initialised barriers visible to tensor copies; a barrier of all threads must follow.
+// Makes initialised barriers visible to TMA copies. The caller must synchronise the block afterwards.
 MLS_DEVICE void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -49,14 +48,14 @@ MLS_DEVICE void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives, and makes the phase await this many bytes of tensor copies too.
+// Arrives, and makes the phase also wait for this many bytes of TMA copies.
 MLS_DEVICE void barrier_expect(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
 
-// Until the phase of this parity (0 the first time) has been completed.
+// Waits until the phase of this parity (0 the first time) has completed.
 MLS_DEVICE void barrier_wait(Barrier* barrier, int parity) {
   asm volatile(
       "{\n"
@@ -71,7 +70,7 @@ MLS_DEVICE void barrier_wait(Barrier* barrier, int parity) {
       : "memory");
 }
 
-// ---- tensor copies ----
+// ---- TMA copies and reductions ----
 
 MLS_DEVICE void tensor_copy(void* shared, const TensorMap& map, Barrier* barrier, int column, int token,
                             int head, int batch) {
@@ -82,8 +81,8 @@ MLS_DEVICE void tensor_copy(void* shared, const TensorMap& map, Barrier* barrier
       : "memory");
 }
 
-// Starts adding a tile of shared memory to a tensor in global memory, what lies outside left out. Several
-// make a group of the thread that starts them.
+// Starts a TMA reduction that adds a tile of shared memory to a tensor in global memory. Elements outside the
+// tensor are skipped. The reduction joins the open bulk group of the calling thread.
 MLS_DEVICE void tensor_reduce_add(const TensorMap& map, const void* shared, int column, int token, int head,
                                   int batch) {
   asm volatile(
@@ -97,21 +96,22 @@ MLS_DEVICE void tensor_reduce_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until this thread's groups have read their shared memory; what they add arrives by the kernel's end.
+// Waits until this thread's groups have read their shared memory. The additions are complete at the end of
+// the kernel.
 MLS_DEVICE void tensor_reduce_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// This thread's ordinary stores to shared memory become visible to wgmma and tensor copies.
+// Makes this thread's ordinary stores to shared memory visible to wgmma and TMA copies (the async proxy).
 MLS_DEVICE void proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The driver's function that makes tensor maps, without linking to the driver; null where there is none.
+// The driver's function that creates tensor maps, found without linking to the driver; null if there is none.
 inline void* find_tensor_map_encoder() {
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050  // 13.0 has only this one
+#if CUDART_VERSION >= 12050  // CUDA 13 has only this function
   const cudaError_t status =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
 #else
@@ -121,7 +121,7 @@ inline void* find_tensor_map_encoder() {
   return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? entry : nullptr;
 }
 
-// Why the last tensor map of this thread could not be made.
+// Why the last tensor map requested by this thread could not be created.
 inline std::string& tensor_map_refusal() {
   static thread_local std::string text;
   return text;
@@ -136,8 +136,8 @@ inline std::string describe_refusal(CUresult status, const void* data, const cuu
   return text + ", address " + std::to_string(reinterpret_cast<uintptr_t>(data) % 128) + " modulo 128)";
 }
 
-// A map of one (tokens, batch, heads, dim) tensor for boxes of 128 bytes x `rows` tokens. False, with the
-// reason in tensor_map_refusal(), where the driver cannot make one.
+// Creates a tensor map of a (tokens, batch, heads, dim) tensor with boxes of 128 bytes x `rows` tokens.
+// Returns false if the driver refuses; tensor_map_refusal() then has the reason.
 inline bool encode_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor,
                               const int64_t (&sizes)[4], CUtensorMapDataType type, int element_bytes,
                               int rows) {
@@ -149,7 +149,7 @@ inline bool encode_tensor_map(TensorMap* map, const TokenTensor<const void>& ten
   const int64_t strides[3] = {tensor.token_stride, tensor.head_stride, tensor.batch_stride};
   cuuint64_t dims[4], stride_bytes[3];
   for (int i = 0; i < 4; ++i) dims[i] = sizes[i];
-  // The stride of a dimension of size 1 means nothing, and may be one that the driver refuses.
+  // The stride of a dimension of size 1 is not used, and may be one that the driver refuses.
   for (int i = 0; i < 3; ++i) stride_bytes[i] = sizes[i + 1] == 1 ? 16 : strides[i] * element_bytes;
   const cuuint32_t steps[4] = {1, 1, 1, 1},
                    box[4] = {static_cast<cuuint32_t>(kSwizzleRowBytes / element_bytes),
@@ -163,7 +163,7 @@ inline bool encode_tensor_map(TensorMap* map, const TokenTensor<const void>& ten
   return status == CUDA_SUCCESS;
 }
 
-// Of 16-bit inputs: boxes of 64 columns.
+// The tensor map of a 16-bit input: boxes of 64 columns.
 inline bool make_tensor_map(TensorMap* map, const TokenTensor<const void>& tensor, const int64_t (&sizes)[4],
                             ElementType type, int rows) {
   return encode_tensor_map(
@@ -172,46 +172,47 @@ inline bool make_tensor_map(TensorMap* map, const TokenTensor<const void>& tenso
       rows);
 }
 
-// Of fp32 results, to add to: boxes of 32 columns.
+// The tensor map of an fp32 result, for TMA reductions: boxes of 32 columns.
 inline bool make_tensor_map(TensorMap* map, const TokenTensor<float>& tensor, const int64_t (&sizes)[4],
                             int rows) {
   return encode_tensor_map(map, {tensor.data, tensor.token_stride, tensor.batch_stride, tensor.head_stride},
                            sizes, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, rows);
 }
 
-// ---- warps and their registers ----
+// ---- warps and registers ----
 
-// Four 8 x 8 matrices to shared memory, the reverse of ldmatrix_x4: lane i gives the address of row i % 8 of
-// matrix i / 8.
+// Stores four 8 x 8 matrices to shared memory, the reverse of ldmatrix_x4: lane i passes the address of row i
+// % 8 of matrix i / 8.
 MLS_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 
-// Eight bytes a lane; the whole warp takes part.
+// Stores eight bytes per lane. Called by the whole warp.
 MLS_DEVICE void store_shared_pair(void* shared, float x, float y) {
   *static_cast<float2*>(shared) = make_float2(x, y);
 }
 
-// Adds to two neighbouring numbers in global memory, each atomically.
+// Adds to two adjacent numbers in global memory. Each addition is atomic.
 MLS_DEVICE void atomic_add_pair(float* target, float x, float y) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1,%2};" ::"l"(__cvta_generic_to_global(target)),
                "f"(x), "f"(y)
                : "memory");
 }
 
-// Of the block. ptxas knows that all threads of a warp agree, so that what depends on it costs few registers.
+// Index of the warpgroup in the block. The shuffle makes ptxas treat it as warp-uniform, so that values
+// derived from it need few registers.
 MLS_DEVICE int warpgroup_id() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
 }
 
-// Waits for `threads` threads at barrier `id` (1 to 15).
+// Waits until `threads` threads have arrived at named barrier `id` (1 to 15).
 MLS_DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Counts for barrier `id`, without waiting.
+// Arrives at named barrier `id`, without waiting.
 MLS_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

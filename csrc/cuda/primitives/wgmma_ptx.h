@@ -1,4 +1,4 @@
-// wgmma by PTX: 64 x N accumulators (N = 16, 32, 64, 80, 128, 256), 16-bit operands from shared memory or,
+// wgmma in PTX: 64 x N accumulators (N = 16, 32, 64, 80, 128, 256), 16-bit operands from shared memory or,
 // for A, registers.
 #pragma once
 #include "cuda/primitives/sm80_ptx.h"
@@ -13,19 +13,19 @@ MLS_DEVICE void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until at most kPending of the warpgroup's groups are unfinished.
+// Waits until at most kPending of the warpgroup's groups are in flight.
 template <int kPending>
 MLS_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler may not compute what follows from x before this point.
+// Keeps the compiler from computing values that depend on x before this point.
 MLS_DEVICE void keep_here(uint32_t& x) {
   asm volatile("" : "+r"(x));
 }
 
-// The compiler may not move uses of these registers across this point: it does not know that wgmma works on
-// them between its issue and its wait.
+// Keeps the compiler from moving uses of these registers across this point. It does not know that wgmma
+// accesses them between its issue and its wait.
 template <int kTiles>
 MLS_DEVICE void hold(float (&registers)[kTiles][4]) {
   MLS_UNROLL
@@ -44,7 +44,7 @@ MLS_DEVICE void hold(uint32_t (&registers)[kSteps][4]) {
                    "+r"(registers[j][3])::"memory");
 }
 
-// Accumulator registers in PTX's numbering and as operands.
+// Accumulator registers: their numbers in PTX, and the asm operands.
 #define MLS_REGISTERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define MLS_REGISTERS_16 MLS_REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define MLS_REGISTERS_32 MLS_REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -69,8 +69,9 @@ MLS_DEVICE void hold(uint32_t (&registers)[kSteps][4]) {
 template <class Element, int kColumns>
 struct Wgmma;
 
-// d (64 x N) = or += a b. Where kTransposeA (B), the operand's rows (columns) are contiguous in shared
-// memory. P0.. are the numbers of the operands after the accumulator.
+// d (64 x N) = a b, or d += a b. By default an operand's k dimension is contiguous in shared memory; with
+// kTransposeA, A's rows dimension (M) is, with kTransposeB, B's columns dimension (N). P0.. are the numbers
+// of the operands that follow the accumulator.
 #define MLS_DEFINE_WGMMA(Element, TYPE, N, R, P0, P1, P2, P3, P4, P5, P6)                                    \
   template <>                                                                                                \
   struct Wgmma<Element, N> {                                                                                 \
