@@ -8,7 +8,7 @@ from tests.harness.ranks import close_pool
 
 try:
     from hypothesis import settings
-except ModuleNotFoundError:  # on a machine borrowed for scripts/gpu_check.sh, whose tests do without
+except ModuleNotFoundError:  # on machines of scripts/gpu_check.sh, whose tests do not need it
     pass
 else:  # No timed tests: shared machines stall, and hypothesis would call that a failure. The same examples in every
     # run: a change is judged by what it changes. Others: pytest --hypothesis-profile=default

@@ -83,7 +83,7 @@ def test_flex_attention_computes_the_same_forward() -> None:
 
 
 def test_compiled_backwards_can_be_timed_again_and_again() -> None:
-    """By default, torch lets a compiled backward overwrite what forward has saved, so that it can run only once."""
+    """By default, torch lets a compiled backward pass overwrite tensors saved by forward, so it can run only once."""
     assert functorch.donated_buffer
     with FLEX.settings():
         assert not functorch.donated_buffer
@@ -212,7 +212,7 @@ def test_table_shows_rates_and_reasons() -> None:
 
 
 class SmallBenchmark(Benchmark):
-    """Like the real one, on this CPU and with small ceilings."""
+    """Like the real benchmark, but on this CPU and with small ceilings."""
 
     def __init__(self, *, device: torch.device, end: float) -> None:
         assert device.type == "cuda"
@@ -230,7 +230,7 @@ def test_one_command_measures_and_reports(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(
         torch.backends.cudnn, "version", lambda: None
-    )  # with a driver's torch it looks at all GPUs
+    )  # with a CUDA build of torch it looks at all GPUs
     for name, value in {
         "Benchmark": SmallBenchmark,
         "CudaKernel": CpuKernel,

@@ -13,7 +13,7 @@ from megatron_lightseq.cli import run
 from megatron_lightseq.tools.bench.overlap import MethodTiming, OverlapJob, Speeds, expect
 from megatron_lightseq.tools.bench.overlap_report import rows, slowest
 
-# The backward's five products then take as long as the forward's two: a second for a rank of two on zigzag shards.
+# Speeds at which backward's five products take as long as forward's two: one second for each of two zigzag ranks.
 JOB = OverlapJob(methods=("zigzag",), seq_length=8, num_heads=1, num_query_groups=1, head_dim=2)
 FORWARD_FLOPS = (8 * 9 / 2) / 2 * (4 * 2)
 FREE = Speeds(
@@ -31,7 +31,7 @@ def test_free_transfers_cost_kernels_only() -> None:
 
 
 def test_transfers_without_overlap_are_exposed_in_full() -> None:
-    """Forward 4 tokens of k and v in fp32; backward q, dout and statistics or k, v, and results: all after kernels."""
+    """Forward sends 4 tokens of k and v in fp32; backward sends inputs and results. All are sent after the kernels."""
     forward_bytes = 4 * 2 * 2 * 4
     slow = dataclasses.replace(FREE, link_bytes_per_s=forward_bytes / 10.0)
     off, on = (expect(JOB, "zigzag", 2, slow, overlap=overlap) for overlap in (False, True))
@@ -58,7 +58,7 @@ def answers(exposed: float, link_bytes_per_s: float) -> list[dict[str, Any]]:
     ("exposed", "link", "verdict", "holds"),
     [
         (0.1, 1e30, "hidden", True),
-        (0.199, 1e30, "NOT hidden", False),  # the worse rank is over 10 %
+        (0.199, 1e30, "NOT hidden", False),  # the slower rank is over 10 %
         (1.9, 1.0, "cannot be hidden here", True),
     ],
 )

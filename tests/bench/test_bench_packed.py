@@ -28,7 +28,7 @@ def test_zigzag_per_document_is_even_where_documents_divide() -> None:
 
 
 def test_heaviest_first_gives_every_rank_equally_many_chunks() -> None:
-    """One document of four chunks on two ranks: the last and the first on one, the middle ones on the other."""
+    """One document of four chunks on two ranks: the first and the last on one rank, the middle ones on the other."""
     partition = heaviest_first((0, 64), 2, chunk=16)
     first, second, third, fourth = (sum(range(16 * i + 1, 16 * i + 17)) for i in range(4))
     assert sorted(partition.pairs) == sorted((fourth + first, third + second))

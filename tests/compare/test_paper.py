@@ -95,7 +95,7 @@ def test_bounds_fail_without(
 
 
 def test_keeping_attention_pays_as_table_5_says() -> None:
-    """Not fitted: from 8K tokens per GPU on, where launch overheads are negligible."""
+    """Not used in the fit. Compared from 8K tokens per GPU on, where launch overheads are negligible."""
     for cell, seconds in TABLE_5.items():
         if cell.seq_length >= 64 * 1024:
             assert iteration_seconds(cell) == pytest.approx(seconds, rel=0.05)

@@ -51,11 +51,11 @@ def test_padded_megatron_and_lightseq_have_the_same_losses() -> None:
     assert found.agrees, found.disagreements or [row.problem for row in found.figures]
     rows = {row.system: row for row in found.figures}
     assert rows["lightseq"].losses[-1] < rows["lightseq"].losses[0], (
-        "it learns, so wrong gradients would show"
+        "the model must learn, so that wrong gradients would be detected"
     )
     forwards = {name: row.attention_forwards for name, row in rows.items()}
     assert forwards == {
-        "megatron-tp-sp": 4,  # two layers, each again in recomputation
+        "megatron-tp-sp": 4,  # two layers, each repeated by recomputation
         "megatron-tp-sp-stored": 2,
         "lightseq": 2,
         "lightseq-plain-recompute": 4,
@@ -91,11 +91,11 @@ def test_longest_sequence_ends_at_the_limit() -> None:
         limited, start=64, limit=64 * 512, halvings=1, cluster=CLUSTER, report=lines.append
     )
     assert found.fits >= 64
-    assert found.too_long is not None, "memory ran out, not the lengths to try"
+    assert found.too_long is not None, "memory must run out before the lengths to try do"
     assert found.too_long / found.fits in (1.5, pytest.approx(4 / 3))
     tried = [int(line.split()[1]) for line in lines]
     assert tried[-1] == (tried[-3] + tried[-2]) // 2, (
-        "the last try is between the last that fits and the first not"
+        "the last try is between the longest that fits and the shortest that does not"
     )
 
 
@@ -119,7 +119,7 @@ def test_the_command_compares_and_says_so(tmp_path: Path, capsys: pytest.Capture
 
 
 def collectives() -> tuple[dict[str, int], bool]:
-    """Bytes that this rank sends by kind of call, and whether everything was put back."""
+    """Bytes that this rank sends, by kind of collective, and whether all patches were undone."""
     before = [vars(dist)[name] for name in ("all_reduce", "isend", "batch_isend_irecv")]
     rank, traffic, counts = dist.get_rank(), Traffic(), {}
     x = torch.ones(256)
@@ -150,7 +150,7 @@ def collectives() -> tuple[dict[str, int], bool]:
 
 def test_collectives_are_counted_by_hand() -> None:
     (first, restored), (second, _) = run_ranks(2, collectives)
-    kilobyte = 1024  # 256 fp32; a ring over two ranks sends half of it a pass
+    kilobyte = 1024  # 256 fp32; a ring over two ranks sends half of it per pass
     assert first == {
         "all_reduce": kilobyte,
         "all_gather": kilobyte,  # half of the 512 gathered

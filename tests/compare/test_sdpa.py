@@ -27,7 +27,7 @@ def attention(
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The definition, in fp64, from (S, B, H or G, D)."""
+    """Attention by its definition, in fp64, from (S, B, H or G, D)."""
     share = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(share, dim=2) for x in (k, v))
     scores = torch.einsum("sbhd,tbhd->bhst", q, k) * q.shape[-1] ** -0.5

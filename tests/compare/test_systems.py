@@ -35,7 +35,7 @@ def test_megatron_is_set_up_as_its_users_would() -> None:
     two_heads = with_values(COMMON, num_layers=4, num_attention_heads=2)
     mixed = SYSTEMS["megatron-tp-pp"].configure(two_heads, 8)
     assert (mixed.parallel.tensor_model_parallel_size, mixed.parallel.pipeline_model_parallel_size) == (2, 4)
-    assert mixed.model.num_attention_heads == 2, "no padding where the pipeline takes the other ranks"
+    assert mixed.model.num_attention_heads == 2, "no padding if pipeline parallelism uses the other ranks"
 
 
 def test_heads_are_padded_as_in_the_paper() -> None:
@@ -112,10 +112,10 @@ def test_flops_by_hand() -> None:
 
 
 def test_scheduled_bytes_by_hand() -> None:
-    """The ring on two ranks, fp32: K and V forward, K and V there and their gradients back in backward."""
+    """The ring on two ranks, fp32: forward sends K and V; backward sends K and V, and returns their gradients."""
     config = SYSTEMS["ring"].configure(COMMON, 2)
     key_values = 128 * 4 * (16 + 16) * 4
-    # The causal mask lets rank 0 see nothing of rank 1: it sends K and V twice, and rank 1 gradients once.
+    # By the causal mask rank 0 sees nothing of rank 1. It sends K and V twice, and rank 1 sends gradients once.
     assert scheduled_bytes(config) == 2 * key_values * 2
     assert scheduled_bytes(SYSTEMS["megatron-tp-sp"].configure(COMMON, 2)) is None
     assert scheduled_bytes(SYSTEMS["ulysses"].configure(COMMON, 2)) is None

@@ -43,7 +43,7 @@ def rank(*steps: StepMeasurement, **more: Any) -> Measurement:
 
 
 def result(system: str, seconds: float, loss: float) -> JobResult:
-    """Two ranks, a warm-up step and three timed ones of which the middle one is ``seconds`` on the slower rank."""
+    """Two ranks, a warm-up step and three timed steps. The median step takes ``seconds`` on the slower rank."""
     slow = [step(99.0, 5.0, warmup=True), *(step(seconds + d, loss) for d in (-0.25, 0.25, 0.0))]
     fast = [step(99.0, 5.0, warmup=True), *(step(seconds / 2, loss) for _ in range(3))]
     return JobResult(system=system, ranks=(rank(*fast), rank(*slow, peak_resident_bytes=400 << 20)))

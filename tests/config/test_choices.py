@@ -1,4 +1,4 @@
-"""Choices that other parts of the package own: a new method, layout or kernel is known to flags, files and help."""
+"""Choices that other parts of the package define: flags, files and help accept a new method, layout or kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_lightseq.schedule import METHODS, Method, register
 
 @pytest.fixture
 def new_method() -> Iterator[Method]:
-    """A method that someone registers after a configuration has been read, so that nothing may be remembered."""
+    """A method that is registered after a configuration has been read, so choices must not be cached."""
     parse_config(["--cp-method", "ring"])
     place = METHODS["ring"].place
     yield register(

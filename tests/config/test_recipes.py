@@ -15,7 +15,7 @@ from megatron_lightseq.schedule import build
 FOLDER = Path(__file__).parents[2] / "configs"
 
 MACHINES = {
-    # ranks, GPUs on a host
+    # ranks, GPUs per host
     "gpt_stdlib": (2, 0),
     "laptop_cp1": (1, 0),
     "cpu_tp2_cp2": (4, 0),

@@ -1,4 +1,4 @@
-"""What follows from a configuration, worked out once: layout, methods, masks, schedules and the arithmetic."""
+"""What is derived from a configuration, once: layout, methods, masks, schedules and FLOPs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_schedules_are_those_of_the_whole_problem_and_built_once() -> None:
 
 
 def test_layers_with_other_methods_are_kinds_of_their_own() -> None:
-    """Megatron-LM's cp_comm_type names a method per layer; multi-token prediction is a layer more."""
+    """Megatron-LM's cp_comm_type names a method per layer; multi-token prediction adds a layer."""
     comm_types = ("p2p", "a2a", "a2a+p2p", "p2p", "all_gather")
     config = with_values(AUTO, cp_method="ring", cp_ulysses_size=2, num_layers=4, mtp_num_layers=1)
     found = attention(with_values(config, cp_comm_type=comm_types))
@@ -106,7 +106,7 @@ def test_shapes_are_those_of_one_tensor_parallel_rank() -> None:
 
 
 def test_the_network_decides() -> None:
-    """Between slow nodes, whole-sequence transfers lose to what stays within a node."""
+    """Between slow nodes, methods with fewer transfers across nodes are faster."""
     config = with_values(AUTO, context_parallel_size=16, seq_length=2**16)
     fast, slow = (
         only(attention(with_values(config, cp_network=network)))

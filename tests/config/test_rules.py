@@ -385,7 +385,7 @@ def test_case_breaks_its_rule_and_no_other(name: str) -> None:
     assert text in found[0]
     rule = next(rule for rule in rules() if rule.name == name)
     assert str(rule.complaint(with_values(GOOD, **values), machine)) in found[0]
-    assert "{" not in found[0], "values stand for themselves in the remedy only"
+    assert "{" not in found[0], "the remedy must contain values, not placeholders"
     assert all(key in found[0] for key in rule.keys)
 
 
@@ -460,7 +460,7 @@ def test_a_set_refuses_two_rules_of_one_name() -> None:
 
 
 def test_a_second_look_checks_only_what_it_has_learned() -> None:
-    """First without torch, then with the number of GPUs: every rule is checked once."""
+    """Rules are checked first without torch, then with the number of GPUs. Every rule is checked once."""
     config = with_values(GOOD, distributed_backend="nccl", min_lr=1.0, lr=0.5, num_layers=0)
     before, now = Machine(world_size=1), Machine(world_size=1, num_gpus=0)
     first, second = violations(config, before), violations(config, now, checked=before)

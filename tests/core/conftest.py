@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def nan_memory() -> Iterator[None]:
-    """Uninitialised tensors hold NaN: whatever a run reads before it was written shows."""
+    """Fills uninitialised tensors with NaN, so that reads of memory that was not written are detected."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield

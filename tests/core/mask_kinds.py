@@ -1,4 +1,4 @@
-"""Random masks of every kind, each with its definition written the slow way."""
+"""Random masks of every kind, each with its pairs computed naively from its definition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lightseq.errors import UnsupportedError
 from megatron_lightseq.mask import Line, Mask
 
 Defined = tuple[Mask, Tensor]
-"""A mask, and the pairs that it allows by definition: (query, key), bool."""
+"""A mask, and the (query, key) pairs that it allows by definition, bool."""
 
 
 def pairs(length: int, allows: Callable[[int, int], bool]) -> Tensor:
@@ -25,7 +25,7 @@ def pairs(length: int, allows: Callable[[int, int], bool]) -> Tensor:
 
 
 def documents_of(borders: list[int]) -> list[int]:
-    """The number of every token's document."""
+    """The index of the document of every token."""
     return [number for number, (first, end) in enumerate(pairwise(borders)) for _ in range(first, end)]
 
 
@@ -36,7 +36,7 @@ def borders(draw: st.DrawFn, length: int) -> list[int]:
 
 @st.composite
 def parts(draw: st.DrawFn, bounds: list[int]) -> list[int]:
-    """A part of each document."""
+    """The length of a part of each document."""
     return [draw(st.integers(0, end - first)) for first, end in pairwise(bounds)]
 
 
@@ -157,7 +157,7 @@ def combine(draw: st.DrawFn, a: Defined, b: Defined) -> Defined:
 
 @st.composite
 def combined(draw: st.DrawFn, length: int) -> Defined:
-    """Up to four masks joined by "and" and "or"; now and then cut to the length."""
+    """Up to four masks joined by "and" and "or", sometimes cut to the length."""
     masks = [draw(kind(length)) for _ in range(draw(st.integers(1, 4)))]
     if draw(st.booleans()):
         masks = [(mask & Mask.documents((0, length), causal=False), allowed) for mask, allowed in masks]

@@ -11,7 +11,7 @@ NAMES = ("out", "dq", "dk", "dv")
 
 
 def dense(mask: Mask, length: int) -> Tensor:
-    """(query, key) of a sequence as booleans, row by row and without a word of tiles."""
+    """The (query, key) matrix of a mask as booleans, computed row by row and without tiles."""
     seen = torch.zeros(length, length, dtype=torch.bool)
     for query in range(length):
         for keys in mask.keys_of(query):
@@ -49,14 +49,15 @@ def expected(whole: list[Tensor], mask: Mask, dtype: torch.dtype = torch.float64
 def check_within_budget(got: list[Tensor], whole: list[Tensor], mask: Mask, what: str) -> None:
     """Fail unless the error against fp64 is at most twice that of the same maths in the inputs' dtype.
 
-    Judged on the largest and on the root-mean-square error; a NaN fails, as no comparison with it holds.
+    Applies to the largest and to the RMS error. NaN fails, because every comparison with it is false.
     """
     dtype = whole[0].dtype
     exact, naive = expected(whole, mask), expected(whole, mask, dtype)
     for name, result, want, low in zip(NAMES, got, exact, naive, strict=True):
         for measure in (torch.max, lambda x: x.square().mean().sqrt()):
             ours, theirs = (measure((x.double() - want).abs()).item() for x in (result, low))
-            floor = torch.finfo(torch.float32).eps * measure(want.abs()).item()  # where theirs is lucky
+            # The floor is for cases in which the other error happens to be tiny.
+            floor = torch.finfo(torch.float32).eps * measure(want.abs()).item()
             assert ours <= 2 * theirs + floor, (
                 f"{what} {name}: error {ours:.3e}, same maths in {dtype} {theirs:.3e}"
             )

@@ -92,7 +92,7 @@ def test_loopback_equals_one_device_in_fp64(size: int, method: str, layout_name:
         check_exact(unshard(layout, parts), whole, mask, text)
 
 
-# Heads that no number of ranks below divides, fewer key/value heads than ranks, fewer heads than ranks.
+# Head counts not divisible by the numbers of ranks below, fewer key/value heads than ranks, fewer heads than ranks.
 UNEVEN_HEADS = [(6, 2), (5, 1), (8, 4), (2, 2)]
 
 
@@ -203,7 +203,7 @@ def test_strided_views_are_taken() -> None:
 
 
 class Recorded(ReferenceKernel):
-    """Remembers the dtypes in which results were asked for."""
+    """Records the dtypes in which results were requested."""
 
     def __init__(self, rounds_results: bool) -> None:
         self.rounds_results = rounds_results
@@ -256,7 +256,7 @@ def test_softmax_scale_is_used() -> None:
 
 
 def test_a_placement_of_the_users_own_runs() -> None:
-    """The owner of the keys computes: a method in three lines."""
+    """Each tile is computed by the owner of its keys: a method in three lines."""
 
     def place(problem: Problem) -> Placement:
         chunks = range(problem.layout.num_chunks)
@@ -351,7 +351,7 @@ def test_exchanged_bytes_are_those_predicted(method: str, layout_name: str, head
                 exchanged[dst] += num_bytes
     if method == "ulysses":
         assert received == exchanged
-    else:  # and what the ring between the groups moves
+    else:  # plus what the ring between the groups transfers
         assert all(total > part for total, part in zip(received, exchanged, strict=True))
         if heads == (8, 8):  # the same on all ranks, so that the prediction for the busiest one is exact
             chooser = Chooser(size, seq_length)
@@ -365,7 +365,7 @@ def test_auto_may_take_another_method_for_each_direction(layout_name: str) -> No
     size = 4
     layout, mask = SequenceLayout(layout_name, size), Mask.causal()
     whole = oracle.inputs(size * 24, (4, 2), (8, 6), torch.float64)
-    # A network so slow that it decides, with a card that two ranks share.
+    # A network so slow that it determines the choice, with a network card shared by two ranks.
     network = Network(name="slow", link_bytes_per_s=1e6, ranks_per_node=2, nic_bytes_per_s=1e5)
 
     def run(group: Group) -> list[Tensor]:
@@ -481,7 +481,7 @@ SKIPPED = r"receiving .* \(backward step \d\) from rank 0: .* must make the same
 
 
 def skip_backward_on_rank_0(group: Group) -> str:
-    """A rank whose loss does not depend on its output; the others' error."""
+    """The loss of rank 0 does not depend on its output. Returns the error of the other ranks."""
     q, k, v = (x.requires_grad_() for x in shards())
     out = mls.dist_attention(q, k, v, group=group)
     if group.rank() == 0:

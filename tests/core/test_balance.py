@@ -1,4 +1,4 @@
-"""The solver behind `balanced`: every allowed pair is computed once, in time, and loads come out even."""
+"""The solver behind `balanced`: every allowed pair is computed once, in time, and loads are even."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_loads_of_causal_documents_are_exact(seed: int) -> None:
 
 
 def test_what_belongs_to_others_is_neither_first_nor_last() -> None:
-    """Its inputs travel before it is computed, and its results behind it."""
+    """Its inputs are sent before it is computed, and its results afterwards."""
     seq_length = 8 * 1024
     steps = stage(solved(Mask.causal(), seq_length, 8), num_steps=8)
     assert len(steps) == 8
@@ -117,7 +117,7 @@ def test_what_belongs_to_others_is_neither_first_nor_last() -> None:
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("num_pieces", [2, 8, 16])
 def test_loads_are_even(name: str, num_pieces: int) -> None:
-    """Ideal over busiest: by totals, and by the sum of the busiest rank of every step."""
+    """Checks ideal load over busiest rank, for the totals and for the sum over steps of the busiest rank."""
     length = 8192
     totals, barriers = [], []
     for seed in range(3):
@@ -133,7 +133,7 @@ def test_loads_are_even(name: str, num_pieces: int) -> None:
 
 
 def tokens_received(steps: Steps, length: int) -> tuple[list[int], list[int]]:
-    """Query tokens (inputs there, results back) and key tokens that each piece's rank receives."""
+    """Query tokens (inputs received, results returned) and key tokens that each piece's rank receives."""
     queries, keys = [0] * len(steps[0]), [0] * len(steps[0])
     for piece in range(len(queries)):
         blocks = [block for row in steps for block in row[piece]]
@@ -150,7 +150,7 @@ def tokens_received(steps: Steps, length: int) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize(("prices", "shards"), [(DEAR_KEYS, 9.3), (CHEAP_KEYS, 3.0)])
 def test_the_busiest_rank_receives_less_than_with_lightseq(prices: Prices, shards: float) -> None:
-    """Causal over 8 ranks, in shards of queries: LightSeq's busiest rank receives 15.05, or 8.05 with few keys."""
+    """Causal mask, 8 ranks, in query shards: LightSeq's busiest rank receives 15.05, or 8.05 with few key heads."""
     queries, keys = tokens_received(
         stage(solved(Mask.causal(), 8 * 8192, 8, prices=prices), num_steps=8), 8192
     )
@@ -170,7 +170,7 @@ def test_a_target_above_the_mean_moves_less() -> None:
 
 
 def test_work_is_sought_in_the_own_node_first() -> None:
-    """Two nodes, the second without work: each helper of the first is served by its own node."""
+    """Two nodes, the second without work: pieces of the first node help each other."""
     mask = Mask.documents((0, 3 * 4096, *range(3 * 4096 + 8, 8 * 4096 + 1, 8)))
     near = Prices(query=2.0, key=0.25, far=50.0)
     rows = rows_of(mask, row_borders(8 * 4096, 8, 16))
@@ -235,7 +235,7 @@ def test_lengths_fill_the_sequence_and_repeat_by_seed(name: str) -> None:
 
 
 def test_long_documents_hold_the_tokens_that_are_published() -> None:
-    """Shares of tokens in documents of more than 8K; drawn from long sequences, where few documents are cut."""
+    """Fractions of tokens in documents longer than 8K, drawn from long sequences, where few documents are cut."""
 
     def share(name: str) -> float:
         lengths = [b - a for seed in range(8) for a, b in pairwise(draw(name, 2**22, seed))]

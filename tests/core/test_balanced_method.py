@@ -114,7 +114,7 @@ def test_keys_that_two_ranks_of_another_node_need_cross_once(groups: int) -> Non
 
 
 def variants(built: Schedule) -> dict[str, list[Step]]:
-    """The schedule with one thing wrong in each."""
+    """Variants of the schedule with one fault each."""
     found: dict[str, list[Step]] = {}
 
     def change(name: str, t: int, **fields: object) -> None:

@@ -118,7 +118,7 @@ def test_ports_are_shared_and_cards_are_the_nodes() -> None:
     one = transfer_times([(0, 2, 10)], [0.0] * 4, network)
     assert one == [3.0, 0.0, 3.0, 0.0]  # 10 bytes at 5, and the latency
     two = transfer_times([(0, 2, 10), (1, 3, 10)], [0.0, 0.5, 0.0, 0.0], network)
-    assert two == [5.0, 5.5, 5.0, 5.5]  # both cards carry 20 bytes; rank 1 is late
+    assert two == [5.0, 5.5, 5.0, 5.5]  # both cards carry 20 bytes; rank 1 starts late
     assert set(NETWORKS) >= {"nvlink", "nvlink+100gbps"}
 
 
@@ -140,7 +140,7 @@ def test_a_network_may_be_written_down() -> None:
     [
         "token ring",
         "",
-        "link=450",  # of what?
+        "link=450",  # no unit
         "link=450us",
         "link=-1GB/s",
         "link=0GB/s",
@@ -164,7 +164,7 @@ def test_concurrent_rings_share_the_card() -> None:
 
 @pytest.mark.parametrize("direction", Direction)
 def test_exchanged_bytes_balance(direction: Direction) -> None:
-    """Heads that divide: every rank sends (u - 1) / u of its share, in both exchanges."""
+    """If heads divide evenly, every rank sends (u - 1) / u of its share in both exchanges."""
     problem = Problem(
         layout=SequenceLayout.contiguous(8),
         mask=Mask.causal(),

@@ -64,7 +64,7 @@ def test_unshard_needs_one_part_per_rank() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("cp_size", "size"), [(4, 1), (4, 2), (6, 3), (5, 5), (8, 4)])
 def test_merged_groups_hold_their_members_shards(name: str, cp_size: int, size: int) -> None:
-    """Landing puts every member's tokens where the merged layout says that they are."""
+    """``landing`` puts the tokens of every member where the merged layout expects them."""
     layout, seq_length = SequenceLayout(name, cp_size), cp_size * 6
     merged = layout.merged(size)
     for group in range(merged.cp_size):

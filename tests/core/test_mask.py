@@ -33,7 +33,7 @@ def whole(length: int) -> Mask:
 
 
 def pair_by_pair(allowed: Tensor) -> Mask:
-    """The union of masks of one pair each."""
+    """The union of one mask per allowed pair."""
     length = len(allowed)
     found = Mask.sinks(0) & whole(length)
     for query, key in allowed.nonzero().tolist():
@@ -106,11 +106,11 @@ CORNERS = [
     "window(1,1)|globals(2)",
     "sinks(0)",
 ]
-"""Neighbouring pieces that a band could join by mistake: constant below, inside and above the keys of a tile."""
+"""Adjacent pieces that a band could join incorrectly: constant below, inside and above the keys of a tile."""
 
 
 def check_calls(mask: Mask, allowed: Tensor, layout: SequenceLayout) -> None:
-    """Every allowed pair of every tile is in one call, no other pair in any."""
+    """Checks that every allowed pair of every tile is in exactly one call, and no other pair in any."""
     length = len(allowed)
     chunks = [layout.chunk_positions(chunk, length) for chunk in range(layout.num_chunks)]
     for queries, keys in product(filter(None, chunks), repeat=2):
@@ -149,7 +149,7 @@ def test_calls_of_corner_cases(text: str, size: int, layout_name: str) -> None:
     ids=str,
 )
 def test_ranges_come_with_a_narrow_band(mask: Mask, band: tuple[int, int]) -> None:
-    """Kernels find what they may skip by the band first: without it they would look at every row for every key."""
+    """Kernels use the band to skip tiles: without a narrow one they would check every row for every key."""
     tile, *_ = TileMask.of(mask, range(100), range(100), CPU)
     assert tile.key_ranges is not None
     assert (tile.band_lo, tile.band_hi) == band
@@ -307,7 +307,7 @@ def test_a_mask_is_immutable() -> None:
 
 
 def test_masks_do_not_grow_when_they_are_combined() -> None:
-    """Neighbours that are one piece become one: the canonical form is also the short one."""
+    """Adjacent pieces that form one piece are merged: the canonical form is also the shortest."""
     mask, causal = Mask.sinks(0) & whole(200), Line(1, moving=True)
     for first in range(0, 200, 10):
         mask |= Mask.runs([(0, 0, 0)] * bool(first) + [(first, 0, causal), (first + 10, 0, 0)], 200)
@@ -367,7 +367,7 @@ def test_dense_masks_of_the_common_kinds() -> None:
 
 
 def test_rows_of_several_ranks_together_are_a_mask() -> None:
-    """Every rank finds the intervals of its own rows; gathered, they are the mask."""
+    """Every rank finds the intervals of its rows. Gathered from all ranks, they form the mask."""
     layout, mask = SequenceLayout.zigzag(3), Mask.parse("window(4,0)|causal&sinks(2)")
     rows = [dense(mask, 24)[layout.positions(rank, 24)] for rank in range(3)]
     parts = [visible_intervals(part) for part in rows]

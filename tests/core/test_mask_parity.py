@@ -29,7 +29,7 @@ FEW_ROUNDINGS = 32 * torch.finfo(torch.float32).eps
 
 
 def kinds(length: int) -> Iterator[Mask]:
-    """One mask of each kind, with borders at awkward places: lone tokens, empty documents, the very end."""
+    """One mask of each kind, with borders at awkward places: single tokens, empty documents, the end."""
     third = length // 3
     borders = sorted({0, 1, third, third + 1, length - 2, length})
     parts = [max(0, end - first - 2) for first, end in pairwise(borders)]
@@ -46,9 +46,9 @@ def kinds(length: int) -> Iterator[Mask]:
     yield Mask.window(3) | Mask.sinks(2)
     yield Mask.global_tokens(2) | Mask.window(2, 2)
     yield Mask.shared_question([(question, 2, length - question - 4), (1, 1)])
-    yield Mask.sinks(2, causal=False)  # no tile but those of the first keys holds work
-    yield Mask.runs([(0, 0, 0), (1, Line(-3, moving=True), Line(-1, moving=True))])  # not itself
-    yield Mask.sinks(0)  # nothing is seen
+    yield Mask.sinks(2, causal=False)  # only tiles with the first keys have work
+    yield Mask.runs([(0, 0, 0), (1, Line(-3, moving=True), Line(-1, moving=True))])  # not its own key
+    yield Mask.sinks(0)  # no query sees any key
 
 
 def run(
@@ -84,7 +84,7 @@ WITHOUT_WORK = [
         "runs(16;0:none,7:7..p+1,9:none)",
     ),
 ]
-"""Rectangles of which some key chunks hold no work: their part of dk and dv is sent all the same, and must be zero."""
+"""Rectangles in which some key chunks have no work. Their part of dk and dv is sent anyway, and must be zero."""
 
 
 @pytest.mark.usefixtures("nan_memory")
@@ -145,7 +145,7 @@ def test_a_query_that_sees_nothing_has_output_0_and_lse_minus_infinity(
 
 @needs_cpu_kernel
 def test_parts_of_a_tile_are_added_in_fp32() -> None:
-    """Several calls per tile: the first one must not round its result, although no other tile follows."""
+    """A tile may take several calls. The first one must not round its result, even if no other tile follows."""
     layout, mask = SequenceLayout.contiguous(1), Mask.window(3) | Mask.sinks(2)
     whole = oracle.inputs(40, (4, 2), (16, 16), torch.bfloat16)
     oracle.check_within_budget(run(1, "lightseq", layout, mask, whole, "cpu"), whole, mask, str(mask))

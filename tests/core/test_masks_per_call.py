@@ -1,4 +1,4 @@
-"""Another mask in every call: one attention, one pool of buffers, plans in a bounded number."""
+"""A different mask in every call: one attention object, one pool of buffers, a bounded number of plans."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def masks(count: int, seed: int = 0) -> list[Mask]:
 
 @pytest.mark.parametrize("method", ["lightseq", "balanced", "ulysses", "rsa"])
 def test_every_call_follows_its_own_mask(method: str) -> None:
-    """Forward passes with several masks in flight, then their backward passes."""
+    """Several forward passes with different masks, then their backward passes."""
     whole = oracle.inputs(SEQ_LENGTH, (4, 2), (8, 5), torch.float64)
     layout = SequenceLayout.contiguous(2)
     wanted = masks(5)

@@ -1,4 +1,4 @@
-"""One owner for methods and one for layouts: what is added to a table works everywhere."""
+"""Methods and layouts are each defined in one table: an entry added there works everywhere."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ register(Method("key_owner", place_key_owner, summary="all queries against its o
 
 @pytest.fixture
 def key_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Method]:
-    """A method that a module of someone else's adds when it is imported."""
+    """A method that a third-party module registers when it is imported."""
     (tmp_path / "a_new_method.py").write_text(NEW_METHOD)
     monkeypatch.syspath_prepend(str(tmp_path))
     before = dict(METHODS)
@@ -113,8 +113,8 @@ def test_every_method_is_described() -> None:
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_layouts_of_a_method_are_those_it_can_compute_on(method: str, layout_name: str) -> None:
-    """What is accepted gives correct results (tests/core/test_attention.py). What is refused would lose tiles or, for
-    ``zigzag``, be the ring under another name.
+    """Accepted layouts give correct results (tests/core/test_attention.py). Refused ones would lose tiles or, for
+    ``zigzag``, be the ring method under another name.
     """
     layout, found = SequenceLayout(layout_name, 4), METHODS[method]
     if layout_name in found.layouts:
@@ -144,7 +144,7 @@ def test_sizes_in_another_form_are_refused(text: str) -> None:
 # --- layouts ---------------------------------------------------------------------------------------------------
 
 NEW_LAYOUTS = {
-    # Stored late piece first, so that storage and sequence run in opposite directions.
+    # The later piece is stored first, so that storage order and sequence order differ.
     "late_first": LayoutRule(lambda rank, cp_size: (2 * cp_size - 1 - rank, rank)),
     # Two stripes per rank: several interleaved pieces.
     "two_stripes": LayoutRule(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank), interleaved=True),
@@ -240,7 +240,7 @@ HEADS, CLUSTER = TensorShape(num_heads=8, num_query_groups=2), Network.parse("nv
 
 
 def seen_by(method: Method, direction: str = "forward") -> Problem:
-    """What a method's placement is given on 8 ranks."""
+    """The problem that a method's placement receives on 8 ranks."""
     seen = []
 
     def place(problem: Problem) -> Placement:
@@ -276,7 +276,7 @@ def test_a_placement_sees_its_problem(direction: Direction) -> None:
 
 
 def test_a_placement_that_does_not_use_the_shape_does_not_see_it() -> None:
-    """One schedule then serves every shape, and nothing can make it depend on one."""
+    """Then one schedule serves every shape and cannot depend on one."""
     problem = seen_by(METHODS["lightseq"])
     assert problem.shape == TensorShape()
     assert problem.network is None
@@ -290,7 +290,7 @@ def test_within_groups_that_exchange_heads_a_placement_sees_its_share() -> None:
 
 
 def test_work_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By placing, dropping, checking and compiling, in both directions."""
+    """Placing, dropping empty tiles, checking and compiling share the result, in both directions."""
     calls: list[tuple[range, range]] = []
     area = Mask.area
     monkeypatch.setattr(Mask, "area", lambda mask, *tile: calls.append(tile) or area(mask, *tile))
@@ -302,7 +302,7 @@ def test_work_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def place_by_load(problem: Problem) -> Placement:
-    """A small solver: each tile goes to the rank with the least work, at best to the owner of its dearer side."""
+    """A small solver: a tile goes to the rank with the least work, preferably the owner of its more expensive side."""
     layout, owner = problem.layout, problem.layout.owner
     q_bytes, k_bytes = problem.shape.bytes_per_side(problem.direction)
     load = [0] * layout.cp_size
@@ -337,7 +337,7 @@ def test_a_solver_plans_each_direction_for_packed_documents(size: int) -> None:
 
 
 def test_predictions_of_a_solver_depend_on_the_shape() -> None:
-    """Schedules are kept by what the placement saw: another shape makes another one, if the method uses it."""
+    """Schedules are cached by what the placement sees: another shape gives another schedule if the method uses it."""
     sizes = []
 
     def place(problem: Problem) -> Placement:

@@ -82,7 +82,7 @@ def test_blocks_are_at_most_an_eighth_too_large(num_bytes: int) -> None:
 
 
 def test_free_blocks_never_hold_more_than_was_in_use() -> None:
-    """2,000 different lengths, two buffers in use at a time."""
+    """2,000 different lengths, with two buffers in use at a time."""
     pool = BufferPool()
     rng = random.Random(0)
     for _ in range(2000):

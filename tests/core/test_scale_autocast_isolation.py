@@ -1,4 +1,4 @@
-"""A learned softmax scale, inputs under autocast, and documents that do not reach each other on any method."""
+"""A learned softmax scale, inputs under autocast, and documents that do not affect each other with any method."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ every_method = pytest.mark.parametrize(("method", "layout_name"), METHODS)
 
 
 def _scaled(whole: list[Tensor], scale: Tensor) -> Tensor:
-    """Textbook attention with a factor of the scores, which the oracle itself does not take."""
+    """Textbook attention with scaled scores, which the oracle itself does not support."""
     q, k, v = whole[:3]
     return oracle.attention(q * (scale * q.shape[-1] ** 0.5), k, v, Mask.causal())
 
@@ -127,7 +127,7 @@ def test_autocast_is_that_of_torch(dtypes: tuple[torch.dtype, ...], target: torc
 
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_autocast_does_not_reach_into_kernels(kernel: str) -> None:
-    """fp64 is not cast, and plain torch inside of a kernel computes in the precision that the kernel chose."""
+    """fp64 is not cast, and plain torch inside a kernel computes in the precision that the kernel chose."""
     dtype = torch.float64 if kernel == "reference" else torch.bfloat16
     leaves = [x.requires_grad_() for x in oracle.inputs(24, (2, 2), (16, 16), dtype)[:3]]
 
@@ -161,7 +161,7 @@ def _with_padding(group: Group, method: str, layout: SequenceLayout, whole: list
 @every_method
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_padding_does_not_reach_the_document(method: str, layout_name: str, value: float) -> None:
-    """Whatever unwritten padding holds, in the inputs and in the output's gradient."""
+    """Whatever values the padding holds, in the inputs and in the gradient of the output."""
     layout = SequenceLayout(layout_name, 3)
     whole = oracle.inputs(PADDED, (6, 3), (8, 8), torch.float64)
     results = []

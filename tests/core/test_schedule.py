@@ -73,7 +73,7 @@ def test_text_that_says_something_else_is_refused(old: str, new: str, text: str)
 
 @pytest.mark.parametrize("size", range(1, 18))
 def test_lightseq_makespan_is_half_of_the_ranks(size: int) -> None:
-    """P/2 chunk tiles for every P, odd and even: the causal triangle shared out without idle time."""
+    """P/2 chunk tiles for every P, odd or even: the causal triangle is divided without idle time."""
     result = simulate(build("lightseq", "contiguous", size))
     assert result.makespan_s == pytest.approx(size / 2, rel=2e-3)
     assert result.busy == pytest.approx(1.0, abs=2e-3)
@@ -86,7 +86,7 @@ def test_lightseq_stays_balanced_on_many_ranks(size: int) -> None:
 
 @pytest.mark.parametrize(("size", "at_most"), [(16, 0.7), (64, 0.4), (256, 0.2)])
 def test_mesh_receives_far_fewer_bytes_and_stays_balanced(size: int, at_most: float) -> None:
-    """Busiest rank, MHA, forward, against the best of the methods whose volume grows with P."""
+    """Compares the busiest rank (MHA, forward) with the best of the methods whose volume grows with P."""
     shape = TensorShape(num_heads=32, num_query_groups=32)
 
     def received(method: str, layout: str) -> int:
@@ -104,7 +104,7 @@ def test_a_mesh_of_every_shape_is_valid(direction: str) -> None:
         for rows in (rows for rows in range(1, size + 1) if size % rows == 0):
             schedule = build(f"mesh:{rows}x{size // rows}", "zigzag", size, direction)
             inputs = [m for step in schedule.steps for m in step.moves if m.payload not in RESULTS]
-            # 2 chunks per rank, from each other rank of the row and of the column; no transfer without work
+            # 2 chunks per rank, from every other rank of the row and the column; nothing is sent without work
             assert len(inputs) <= 2 * size * (rows - 1 + size // rows - 1)
 
 
@@ -207,7 +207,7 @@ def test_a_window_drops_distant_tiles_and_their_transfers() -> None:
 
 
 def test_an_input_used_twice_travels_once_and_is_kept() -> None:
-    """A placement may keep an input over several steps: it arrives before the first, leaves after the last."""
+    """A placement may keep an input over several steps: it arrives before the first and is freed after the last."""
     layout = SequenceLayout.contiguous(2)
 
     def stretched(problem: Problem) -> Placement:

@@ -1,4 +1,4 @@
-"""One mutant for every check of ``find_fault``: a schedule that breaks exactly this rule, and the words for it."""
+"""One mutant for every check of ``find_fault``: a schedule that breaks exactly this rule, and the expected message."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def step(rank_0: str, rank_1: str, *moves: Move) -> Step:
 
 
 def valid() -> list[Step]:
-    """Rank 1 computes both tiles of rank 0's queries that rank 0 does not."""
+    """A valid schedule: rank 1 computes the tile of rank 0's queries that rank 0 does not."""
     return [
         step("", "q1k1", Q0, KV0),
         step("q0k0", "q1k0 q0k1"),

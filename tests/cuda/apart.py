@@ -1,8 +1,9 @@
-"""Runs the tests of a file that need a GPU, apart: ``python -m tests.cuda.apart FILE [--seconds 90]``.
+"""Runs the GPU tests of a file in separate processes: ``python -m tests.cuda.apart FILE [--seconds 90]``.
 
 A kernel that hangs never returns, and one that reads beyond its memory breaks its process's CUDA context: every later
-test of the process fails too. Each function and last parameter (the head dim, say) therefore has a process of its own,
-several at a time; what goes wrong in one says nothing about the others, and its last words are printed here.
+test of the process then fails too. So each combination of test function and last parameter (for example the head dim)
+runs in a separate process, several at a time. A failure in one does not affect the others, and its last output is
+printed here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
 GROUP_SECONDS = 45.0
-"""For one process, its start included."""
+"""Time limit of one process, including its start."""
 BROKEN = re.compile(r"CUDA error|CUDA driver|cudaError")
 OUTCOMES = ("PASSED", "FAILED", "SKIPPED", "ERROR")
 STARTED = re.compile(rf"^(\S+::.*?)(?: ({'|'.join(OUTCOMES)})\b.*)?$")
@@ -31,12 +32,12 @@ STARTED = re.compile(rf"^(\S+::.*?)(?: ({'|'.join(OUTCOMES)})\b.*)?$")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What became of one group of tests."""
+    """The outcome of one group of tests."""
 
     group: str
     counts: Counter[str] = field(default_factory=Counter)
     trouble: str = ""
-    """Empty, or what went wrong first."""
+    """Empty, or a description of the first failure."""
     output: str = ""
 
     def __str__(self) -> str:
@@ -54,7 +55,7 @@ def collect(file: str) -> dict[str, list[str]]:
     """The tests of each group.
 
     Raises:
-        RuntimeError: pytest collects none; its words are in the message.
+        RuntimeError: pytest collects no tests; the message contains its output.
     """
     done = subprocess.run(
         [*PYTEST, "-q", "--collect-only", file], cwd=ROOT, capture_output=True, text=True, check=False
@@ -69,7 +70,7 @@ def collect(file: str) -> dict[str, list[str]]:
 
 
 def judge(group: str, tests: Sequence[str], output: str, status: int | None, seconds: float) -> Verdict:
-    """The verdict on a group from what pytest -v printed; ``status`` is None where it was stopped."""
+    """The verdict on a group, from the output of pytest -v; ``status`` is None if the process was stopped."""
     seen = dict.fromkeys(tests, "")
     for line in output.splitlines():
         found = STARTED.match(line.rstrip())
@@ -100,7 +101,7 @@ def run_group(group: str, tests: Sequence[str], end: float, threads: int) -> Ver
     """One process; it is stopped at ``end`` (on time.monotonic) or after GROUP_SECONDS."""
     limit = min(GROUP_SECONDS, end - time.monotonic())
     if limit < 1:
-        return Verdict(group=group, trouble="NOT STARTED: the time was up")
+        return Verdict(group=group, trouble="NOT STARTED: total time limit reached")
     environment = {**os.environ, "CI": "1", "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -121,7 +122,7 @@ def run_group(group: str, tests: Sequence[str], end: float, threads: int) -> Ver
 
 
 def report(verdicts: Iterable[Verdict], say: Callable[[str], None] = print) -> int:
-    """Prints what troubled groups said, then a line for each group and pytest's kind of sum; the exit status."""
+    """Prints the output of failed groups, one line per group, and a summary like pytest's. Returns the exit status."""
     verdicts = list(verdicts)
     troubled = [verdict for verdict in verdicts if verdict.trouble]
     for verdict in troubled:
@@ -135,7 +136,7 @@ def report(verdicts: Iterable[Verdict], say: Callable[[str], None] = print) -> i
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where every group ended without trouble."""
+    """Returns 0 if no group failed."""
     parser = argparse.ArgumentParser(prog="tests.cuda.apart", description=__doc__)
     parser.add_argument("file")
     parser.add_argument("--seconds", type=float, default=90.0, help="for everything")

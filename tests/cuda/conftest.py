@@ -1,4 +1,4 @@
-"""One emulated GPU for all tests of this folder."""
+"""One emulated GPU, shared by all tests in this folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU: csrc/cuda compiled by g++ against emulated GPU primitives.
 
 The library is built once per content of csrc (a few seconds) and called through ctypes with numpy arrays; see
-csrc/cuda/emulation/machine.h for what this proves.
+csrc/cuda/emulation/machine.h for what this can verify.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ COMPILER = shutil.which("g++")
 FLAGS = ("-std=c++20", "-march=x86-64-v3", "-fPIC", "-pthread")
 KERNELS = "library.cpp"
 MULTIPROCESSORS = 2
-"""What csrc/cuda/emulation/sm80.h says that the emulated GPU has."""
+"""Number of multiprocessors of the emulated GPU, as in csrc/cuda/emulation/sm80.h."""
 QUERY_TILES = 3
 SMALL_LIMITS = (f"-DMLS_BACKWARD_QUERY_TILES={QUERY_TILES}", "-DMLS_CACHED_BYTES=65536")
-"""So that small tests need several launches, and several sections of a launch's order."""
+"""Small limits, so that small tests need several launches and several sections of the work order."""
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -43,7 +43,7 @@ def missing() -> str | None:
 
 
 class EmulationError(Exception):
-    """The machine refused what a kernel did."""
+    """The emulator detected an error in a kernel."""
 
 
 class Shape(ctypes.Structure):
@@ -120,12 +120,12 @@ def _strided(x: Tensor) -> StridedTensor:
 
 
 def _sums(x: Tensor) -> StridedTensor:
-    """A result that is fp32; nothing in place of others."""
+    """The result if it is fp32, otherwise a null tensor."""
     return _strided(x) if x.dtype == torch.float32 else StridedTensor()
 
 
 def _rounded(x: Tensor) -> StridedTensor:
-    """A result in the dtype of the inputs; nothing in place of others."""
+    """The result if it has the dtype of the inputs, otherwise a null tensor."""
     return StridedTensor() if x.dtype == torch.float32 else _strided(x)
 
 
@@ -143,7 +143,7 @@ def _compile(arguments: list[str]) -> None:
 
 
 def build_machine(csrc: Path, folder: Path) -> list[str]:
-    """The objects of the machine itself, without kernels."""
+    """Compiles the emulator itself, without kernels, and returns its object files."""
     objects = []
     for source in sorted((csrc / "cuda" / "emulation").glob("*.cpp")):
         if source.name != KERNELS:
@@ -153,10 +153,10 @@ def build_machine(csrc: Path, folder: Path) -> list[str]:
 
 
 def build_library(csrc: Path, machine: list[str], target: Path, *options: str) -> None:
-    """Compiles the kernels of a csrc tree and links them with the machine.
+    """Compiles the kernels of a csrc tree and links them with the emulator.
 
     Raises:
-        EmulationError: the compiler refused them; its first words are in the message.
+        EmulationError: compilation fails; the message contains the compiler's first errors.
     """
     source = str(csrc / "cuda" / "emulation" / KERNELS)
     includes = [f"-I{csrc}", f"-I{csrc / 'include'}"]
@@ -164,7 +164,7 @@ def build_library(csrc: Path, machine: list[str], target: Path, *options: str) -
 
 
 def cached_library() -> Path:
-    """The library of this checkout, built unless one of the same sources is there."""
+    """The library of this checkout. It is built unless one for the same sources exists."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for path in sorted([*(CSRC / "cuda").rglob("*"), *(CSRC / "include").glob("*.h")]):
         if path.suffix in (".h", ".cpp"):
@@ -185,7 +185,7 @@ _NO_KERNEL = b"the library has no kernel for these head dims"
 
 @dataclass
 class Emulator:
-    """The kernels of one architecture (``sm80``, or ``sm90`` as far as it has its own) as a ``Kernel``."""
+    """The kernels of one architecture (``sm80``, or ``sm90`` where it has its own) as a ``Kernel``."""
 
     path: Path
     architecture: str = "sm80"
@@ -193,7 +193,7 @@ class Emulator:
     seed: int = 1
     threads: int = 1
     refuses_tensor_maps: bool = False
-    """As a driver that refuses to describe a tensor to Hopper's kernels."""
+    """Whether to simulate a driver that refuses tensor maps, which the Hopper kernels need."""
     name: str = "emulated-cuda"
     rounds_results: bool = True
 
@@ -218,7 +218,7 @@ class Emulator:
         return counts
 
     def fallback(self) -> str | None:
-        """Why the last call ran a kernel of compute capability 8.0 on Hopper; said once per kernel."""
+        """Why the last call ran a kernel for compute capability 8.0 on Hopper. Reported once per kernel."""
         reason = self.library.mls_emu_fallback()
         return None if reason is None else str(reason.decode())
 
@@ -226,7 +226,7 @@ class Emulator:
         self.library.mls_emu_configure(self.seed, self.threads, self.refuses_tensor_maps)
         for architecture in dict.fromkeys(
             (self.architecture, "sm80")
-        ):  # as the dispatch: the newest that there is
+        ):  # like the dispatch: the newest kernel that exists
             function = getattr(self.library, f"mls_emu_{direction}_{architecture}")
             failure = function(ctypes.byref(params), *arguments)
             if failure != _NO_KERNEL:
@@ -301,7 +301,7 @@ class Emulator:
         softmax_scale: float,
         accumulate: bool,
     ) -> BackwardParams:
-        """The arguments of the compiled backward: dout, q, k, v, lse and delta, and dq, dk and dv."""
+        """The arguments of the compiled backward pass: dout, q, k, v, lse and delta, and dq, dk and dv."""
         _, q, k, v, _, _ = read
         return BackwardParams(
             _shape(q, k, v),
@@ -315,10 +315,10 @@ class Emulator:
         )
 
     def call_backward(self, params: BackwardParams, options: BackwardOptions) -> None:
-        """The compiled backward.
+        """Runs the compiled backward pass.
 
         Raises:
-            EmulationError: it refused the arguments, or did something that a GPU would not allow.
+            EmulationError: it refuses the arguments, or does something that a GPU does not allow.
         """
         self._call("backward", params, ctypes.byref(options))
 

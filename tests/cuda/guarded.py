@@ -1,4 +1,4 @@
-"""Runs tiles whose tensors all end at an inaccessible page. Started by a test, in a process of its own."""
+"""Runs tiles whose tensors all end at an inaccessible page. Started by a test in a separate process."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def run_forward(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel) -> tupl
 def expect_output(
     case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor
 ) -> None:
-    """``out`` (Q, B, H, V) and ``lse`` (B, H, Q) keep the budget against fp64."""
+    """``out`` (Q, B, H, V) and ``lse`` (B, H, Q) are within the error budget against fp64."""
     exact = textbook(case, torch.float64, tensors)
     low = textbook(case, torch.float32, tensors, dtype)
     expect_close(f"out of {case} in {dtype}", out, exact[0], low[0])
@@ -29,7 +29,7 @@ def expect_output(
 
 
 def run_backward(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel) -> Results:
-    """The textbook's out and lse, and the gradients of two calls, each for half of ``dout``; the second call adds."""
+    """out and lse of the reference formula, and gradients summed over two calls, each with half of ``dout``."""
     q, k, v, dout = tensors
     out, lse, *_ = textbook(case, torch.float32, tensors)
     half = dout * 0.5
@@ -42,5 +42,5 @@ def run_backward(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel) -> Res
 
 
 def expect_gradients(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, ...], kernel: Kernel) -> None:
-    """dq, dk and dv keep the budget against fp64."""
+    """dq, dk and dv are within the error budget against fp64."""
     expect_within_budget(case, dtype, tensors, run_backward(case, tensors, kernel))

@@ -1,4 +1,4 @@
-"""Bugs that are put into the kernels on purpose; the emulated tests must notice every one."""
+"""Bugs seeded into the kernels. The emulated tests must detect every one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Mutant:
     new: str
     architecture: str = "sm80"
     slow: bool = False
-    """Shows as bank conflicts, not as wrong numbers."""
+    """Detected by its bank conflicts: results stay correct."""
 
 
 FORWARD, BACKWARD, DQ = "forward_sm80.h", "backward_sm80.h", "backward_dq_sm80.h"
@@ -212,7 +212,7 @@ HOPPER_MUTANTS = (
     _hopper("the first turn is not given", "Turn<T>::start();", ";"),
     _hopper("a turn is not passed on", "Turn<T>::pass(tile + 1 == work.end_tile);", ""),
     _hopper(
-        "a turn is given that nobody takes",
+        "a turn is given that no warpgroup takes",
         "Turn<T>::pass(tile + 1 == work.end_tile)",
         "Turn<T>::pass(false)",
     ),
@@ -337,7 +337,7 @@ HOPPER_BACKWARD_MUTANTS = (
         "barrier_expect(queries, T::QueryTile::kBytes / 2)",
         TILES,
     ),
-    _backward("no word of the end", "rows.any = any;", "rows.any = true;", TILES),
+    _backward("the end is not signalled", "rows.any = any;", "rows.any = true;", TILES),
     _backward("last head of a group left out", "first_head + heads;", "first_head + larger(heads - 1, 1);"),
     _backward(
         "the second launch writes over the first", "params.accumulate || first_query > 0", "params.accumulate"
@@ -362,7 +362,7 @@ HOPPER_BACKWARD_MUTANTS = (
     ),
     _backward("dS not transposed", "from_shared<true, true>", "from_shared<false, true>"),
     _backward(
-        "both consumers make the same columns of dQ",
+        "both consumers compute the same columns of dQ",
         "along_rows(consumer * T::kDqColumns, k)",
         "along_rows(0, k)",
     ),
@@ -384,7 +384,7 @@ HOPPER_BACKWARD_MUTANTS = (
         "state.dk, first_row, 1.0f);",
     ),
     _backward("dS stored unswizzled", "(chunk % 8 ^ row % 8)", "(chunk % 8)", PANELS),
-    _backward("rows of dQ meet in banks", "trades = row % 2;", "trades = false;", PANELS, slow=True),
+    _backward("rows of dQ have bank conflicts", "trades = row % 2;", "trades = false;", PANELS, slow=True),
     _backward(
         "deterministic dq: keys used before they landed",
         "if (tile < work.end_tile) barrier_wait(shared.keys_full(at.stage), at.parity);",

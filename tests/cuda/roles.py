@@ -1,8 +1,8 @@
 """Registers of warp-specialised kernels, by role, from their SASS.
 
-A kernel's branches ask for numbers of registers of their own (setmaxnreg, in SASS USETMAXREG), and one that reaches
-beyond its number reads and writes another warp's. What a branch can reach is followed through its jumps: ptxas puts
-seldom parts of all branches together at the end.
+Each role of a kernel (a branch taken by some of its warps) sets its number of registers with setmaxnreg, in SASS
+USETMAXREG. Code that uses registers beyond that number reads and writes those of another warp. The instructions of a
+role are found by following its jumps, because ptxas moves rarely executed code of all roles to the end of the kernel.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ INSTRUCTION = re.compile(
 )
 JUMPS = ("BRA", "BSSY", "WARPSYNC", "CALL", "JMP")
 ENDS = ("EXIT", "BRA", "RET", "JMP")
-"""Without a condition, what stands behind them is not reached."""
+"""Instructions after which execution does not continue, unless they are conditional."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Role:
-    """A branch from its USETMAXREG on."""
+    """A role, from its USETMAXREG on."""
 
     gives: bool
-    """Registers away, as producers do, rather than taking more."""
+    """Whether it gives registers away, as producers do, instead of taking more."""
     allowed: int
     used: int
 
@@ -62,7 +62,7 @@ def _reach(code: dict[int, re.Match[str]], after: dict[int, int], start: int) ->
 
 
 def _highest(text: str) -> int:
-    """The number of the last register that an instruction uses; -1 for none. Wide ones name their first register."""
+    """The last register that an instruction uses; -1 for none. Wide operands are named by their first register."""
     operation = text.split()[0]
     wide = 1
     if re.search(r"\.128|^(LDSM|STSM).*\.4", operation):

@@ -14,9 +14,9 @@ from tests.kernels.oracle import Case, inputs
 def run_tiles(
     kernel: Callable[[bool], Kernel], device: str, done: Callable[[str], object] = lambda _: None
 ) -> None:
-    """Every head dim and dtype, forward and backward, both ways of each; ``kernel`` takes ``deterministic``.
+    """Runs every head dim and dtype, forward and backward, with and without determinism.
 
-    ``done`` hears what has been started.
+    ``kernel`` takes ``deterministic``. ``done`` is called with a description of each tile that was started.
     """
     for head_dim, value_dim in HEAD_DIMS:
         case = Case(

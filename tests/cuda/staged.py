@@ -1,4 +1,4 @@
-"""A kernel for CPU tensors that computes elsewhere: what lets gloo ranks share one GPU."""
+"""A kernel for CPU tensors that computes on another device, so that gloo ranks can share one GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_lightseq.kernels.tile_mask import TileMask
 
 @dataclass
 class StagedKernel:
-    """Copies every tile to ``device``, runs ``kernel`` there, and copies what it wrote back."""
+    """Copies every tile to ``device``, runs ``kernel`` there, and copies the results back."""
 
     kernel: Kernel
     device: str = "cuda"

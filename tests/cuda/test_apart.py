@@ -1,4 +1,4 @@
-"""tests/cuda/apart.py: what it says of groups of tests that fail, break, hang or die, and that it runs every test."""
+"""tests/cuda/apart.py: it runs every test, and reports groups that fail, break, hang or die."""
 
 from __future__ import annotations
 

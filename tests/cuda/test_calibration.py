@@ -1,7 +1,7 @@
 """Every primitive, bit for bit: the emulator against fixed vectors, and a GPU against the same vectors.
 
-The vectors were written by the emulator (``python -m tests.cuda.test_calibration``) and are its reading of the PTX
-ISA; the test under the marker ``gpu`` is what proves that reading on hardware.
+The vectors were written by the emulator (``python -m tests.cuda.test_calibration``) and show how it interprets the PTX
+ISA. The test with the marker ``gpu`` checks that interpretation on hardware.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VECTORS = Path(__file__).with_name("primitive_vectors.npz")
 
 @dataclass(frozen=True)
 class Part:
-    """What one group of primitives writes with one of them: ``words`` of each of ``threads`` threads."""
+    """The output of one primitive in a group: ``words`` words from each of ``threads`` threads."""
 
     primitive: str
     threads: int
@@ -53,13 +53,13 @@ PARTS = {
         Part("tensor reduction", 64, 32),
     ),
 }
-"""What csrc/cuda/calibration.h logs, in its order. The parts of a thread follow each other, those of as many threads
-side by side."""
+"""What csrc/cuda/calibration.h logs, in order. Parts with the same number of threads form one log, thread after
+thread."""
 GROUPS = {group: sum(part.threads * part.words for part in parts) for group, parts in PARTS.items()}
 """Words of output of each PrimitiveGroup of csrc/cuda/calibration.h, in its order."""
 VARIANTS = [(dtype, group) for dtype in (torch.bfloat16, torch.float16) for group in GROUPS]
 ONE = 0x3F800000
-"""fp32 1: what outputs hold before, and what a reduction adds to."""
+"""fp32 1: the initial value of outputs, which a reduction adds to."""
 
 
 def numbers(dtype: torch.dtype) -> torch.Tensor:
@@ -69,7 +69,7 @@ def numbers(dtype: torch.dtype) -> torch.Tensor:
 
 
 def differences(group: str, got: NDArray[np.uint32], want: NDArray[np.uint32]) -> list[str]:
-    """A line for each primitive whose words differ: how many, and the first of them."""
+    """One line per primitive whose words differ: how many differ, and the first one."""
     lines, rest = [], (got, want)
     for threads in dict.fromkeys(part.threads for part in PARTS[group]):
         parts = [part for part in PARTS[group] if part.threads == threads]
@@ -116,7 +116,7 @@ def test_emulator_still_gives_the_vectors(library: Path, dtype: torch.dtype, gro
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_vectors_agree_with_plain_matrix_products(dtype: torch.dtype) -> None:
-    """Accumulators of wgmma, by PTX's fragment layout, against products of the same integers."""
+    """Compares accumulators of wgmma, in the fragment layout of PTX, with products of the same integers."""
     x = numbers(dtype).double()
     with np.load(VECTORS) as vectors:
         words = vectors[key(dtype, "sm90")].view(np.float32).reshape(128, 272)

@@ -1,4 +1,4 @@
-"""Which GPUs a build serves, and what it says to the others."""
+"""Which GPUs a build supports, and the errors on others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kernels/cuda.py does around the compiled kernels: copies of inputs, where results go, warnings."""
+"""What kernels/cuda.py does around the compiled kernels: copying inputs, allocating results, warnings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_inputs_that_do_not_suit_the_kernels_are_copied(x: Tensor, is_copied: bo
 
 
 class Reporting:
-    """Stands in for the extension: what it reports, call by call."""
+    """Stands in for the extension: returns the given reports, one per call."""
 
     def __init__(self, *reasons: str | None) -> None:
         self.reasons = list(reasons)
@@ -64,7 +64,7 @@ def test_a_fallback_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
         (8192, 1, 2, 4, 4),  # 128 blocks: two parts would be 256
         (8192, 1, 2, 6, 3),
         (8192, 4, 2, 4, 1),
-        (16384, 1, 1, 7, 7),  # a prime number of heads is not divided otherwise
+        (16384, 1, 1, 7, 7),  # a prime number of heads has no other divisor
         (100, 1, 1, 1, 1),
     ],
 )

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on the emulated GPU, against fp64."""
+"""The source of the CUDA kernels, run on the emulated GPU, against fp64."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HOPPER_TILES = (
     (Case(queries=5, keys=700, heads=1, amplitude=4.0), 6),
 )
 ONE_KEY_HEAD = (Case(queries=100, keys=150, heads=6, groups=1), 7)
-"""Two blocks of keys do not fill the multiprocessors: two more share the query heads of the group."""
+"""Two blocks of keys do not fill the multiprocessors, so the query heads of the group are split among four blocks."""
 
 
 def run_with_gradients(case: Case, dtype: torch.dtype, kernel: Emulator) -> Results:
@@ -89,7 +89,7 @@ def test_hopper_gradients_match_fp64(library: Path, case: Case, seed: int, head_
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])
 def test_keys_beyond_the_tensor_count_nothing_whatever_the_scores(library: Path, architecture: str) -> None:
-    """All scores near -160: exp(0 - lse) of the zeros that fill up a tile is infinite."""
+    """All scores are near -160, so exp(0 - lse) of the zeros that pad a tile is infinite."""
     case = Case(queries=70, keys=100, head_dim=64, value_dim=64)
     _, k, v, dout = inputs(case, torch.bfloat16)
     q = torch.full((70, 1, 2, 64), -20.0).bfloat16()
@@ -120,7 +120,7 @@ def test_order_of_warps_does_not_matter(library: Path, architecture: str, seed: 
 WRITTEN = (
     Case(
         queries=150, keys=300, heads=4, groups=2, head_dim=64, value_dim=64, band_hi=20
-    ),  # keys that nobody sees
+    ),  # some keys are seen by no query
     Case(queries=100, keys=150, heads=4, groups=1, head_dim=64, value_dim=64, ranges="documents"),
     Case(queries=200, keys=70, heads=1, head_dim=64, value_dim=64, band_lo=-20),  # two launches on Hopper
     Case(queries=70, keys=90, heads=1, head_dim=64, value_dim=64, ranges="empty"),
@@ -220,7 +220,7 @@ def test_delta_refuses_what_it_does_not_take(library: Path) -> None:
 def test_every_place_of_the_order_is_taken_once(
     library: Path, tiles: int, units: int, bytes_of_unit: int, width: int
 ) -> None:
-    """Units that fit into the cache together go side by side, their tiles in turn; then the next ones."""
+    """Units that fit into the cache together run side by side, tile by tile; then the next units follow."""
     places = (ctypes.c_int * (2 * tiles * units))()
     function = Emulator(library).library.mls_emu_order
     function.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_void_p]
@@ -288,7 +288,7 @@ def test_strided_inputs_and_results(library: Path) -> None:
 def test_masked_tiles_are_skipped(library: Path) -> None:
     def products(case: Case) -> int:
         kernel = Emulator(library)
-        kernel.statistics()  # what other tests left
+        kernel.statistics()  # clears the counts of other tests
         run_kernel(case, inputs(case, torch.bfloat16), kernel)
         return int(kernel.statistics().mma)
 
@@ -329,7 +329,7 @@ def test_tile_without_keys_keeps_what_was_there(library: Path) -> None:
 
 
 def test_never_touches_memory_outside_its_tensors(library: Path) -> None:
-    """Every tensor ends where an inaccessible page begins: the process would die of SIGSEGV."""
+    """Every tensor ends where an inaccessible page begins, so an access out of bounds raises SIGSEGV."""
     script = Path(__file__).with_name("guarded.py")
     result = subprocess.run(
         [sys.executable, "-m", "tests.cuda.guarded", str(library)],

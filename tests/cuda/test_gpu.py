@@ -1,6 +1,6 @@
-"""The CUDA kernel on a real GPU: numbers against fp64, which kernels ran, layouts of memory, streams and graphs.
+"""The CUDA kernel on a real GPU: accuracy against fp64, which kernels ran, memory layouts, streams and graphs.
 
-scripts/gpu_check.sh runs the tests apart, by function and last parameter (tests/cuda/apart.py).
+scripts/gpu_check.sh runs them in separate processes, grouped by function and last parameter (tests/cuda/apart.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AWKWARD = (
     Case(queries=1000, keys=1500, heads=2, groups=1, band_hi=500),
 )
 HOPPER_BACKWARD = ((64, 64), (128, 128))
-"""(D, Dv) that have backward kernels of their own on Hopper."""
+"""(D, Dv) that have Hopper backward kernels."""
 
 every_head_dim = pytest.mark.parametrize("dims", HEAD_DIMS, ids=lambda dims: "d{}x{}".format(*dims))
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -88,7 +88,7 @@ def test_deterministic_gradients_repeat(head_dim: int) -> None:
 
 
 class OnGpu:
-    """One case, its tensors and its results on the GPU; ``run`` is a step of training, without host and allocations."""
+    """One case, its tensors and results on the GPU. ``run`` is a training step without host syncs or allocations."""
 
     def __init__(self, case: Case, deterministic: bool) -> None:
         self.kernel = CudaKernel(deterministic)
@@ -112,7 +112,7 @@ class OnGpu:
 @every_head_dim
 @both_ways
 def test_this_gpu_s_own_kernels_run(deterministic: bool, dims: tuple[int, int]) -> None:
-    """And not those for 8.0, which take over where the driver refuses what Hopper's need."""
+    """Not the kernels for 8.0, which are the fallback if the driver refuses tensor maps."""
     step = OnGpu(replace(AWKWARD[2], head_dim=dims[0], value_dim=dims[1]), deterministic)
     with warnings.catch_warnings(record=True) as reasons:
         warnings.simplefilter("always")
@@ -135,7 +135,7 @@ def test_this_gpu_s_own_kernels_run(deterministic: bool, dims: tuple[int, int]) 
 
 
 def packed(x: Tensor) -> Tensor:
-    """The same numbers with strange vectors between them, as in a projection to q, k and v at once."""
+    """The same numbers with other vectors in between, as in a fused q, k, v projection."""
     return torch.stack([torch.full_like(x, 7.0), x, torch.full_like(x, -7.0)], 3)[..., 1, :]
 
 
@@ -144,7 +144,7 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 def expanded(x: Tensor) -> Tensor:
-    """All heads the first one's."""
+    """All heads are views of the first one."""
     return x[:, :, :1].expand(x.shape)
 
 
@@ -165,7 +165,7 @@ def test_arrangement_in_memory_does_not_matter(arrange: Callable[[Tensor], Tenso
 @pytest.mark.parametrize("head_dim", [80, 128])
 @both_ways
 def test_training_step_in_a_graph(deterministic: bool, head_dim: int) -> None:
-    """Captured on a side stream, replayed on other numbers: equal to what runs without a graph."""
+    """A graph captured on a side stream and replayed on other numbers gives the same results as without a graph."""
     step = OnGpu(replace(AWKWARD[2], head_dim=head_dim, value_dim=head_dim), deterministic)
     step.run()  # loads the kernels
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh without a GPU: the order, limits and verdicts of its stages, and what the stages start."""
+"""scripts/gpu_check.sh without a GPU: order, time limits and results of its stages, and the commands they start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 LIMITS = dict(re.findall(r"([a-z-]+):(\d+)", re.search(r"^STAGES=\((.*)\)", SCRIPT.read_text(), re.M)[1]))  # type: ignore[index]
 TOTAL = int(re.search(r"^TOTAL=(\d+)", SCRIPT.read_text(), re.M)[1])  # type: ignore[index]
 PYTHON = """#!/usr/bin/env bash
-# A machine with a GPU, as far as the script asks. Stages log what they were and do as FAIL and SKIP say.
+# Simulates the commands of a machine with a GPU. Stages log their arguments, and fail or skip as FAIL and SKIP say.
 case "$*" in
     *is_available*) [ -z "${NO_GPU:-}" ] && echo "Some GPU"; exit ;;
     *missing_cuda*) echo "${MISSING:-}" && exit ;;
@@ -40,7 +40,7 @@ SANITIZER = (
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """A folder of programs that stand in for those of a machine with a GPU."""
+    """A folder of programs that simulate those of a machine with a GPU."""
     for name, text in (("python", PYTHON), ("nvcc", "#!/bin/sh\n"), ("compute-sanitizer", SANITIZER)):
         path = tmp_path / name
         path.write_text(text)
@@ -51,7 +51,7 @@ def machine(tmp_path: Path) -> Path:
 def check(
     machine: Path, *arguments: str, script: Path = SCRIPT, **variables: str
 ) -> tuple[int, str, list[str]]:
-    """Exit status, output, and what the stages started."""
+    """The exit status, the output, and the commands that the stages started."""
     log = machine / "log"
     log.write_text("")
     path = f"{machine}:{os.environ['PATH']}"
@@ -223,7 +223,7 @@ ABSENT = [
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine would run them")
 def test_a_bare_machine_with_torch_and_pytest_is_enough() -> None:
-    """Imports of the stages: torch, numpy and pytest, none of its plugins or the package's other dependencies."""
+    """The stages import torch, numpy and pytest only: no pytest plugins, no other dependencies of the package."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
         "import pytest, tests.cuda.apart, tests.cuda.sanitized, megatron_lightseq.tools.bench.gpu\n"

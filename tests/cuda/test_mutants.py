@@ -17,7 +17,7 @@ from tests.cuda.judge import expect_gradients, expect_output, run_forward
 from tests.cuda.mutants import HOPPER_BACKWARD_MUTANTS, HOPPER_MUTANTS, SM80_MUTANTS, Mutant
 from tests.kernels.oracle import Case, delta, expect_within_budget, inputs
 
-HEAD_DIMS = {  # few, for they are compiled again for every mutant
+HEAD_DIMS = {  # few, because they are recompiled for every mutant
     "sm80": (
         "-DMLS_FOR_EACH_HEAD_DIM(X)=X(64, 64)",
         "-DMLS_FOR_EACH_HOPPER_HEAD_DIM(X)=",
@@ -61,7 +61,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def examine(library: Path, architecture: str) -> str | None:
-    """What is wrong with these kernels, or None."""
+    """What is wrong with these kernels, or None if nothing is."""
     run, cases, seeds = {
         "sm80": (run_in_two_parts, CASES, 3),
         "sm90": (forward, HOPPER_CASES, 8),
@@ -89,7 +89,7 @@ def backward(case: Case, kernel: Emulator) -> None:
 
 
 def run_in_two_parts(case: Case, kernel: Emulator) -> None:
-    """A tile, accumulated from its two halves along the keys."""
+    """Computes a tile in two halves along the keys, accumulating the results."""
     tensors = q, k, v, dout = inputs(case, torch.bfloat16)
     out = torch.full((case.queries, case.batch, case.heads, case.value_dim), float("nan"))
     lse = torch.full((case.batch, case.heads, case.queries), float("nan"))
@@ -112,13 +112,13 @@ def mutated(mutant: Mutant, folder: Path) -> Path:
     shutil.copytree(CSRC / "include", csrc / "include")
     path = csrc / "cuda" / mutant.file
     text = path.read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.name}: the place to change is not there, or not unique"
+    assert text.count(mutant.old) == 1, f"{mutant.name}: the code to change is missing, or not unique"
     path.write_text(text.replace(mutant.old, mutant.new))
     return csrc
 
 
 class Examiner:
-    """Runs :func:`examine` in another process, which a mutant that corrupts memory ends."""
+    """Runs :func:`examine` in another process, because a mutant that corrupts memory may crash it."""
 
     def __init__(self) -> None:
         self._pool = self._new_pool()
@@ -133,7 +133,7 @@ class Examiner:
             return self._pool.submit(examine, library, architecture).result()
         except BrokenProcessPool:
             self._pool = self._new_pool()
-            return "the process ended by a signal"
+            return "the process was killed by a signal"
 
     def close(self) -> None:
         """End the process."""

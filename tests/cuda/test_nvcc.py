@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels: no spills, tensor-core instructions, a short build. Needs no GPU."""
+"""The code that nvcc generates: no register spills, tensor-core instructions, a short build. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.cuda.roles import roles
 
 ARCHITECTURES = ("80", "90a")
 LATER = "120"
-"""A GPU that has no native code here: drivers make it from the PTX of 80."""
+"""A GPU without native code in the default build: its driver compiles the PTX of 80."""
 SOURCES = tuple(path.name for path in sorted((CSRC / "cuda").glob("*.cu")))
 HOPPER_SOURCES = ("forward_sm90_bf16.cu", "forward_sm90_fp16.cu", "backward_sm90.cu")
 BUILD_CPU_SECONDS = 240
@@ -44,7 +44,7 @@ def find_nvcc() -> str | None:
 
 
 def find_disassemblers() -> list[str]:
-    """Folders of cuobjdump and of nvdisasm, which it starts: the pinned ones from PyPI, else CUDA's; [] without."""
+    """Folders of cuobjdump and of nvdisasm, which it starts: from PyPI (pinned), else from CUDA; [] if missing."""
     folders = []
     for tool in ("cuobjdump", "nvdisasm"):
         beside = Path(find_nvcc() or "/nowhere").parent / tool
@@ -56,7 +56,7 @@ def find_disassemblers() -> list[str]:
 
 
 def from_package(tool: str) -> str | None:
-    """The program of the distribution nvidia-cuda-TOOL, if that is installed."""
+    """The program from the PyPI package nvidia-cuda-TOOL, if that is installed."""
     try:
         files = metadata.files(f"nvidia-cuda-{tool}") or []
     except metadata.PackageNotFoundError:
@@ -105,7 +105,7 @@ def compile_source(nvcc: str, source: str, architecture: str, folder: Path) -> C
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[str, str], Compiled]:
-    """Every source for every architecture, kept between runs for as long as nothing changes."""
+    """Every source compiled for every architecture. Cached between runs while the sources do not change."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc here")
@@ -138,8 +138,8 @@ def test_kernels_stay_in_registers(
     for kernel in kernels:
         assert (kernel["stack"], kernel["stores"], kernel["loads"]) == ("0", "0", "0"), kernel["name"]
         assert int(kernel["registers"]) <= 255
-    assert "serialized" not in report  # what ptxas says where it gives up on asynchronous wgmma
-    assert "setmaxnreg" not in report  # or on the redistribution of registers
+    assert "serialized" not in report  # in the warning of ptxas when it serialises asynchronous wgmma
+    assert "setmaxnreg" not in report  # in the warning of ptxas when it ignores setmaxnreg
 
 
 def test_build_is_short(compiled: dict[tuple[str, str], Compiled]) -> None:
@@ -183,9 +183,9 @@ def test_hopper_kernels_use_its_tensor_cores(compiled: dict[tuple[str, str], Com
         head_dim, value_dim, _, keys = map(int, re.findall(r"Li(\d+)E", name))
         # The scores of 16 columns of the head dim at a time, and the output of 16 keys at a time.
         products = Counter(re.findall(r"HGMMA\.(64x\d+x16)\.F32", function))
-        wanted_products = Counter({f"64x{keys}x16": 2 * head_dim // 16})  # of the first tile, and in the loop
+        wanted_products = Counter({f"64x{keys}x16": 2 * head_dim // 16})  # for the first tile, and the loop
         for columns in filter(None, (value_dim // 64 * 64, value_dim % 64)):  # whole panels, and the rest
-            wanted_products[f"64x{columns}x16"] += 2 * keys // 16  # in the loop, and of the last tile
+            wanted_products[f"64x{columns}x16"] += 2 * keys // 16  # in the loop, and for the last tile
         assert products == wanted_products, name
         for wanted in ("UTMALDG.4D", "USETMAXREG", "SYNCS"):
             assert wanted in function, f"{name} has no {wanted}"
@@ -194,7 +194,7 @@ def test_hopper_kernels_use_its_tensor_cores(compiled: dict[tuple[str, str], Com
 
 
 def gradient_products(head_dim: int, kernel: str) -> Counter[str]:
-    """wgmma instructions of a tile by shape: 64 queries by 128 keys, or for dq alone 128 by 128."""
+    """Number of wgmma instructions per tile, by shape. A tile is 64 queries by 128 keys; for dq alone, 128 by 128."""
     if kernel == "dq":
         return Counter({"64x128x16": 2 * head_dim // 16}) + Counter({f"64x{head_dim}x16": 128 // 16})
     products = Counter({"64x64x16": 2 * head_dim // 16})  # S and dP
@@ -223,7 +223,7 @@ def test_hopper_gradients_use_its_tensor_cores(compiled: dict[tuple[str, str], C
 
 
 def exponentials_of_a_tile(name: str) -> int:
-    """Per thread of a consumer warpgroup, which has 64 rows: half of the tile's other side."""
+    """Per thread of a consumer warpgroup, which has 64 rows: half of the other dimension of the tile."""
     if "forward" in name:
         return int(re.findall(r"Li(\d+)E", name)[-1]) // 2
     return 128 // 2 if "backward_dq" in name else 64 // 2
@@ -231,7 +231,7 @@ def exponentials_of_a_tile(name: str) -> int:
 
 @pytest.mark.parametrize("source", HOPPER_SOURCES)
 def test_softmax_overlaps_with_a_product(compiled: dict[tuple[str, str], Compiled], source: str) -> None:
-    """Between the wait for the scores and the wait for the product that runs concurrently."""
+    """The exponentials are between the wait for the scores and the wait for the concurrent product."""
     functions = sass(compiled[source, "90a"].object_file).split("Function : ")[1:]
     assert functions
     for function in functions:
@@ -287,7 +287,7 @@ SNIPPET = """
 
 def test_registers_are_counted_by_what_a_role_can_reach() -> None:
     taking, giving = roles(SNIPPET)
-    assert (taking.gives, taking.allowed, taking.used) == (False, 232, 202)  # by way of the end of the code
+    assert (taking.gives, taking.allowed, taking.used) == (False, 232, 202)  # including the jump target
     assert (giving.gives, giving.allowed, giving.used) == (True, 40, 32)
     longer = SNIPPET.replace("@!P1 BRA 0x90", "EXIT")
     assert roles(longer)[0].used == 156  # the four registers from R152 on

@@ -1,4 +1,4 @@
-"""Two ranks of dist_attention, over gloo, on one GPU: the emulated one in every run, a real one where there is one."""
+"""Two ranks of dist_attention, over gloo, on one GPU: always on the emulated one, and on a real one if available."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cuda() -> tuple[Kernel, str]:
 
 
 def attend(kernel: Kernel, shards: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """One rank: out, lse, dq, dk, dv of its shard."""
+    """out, lse, dq, dk and dv of one rank's shard."""
     q, k, v, dout = shards[torch.distributed.get_rank()]
     leaves = [x.requires_grad_() for x in (q, k, v)]
     attention = DistAttention(torch.distributed.group.WORLD, kernel=kernel)

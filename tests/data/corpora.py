@@ -21,7 +21,7 @@ def write_texts(folder: Path, count: int = 40, size: int = 90) -> Path:
 
 
 def make_corpus(folder: Path, name: str = "corpus", count: int = 40) -> tuple[Path, CorpusFacts]:
-    """A prepared byte-level corpus, at the prefix that is returned."""
+    """Prepares a byte-level corpus. Returns its prefix and its facts."""
     texts = write_texts(folder / f"{name}-texts", count)
     prefix = folder / name
     return prefix, prepare(find_files([texts]), ByteTokenizer(), prefix)

@@ -234,7 +234,7 @@ def hostile_files(folder: Path, canary: Path) -> list[Path]:
 
 
 def test_hostile_files_are_executed_by_plain_numpy(tmp_path: Path) -> None:
-    """Shows that the threat is real; otherwise the tests below would prove nothing."""
+    """Shows that the threat is real. Otherwise the tests below would not prove anything."""
     for path in hostile_files(tmp_path, tmp_path / "canary"):
         np.load(path, allow_pickle=True)
         assert (tmp_path / "canary").exists()

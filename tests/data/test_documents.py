@@ -1,4 +1,4 @@
-"""Formats of text files: recognised by content and by name, refused where unclear, counted where left out."""
+"""Formats of text files: recognised by content and by name, refused if ambiguous, counted if skipped."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ PARQUET = b"PAR1 and so on PAR1"
 
 
 def test_parquet_without_pyarrow_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a folder: a corpus of the other files in it would be worse than none."""
+    """Also in a folder: silently preparing only the other files would be worse than an error."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     write(tmp_path / "texts" / "a.parquet", PARQUET)

@@ -95,7 +95,7 @@ def test_fingerprint_depends_on_contents_and_not_on_paths(tmp_path: Path) -> Non
         prepare(find_files([folder]), ByteTokenizer(), tmp_path / name)
         found.append(fingerprint(tmp_path / name))
     for name in "abc":
-        (tmp_path / f"{name}.json").unlink()  # as Megatron's own tools prepare it
+        (tmp_path / f"{name}.json").unlink()  # as if Megatron's own tools had prepared it
         found.append(fingerprint(tmp_path / name))
     assert found[0] == found[1] != found[2]
     assert found[3] == found[4] != found[5]
@@ -217,7 +217,7 @@ def test_blend_draws_by_weight(tmp_path: Path) -> None:
 
 
 def write_foreign_corpus(prefix: Path, documents: list[list[int]]) -> Path:
-    """As Megatron's own tools prepare it: nothing says which ids there are."""
+    """A corpus as Megatron's own tools prepare it, without facts about its token ids."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
@@ -250,7 +250,7 @@ def test_a_token_that_the_model_does_not_know_is_named(number: int, workers: int
 
 
 def shifted(samples: np.ndarray) -> np.ndarray:
-    """Every other sample is a token longer, and its neighbour a token shorter."""
+    """Every other sample is one token longer, and the next one a token shorter."""
     return samples + (np.arange(len(samples)) % 2)[:, None] * np.array([0, 1])
 
 
@@ -273,7 +273,7 @@ CACHES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
 
 @pytest.mark.parametrize("name", CACHES)
 def test_a_cache_that_points_elsewhere_is_named(name: str, tmp_path: Path) -> None:
-    """Megatron reads other tokens, pads with -1 or raises IndexError in the middle of the run."""
+    """Megatron would read wrong tokens, pad with -1 or raise IndexError in the middle of the run."""
     prefix, _ = make_corpus(tmp_path)
     config = config_for(str(prefix), split="1,0,0")
     corpora, _ = open_and_build(config)

@@ -264,7 +264,7 @@ from megatron_lightseq.training.data.tokenizers import ByteTokenizer
 folder, prefix, stop = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 calls = 0
 def counted(event, arguments):
-    # Every file operation is a place where the power may fail.
+    # The process may be killed at every file operation.
     global calls
     watched = event in ("open", "os.rename", "os.remove") and str(prefix.parent) in str(arguments[0])
     if watched and "corpus" in str(arguments[0]):
@@ -302,7 +302,7 @@ def test_only_what_killed_processes_of_this_host_left_is_removed(tmp_path: Path)
 
 
 def test_kill_at_every_file_operation_leaves_no_half_index(tmp_path: Path) -> None:
-    """The old corpus stays complete until the new one is; in between there is none, and never a mixture."""
+    """The old corpus stays complete until the new one is. In between there is none, but never a mixture."""
     texts, other = write_texts(tmp_path / "texts"), write_texts(tmp_path / "other", count=25, size=300)
     outcomes = set()
     for stop in range(1, 40):

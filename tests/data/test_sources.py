@@ -1,4 +1,4 @@
-"""The files in a folder: links are followed, loops end, and everything that is left out is counted."""
+"""The files in a folder: links are followed, loops end, and all skipped files are counted."""
 
 from __future__ import annotations
 

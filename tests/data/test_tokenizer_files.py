@@ -1,4 +1,4 @@
-"""Tokenizer files as they are published: stored truncation, gaps in the ids, and names of the end of a document."""
+"""Published tokenizer files: stored truncation, gaps in the ids, and names of the end-of-document token."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_published_kinds_of_tokenizers_end_documents(kind: str, tmp_path: Path) 
 
 
 def test_ids_that_the_library_changes_are_refused(tmp_path: Path) -> None:
-    """It numbers added tokens by their order, so that one behind a gap gets another id than the file says."""
+    """The library numbers added tokens consecutively, so a token after a gap gets another id than in the file."""
     path = tmp_path / "tokenizer.json"
     byte_pairs(path, KINDS["llama 3"][0])
     stored = json.loads(path.read_text())

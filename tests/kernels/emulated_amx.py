@@ -43,7 +43,7 @@ def missing() -> str | None:
 
 @cache
 def library_path() -> Path:
-    """The library of this checkout, built unless one of the same sources exists."""
+    """The library of this checkout. It is built unless one for the same sources exists."""
     digest = hashlib.sha256(" ".join(COMPILE).encode())
     for path in sorted([*(CSRC / "cpu").rglob("*"), *(CSRC / "include").glob("*.h")]):
         if path.suffix in (".h", ".cpp"):
@@ -66,14 +66,14 @@ NO_TENSOR = StridedTensor(None, (ctypes.c_int64 * 3)())
 
 
 def _results(*tensors: Tensor) -> tuple[list[StridedTensor], list[StridedTensor]]:
-    """Results as fp32 sums, and as rounded values: one of the two."""
+    """Arguments for results as fp32 sums and as rounded values; one of the two is null."""
     given, absent = [_strided(x) for x in tensors], [NO_TENSOR] * len(tensors)
     return (absent, given) if tensors[0].dtype == torch.bfloat16 else (given, absent)
 
 
 @dataclass
 class EmulatedAmxKernel:
-    """The AMX kernels, tiles for every mask, as a :class:`~megatron_lightseq.kernels.registry.Kernel`."""
+    """The AMX kernels, using tiles for every mask, as a :class:`~megatron_lightseq.kernels.registry.Kernel`."""
 
     name: str = "emulated-amx"
     rounds_results: bool = True

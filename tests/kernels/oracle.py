@@ -112,7 +112,7 @@ def _sum_group(gradient: Tensor, group: int) -> Tensor:
 
 
 def run_kernel(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel | None = None) -> Results:
-    """One forward and one backward of the kernel (default: the CPU one); outputs start as NaN."""
+    """Runs the kernel (default: the CPU kernel) forward and backward; outputs start as NaN."""
     kernel = kernel or CpuKernel()
     q, k, v, dout = tensors
     out = torch.full((case.queries, case.batch, case.heads, case.value_dim), float("nan"))
@@ -125,12 +125,12 @@ def run_kernel(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel | None = 
 
 
 def delta(out: Tensor, dout: Tensor) -> Tensor:
-    """(B, H, Q): sum of out * dout, which the backward of a softmax subtracts."""
+    """(B, H, Q): sum of out * dout, which the backward pass of the softmax subtracts."""
     return (out * dout.float()).sum(-1).permute(1, 2, 0).contiguous()
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
-    """The CPU kernel on a random tile keeps the error budget in all five results."""
+    """Checks that the CPU kernel keeps the error budget in all five results of a random tile."""
     tensors = inputs(case, dtype)
     expect_within_budget(case, dtype, tensors, run_kernel(case, tensors))
 
@@ -139,7 +139,7 @@ def expect_within_budget(case: Case, dtype: torch.dtype, tensors: tuple[Tensor, 
     exact = textbook(case, torch.float64, tensors)
     naive = textbook(case, torch.float32, tensors, None if dtype == torch.float32 else dtype)
     for name, result, want, low in zip(NAMES, got, exact, naive, strict=True):
-        # dS is the difference of two sums of value_dim products; what remains may be only their rounding error.
+        # dS is the difference of two sums of value_dim products. If they cancel, only rounding error remains.
         cancelled = case.value_dim**0.5 if name in ("dq", "dk") else 1.0
         expect_close(f"{name} of {case} in {dtype}", result, want, low, cancelled)
 

@@ -51,7 +51,7 @@ def test_sdpa_matches_fp64(case: Case, dtype: torch.dtype) -> None:
 
 
 def test_sdpa_accumulates_tiles() -> None:
-    """Two ring steps of a causal rank: its own chunk, then an earlier chunk, full; delta and lse are of both."""
+    """Two ring steps of a causal rank: its own chunk, then a full earlier chunk. delta and lse cover both."""
     tensors = q, k, v, dout = inputs(replace(FULL, queries=45, keys=90, band_hi=45), torch.float32)
     case = replace(FULL, queries=45, keys=90, band_hi=45)
     out, lse = torch.full((45, 2, 4, 32), float("nan")), torch.full((2, 4, 45), float("nan"))
@@ -160,7 +160,7 @@ def _reference_window(q: Tensor, k: Tensor, window_size_left: int, window_size_r
 
 
 def _stand_in() -> ModuleType:
-    """flash-attn's interface (2.8) as its documentation has it, computed by our reference."""
+    """The interface of flash-attn 2.8, as documented, computed with our reference kernel."""
     module = ModuleType(flash_attn.INTERFACE)
 
     def forward(q: Tensor, k: Tensor, v: Tensor, **options: float) -> tuple[Tensor, Tensor, None, None]:

@@ -36,7 +36,7 @@ print(attend(1 << 16))
 
 
 def test_memory_does_not_grow_with_the_sequence() -> None:
-    """65536 tokens, two heads: scores would take 32 GiB, and one byte per key and tile of 64 rows 128 MiB."""
+    """65536 tokens, two heads: all scores would take 32 GiB, and even one byte per key and tile of 64 rows 128 MiB."""
     done = subprocess.run(
         [sys.executable, "-c", LONG_SEQUENCE], capture_output=True, text=True, check=True, timeout=120
     )

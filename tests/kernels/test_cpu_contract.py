@@ -49,7 +49,7 @@ def test_several_tiles_equal_one(dtype: torch.dtype) -> None:
     q, k, v, dout = inputs(CAUSAL, dtype)
     out = torch.full((CAUSAL.queries, 1, 4, 24), float("nan"))
     lse = torch.full((1, 4, CAUSAL.queries), float("nan"))
-    tiles = [(350, 500), (0, 1), (1, 130), (130, 350)]  # out of order; after the first, most rows are empty
+    tiles = [(350, 500), (0, 1), (1, 130), (130, 350)]  # out of order; the first leaves most rows empty
     for number, (first, last) in enumerate(tiles):
         options = {"mask": with_keys(CAUSAL, first, last).mask(), "softmax_scale": CAUSAL.softmax_scale}
         KERNEL.forward(q, k[first:last], v[first:last], out, lse, accumulate=number > 0, **options)
@@ -111,7 +111,7 @@ LAID_OUT = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LAID_OUT.values(), ids=LAID_OUT)
 def test_strided_tensors(case: Case, dtype: torch.dtype) -> None:
-    """Slices of a fused projection, as in Megatron, and transposed outputs give bit for bit the same results."""
+    """Slices of a fused projection, as in Megatron, and transposed outputs give bitwise identical results."""
     tensors = inputs(case, dtype)
     want = run_kernel(case, tensors)
 
@@ -131,7 +131,7 @@ def test_strided_tensors(case: Case, dtype: torch.dtype) -> None:
         assert torch.equal(got, expected), name
 
 
-# Three kinds of ragged key ranges. With one thread a forward task has many row tiles, with eight threads few.
+# Three kinds of ragged key ranges. A forward task has many row tiles with one thread, few with eight.
 REPEATED = {
     "causal": Case(queries=1500, keys=2000, band_hi=500),
     "window": Case(queries=1500, keys=1500, band_lo=-300, band_hi=0),
@@ -157,7 +157,7 @@ def test_repeatable_on_any_number_of_threads(kind: str, dtype: torch.dtype, head
 
 @pytest.mark.parametrize("exponent", [-60, 60])
 def test_digits_are_kept_at_any_size(exponent: int) -> None:
-    """fp32 may be computed in parts of lower precision; scaling by a power of two must still be exact."""
+    """fp32 may be computed as several low-precision parts, but scaling by a power of two must stay exact."""
     q, k, v, dout = inputs(CAUSAL, torch.float32)
     _, lse, dq, dk, _ = run_kernel(CAUSAL, (q, k, v, dout))
     _, scaled_lse, *scaled = run_kernel(CAUSAL, (q, k, v * 2.0**exponent, dout))

@@ -28,7 +28,7 @@ CASES = [
     *[Case(queries=65, keys=130, head_dim=d, value_dim=d) for d in (1, 7, 24, 33, 40, 64, 80, 96, 128)],
     Case(queries=65, keys=130, head_dim=192, value_dim=128),
     Case(queries=65, keys=130, head_dim=24, value_dim=200),
-    # heads: multi-head, grouped, multi-query; a group size that divides no tile; batch
+    # heads: multi-head, grouped, multi-query; a group size that does not divide a tile; batch
     Case(queries=70, keys=70, heads=3, groups=3, **CAUSAL),
     Case(queries=70, keys=70, heads=6, groups=2, batch=2, **CAUSAL),
     Case(queries=70, keys=70, heads=7, groups=1, batch=3, **CAUSAL),
@@ -55,7 +55,7 @@ CASES = [
     # several panels of keys; a window that begins in the middle of one
     Case(queries=70, keys=2000, head_dim=256, value_dim=256, band_hi=1800),
     Case(queries=200, keys=2000, head_dim=256, value_dim=256, band_lo=900, band_hi=1100),
-    # a softmax that is nearly a maximum
+    # a softmax that is close to a hard maximum
     Case(queries=129, keys=400, head_dim=64, value_dim=64, amplitude=20.0),
 ]
 
@@ -70,7 +70,7 @@ def _loaded_variant() -> str:
 
 
 class Variant:
-    """A process that uses one variant: the choice is made once per process, when the extension is loaded."""
+    """A process that uses one variant. The variant is chosen once per process, when the extension is loaded."""
 
     def __init__(self, name: str) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -82,7 +82,7 @@ class Variant:
 
 @contextmanager
 def loaded(name: str) -> Iterator[Variant]:
-    """That variant; skips the test on a machine that does not run it."""
+    """The variant of this name. Skips the test if the machine cannot run it."""
     worker = Variant(name)
     try:
         assert worker.call(_loaded_variant) == name
@@ -171,7 +171,7 @@ def test_gradients_overwrite_what_was_there(variant: Variant, case: Case, dtype:
 
 
 def _forgets() -> None:
-    """Scratch memory is reused by the next call: its old contents must not leak into rows that see no key."""
+    """Calls reuse scratch memory, whose old contents must not leak into rows that see no key."""
     seeing = Case(queries=70, keys=70, head_dim=64, value_dim=64)
     q, k, v, dout = inputs(seeing, torch.bfloat16)
     run_kernel(seeing, (q, k, torch.full_like(v, float("nan")), dout))

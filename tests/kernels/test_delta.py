@@ -72,7 +72,7 @@ def _expect_delta(what: str, got: Tensor, out: Tensor, dout: Tensor) -> None:
 
 
 def _check_layouts(dim: int, out_dtype: torch.dtype, dout_dtype: torch.dtype) -> None:
-    """Every pair of memory layouts gives bit for bit the same delta, in strided memory that held NaN."""
+    """Every pair of memory layouts gives a bitwise identical delta, in strided memory that was filled with NaN."""
     out = _normal(out_dtype, TOKENS, BATCH, HEADS, dim)
     dout = _normal(dout_dtype, TOKENS, BATCH, HEADS, dim, seed=1)
     first = attention_delta(out, dout)
@@ -101,7 +101,7 @@ def test_empty_and_single(shape: tuple[int, int, int, int]) -> None:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("out_dtype", "dout_dtype"), PAIRS, ids=str)
 def test_the_same_on_any_number_of_threads(out_dtype: torch.dtype, dout_dtype: torch.dtype) -> None:
-    """With enough tokens for every thread to get a part."""
+    """Uses enough tokens for every thread to get some."""
     out, dout = _normal(out_dtype, 2051, 1, 4, 80), _normal(dout_dtype, 2051, 1, 4, 80, seed=1)
     torch.set_num_threads(1)
     want = attention_delta(out, dout)

@@ -32,7 +32,7 @@ def _run(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_agrees_with_the_processor(dtype: torch.dtype) -> None:
-    """Where there is AMX. Only roundings inside of a tile product may differ."""
+    """Runs on processors with AMX. Only rounding within a tile product may differ."""
     case = Case(queries=200, keys=333, heads=4, groups=2, head_dim=64, value_dim=64, band_hi=133)
     with loaded("amx_tiles") as variant:
         real = variant.call(_run, case, dtype)

@@ -1,7 +1,7 @@
-"""Rows and keys that the mask separates do not reach each other, even with values that are not finite.
+"""Rows and keys that the mask separates do not affect each other, even with values that are not finite.
 
 One document holds NaN, infinity or values so large that their products overflow: as in varlen kernels, the results of
-other documents are as if it held ordinary numbers. The same goes for the future under a causal mask.
+other documents are the same as if it held ordinary numbers. The same holds for future tokens under a causal mask.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NAN, INF = float("nan"), float("inf")
 SPOILED = (
     *((value, "all") for value in (NAN, INF, -INF, 3e38)),
     *((value, name) for value in (NAN, -INF) for name in NAMES),
-    *((3e38, name) for name in ("v", "dout")),  # finite, and their product is not
+    *((3e38, name) for name in ("v", "dout")),  # finite, but their product is not
 )
 DTYPES = (torch.float32, torch.bfloat16)
 BORDERS = (0, 3, 90, 97, 333, 341, 500)
-"""Documents of very different lengths; borders lie inside of row tiles, blocks of keys and vectors."""
+"""Documents of very different lengths; borders are inside row tiles, blocks of keys and vectors."""
 TOKENS = BORDERS[-1]
 CAUSAL = Case(queries=TOKENS, keys=TOKENS, heads=4, groups=2, head_dim=24, value_dim=40, band_hi=0)
 CASES = {
@@ -68,7 +68,7 @@ def spoil(tensors: tuple[Tensor, ...], rows: slice, value: float, which: str) ->
 
 
 def expect_isolated(got: Results, want: Results, out_rows: Tensor, key_rows: Tensor, what: str) -> None:
-    """The results of these rows (out, lse, dq) and keys (dk, dv) are as they should be."""
+    """Checks that the results of these rows (out, lse, dq) and keys (dk, dv) are as expected."""
     out, lse, dq, dk, dv = zip(got, want, strict=True)
     for name, (result, expected) in {"out": out, "dq": dq, "lse": lse}.items():
         if name == "lse":
@@ -83,7 +83,7 @@ def expect_isolated(got: Results, want: Results, out_rows: Tensor, key_rows: Ten
 
 
 def check_documents(case: Case, dtype: torch.dtype, kernel: Kernel | None = None) -> None:
-    """Spoils a long and a short document in turn; the others must not notice."""
+    """Spoils a long and a short document in turn. The results of the others must not change."""
     case, tensors = packed(case), inputs(case, dtype)
     want = run_kernel(case, tensors, kernel)
     for document in (1, 4):
@@ -96,7 +96,7 @@ def check_documents(case: Case, dtype: torch.dtype, kernel: Kernel | None = None
 
 
 def check_future(dtype: torch.dtype, kernel: Kernel | None = None) -> None:
-    """Under a causal mask, queries do not notice what comes later."""
+    """Under a causal mask, future tokens do not affect the results of a query."""
     tensors = inputs(CAUSAL, dtype)
     want = run_kernel(CAUSAL, tensors, kernel)
     for first in (1, 130):
@@ -107,7 +107,7 @@ def check_future(dtype: torch.dtype, kernel: Kernel | None = None) -> None:
 
 
 def check_seen(dtype: torch.dtype, kernel: Kernel | None = None) -> None:
-    """What is seen is not hidden: every result that depends on a value that is not finite is not finite either."""
+    """Non-finite values are not hidden: every result that depends on one is not finite either."""
     case = replace(CAUSAL, head_dim=8, value_dim=8)
     tensors = inputs(case, dtype)
     key = 100

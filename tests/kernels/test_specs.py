@@ -49,7 +49,7 @@ def test_every_spec_describes_itself_in_one_line(spec: KernelSpec) -> None:
 
 @SPECS
 def test_a_kernel_takes_what_its_spec_says(spec: KernelSpec) -> None:
-    """On this machine: the CPU, every dtype; ``unsupported`` refuses at least what the spec refuses."""
+    """Checks every dtype on the CPU: ``unsupported`` refuses at least what the spec refuses."""
     module, _, attribute = spec.implementation.partition(":")
     kernel: Kernel = getattr(importlib.import_module(module), attribute)()
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, *NOT_SUPPORTED):

@@ -1,6 +1,6 @@
-"""Stand-ins for the parts of Megatron-LM that a megatron-core from PyPI does not have: ``megatron.training``.
+"""Fakes of the parts of Megatron-LM that megatron-core from PyPI does not have: ``megatron.training``.
 
-As small as possible, with the names, signatures and order of calls of the real ones. :func:`modules` gives them as
+They are minimal, with the names, signatures and order of calls of the real ones. :func:`modules` installs them as
 modules of this process, :func:`checkout` writes them to a folder with a ``pretrain_gpt.py``.
 """
 
@@ -99,7 +99,7 @@ FILES = {"__init__": "", "arguments": ARGUMENTS, "initialize": INITIALIZE, "trai
 
 
 def modules(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Put the stand-ins into ``sys.modules`` for one test; returns ``megatron.training``."""
+    """Put the fakes into ``sys.modules`` for one test. Returns ``megatron.training``."""
     megatron = __import__("megatron.core")
     package = ModuleType("megatron.training")
     package.__path__ = []
@@ -115,7 +115,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def checkout(folder: Path) -> Path:
-    """Write a checkout with a training program that prints what it was given; returns its script."""
+    """Write a fake checkout whose training program prints its arguments. Returns its script."""
     training = folder / "megatron" / "training"
     training.mkdir(parents=True)
     for name, source in FILES.items():

@@ -1,7 +1,7 @@
 """One rank of a Megatron-LM run: ``python -m tests.megatron.lm_rank MODE SCRIPT [flags]``, under torchrun.
 
-MODE launcher runs the script as ``lightseq megatron-lm`` does; MODE spec runs it as ``python SCRIPT`` would, with
-nothing but Megatron served on the CPU. Prints how often attention ran forward on this rank.
+MODE launcher runs the script as ``lightseq megatron-lm`` does; MODE spec runs it as ``python SCRIPT`` would,
+only with the CPU platform of Megatron. Prints the number of attention forwards on this rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing_extensions import override
 
 
 def main(mode: str, script: str, flags: list[str]) -> None:
-    """Run, then report; Megatron-LM leaves by SystemExit after ``--exit-interval``."""
+    """Run, then report. Megatron-LM raises SystemExit after ``--exit-interval``."""
     try:
         run(mode, Path(script), flags)
     except SystemExit as left:
@@ -29,7 +29,7 @@ def main(mode: str, script: str, flags: list[str]) -> None:
 
 
 def run(mode: str, script: Path, flags: list[str]) -> None:
-    """The script, in one of the two ways."""
+    """Run the script in one of the two modes."""
     if mode == "launcher":
         from megatron_lightseq.megatron.lm.launcher import launch
 
@@ -39,7 +39,7 @@ def run(mode: str, script: Path, flags: list[str]) -> None:
 
 
 def run_plainly(script: Path, flags: list[str]) -> None:
-    """The script as the interpreter runs it: its folder first on the path, and it is ``__main__``."""
+    """Run the script as the interpreter does: as ``__main__``, with its folder first on the path."""
     sys.path.insert(0, str(script.parent))
     typing.override = override  # type: ignore[attr-defined]  # the main branch wants Python 3.12
     from megatron_lightseq.megatron.lm import cpu

@@ -31,7 +31,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a rank saw."""
+    """The results of one rank."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -40,12 +40,12 @@ class Run:
     forwards: int
     bytes_sent: int
     layer_calls: int
-    """Attention layers times micro-batches of this rank, over all training steps."""
+    """Attention layers times micro-batches on this rank, over all training steps."""
     load_balancing_losses: list[float | None]
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``run_ranks`` with patience: the first call on a rank imports Megatron, on a machine that may be busy."""
+    """``run_ranks`` with a long timeout: the first call on a rank imports Megatron, possibly on a busy machine."""
     return run_ranks(world_size, function, *args, timeout_s=240)
 
 
@@ -95,7 +95,7 @@ def _train(flat: dict[str, Any]) -> Run:
 
 
 def batches(training: Any, step: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The micro-batches of this data-parallel rank: learnable tokens, loss masks uneven along them."""
+    """The micro-batches of this data-parallel rank: learnable tokens, and loss masks uneven along them."""
     settings = training.config.training
     data_ranks, length = training.sizes.data, settings.seq_length
     generator = torch.Generator().manual_seed(1000 + step)

@@ -1,4 +1,4 @@
-"""What grows with the number of lengths and masks that were seen: nothing."""
+"""Nothing grows with the number of sequence lengths and masks seen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_rotary_embeddings_keep_a_few_lengths(kind: str) -> None:
     for length in range(4, 4 * MANY + 4, 4):
         ours(length)
     assert len(ours._shards) == MAX_LENGTHS
-    assert type(rotary).forward.cache_info().currsize == before, "Megatron's own cache stays as it was"
+    assert type(rotary).forward.cache_info().currsize == before, "Megatron's own cache must not change"
 
 
 def _positions_and_rolls() -> tuple[int, int]:
@@ -85,7 +85,7 @@ def _resident_mib() -> float:
 
 
 def _grows_by() -> float:
-    """MiB by which a rank grows over many lengths, in forward and backward through RoPE and attention."""
+    """Memory growth of a rank in MiB over many lengths, with forward and backward through RoPE and attention."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 

@@ -1,4 +1,4 @@
-"""LightSeqCoreAttention in Megatron's place: same results, and a refusal of whatever it would have to ignore."""
+"""LightSeqCoreAttention replaces Megatron's: same results, and options that it would ignore are refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ EQUIVALENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "softmax-scale of the configuration": (
         {"softmax_scale": 0.2},
         {"softmax_scale": 0.2},
-    ),  # SelfAttention hands it on
+    ),  # SelfAttention passes it on
     "window-kept-layer": ({"window_size": (4, 0), "window_attn_skip_freq": 2}, {"layer_number": 1}),
 }
 
@@ -98,7 +98,7 @@ def test_learned_sinks_are_megatrons() -> None:
 
 
 def test_windows_and_layers_do_change_the_result() -> None:
-    """The comparison above tells masks and scales apart."""
+    """Shows that the comparison above distinguishes masks and scales."""
     plain = output_and_gradients(build(transformer_config()), qkv())
     for settings, options in ({"window_size": (4, 0)}, {}), ({}, {"softmax_scale": 0.07}):
         other = output_and_gradients(build(transformer_config(**settings), **options), qkv())
@@ -160,7 +160,7 @@ def test_megatrons_names_of_methods_are_understood() -> None:
     by_layer = CoreAttentionSettings(comm_types=("a2a", "p2p"))
     assert [method(None, by_layer, layer) for layer in (1, 2)] == ["ulysses", "lightseq"]
     assert method(None, CoreAttentionSettings(comm_types=("all_gather",)), 2) == "all_gather"
-    # megatron-core 0.16.1 hands layer 1 the entry of layer 2
+    # megatron-core 0.16.1 gives layer 1 the entry of layer 2
     assert method("p2p", layer=1, cp_comm_type=["a2a", "p2p"]) == "ulysses"
     with pytest.raises(
         UnsupportedError, match=r"cp_comm_type 'broadcast': the types are p2p.* set cp_method"
@@ -200,7 +200,7 @@ def test_accepts_options_that_change_nothing() -> None:
     build(transformer_config(), attention_dropout=0.0, cp_comm_type="p2p", num_splits=None)
     build(
         transformer_config(attention_dropout=0.1), attention_dropout=0.0
-    )  # the argument decides, as in Megatron's
+    )  # the argument takes precedence, as in Megatron's attention
 
 
 @pytest.mark.parametrize("name", ["attention_bias", "packed_seq_params", "something_new"])

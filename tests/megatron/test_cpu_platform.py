@@ -17,7 +17,7 @@ from megatron_lightseq.megatron.cpu import platform as cpu_platform
 @pytest.fixture
 def platform() -> Iterator[None]:
     if torch.cuda.is_available():
-        pytest.skip("the CPU platform refuses to run beside a GPU")
+        pytest.skip("the CPU platform refuses to run on a machine with a GPU")
     cpu_platform.activate()
     yield
     cpu_platform.deactivate()
@@ -65,7 +65,7 @@ def test_every_listed_module_needs_its_patch_and_loses_its_cuda_constants() -> N
         source = importlib.util.find_spec(module).origin  # type: ignore[union-attr]
         assert "cuda" in Path(source).read_text(), f"{module} no longer mentions CUDA"  # type: ignore[arg-type]
     if torch.cuda.is_available():
-        pytest.skip("the CPU platform refuses to run beside a GPU")
+        pytest.skip("the CPU platform refuses to run on a machine with a GPU")
     before = sum(len(_cuda_constants(f"megatron.core.{name}")) for name in cpu_platform.PATCHED_MODULES)
     cpu_platform.activate()
     try:
@@ -120,14 +120,14 @@ def test_torch_norms_carry_the_sequence_parallel_mark(sequence_parallel: bool) -
 
 @pytest.mark.usefixtures("platform")
 def test_no_operation_passes_through_python() -> None:
-    """The promise of this design: no mode over every operation (a TorchFunctionMode makes a small one 3x slower)."""
+    """No torch mode intercepts operations: a TorchFunctionMode would make small operations 3x slower."""
     assert torch.overrides._get_current_function_mode() is None
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_what_is_being_sent_outlives_megatrons_deallocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interleaved pipeline gives an output other storage as soon as it has asked for its transfer."""
+    """The interleaved pipeline replaces the storage of an output as soon as its transfer has been requested."""
     p2p = importlib.import_module("megatron.core.pipeline_parallel.p2p_communication")
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
     sent: list[torch.Tensor] = []
@@ -176,7 +176,7 @@ def test_norms_may_be_marked_without_the_platform() -> None:
         WrappedTorchNorm(config, 8)
     undo = allow_sequence_parallel()
     try:
-        allow_sequence_parallel()()  # nothing more to do, nor to undo
+        allow_sequence_parallel()()  # already allowed: nothing to do or undo
         assert all(parameter.sequence_parallel for parameter in WrappedTorchNorm(config, 8).parameters())
     finally:
         undo()

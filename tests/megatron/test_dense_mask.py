@@ -1,4 +1,4 @@
-"""Dense attention masks: followed where a Mask says the same, refused otherwise, read once."""
+"""Dense attention masks: applied if an equal Mask exists, refused otherwise, and read only once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONE_RANK = SequenceLayout.contiguous(1)
 
 
 def dense(mask: Mask, length: int = LENGTH) -> Tensor:
-    """(S, S): what a mask hides, position by position."""
+    """(S, S), bool: the pairs that a mask hides."""
     rows = [[mask.area(range(q, q + 1), range(k, k + 1)) == 0 for k in range(length)] for q in range(length)]
     return torch.tensor(rows)
 
@@ -45,11 +45,11 @@ def test_a_mask_is_recognised_by_what_it_hides(mask: Mask) -> None:
     found = mask_from_hidden(hidden.expand(3, 1, -1, -1))
     assert found is not None
     assert torch.equal(dense(found), hidden)
-    assert found in (mask, Mask.window(0)), "documents of one token are a window of one"
+    assert found in (mask, Mask.window(0)), "documents of one token equal a window of one token"
 
 
 def irregular_masks() -> dict[str, Tensor]:
-    """Masks without a kind of their own, in which each query sees a few intervals of keys."""
+    """Masks of no particular kind, in which each query sees a few intervals of keys."""
     causal = dense(Mask.causal())
     padding = causal.clone()
     padding[:, 20:] = True
@@ -195,7 +195,7 @@ def test_a_tensor_is_read_once_until_it_changes(monkeypatch: pytest.MonkeyPatch)
     assert read(hidden[..., 12:, 12:]) == Mask.causal()
     assert reads == 3
     del hidden
-    for _ in range(100):  # memory is used again
+    for _ in range(100):  # allocators reuse memory
         assert read(dense(Mask.window(3))[None, None]) == Mask.window(3)
     assert reads == 103
     assert len(masks._seen) == 8
@@ -210,7 +210,7 @@ def test_a_tensor_is_read_once_until_it_changes(monkeypatch: pytest.MonkeyPatch)
 
 
 def _second_half(first: int, mask: Tensor, method: str) -> Tensor | str:
-    """Losses of the second half of a sequence, all ranks' on each, or the error."""
+    """Losses of the second half of a sequence, gathered from all ranks, or the error."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -248,7 +248,7 @@ def test_documents_do_not_see_each_other(size: int, method: str) -> None:
         torch.testing.assert_close(one[rank], two[rank], rtol=0, atol=0)
     causal = dense(Mask.causal(), 16)[None, None]
     seen = on_ranks(size, _second_half, 1, causal, method)
-    assert not torch.allclose(seen[0], one[0], atol=1e-3), "without the mask they would"
+    assert not torch.allclose(seen[0], one[0], atol=1e-3), "without the mask they would see each other"
 
 
 def _two_refusals() -> list[str]:

@@ -1,4 +1,4 @@
-"""Experts train the same way on any number of ranks; with Megatron's own routers and weights they would not."""
+"""Experts train the same on any number of ranks. With Megatron's own routers and weights they would not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ APART = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
 
 
 def megatrons_router() -> Callable[[], None]:
-    """Each rank multiplies its part of the load balancing loss by its own tokens."""
+    """Megatron's behaviour: each rank scales its load balancing loss by its local number of tokens."""
     from megatron_lightseq.megatron.fixes import apply
 
     ours = apply.weigh_auxiliary_losses
@@ -25,7 +25,7 @@ def megatrons_router() -> Callable[[], None]:
 
 
 def local_numbers() -> Callable[[], None]:
-    """Experts are drawn by their number on the rank."""
+    """Experts are initialised by their local index on the rank."""
     from megatron.core.transformer.moe.experts import SequentialMLP
 
     from megatron_lightseq.megatron.fixes import experts
@@ -53,13 +53,13 @@ def test_experts_train_like_one_rank_and_with_megatrons_habits_they_would_not() 
 def test_the_load_balancing_loss_counts() -> None:
     weighed, free = (on_ranks(1, train, {**EXPERTS, "moe_aux_loss_coeff": w})[0] for w in (0.5, 0.0))
     assert weighed.grad_norms[0] != pytest.approx(free.grad_norms[0], rel=1e-3)
-    assert weighed.losses[0] == pytest.approx(free.losses[0], rel=1e-6), "it is no part of what is reported"
+    assert weighed.losses[0] == pytest.approx(free.losses[0], rel=1e-6), "it is not in the reported loss"
     assert free.load_balancing_losses == [None] * 3
 
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
 def test_the_load_balancing_loss_that_is_reported_is_1_where_experts_are_balanced(kind: str) -> None:
-    """All tokens take all experts; one layer is multi-token prediction's."""
+    """All tokens are routed to all experts. One layer belongs to multi-token prediction."""
     all_experts = {"moe_router_topk": 4, "moe_router_load_balancing_type": kind, "mtp_num_layers": 1}
     for run in on_ranks(2, train, {**EXPERTS, **all_experts, "pipeline_model_parallel_size": 2}):
         assert run.load_balancing_losses == pytest.approx([1.0] * 3, rel=1e-5)
@@ -107,7 +107,7 @@ def _one_step(
     same: bool,
     habit: Callable[[], Any] | None = None,
 ) -> tuple[float, float]:
-    """Gradient norm and loss of one step; ``same``: all sequences are equal; ``habit``: brings a fault back."""
+    """Gradient norm and loss of one step. ``same``: all sequences are equal; ``habit``: reintroduces a fault."""
     from unittest.mock import patch
 
     from megatron_lightseq.training import setup
@@ -136,7 +136,7 @@ def _one_step(
 
 
 def _equal_sequences(same: bool, habit: Callable[[], Any] | None) -> Callable[[], None]:
-    """Let every rank and micro-batch read the same sequence, without a loss mask."""
+    """Give every rank and micro-batch the same sequence, without a loss mask."""
     from tests.megatron import runs
 
     original = runs.batches
@@ -166,7 +166,7 @@ def _equal_sequences(same: bool, habit: Callable[[], Any] | None) -> Callable[[]
 
 
 def _depends_on_micro_batches(term: str, layout: dict[str, Any]) -> bool:
-    """Whether a term is a mean over a micro-batch, or over the micro-batches so far, by definition."""
+    """Whether a term is by definition a mean over a micro-batch or over the micro-batches so far."""
     changed = layout.get("micro_batch_size", 1) > 1
     return term in ("load balancing", "several") and changed
 
@@ -174,7 +174,7 @@ def _depends_on_micro_batches(term: str, layout: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("per_token", [True, False], ids=["per token", "per micro-batch"])
 @pytest.mark.parametrize("term", TERMS)
 def test_every_auxiliary_term_weighs_the_same_on_any_number_of_ranks(term: str, per_token: bool) -> None:
-    """With equal sequences where a term depends on what a micro-batch holds, else with different ones."""
+    """Uses equal sequences if a term depends on the contents of a micro-batch, otherwise different ones."""
     expected = {same: on_ranks(1, _one_step, TERMS[term], {}, per_token, same)[0] for same in (True, False)}
     without = on_ranks(1, _one_step, {}, {}, per_token, False)[0]
     assert expected[False][0] != pytest.approx(without[0], rel=1e-2), "the term counts"
@@ -182,7 +182,7 @@ def test_every_auxiliary_term_weighs_the_same_on_any_number_of_ranks(term: str, 
         over_all = (
             term == "load balancing over the global batch" and size * layout.get("micro_batch_size", 1) > 1
         )
-        by_micro_batch = not per_token and ("DP" in name or "micro" in name)  # which weighs tokens unequally
+        by_micro_batch = not per_token and ("DP" in name or "micro" in name)  # then tokens weigh unequally
         same = over_all or by_micro_batch or _depends_on_micro_batches(term, layout)
         for found in on_ranks(size, _one_step, TERMS[term], layout, per_token, same):
             assert found == pytest.approx(expected[same], rel=2e-5), name
@@ -208,7 +208,7 @@ def test_with_megatrons_own_weights_they_would_not(term: str, size: int, layout:
 
 
 def _padded(kind: str, per_token: bool, size: int) -> torch.Tensor:
-    """The gradient that an auxiliary term alone gives a router, where most of the second half is padding."""
+    """The router gradient of an auxiliary term alone, with mostly padding in the second half of the sequence."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -268,11 +268,11 @@ def test_padding_counts_on_no_rank(kind: str, per_token: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-# --- in programs of one's own ---------------------------------------------------------------------------------------
+# --- in other programs ----------------------------------------------------------------------------------------------
 
 
 class Ranks:
-    """A process group as far as its size goes."""
+    """A fake process group that only has a size."""
 
     def size(self) -> int:
         return 3

@@ -1,4 +1,4 @@
-"""Latent attention with Megatron's own layers: what the baseline computes, and what tensor parallelism adds up."""
+"""Latent attention with Megatron's own layers: the baseline, and gradient sums under tensor parallelism."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_megatrons_attention_takes_values_of_any_width(value_dim: int) -> None:
 
 
 def down_projection_gradient(adopted: bool) -> torch.Tensor:
-    """This rank's rows of it, in a program of one's own: a GPTModel over the ranks as tensor-parallel ones."""
+    """This rank's rows of the gradient, from a GPTModel that another program builds over tensor-parallel ranks."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -77,7 +77,7 @@ def down_projection_gradient(adopted: bool) -> torch.Tensor:
         )
         model = GPTModel(config, gpt_layer_spec(config), 64, 16, position_embedding_type="rope")
         if adopted:
-            for _ in range(2):  # the second time must not add up a second time
+            for _ in range(2):  # the second pass must not sum the gradient twice
                 adopt_layout(model)
         tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(2))
         positions = torch.arange(16).expand(2, 16)
@@ -94,7 +94,7 @@ def test_shared_keys_sum_their_gradient_in_a_program_of_ones_own() -> None:
     mended = torch.cat(on_ranks(2, down_projection_gradient, True))
     torch.testing.assert_close(mended, whole, rtol=1e-4, atol=1e-6)
     megatrons = torch.cat(on_ranks(2, down_projection_gradient, False))
-    shared = slice(12, None)  # behind the latent vector
+    shared = slice(12, None)  # the columns after the latent vector
     assert (megatrons[shared] - whole[shared]).norm() > 0.05 * whole[shared].norm(), (
         "Megatron mends it itself"
     )

@@ -1,4 +1,4 @@
-"""Batches, rotary embeddings and attention agree on which rank holds which tokens, or nothing runs."""
+"""Batches, rotary embeddings and attention agree on which rank holds which tokens; otherwise an error is raised."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_angles_follow_the_layout(kind: str, name: str) -> None:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(("name", "chunks"), [("contiguous", 1), ("zigzag", 2)])
 def test_no_rank_computes_the_angles_of_others(name: str, chunks: int) -> None:
-    """At a million tokens those of the whole sequence would take 512 MiB a rank, with heads of 128."""
+    """At a million tokens and head dim 128, the angles of the whole sequence would take 512 MiB per rank."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     from megatron_lightseq.megatron.rope import LayoutRotaryEmbedding
@@ -214,13 +214,13 @@ def _yarn(size: int, original: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("original", [4096, 7])
 def test_yarn_works_on_any_number_of_ranks(original: int) -> None:
-    """Megatron fills a table of ``original`` positions while it is built, and cuts it by zigzag."""
+    """Megatron fills a table of ``original`` positions at construction, and cuts it in zigzag order."""
     (expected,) = on_ranks(1, _yarn, 1, original)
     for found in on_ranks(3, _yarn, 3, original):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-# --- a user's own GPTModel --------------------------------------------------------------------------------------
+# --- a GPTModel built by a user ---------------------------------------------------------------------------------
 
 
 def own_config(kind: str, cp_size: int) -> Any:
@@ -375,7 +375,7 @@ def test_a_model_that_was_not_told_its_layout_is_refused() -> None:
 
 
 def _tokens_seen_too_early(method: str, fed: str, guarded: bool) -> list[int]:
-    """Positions whose loss changes when only the sequence's last input token does."""
+    """Positions whose loss changes when only the last input token of the sequence changes."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -395,7 +395,7 @@ def _tokens_seen_too_early(method: str, fed: str, guarded: bool) -> list[int]:
 
 
 def test_without_the_guard_future_tokens_leak() -> None:
-    """Why the guard is there: Megatron's zigzag data in a contiguous attention, no error, and a loss that knows."""
+    """Why the guard exists: zigzag data with contiguous attention leaks future tokens without an error."""
     leaked = sorted(chain(*on_ranks(2, _tokens_seen_too_early, "lightseq", "zigzag", False)))
     assert len(leaked) > 1
     assert leaked[0] < LENGTH - 1

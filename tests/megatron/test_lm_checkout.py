@@ -2,7 +2,7 @@
 
 ``MEGATRON_LM_PATH`` names the checkout, ``MEGATRON_LM_PACKAGES`` a folder with the packages that its training
 program imports beyond ours (six, regex, triton, pydantic); without the first, everything here is skipped and
-counted. Each run starts its own torchrun: minutes in all.
+counted. Each run starts its own torchrun; together they take minutes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CPU = shlex.split(
     "--no-masked-softmax-fusion --no-rope-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion "
     "--no-bias-dropout-fusion --no-persist-layer-norm"
 )
-"""What the launcher sets by itself on a machine without a GPU."""
+"""Flags that the launcher sets automatically on a machine without a GPU."""
 SPEC = ("--spec", "megatron_lightseq.megatron.lm", "layers")
 RECOMPUTE = (
     "--recompute-granularity",
@@ -57,13 +57,13 @@ REPLAYED = 2 * 3 * 4
 
 @dataclass(frozen=True)
 class Run:
-    """What Megatron-LM printed."""
+    """Values that Megatron-LM printed."""
 
     losses: list[float]
     grad_norms: list[float]
     validation: list[float]
     forwards: int
-    """Attention forwards of a rank."""
+    """Number of attention forwards on a rank."""
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def train(
 
     Args:
         ranks: processes.
-        flags: beside those of the model.
+        flags: in addition to those of the model.
         mode: ``launcher`` or ``spec`` (tests/megatron/lm_rank.py).
         padding: the vocabulary is padded to a multiple of this and of the tensor-parallel size.
         environment: further variables, NAME=VALUE.
@@ -113,12 +113,12 @@ def one_process() -> Run:
     run = train(1, "--cp-method", "megatron")
     assert len(run.losses) == len(run.grad_norms) == 3
     assert len(run.validation) == 2
-    assert run.forwards == 0, "the baseline must not be ours"
+    assert run.forwards == 0, "the baseline must not use LightSeq attention"
     return run
 
 
 def check_same(run: Run, *, forwards: int = FORWARDS, expected: Run | None = None) -> None:
-    """The losses of one process, to the rounding of fp32 sums; and it was our attention that computed them."""
+    """Checks that losses equal those of one process up to fp32 rounding, and that LightSeq attention computed them."""
     expected = expected or one_process()
     assert run.losses == pytest.approx(expected.losses, rel=2e-6, abs=0)
     assert run.validation == pytest.approx(expected.validation, rel=2e-6, abs=0)
@@ -166,7 +166,7 @@ def test_kinds_by_layer_in_megatrons_own_words() -> None:
 
 
 def test_pipeline_with_the_distributed_optimizer() -> None:
-    """Against Megatron's attention in the same pipeline, by which Megatron-LM's initial weights go."""
+    """Compared with Megatron's attention in the same pipeline, because initial weights depend on the pipeline."""
     pipeline = ("--pipeline-model-parallel-size", "2")
     run = train(4, *cp(2), *pipeline, "--use-distributed-optimizer", "--cp-method", "zigzag")
     check_same(run, forwards=FORWARDS // 2, expected=train(2, *pipeline, "--cp-method", "megatron"))
@@ -195,7 +195,7 @@ EXPERTS = shlex.split(
 
 
 def test_the_load_balancing_of_experts_weighs_the_same() -> None:
-    """It would weigh half as much on two ranks, by Megatron-Core until 0.18: the gradients are mended."""
+    """With Megatron-Core up to 0.18 its weight would be halved on two ranks. Our fix corrects the gradients."""
     check_same(train(2, *cp(2), *EXPERTS), expected=train(1, *EXPERTS, "--cp-method", "megatron"))
 
 
@@ -206,7 +206,7 @@ LATENT = shlex.split(
 
 
 def test_latent_attention_with_tensor_parallelism() -> None:
-    """Megatron's layers would lose part of the gradient of the shared keys: the gradients are mended."""
+    """Megatron's layers would lose part of the gradient of the shared keys. Our fix corrects the gradients."""
     tensor = ("--tensor-model-parallel-size", "2")
     expected = train(1, *LATENT)
     check_same(train(4, *cp(2), *tensor, *LATENT, padding=64), expected=expected)

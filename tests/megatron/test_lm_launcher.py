@@ -1,4 +1,4 @@
-"""The launcher, around a checkout with a stand-in for Megatron-LM's training program."""
+"""The launcher, with a fake checkout of Megatron-LM."""
 
 from __future__ import annotations
 

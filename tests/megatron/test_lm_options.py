@@ -1,4 +1,4 @@
-"""Our options inside Megatron-LM: as flags, in the environment, and what they refuse."""
+"""Our options in Megatron-LM: as flags, in the environment, and refused combinations."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_rules_of_context_parallelism_hold(flags: list[str], arguments: dict[str
 
 REFUSED = [(name, option) for name, option in launcher_options() if option.in_launcher == "refused"]
 DEFAULTS = {"transformer_impl": "local", "cuda_graph_impl": "none"}
-"""Of refused arguments, where they are not None or False."""
+"""Defaults of refused arguments that are not None or False."""
 CUT = {
     "context_parallel_size": 2,
     "tensor_model_parallel_size": 2,
@@ -190,11 +190,11 @@ CUT = {
     "mlp_tile_tokens": 8,
     "loss_tile_tokens": 8,
 }
-"""Conditions of refusals."""
+"""Arguments that make the conditions of refusals true."""
 
 
 class Choice(Enum):
-    """An argument whose values are an enumeration's."""
+    """The value of an argument that is an enumeration."""
 
     auto = 1
     flash = 2
@@ -203,7 +203,7 @@ class Choice(Enum):
 def test_an_ordinary_run_is_not_refused() -> None:
     ordinary = {**dict.fromkeys((name for name, _ in REFUSED)), **DEFAULTS, "attention_dropout": 0.0}
     assert refusals(SimpleNamespace(**ordinary), {}) == []
-    assert refusals(SimpleNamespace(), {}) == [], "an older version lacks arguments"
+    assert refusals(SimpleNamespace(), {}) == [], "arguments that an older version lacks are not refused"
 
 
 @pytest.mark.parametrize(("name", "option"), REFUSED, ids=[name for name, _ in REFUSED])
@@ -232,7 +232,7 @@ def test_what_slices_cannot_honour_is_refused_with_them_only() -> None:
 
 
 def test_no_remedy_removes_what_changes_the_model() -> None:
-    """Dropping an argument is advised for our own options, and where results stay the same."""
+    """Remedies advise dropping an argument only for our own options, or if results stay the same."""
     same = {"mla_down_proj_fusion", "tp_comm_overlap", "recompute_modules"}
     for name, option in REFUSED:
         removes = option.remedy.lower().startswith(("remove", "leave", "switch"))

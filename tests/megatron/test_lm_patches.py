@@ -1,4 +1,4 @@
-"""What is replaced in Megatron-LM, with the signatures of all its versions, and the errors where that is impossible."""
+"""What is replaced in Megatron-LM, with the signatures of all its versions, and the errors if that is impossible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CP_SIZE, RANK = 3, 1
 
 
 class Group:
-    """A process group as far as cutting batches goes."""
+    """A fake process group with what cutting batches needs."""
 
     def __init__(self, size: int = CP_SIZE) -> None:
         self._size = size
@@ -192,7 +192,7 @@ def test_arguments_that_select_a_kernel_are_replaced_with_one_line_of_log(
     notes.note_once.cache_clear()
     monkeypatch.setenv("RANK", "1")
     parsed(patches, monkeypatch, *flags)
-    assert not caplog.records, "only the first rank says so"
+    assert not caplog.records, "only the first rank logs it"
 
 
 def test_the_baseline_keeps_the_kernel_that_is_asked_for(
@@ -362,7 +362,7 @@ def test_a_program_without_a_gpt_model_is_refused(cutter: Any) -> None:
 
 
 class MambaMixer(torch.nn.Module):
-    """Stands for Megatron's, which needs packages that are not installed: only its name and module are looked at."""
+    """A fake of Megatron's, which needs packages that are not installed. Only its name and module are used."""
 
 
 MambaMixer.__module__ = "megatron.core.ssm.mamba_mixer"
@@ -391,7 +391,7 @@ def test_a_hybrid_model_says_that_our_attention_is_not_used(
     (record,) = caplog.records
     assert "LightSeq attention is not used: " in record.message
     assert "(2 MambaMixer, 1 Identity)" in record.message
-    assert len(seen) == 2, "they are wrapped all the same"
+    assert len(seen) == 2, "they are wrapped anyway"
     monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 2)
     wrap(None, None, None, module=torch.nn.Linear(1, 1))
     with pytest.raises(
@@ -421,7 +421,7 @@ def core_attentions(model: Any) -> set[str]:
 @pytest.mark.usefixtures("one_rank")
 def test_models_of_megatrons_own_specification_get_our_attention_until_it_is_removed(patches: Any) -> None:
     patches.patch_model()
-    assert core_attentions(gpt()) == {"DotProductAttention"}, "there are no options yet"
+    assert core_attentions(gpt()) == {"DotProductAttention"}, "no options have been read yet"
     configured(patches, "--cp-method", "ring")
     model = gpt()
     assert core_attentions(model) == {"LightSeqCoreAttention"}
@@ -503,7 +503,7 @@ def spec_arguments(**changes: Any) -> SimpleNamespace:
 
 @pytest.fixture
 def spec_route(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """``megatron.training.get_args`` answers; what the specification switched on is undone afterwards."""
+    """Provides ``megatron.training.get_args``, and undoes the specification's patches afterwards."""
     from megatron_lightseq.megatron import lm
     from megatron_lightseq.megatron.lm import layers_spec
     from megatron_lightseq.megatron.lm.patches import Patches
@@ -536,7 +536,7 @@ def test_spec_gives_a_finished_layer_before_0_19(spec_route: Any, monkeypatch: p
     attention = model.decoder.layers[0].self_attention
     assert attention.core_attention.method == "ulysses"
     assert attention.core_attention.layout_adopted
-    assert type(attention.q_layernorm).__name__ != "IdentityOp", "the other arguments are Megatron-LM's"
+    assert type(attention.q_layernorm).__name__ != "IdentityOp", "the other arguments must be Megatron-LM's"
 
 
 def test_spec_gives_a_function_from_0_19(spec_route: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The token after each token, on shards of every layout: found among the ranks, and nothing else."""
+"""Shifting tokens by one on shards of every layout, with tokens exchanged between ranks only where needed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_only_tokens_that_another_rank_needs_travel() -> None:
 def test_other_shifts_and_packed_sequences_are_refused() -> None:
     from megatron_lightseq.megatron.multi_token import LayoutRoll
 
-    roll = LayoutRoll(SequenceLayout("striped", 2), None)  # type: ignore[arg-type]  # it does not come to that
+    roll = LayoutRoll(SequenceLayout("striped", 2), None)  # type: ignore[arg-type]  # never called
     with pytest.raises(UnsupportedError, match=r"packed sequences: .*striped\(2\).*Use unpacked sequences"):
         roll(torch.zeros(1, 4), packed_seq_params=object())
     with pytest.raises(UnsupportedError, match=r"a shift of 2: .*by one token"):
@@ -65,7 +65,7 @@ def test_other_shifts_and_packed_sequences_are_refused() -> None:
 
 
 def _adopted() -> tuple[int, bool, bool]:
-    """How many methods were bound anew, and whether others kept Megatron's."""
+    """How many methods were rebound, and whether other models kept Megatron's function."""
     import torch.distributed as dist
     from megatron.core.transformer import multi_token_prediction
 

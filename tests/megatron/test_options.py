@@ -22,7 +22,7 @@ from megatron_lightseq.megatron.options import ARGUMENTS, FIELDS, RELATED, refus
 from tests.megatron.runs import on_ranks
 
 HOW_TO_CLASSIFY = (
-    "has options whose names speak of attention and that are not in config/megatron_options.py: {}. Say of each "
+    "has options whose names speak of attention and that are not in config/megatron_options.py: {}. State for each "
     "whether it is honoured (and test it), refused, replaced, or acts outside of attention"
 )
 
@@ -81,7 +81,7 @@ def test_every_argument_of_megatrons_attention_is_classified(kind: Kind) -> None
 
     method = DotProductAttention.__init__ if kind == "constructor" else DotProductAttention.forward
     arguments = set(inspect.signature(method).parameters) - {"self"}
-    assert not arguments - ARGUMENTS[kind].keys(), "an argument that nobody has thought about"
+    assert not arguments - ARGUMENTS[kind].keys(), "an argument that is not classified"
 
 
 def test_the_table_is_consistent() -> None:
@@ -89,7 +89,7 @@ def test_the_table_is_consistent() -> None:
         names = [
             name for option in OPTIONS if option.attention and option.kind == kind for name in option.names
         ]
-        assert len(names) == len(set(names)), "attention does one thing with each option"
+        assert len(names) == len(set(names)), "each option must be listed once"
     own = {name for option in OPTIONS if option.recipe == "key" for name in option.names}
     assert own <= set(keys())
     assert not recipe_spellings().keys() & set(keys())
@@ -171,7 +171,7 @@ LENGTH = 16
 
 
 def _with_sink(method: str, keep: bool) -> list[torch.Tensor]:
-    """Output, and gradients of q, k, v and the sink, of this rank."""
+    """This rank's output and gradients of q, k, v and the sink."""
     import torch.distributed as dist
 
     from megatron_lightseq.attention import DistAttention
@@ -210,7 +210,7 @@ def test_sinks_are_the_same_on_every_number_of_ranks(method: str, keep: bool) ->
 
 
 def _windowed(layer_number: int) -> torch.Tensor:
-    """This rank's output of a layer in a model whose every second layer sees four tokens back."""
+    """This rank's output of a layer, in a model whose every second layer has a window of four tokens."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -237,7 +237,7 @@ def _windowed(layer_number: int) -> torch.Tensor:
 
 def test_windows_are_those_of_the_layer_on_every_number_of_ranks() -> None:
     whole = [on_ranks(1, _windowed, layer)[0] for layer in (1, 2)]
-    assert not torch.allclose(whole[0], whole[1], atol=1e-3), "the second layer has no window"
+    assert not torch.allclose(whole[0], whole[1], atol=1e-3), "one of the two has a window"
     for layer, expected in enumerate(whole, start=1):
         found = SequenceLayout.zigzag(2).unshard(on_ranks(2, _windowed, layer), 0)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

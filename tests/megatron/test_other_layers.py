@@ -1,4 +1,4 @@
-"""Models that hold layers other than ours: refused by name where these would get tokens in the wrong order."""
+"""Models with other sequence layers: refused by name if those would get tokens in the wrong order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.megatron.runs import on_ranks
 
 
 def stand_in(name: str, module: str, **members: Any) -> type[torch.nn.Module]:
-    """A layer of Megatron's whose own packages are not installed, by its name and place."""
+    """A fake of a Megatron layer whose dependencies are not installed, with its name and module."""
     return type(name, (torch.nn.Module,), {"__module__": module, **members})
 
 
@@ -23,7 +23,7 @@ def _undo_attention_load_balancing(x: Any) -> Any:
 
 
 class Reordering(torch.nn.Module):
-    """Somebody's layer that undoes Megatron's zigzag."""
+    """A user's layer that undoes Megatron's zigzag order."""
 
     def forward(self, x: Any) -> Any:
         return [_undo_attention_load_balancing(part) for part in x]
@@ -40,7 +40,7 @@ LAYERS = {
 
 
 def hybrid(kind: type[torch.nn.Module]) -> Any:
-    """Our attention, and another layer next to it."""
+    """A model with LightSeq attention and another layer."""
     from tests.megatron.test_core_attention import build, transformer_config
 
     attention = torch.nn.Module()
@@ -78,7 +78,7 @@ def test_one_rank_is_told_which_layers_are_not_ours(caplog: pytest.LogCaptureFix
 
 
 def test_megatrons_own_layers_are_known() -> None:
-    """By what their source uses: importing it needs packages that are not installed."""
+    """Detected by their source, because importing them needs packages that are not installed."""
     import megatron.core
     from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -93,7 +93,7 @@ def test_megatrons_own_layers_are_known() -> None:
 
 
 def _mixed_model(method: str, layer: str) -> str:
-    """What adopting says of a GPTModel whose second layer is another."""
+    """The error of adopt_layout for a GPTModel whose second layer is of another kind."""
     from megatron.core import parallel_state
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 

@@ -1,4 +1,4 @@
-"""One seed, one model: every parallel layout, method and kind of recomputation trains it alike.
+"""One seed, one model: every parallel layout, method and kind of recomputation trains it in the same way.
 
 fp32, five steps of AdamW, loss masks that differ between ranks: losses agree to 1e-5 relative, gradient norms to
 1e-4 (issue 2, "What must hold").
@@ -62,7 +62,7 @@ LAYOUTS = [
 def single() -> Run:
     """The run that all others must reproduce: one rank."""
     run: Run = on_ranks(1, train, {})[0]
-    assert run.losses[-1] < run.losses[0] - 0.3, "the tiny model learns, so a wrong gradient would show"
+    assert run.losses[-1] < run.losses[0] - 0.3, "it must learn, to detect wrong gradients"
     return run
 
 
@@ -109,7 +109,7 @@ def test_other_models_train_like_one_rank(model: str, layout: dict[str, Any]) ->
 
 
 def test_average_of_averages_is_exact_too(single: Run) -> None:
-    """Without calculate_per_token_loss each micro-batch counts alike, whatever the ranks' masks."""
+    """Without calculate_per_token_loss each micro-batch has the same weight, regardless of the ranks' masks."""
     off = {"calculate_per_token_loss": False}
     reference = on_ranks(1, train, off)[0]
     assert reference.losses != pytest.approx(single.losses, rel=1e-5), "the two averages differ on this data"
@@ -118,7 +118,7 @@ def test_average_of_averages_is_exact_too(single: Run) -> None:
 
 
 def test_dropout_survives_recomputation() -> None:
-    """The recomputed forward draws the same masks, under tensor parallelism's streams as well."""
+    """The recomputed forward draws the same masks, also with the random states of tensor parallelism."""
     dropout = {**TP2, **SP, **CP2, "hidden_dropout": 0.2}
     agree(on_ranks(4, train, {**dropout, **FULL})[0], on_ranks(4, train, dropout)[0])
 
@@ -127,17 +127,17 @@ def test_bf16_stays_close_to_fp32(single: Run) -> None:
     for overrides in ({"bf16": True}, {"bf16": True, **CP2, **FULL}):
         run = on_ranks(overrides.get("context_parallel_size", 1), train, overrides)[0]
         assert run.losses == pytest.approx(single.losses, rel=5e-3)
-        assert run.losses != pytest.approx(single.losses, rel=1e-7), "it did compute in bf16"
+        assert run.losses != pytest.approx(single.losses, rel=1e-7), "it must have computed in bf16"
         assert run.grad_norms == pytest.approx(single.grad_norms, rel=5e-2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The comparison above is worth something only if it fails for what goes wrong in practice.
+# The comparison above is only useful if it fails for typical bugs.
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def megatron_rope() -> Callable[[], None]:
-    """RoPE stays Megatron's, which is zigzag whatever the attention."""
+    """Keeps Megatron's RoPE, which is in zigzag order regardless of the attention."""
     from megatron_lightseq.layout import SequenceLayout
     from megatron_lightseq.megatron import rope
 
@@ -152,7 +152,7 @@ def megatron_rope() -> Callable[[], None]:
 
 
 def local_average_loss() -> Callable[[], None]:
-    """Each context-parallel rank divides by its own tokens, as a two-line loss function does."""
+    """Each context-parallel rank divides by its local number of tokens, as a naive loss function does."""
     from megatron_lightseq.training import step
 
     loss = step._loss
@@ -166,14 +166,14 @@ def local_average_loss() -> Callable[[], None]:
 
 
 def last_in_first_out() -> Callable[[], None]:
-    """Recomputation of several layers in one checkpoint takes another layer's attention."""
+    """Recomputation of several layers in one checkpoint takes the attention output of another layer."""
     from megatron_lightseq.attention.stash import AttentionStash
     from megatron_lightseq.megatron.checkpoint_scope import CheckpointScope
 
     stash, pop = CheckpointScope.stash, AttentionStash.pop
     CheckpointScope.stash = lambda self, module: stash(
         self, None
-    )  # one for all layers: still right, in order
+    )  # one stash for all layers is correct in order
     AttentionStash.pop = lambda self, q_shape: self._kept.pop()
 
     def undo() -> None:
@@ -183,7 +183,7 @@ def last_in_first_out() -> Callable[[], None]:
 
 
 def unmarked_norms() -> Callable[[], None]:
-    """Norm weights without the mark that has their gradients reduced over tensor-parallel ranks."""
+    """Norm weights without the attribute that makes their gradients be reduced over tensor-parallel ranks."""
     from megatron.core.distributed import finalize_model_grads
 
     reduce = finalize_model_grads._allreduce_non_tensor_model_parallel_grads

@@ -1,4 +1,4 @@
-"""Methods of one module call another function; its class does not."""
+"""Methods of one module object call another function; other instances of its class do not."""
 
 from __future__ import annotations
 

@@ -42,13 +42,13 @@ def test_forwards_and_bytes_equal_those_without_recomputation(parallel: str) -> 
 
 
 def test_counts_double_when_attention_is_not_kept() -> None:
-    """The counters do count: without keeping, full recomputation runs every forward twice."""
+    """Shows that the counters work: if outputs are not kept, full recomputation runs every forward twice."""
     for run in on_ranks(2, train, {**SHORT, **CP2, **FULL, "keep_attention_on_recompute": False}):
         assert run.forwards == 2 * run.layer_calls
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Orders of backward that a pipeline schedule never takes, but a user's loop may
+# Orders of backward passes that a pipeline schedule never uses, but a user's loop may
 # --------------------------------------------------------------------------------------------------------------------
 
 

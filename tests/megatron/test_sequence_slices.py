@@ -1,4 +1,4 @@
-"""MLPs and losses in slices: the same losses and gradients as whole, in a fraction of the memory."""
+"""MLPs and losses in slices: the same losses and gradients as without slices, in a fraction of the memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_lightseq.tools.compare.memory import peak_tensor_bytes
 from tests.megatron.runs import TINY, VOCAB_SIZE, batches, on_ranks
 from tests.megatron.test_parity import BLOCK, CP2, FULL, PP2, SELECTIVE, SHARDED_OPTIMIZER, SP, TP2, VPP
 
-SLICES = {"mlp_tile_tokens": 7, "loss_tile_tokens": 5}  # neither divides a rank's tokens
+SLICES = {"mlp_tile_tokens": 7, "loss_tile_tokens": 5}  # neither divides the number of tokens per rank
 UNTIED = {"untie_embeddings_and_output_weights": True}
 BIASES = {"add_bias_linear": True, "swiglu": False}
 WIDE = {"micro_batch_size": 2}  # a slice then has 3 or 2 positions
@@ -48,7 +48,7 @@ def test_a_function_of_rows_and_its_gradients_are_what_they_were(slice_rows: int
 
 
 def _bf16_gradient(main_grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(What autograd brought of a bf16 weight's gradient over 512 slices, and all of it in fp64)."""
+    """The gradient of a bf16 weight over 512 slices: the part that autograd returned, and all of it in fp64."""
     from megatron_lightseq.megatron.sequence_slices import in_slices
 
     torch.manual_seed(0)
@@ -62,14 +62,14 @@ def _bf16_gradient(main_grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.
 
 
 def test_gradients_of_weights_add_up_in_fp32() -> None:
-    """512 numbers below 1: added up in bf16, a sum beyond 256 would stand still."""
+    """Adds 512 numbers below 1. In bf16, the sum would stop growing at 256."""
     gradient, exact = _bf16_gradient(None)
     assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient.double(), exact, rtol=2**-8, atol=0)
 
 
 def test_megatrons_main_grad_gets_all_slices_but_the_last() -> None:
-    """Data parallelism adds what autograd brings, so that each slice counts once."""
+    """Data parallelism adds what autograd returns (the last slice), so each slice counts once."""
     main_grad = torch.full((8, 8), 100.0)
     last, exact = _bf16_gradient(main_grad)
     assert last.max() <= 1
@@ -118,7 +118,7 @@ def _built(overrides: dict[str, Any]) -> Any:
 
 
 def _one_step(overrides: dict[str, Any]) -> tuple[float, float, dict[str, torch.Tensor]]:
-    """Loss of a training step and of an evaluation after it, and every parameter's gradient."""
+    """Losses of a training step and of an evaluation after it, and the gradient of every parameter."""
     from megatron.core import parallel_state
 
     from megatron_lightseq.training.step import evaluate, train_step
@@ -136,7 +136,7 @@ def _one_step(overrides: dict[str, Any]) -> tuple[float, float, dict[str, torch.
 
 
 def _worst(overrides: dict[str, Any]) -> tuple[float, dict[str, float]]:
-    """Relative differences that slices make: of losses, and by parameter, of gradients, on this rank."""
+    """Relative differences caused by slices on this rank: of losses, and of gradients by parameter."""
     *wanted_losses, wanted = _one_step(overrides)
     *losses, gradients = _one_step({**overrides, **SLICES})
     assert gradients.keys() == wanted.keys()
@@ -187,7 +187,7 @@ def _value_left_out_in_pairs() -> float:
 
 
 def test_a_value_that_somebody_reads_may_not_be_left_out() -> None:
-    """What stands in its place is no number, so that it cannot pass for one."""
+    """Its placeholder is not a number, so it cannot be mistaken for one."""
     (norm,) = on_ranks(1, _value_left_out_in_pairs)
     assert norm != norm
 
@@ -227,14 +227,14 @@ ONE_TENSOR = 2048 * 512 * 4
 
 
 def _peak(overrides: dict[str, Any]) -> float:
-    """The most that a training step's tensors take, in units of one tensor of the MLP's width."""
+    """Peak memory of a training step's tensors, in units of one tensor of the MLP's width."""
     from megatron.core import parallel_state
 
     from megatron_lightseq.training.step import train_step
 
     training = _built({**LONG, **overrides})
     batch = batches(training, 0)
-    gc.collect()  # models before this one
+    gc.collect()  # frees earlier models
     peak = peak_tensor_bytes(lambda: train_step(training, batch))
     parallel_state.destroy_model_parallel()
     return peak / ONE_TENSOR
@@ -252,7 +252,7 @@ def _peaks() -> dict[str, float]:
 
 
 def test_neither_logits_nor_an_mlp_ever_exist_whole() -> None:
-    """An MLP's backward holds 7 tensors of its width at a time (2 of them are one), the loss one of logits."""
+    """An MLP's backward holds 7 tensors of its width at a time (2 of them share memory), the loss one of logits."""
     (peaks,) = on_ranks(1, _peaks)
     assert peaks["whole"] > 7
     assert peaks["slices of the loss"] > 7
@@ -274,7 +274,7 @@ FLOPS = {
 
 
 class _Operations(TorchDispatchMode):
-    """Adds up what torch's own formulas say of every operator that has one."""
+    """Adds up the FLOPs of every operator for which torch has a formula."""
 
     total = 0
 
@@ -286,7 +286,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _flops(overrides: dict[str, Any]) -> tuple[float, float]:
-    """(What torch counted in a step, what is predicted), without the products of attention."""
+    """FLOPs of a step, as counted by torch and as predicted, without the products of attention."""
     from megatron.core import parallel_state
 
     from megatron_lightseq.config.accounting import hardware_flops
@@ -304,7 +304,7 @@ def _flops(overrides: dict[str, Any]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("case", FLOPS)
 def test_operations_are_those_that_run(case: str) -> None:
-    """Torch counts matrix products; attention's, which run in a kernel of our own, it does not see."""
+    """Torch counts matrix products, except those of attention, which run in our own kernel."""
     ((counted, predicted),) = on_ranks(1, _flops, FLOPS[case])
     assert counted == predicted
 

@@ -1,4 +1,4 @@
-"""build_training: what breaks a rule of the configuration is refused, and a seed names one model."""
+"""build_training: configurations that break a rule are refused, and a seed determines one model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REFUSED: list[Any] = [
         id="several",
     ),
 ]
-"""Rules of the configuration, which programs that never validated theirs meet here; the corpus is not asked for."""
+"""Configuration rules are checked here for programs that did not validate theirs. No corpus is required."""
 
 
 def _build(overrides: dict[str, Any], activate: bool = True) -> Any:
@@ -146,7 +146,7 @@ def test_layers_and_seeds_differ() -> None:
 
 
 def _dropout_draws(overrides: dict[str, Any]) -> tuple[float, float]:
-    """What dropout would draw next: outside of tensor-parallel regions, and inside."""
+    """The next random numbers of dropout, outside and inside tensor-parallel regions."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 

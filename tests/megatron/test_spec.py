@@ -78,7 +78,7 @@ def test_megatron_method_is_megatrons_specification() -> None:
 
 
 def test_specifications_do_not_share_modules() -> None:
-    """Megatron hands out shared objects in places; replacing in ours must not reach into anyone else's."""
+    """Megatron shares some objects between specifications. Changing ours must not change others."""
     from megatron_lightseq.megatron import gpt_layer_spec
 
     first, second = (gpt_layer_spec(transformer_config()) for _ in range(2))
@@ -109,7 +109,7 @@ def test_mixture_of_experts_and_latent_attention_stay_megatrons() -> None:
 
 @pytest.fixture
 def transformer_engine(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Transformer Engine as far as importing goes, and Megatron's specification of its layers."""
+    """A fake Transformer Engine that can be imported, and Megatron's specification of its layers."""
     from megatron.core.extensions import transformer_engine as extension
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -124,7 +124,7 @@ def transformer_engine(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     def te_spec(**options: Any) -> Any:
-        assert "normalization" not in options, "Transformer Engine's specification has no such argument"
+        assert "normalization" not in options, "the specification of Transformer Engine has no such argument"
         built = get_gpt_layer_local_spec(**options)
         built.submodules.self_attention.submodules.linear_qkv = TELinear
         return built
@@ -159,7 +159,7 @@ def test_the_environment_may_ask_for_local_modules(monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("transformer_engine")
 @pytest.mark.parametrize("error", [ImportError("no such file"), OSError("libcudart.so"), RuntimeError("abi")])
 def test_a_broken_installation_means_local_modules(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Real installations fail with all kinds of exceptions when torch was replaced beneath them."""
+    """Real installations raise many kinds of exceptions if torch was replaced by another version."""
     from megatron_lightseq.megatron import spec
 
     real_import = spec.importlib.import_module

@@ -1,4 +1,4 @@
-"""Stand-ins for the programs that the launch scripts start: each records how it was called.
+"""Fakes of the programs that the launch scripts start. Each records how it was called.
 
 A recording is one JSON file per call, with the arguments exactly as they arrived and the environment.
 """
@@ -38,20 +38,20 @@ if sys.argv[1:] and sys.argv[1].endswith("launch_plan.py"):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """One call of a stand-in."""
+    """One call of a fake program."""
 
     program: str
     arguments: list[str]
     environment: dict[str, str]
 
     def value(self, flag: str) -> str:
-        """The word after a flag."""
+        """The argument after a flag."""
         return self.arguments[self.arguments.index(flag) + 1]
 
 
 @dataclass(kw_only=True)
 class FakeMachine:
-    """A folder of stand-ins: an environment (`venv`), and a cluster's programs on PATH (`bin`)."""
+    """A folder of fakes: an environment (`venv`), and the programs of a cluster on PATH (`bin`)."""
 
     folder: Path
     num_gpus: int = 0
@@ -62,7 +62,7 @@ class FakeMachine:
     def __post_init__(self) -> None:
         for name in ("bin", "venv/bin", "calls", "installed"):
             (self.folder / name).mkdir(parents=True)
-        # A torch that is no CPU build, so that GPUs count; the plan asks for its version only.
+        # A torch that is not a CPU build, so that GPUs are counted. launch_plan.py only reads its version.
         torch = self.folder / "installed" / "torch-2.13.0.dist-info"
         torch.mkdir()
         (torch / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n")
@@ -98,20 +98,20 @@ class FakeMachine:
         )
 
     def calls(self, program: str) -> list[Call]:
-        """What a stand-in was called with, in order."""
+        """The calls of a fake program, in order."""
         recorded = [
             Call(**json.loads(path.read_text())) for path in sorted((self.folder / "calls").iterdir())
         ]
         return [call for call in recorded if call.program == program]
 
     def launches(self) -> list[Call]:
-        """Calls of launch_ranks.py, which is torchrun, less that first argument."""
+        """Calls of launch_ranks.py, which is torchrun, without that first argument."""
         launcher = str(ROOT / "scripts" / "launch_ranks.py")
         found = [call for call in self.calls("python") if call.arguments[:1] == [launcher]]
         return [replace(call, arguments=call.arguments[1:]) for call in found]
 
     def launch(self) -> Call:
-        """The only one of them."""
+        """The only launch."""
         (call,) = self.launches()
         return call
 

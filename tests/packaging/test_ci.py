@@ -1,6 +1,6 @@
-"""The workflow for GitHub: it runs what the documents claim, with the commands of this repository.
+"""The GitHub workflow: it runs what the documents claim, with the commands of this repository.
 
-No hosted run is made here. `zizmor` and, where it is on PATH, `actionlint` check the file in scripts/lint.sh.
+Nothing is run on GitHub here. `zizmor` and, where it is on PATH, `actionlint` check the file in scripts/lint.sh.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is in the sdist and in the wheel, built without a network and without isolation."""
+"""The contents of the sdist and the wheel, built without a network and without isolation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
-    """Call the build backend, as pip does with --no-build-isolation; without CUDA, over which nvcc takes minutes."""
+    """Call the build backend, as pip does with --no-build-isolation; without CUDA, because nvcc takes minutes."""
     done = subprocess.run(
         [sys.executable, "-c", BUILD, f"build_{kind}", str(target)],
         cwd=source, env={**os.environ, "MLS_CUDA": "0"}, capture_output=True, text=True, timeout=900,
@@ -43,7 +43,7 @@ def build(kind: str, source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked sdist: what a person gets who builds from it."""
+    """The unpacked sdist, as someone who builds from it gets it."""
     folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
@@ -54,7 +54,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
             source.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     with tarfile.open(build("sdist", source, folder)) as archive:
-        archive.extractall(folder / "unpacked")  # our own: needs no filter, which Python 3.11.2 lacks
+        archive.extractall(folder / "unpacked")  # trusted: needs no filter, which Python 3.11.2 lacks
     (unpacked,) = (folder / "unpacked").iterdir()
     return unpacked
 

@@ -1,4 +1,4 @@
-"""Documents say what is true: their code runs, their generated parts are fresh."""
+"""The documents are correct: their code runs, and their generated parts are up to date."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_code_of_the_contributing_guide_runs_as_it_stands(monkeypatch: pytes
     assert placement.rstrip() in (ROOT / "docs" / "examples" / "travelling_queries.py").read_text()
     namespace: dict[str, object] = {}
     exec(look, namespace)
-    exec(use, namespace)  # ends with a comparison of its own
+    exec(use, namespace)  # ends with an assertion
     assert "assert_close" in use
 
 
@@ -107,7 +107,7 @@ CODE_LINK = re.compile(r"\[`([^`]+)`\]\(([^)#\s]+\.(?:py|h|cpp|cu))\)")
 
 
 def names_in(source: Path) -> set[str]:
-    """What a file defines: `function`, `Class`, `Class.method`, `CONSTANT`; of C++, every word."""
+    """The names that a file defines: `function`, `Class`, `Class.method`, `CONSTANT`; for C++, every word."""
     if source.suffix != ".py":
         return set(re.findall(r"\w+", source.read_text()))
     names: set[str] = set()
@@ -193,7 +193,7 @@ def test_the_diagram_of_imports_leaves_out_what_follows(
 
 
 def run_example(name: str, num_ranks: int) -> str:
-    """What a documented program prints, started as its docstring says."""
+    """The output of a documented program, started as its docstring says."""
     command = [
         sys.executable,
         "-m",
@@ -227,4 +227,4 @@ def test_the_program_with_megatron_has_the_same_loss_on_any_number_of_ranks() ->
     losses = {float(loss) for loss in re.findall(r"mean loss (\d+\.\d+)", alone + cut)}
     assert "rank 1: 128 of 256 tokens" in cut
     assert max(losses) - min(losses) <= 2e-4  # printed with four digits
-    assert 5.0 < min(losses) < 7.5  # about log 512: a model that has learned nothing
+    assert 5.0 < min(losses) < 7.5  # about log 512, the loss of an untrained model

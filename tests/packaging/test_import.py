@@ -24,7 +24,7 @@ PROBE = "import json, sys; before = set(sys.modules); {statement}; print(json.du
 
 
 def imported_by(statement: str) -> set[str]:
-    """Top-level modules that a statement brings into a new interpreter; it may print nothing else."""
+    """Top-level modules that a statement imports in a new interpreter; it must not print anything else."""
     command = [sys.executable, "-X", "utf8", "-c", PROBE.format(statement=statement)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""The launch scripts, run for real with stand-ins for torchrun and Slurm: the exact commands they start."""
+"""The launch scripts, run with fakes of torchrun and Slurm: the exact commands that they start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def machine(tmp_path: Path) -> FakeMachine:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """CP=2, a global batch of 6: 1, 2, 3 and 6 replicas divide it."""
+    """A recipe with CP = 2 and a global batch size of 6, which 1, 2, 3 and 6 replicas divide."""
     path = tmp_path / "recipe with a space.yaml"
     data = tmp_path / "corpus"
     for suffix in (".bin", ".idx"):
@@ -65,7 +65,7 @@ def test_processes_follow_the_gpus_that_are_there(
     call = machine.launch()
     assert call.value("--nproc-per-node") == str(processes)
     assert ("fewer than the ranks need" in done.stderr) == (device == "cpu")
-    # On CPUs nobody may see the odd GPU; on GPUs visibility is left alone.
+    # On CPUs no process may see the odd GPU. On GPUs visibility is not changed.
     assert call.environment.get("CUDA_VISIBLE_DEVICES") == ("" if device == "cpu" else None)
 
 
@@ -102,7 +102,7 @@ def test_flags_arrive_literally_and_after_the_recipe(
     ]
     done = machine.run(PRETRAIN, str(recipe), *flags)
     assert done.returncode == 0, done.stderr
-    # The last word wins (configuration), so flags must stand after the file they override.
+    # The last value of a key wins, so flags must come after the file that they override.
     assert flags_after_module(machine.launch().arguments) == [str(recipe), *flags]
     assert not canary.exists()
 
@@ -163,7 +163,7 @@ EXPORTED = {
 def test_launch_variables(machine: FakeMachine, recipe: Path, name: str) -> None:
     assert machine.run(PRETRAIN, str(recipe)).returncode == 0
     assert machine.launch().environment[name] == EXPORTED[name]
-    if name != "TORCH_DISABLE_SHARE_RDZV_TCP_STORE":  # that one is no matter of taste
+    if name != "TORCH_DISABLE_SHARE_RDZV_TCP_STORE":  # users may not change that one
         assert machine.run(PRETRAIN, str(recipe), variables={name: "mine"}).returncode == 0
         assert machine.launches()[1].environment[name] == "mine"
 

@@ -1,4 +1,4 @@
-"""How runs end: with the real torchrun, and ranks that do not import torch."""
+"""How runs end, with the real torchrun and ranks that do not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold of the tracked files themselves."""
+"""Rules for all tracked files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.packaging.fakes import ROOT
 
-# Put together here, so that this file does not contain what it forbids.
+# Concatenated here, so that this file does not contain the forbidden strings.
 PACKAGE_HOSTS = [
     ".".join(parts)
     for parts in [
@@ -52,7 +52,7 @@ def tracked_files() -> list[Path]:
 
 
 def lines_of_text_files() -> Iterator[tuple[str, str]]:
-    """(where, line) of every text file; what holds a zero byte is binary (git's rule), the licence no text of ours."""
+    """(where, line) of every text file but the licence. A file with a zero byte is binary, as in git."""
     for path in tracked_files():
         content = path.read_bytes()
         if b"\0" in content[:8000] or path.name == "LICENSE":
@@ -85,13 +85,13 @@ def test_shell_scripts_are_strict_and_clean(script: Path) -> None:
     command = [shellcheck, "--external-sources", "--source-path=SCRIPTDIR", str(script)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    # .ci/run goes on after a failure on purpose; a file that is sourced leaves its reader's options alone.
+    # .ci/run continues after a failure on purpose; a sourced file must not change the shell options of its caller.
     options = {"run": "set -uo pipefail", "lib.sh": ""}.get(script.name, "set -euo pipefail")
     assert options in script.read_text().splitlines() or not options
 
 
 def links_of(document: Path) -> list[str]:
-    """Relative targets of a document's links and pictures."""
+    """Relative targets of the links and images of a document."""
     text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"""(?:src|href)=["']([^"']+)["']""", text)
     return [target for target in targets if not re.match(r"[a-z]+:|#", target)]
@@ -133,13 +133,13 @@ def test_dockerfile_runs_the_same_scripts_as_ci() -> None:
         assert f"bash {step}" in continuous
     assert "bash scripts/setup_env.sh --dev" in dockerfile
     assert '"$ROOT/scripts/setup_env.sh" --dev' in (ROOT / "scripts" / "run_tests.sh").read_text()
-    # What the image is built from must reach the build.
+    # Files that the image is built from must be in the build context.
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert not {"csrc", "scripts", "tests", "configs", "constraints.txt", "setup.py"} & set(ignored)
 
 
 def test_ci_ends_with_the_tests_and_hides_no_failure(tmp_path: Path) -> None:
-    """Every combination of failing linters and failing tests, with stand-ins for both scripts."""
+    """Every combination of failing linters and failing tests, with fakes of both scripts."""
     (tmp_path / ".ci").mkdir()
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")

@@ -1,4 +1,4 @@
-"""Setting up the environment: what pip is told, and what a person is told when something is missing."""
+"""Setting up the environment: the arguments of pip, and the messages when something is missing."""
 
 from __future__ import annotations
 
@@ -132,12 +132,12 @@ def test_no_script_installs_an_unpinned_torch() -> None:
     assert commands
     for command in commands:
         assert "--no-deps" in command or "-c " in command, command
-        # A build in isolation would fetch a torch of its own.
+        # An isolated build would download another torch.
         assert "--editable" not in command or "--no-build-isolation" in command, command
 
 
 def setup(folder: Path, programs: Mapping[str, str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run setup_env.sh with nothing on PATH but a few tools and the programs given."""
+    """Run setup_env.sh with only a few tools and the given programs on PATH."""
     tools = folder / "tools"
     tools.mkdir(parents=True)
     for name in (
@@ -167,7 +167,7 @@ def setup(folder: Path, programs: Mapping[str, str], **variables: str) -> subpro
         "LIGHTSEQ_VENV": str(folder / "venv"),
         **variables,
     }
-    script = os.path.relpath(ROOT / "scripts" / "setup_env.sh", folder)  # from elsewhere, and relative
+    script = os.path.relpath(ROOT / "scripts" / "setup_env.sh", folder)  # relative, from another folder
     return subprocess.run(
         [BASH, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
     )
@@ -212,7 +212,7 @@ def test_a_folder_that_is_no_environment_is_not_cleared(tmp_path: Path) -> None:
 
 
 def working_environment(folder: Path) -> dict[str, str]:
-    """An environment whose Python has every dependency, by its stamp; it records what pip is asked for."""
+    """An environment whose stamp says that all dependencies are installed; it records the arguments of pip."""
     python = folder / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     headers = folder / "headers"
@@ -256,7 +256,7 @@ def test_each_phase_runs_once(tmp_path: Path) -> None:
     assert "dependencies" not in first.stdout
     built = (tmp_path / "pip").read_text()
     assert "--no-build-isolation --no-deps --editable ." in built
-    assert built.startswith("MLS_CUDA=0 ")  # the stand-in says that its torch is a CPU build
+    assert built.startswith("MLS_CUDA=0 ")  # the fake torch is a CPU build
     shutil.rmtree(tmp_path / "tools")
     second = setup(tmp_path, programs)
     assert (second.returncode, second.stdout) == (0, "")
@@ -284,7 +284,7 @@ def test_an_old_setuptools_is_named(build: ModuleType, monkeypatch: pytest.Monke
 
 
 def toolkit(root: Path, libraries: str) -> Path:
-    """A stand-in for a CUDA toolkit, whose nvcc reports its folder as the real one does."""
+    """A fake CUDA toolkit, whose nvcc reports its folder like the real one."""
     nvcc = root / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(f"#!{BASH}\necho '#$ TOP={root}/bin/..' >&2\n")
@@ -296,7 +296,7 @@ def toolkit(root: Path, libraries: str) -> Path:
 
 @pytest.fixture
 def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No toolkit but the test's own, whatever this machine has."""
+    """Hides the CUDA toolkits of this machine; the test adds its own."""
     for name in ("CUDA_HOME", "CUDA_PATH", "MLS_CUDA"):
         monkeypatch.delenv(name, raising=False)
     is_file = os.path.isfile

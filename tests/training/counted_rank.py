@@ -1,6 +1,6 @@
-"""`lightseq pretrain`, which counts what it works out; run as a script under torchrun by test_pretrain.
+"""`lightseq pretrain` with counters; run as a script under torchrun by test_pretrain.
 
-It prints how often each rule was checked, how often `auto` has simulated, and how many schedules were built to be run.
+It prints how often each rule was checked, how often `auto` ran simulations, and how many schedules were built to run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COUNTS: Counter[str] = Counter()
 
 
 def counted(name: str, function: Any) -> Any:
-    """The function, counting its calls."""
+    """Wraps the function to count its calls."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         COUNTS[name] += 1
@@ -29,7 +29,7 @@ def counted(name: str, function: Any) -> Any:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line with counters in place; the exit status."""
+    """Run the command line with counters installed. Returns the exit status."""
     message = Rule.message
 
     def counted_message(rule: Rule, *args: Any) -> Any:

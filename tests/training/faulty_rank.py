@@ -1,9 +1,9 @@
-"""One rank of a group that all-reduces until something happens to it; run as a script by test_faults.
+"""One rank of a group that runs all-reduces until it fails; run as a script by test_faults.
 
     python -m tests.training.faulty_rank FAULT RANK
 
 RANK commits FAULT at step 20: raise, exit (without a message), stop (SIGSTOP), sleep, or nothing. With the fault "late"
-it runs to the end, and is then held up between two looks at whether the others have finished.
+it runs to the end, and is then delayed between two checks of whether the others have finished.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FAULT_STEP = 20
 
 
 def commit(fault: str) -> None:
-    """Let it happen to this process."""
+    """Inject the fault into this process."""
     if fault == "raise":
         raise ValueError("the disk of rank is gone\nwith details")
     if fault == "exit":
@@ -49,20 +49,20 @@ def commit(fault: str) -> None:
 
 
 def hold_up() -> None:
-    """Let time pass between this process's looks at whether all ranks have finished: a busy core does the same."""
+    """Delay this process between two checks of whether all ranks have finished, as a busy core would."""
     wait = control_channel.wait_until
 
     def late(condition: Callable[[], bool], timeout_s: float) -> bool:
         return condition() or (
             time.sleep(6.0) or wait(condition, timeout_s)
-        )  # the others' processes have gone by then
+        )  # the processes of the others have ended by then
 
     control_channel.wait_until = late  # type: ignore[attr-defined]
 
 
 def main(fault: str, culprit: int) -> int:
-    """All-reduce under a guarded channel; the exit code."""
-    faulthandler.dump_traceback_later(70, exit=True)  # should it hang after all, say where
+    """Run all-reduces under a guarded control channel. Returns the exit code."""
+    faulthandler.dump_traceback_later(70, exit=True)  # if it hangs anyway, print where
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(dist.rendezvous("env://"))
     host, port = store.host, store.port
@@ -89,11 +89,11 @@ def main(fault: str, culprit: int) -> int:
     except PeerFailureError as error:
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_PEER_FAILED)
-    except Exception as error:  # noqa: BLE001 - whatever it is, leave
+    except Exception as error:  # noqa: BLE001 - exit on any failure
         print(f"rank {rank}: own {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # a process group without its peers may block the interpreter's exit
+        os._exit(1)  # tearing down a process group without its peers may hang interpreter shutdown
     if fault == "late" and rank != culprit:
-        time.sleep(1.0)  # the others finish between the two looks
+        time.sleep(1.0)  # the others finish between the two checks
     channel.finish()
     dist.destroy_process_group()
     channel.leave()

@@ -13,7 +13,7 @@ from typing import Any
 
 
 class _Calls:
-    """Pickles into a call of ``function(*args)``."""
+    """Pickles as a call of ``function(*args)``."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self._call = (function, args)
@@ -23,7 +23,7 @@ class _Calls:
 
 
 class _Builds:
-    """Pickles into a harmless object whose BUILD state is itself a call."""
+    """Pickles as a harmless object whose BUILD state is a call."""
 
     def __init__(self, state: Any) -> None:
         self._state = state
@@ -52,13 +52,13 @@ def payloads(canary: Path) -> Iterator[tuple[str, bytes]]:
             yield f"{name}-{protocol}", pickle.dumps(call, protocol)
             yield f"{name}-in-dict-{protocol}", pickle.dumps({"w": [call]}, protocol)
     yield from _opcodes(touch, python)
-    # An allowed module is no allowed function: torch.save({}, canary).
+    # A forbidden function of an allowed module: torch.save({}, canary).
     path = str(canary).encode()
     yield "torch.save", b"\x80\x04\x8c\x05torch\x8c\x04save\x93}\x8c" + bytes([len(path)]) + path + b"\x86R."
 
 
 def _opcodes(touch: str, python: str) -> Iterator[tuple[str, bytes]]:
-    """What no Python object pickles to: GLOBAL, INST, OBJ, STACK_GLOBAL, persistent ids, by hand."""
+    """Handwritten pickles that no Python object produces: GLOBAL, INST, OBJ, STACK_GLOBAL, persistent ids."""
     system = touch.encode()
     yield "GLOBAL+REDUCE", b"cos\nsystem\n(S'" + system + b"'\ntR."
     yield "INST", b"(S'" + system + b"'\nios\nsystem\n."
@@ -91,7 +91,7 @@ def replace_string(data: bytes, old: str, new: str) -> bytes:
 
 
 def _without_frames(data: bytes) -> bytes:
-    """Frames carry lengths, which an edit makes wrong; they are optional."""
+    """Removes frames, which are optional: an edit would invalidate their lengths."""
     out = io.BytesIO()
     index = 0
     while (found := data.find(b"\x95", index)) != -1 and index == 0:

@@ -1,4 +1,4 @@
-"""`lightseq pretrain` under a real torchrun, on a corpus and a model so small that start-up is most of it."""
+"""`lightseq pretrain` under a real torchrun, on a corpus and a model so small that start-up dominates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FLAGS: dict[str, Any] = {
 
 
 def make_corpus(folder: Path, seed: int = 0) -> Path:
-    """A few thousand words in forty files, prepared; the prefix."""
+    """Prepares a few thousand words in forty files. Returns the prefix of the corpus."""
     from megatron_lightseq.cli import run
 
     rng = random.Random(seed)
@@ -71,18 +71,18 @@ class Launched:
             time.sleep(0.05)
 
     def rank_process(self, rank: int) -> psutil.Process:
-        """The process of a rank."""
+        """The process that runs a rank."""
         for child in psutil.Process(self.process.pid).children(recursive=True):
             if child.environ().get("RANK") == str(rank):
                 return child
         raise AssertionError(f"rank {rank} has no process")
 
     def wait(self) -> int:
-        """Exit code of torchrun."""
+        """Wait for torchrun to end. Returns its exit code."""
         return self.process.wait(timeout=WALL_LIMIT_S)
 
     def stop(self) -> None:
-        """End what is left, children included."""
+        """End all remaining processes, including children."""
         try:
             family = [
                 psutil.Process(self.process.pid),
@@ -110,7 +110,7 @@ def launch(
     program: Sequence[str] = PRETRAIN,
     **flags: Any,
 ) -> Launched:
-    """Start torchrun, or ``launcher``, with :data:`FLAGS` and these; ``folder`` gets report, checkpoints and output."""
+    """Start torchrun, or ``launcher``, with :data:`FLAGS` and the given flags. All output goes to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         **FLAGS,
@@ -145,7 +145,7 @@ def launch(
 
 
 def train_metrics(folder: Path) -> list[TrainMetrics]:
-    """The steps on record."""
+    """The recorded training steps."""
     found = read_metrics(folder / "report" / "metrics.jsonl")
     return [metrics for metrics in found if isinstance(metrics, TrainMetrics)]
 

@@ -19,7 +19,7 @@ SAVED_AT = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank saw; losses and norms are compared bit for bit."""
+    """The results of a rank; losses and norms are compared bit for bit."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -31,7 +31,7 @@ class Outcome:
 
 @contextmanager
 def built(overrides: dict[str, Any]) -> Iterator[Any]:
-    """A Training for TINY with ``overrides``, and no trace of it afterwards."""
+    """A Training for TINY with ``overrides``, which is cleaned up afterwards."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     from megatron.core import parallel_state
@@ -49,7 +49,7 @@ def built(overrides: dict[str, Any]) -> Iterator[Any]:
 
 
 def train_and_save(overrides: dict[str, Any], root: str, saves: tuple[int, ...] = (SAVED_AT,)) -> Outcome:
-    """Train all steps without a break, saving on the way."""
+    """Train all steps without interruption, saving on the way."""
     from megatron_lightseq.training.checkpoint.save_load import Position, save_checkpoint
 
     with built(overrides) as training:
@@ -63,12 +63,12 @@ def train_and_save(overrides: dict[str, Any], root: str, saves: tuple[int, ...] 
 
 
 def resume(overrides: dict[str, Any], root: str) -> Outcome:
-    """Load, and train the steps that are left."""
+    """Load a checkpoint and train the remaining steps."""
     from megatron_lightseq.training.checkpoint.random_state import restore_random_state
     from megatron_lightseq.training.checkpoint.save_load import load_checkpoint
 
     with built(overrides) as training:
-        torch.rand(7)  # stands for what making iterators draws
+        torch.rand(7)  # stands for the random numbers that creating iterators draws
         resumed = load_checkpoint(training, Path(root))
         if resumed.random is not None:
             restore_random_state(resumed.random)

@@ -30,7 +30,7 @@ VARIANT = {
     "v_head_dim": 10,
     "mtp_num_layers": 1,
 }
-"""A model with everything that a plain decoder lacks."""
+"""A model with every feature that a plain decoder lacks."""
 
 BITWISE = {
     "fp32": (1, {}),
@@ -46,7 +46,7 @@ BITWISE = {
         2,
         {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
     ),
-    "tp2 sp dropout": (  # whose masks come from Megatron's own random states
+    "tp2 sp dropout": (  # dropout masks come from Megatron's own random states
         2,
         {"tensor_model_parallel_size": 2, "sequence_parallel": True, "hidden_dropout": 0.1},
     ),
@@ -121,7 +121,7 @@ def test_distributed_optimizer_state_resumes_on_another_layout(tmp_path: Path) -
 
 @pytest.mark.parametrize("more", [{}, {"use_distributed_optimizer": True}, {"bf16": True}])
 def test_experts_of_two_ranks_resume_on_one(tmp_path: Path, more: dict[str, Any]) -> None:
-    """And the other way; expert parallelism has an optimizer of its own for experts."""
+    """Expert parallelism uses a separate optimizer for experts."""
     apart = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
     whole = run_ranks(2, train_and_save, {**VARIANT, **more, **apart}, str(tmp_path))[0]
     single = run_ranks(1, resume, {**VARIANT, **more}, str(tmp_path))[0]
@@ -141,7 +141,7 @@ def test_experts_of_one_rank_resume_on_two(tmp_path: Path) -> None:
 
 
 def test_without_optimizer_state_the_run_differs(single: tuple[Path, Outcome]) -> None:
-    """The comparison above can fail: losing the optimizer's state alone shows in the second step."""
+    """Shows that the comparison above can fail: without the optimizer's state, the second step differs."""
     root, whole = single
     outcome = run_ranks(1, resume, {"no_load_optim": True}, str(root))[0]
     assert outcome.losses[0] == whole.losses[SAVED_AT]
@@ -164,7 +164,7 @@ def test_finetune_takes_the_weights_only(single: tuple[Path, Outcome]) -> None:
 
 
 def test_a_resumed_run_follows_its_own_learning_rate(tmp_path: Path, single: tuple[Path, Outcome]) -> None:
-    """Megatron's schedule and torch's optimizer would both take the checkpoint's over it, in silence."""
+    """Megatron's schedule and torch's optimizer would both silently use the checkpoint's learning rate."""
     changed = {"lr": 6e-3, "lr_decay_style": "linear", "lr_decay_iters": 8}
     expected = run_ranks(1, train_and_save, changed, str(tmp_path))[0].learning_rates[SAVED_AT:]
     assert expected != single[1].learning_rates[SAVED_AT:]
@@ -194,7 +194,7 @@ def damaged_copy(root: Path, target: Path) -> Path:
 
 
 def resume_with_log(overrides: dict[str, Any], root: str) -> tuple[int, list[str]]:
-    """The iteration resumed from, and what was logged."""
+    """The iteration resumed from, and the log messages."""
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
@@ -248,7 +248,7 @@ def test_strict_load_refuses_a_damaged_newest_checkpoint(
 
 
 def test_damage_seen_by_one_rank_is_acted_upon_by_all(single: tuple[Path, Outcome], tmp_path: Path) -> None:
-    """The ranks hash different files; the verdict must be common."""
+    """The ranks hash different files, but must come to the same verdict."""
     path = damaged_copy(single[0], tmp_path / "copy") / "metadata.json"
     path.write_bytes(path.read_bytes() + b" ")
     outcomes = run_ranks(3, resume, {"context_parallel_size": 3}, str(tmp_path / "copy"))
@@ -286,7 +286,7 @@ ROPE = {"rotary_base": 500000.0, "rotary_percent": 0.5}
 
 
 def test_new_rope_parameters_are_for_finetuning(single: tuple[Path, Outcome]) -> None:
-    """The usual step of context extension; resuming is refused, for the weights would silently mean something else."""
+    """Context extension changes them. Resuming with them is refused: weights would silently change their meaning."""
     message = run_ranks(1, refusal, ROPE, str(single[0]))[0]
     assert "rotary_base is 10000.0 in the checkpoint and 500000.0 here, rotary_percent is 1.0" in message
     assert message.endswith(
@@ -334,7 +334,7 @@ def test_a_checkpoint_of_another_optimizer_names_the_keys(single: tuple[Path, Ou
 def test_hostile_files_with_a_matching_manifest_are_refused(
     single: tuple[Path, Outcome], tmp_path: Path, name: str
 ) -> None:
-    """The manifest guards against accidents; whoever writes hostile files writes a manifest as well."""
+    """The manifest guards against accidents. An attacker who writes hostile files can also write a manifest."""
     for case in ("os.system-4", "exec-in-dict-2", "INST", "dotted"):
         root, canary = tmp_path / case, tmp_path / "canary"
         folder = damaged_copy(single[0], root)
@@ -348,7 +348,7 @@ def test_hostile_files_with_a_matching_manifest_are_refused(
 
 
 def load_with_extra_state(root: str) -> str:
-    """As if a layer were Transformer Engine's and the file held a pickle for it."""
+    """Simulates a Transformer Engine layer for which the file contains a pickle."""
     from megatron_lightseq.training.checkpoint import save_load as checkpoint
 
     read = checkpoint._read_state
@@ -376,13 +376,13 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     message = run_ranks(1, save_twice_without_room, str(tmp_path))[0]
     assert "rank 0: OSError: [Errno 27] File too large: every rank must be able to write its part" in message
     assert message.endswith("older checkpoints are untouched.")
-    assert CheckpointDirectory(root=tmp_path).clean() == [], "nothing is left on the full disk"
+    assert CheckpointDirectory(root=tmp_path).clean() == [], "no files may be left on the full disk"
     outcome = run_ranks(1, resume, {}, str(tmp_path))[0]
     assert outcome.started_at == 1
 
 
 def save_twice_without_room(root: str) -> str:
-    """The second save meets a limit on file size, which writes like a full disk."""
+    """The second save runs into a file size limit, which fails like a full disk."""
     import resource
     import signal
 
@@ -412,7 +412,7 @@ def test_a_run_stopped_before_its_first_step_resumes(tmp_path: Path, overrides: 
 
 
 def test_stored_weights_are_what_was_trained(tmp_path: Path) -> None:
-    """With parameters still on their way (overlap_param_gather) a save must fetch them first."""
+    """If parameters are still being gathered (overlap_param_gather), a save must wait for them."""
     overlapped = {
         "use_distributed_optimizer": True,
         "overlap_grad_reduce": True,

@@ -28,7 +28,7 @@ KILLED = 77
 
 
 def _save(root: Path, iteration: int) -> Path:
-    """A whole save of two small files whose content tells the iteration."""
+    """A complete save of two small files whose content depends on the iteration."""
     directory = CheckpointDirectory(root=root)
     folder = directory.begin(iteration)
     for name in NAMES:
@@ -85,7 +85,7 @@ def test_candidates_are_newest_first_and_ignore_everything_else(tmp_path: Path) 
 
 
 def test_an_earlier_run_that_got_further_comes_last(tmp_path: Path) -> None:
-    """Run a recipe to its end, run it again, interrupt it: `--load` goes on with what was interrupted."""
+    """Run a recipe to its end, run it again, interrupt it: `--load` resumes the interrupted run."""
     for iteration in (50, 100, 10, 30):
         _save(tmp_path, iteration)
     directory = CheckpointDirectory(root=tmp_path)
@@ -168,15 +168,15 @@ def test_a_save_killed_at_any_file_operation_leaves_a_whole_newest_checkpoint(tm
         assert newest in (10, 20)
         CheckpointDirectory(root=root).clean()
         assert not [name for name in os.listdir(root) if ".tmp-" in name]
-        assert _newest_whole(root) in (newest, 20)  # what was whole but not yet renamed is finished
+        assert _newest_whole(root) in (newest, 20)  # a complete save that was not yet renamed is finished
         _save(root, 30)
         assert _newest_whole(root) == 30
         if not died:
             break
     else:
-        pytest.fail("the save never ran to its end")
+        pytest.fail("the save never completed")
     assert len(outcomes) > 15, "the file operations were not counted"
-    assert outcomes == sorted(outcomes), "once complete, the new checkpoint stays"
+    assert outcomes == sorted(outcomes), "once complete, the new checkpoint must stay"
     assert outcomes[0] == 10
     assert outcomes[-1] == 20
 
@@ -194,7 +194,7 @@ def test_a_replacing_save_killed_at_any_file_operation_loses_nothing(tmp_path: P
         assert _newest_whole(root) == 20
         if not died:
             break
-    assert gaps, "no kill fell between the two renames"
+    assert gaps, "no kill happened between the two renames"
 
 
 def test_every_flip_and_truncation_is_found_and_named(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
         (folder / MANIFEST_NAME).write_bytes(data)
         try:
             assert Manifest.read(folder) == Manifest.loads(text.decode())
-            survivors += 1  # a flip in white space between tokens that leaves white space
+            survivors += 1  # a flip that turned white space between tokens into other white space
         except CheckpointError:
             continue
     assert survivors < 10

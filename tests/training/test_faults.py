@@ -39,7 +39,7 @@ WALL_LIMIT_S = 90.0
 def run_faulty(
     fault: str, culprit: int, survivors: tuple[int, ...] = (0, 1, 2)
 ) -> tuple[dict[int, int], dict[int, str], float]:
-    """Exit codes and standard errors by rank, and the seconds from the fault until the survivors' end."""
+    """Exit codes and stderr by rank, and the seconds from the fault until the survivors ended."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,7 +91,7 @@ def test_a_rank_that_vanishes_is_named_by_the_others(culprit: int) -> None:
     codes, errors, seconds = run_faulty("exit", culprit)
     for rank in {0, 1, 2} - {culprit}:
         assert codes[rank] == EXIT_PEER_FAILED
-        # Rank 0 holds the store: that it is gone shows in the store before it shows in the heartbeat.
+        # Rank 0 hosts the store, so the others lose the store before they miss the heartbeat.
         gone = (
             r"its process \d+ is gone"
             if culprit
@@ -132,7 +132,7 @@ def test_a_store_that_dies_with_its_launcher_is_not_blamed_on_a_rank(monkeypatch
 
 
 def test_a_stopped_process_that_holds_the_store_is_named() -> None:
-    """Nobody can ask the store any more, not even for the reason."""
+    """The store is no longer available, so the reason cannot be read from it either."""
     codes, errors, seconds = run_faulty("stop", 0, survivors=(1, 2))
     assert (codes[1], codes[2]) == (EXIT_PEER_FAILED, EXIT_PEER_FAILED)
     for rank in (1, 2):
@@ -162,7 +162,7 @@ def test_a_good_run_ends_quietly() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_looks_up_late_ends_well(rank: int) -> None:
-    """Rank 0's process holds the store, as under srun: it must not leave while another rank still asks it."""
+    """Rank 0's process hosts the store, as under srun, so it must not exit while another rank still uses it."""
     codes, errors, _ = run_faulty("late", rank)
     assert codes == {0: 0, 1: 0, 2: 0}, errors
 
@@ -271,7 +271,7 @@ def test_a_long_step_is_no_hang_until_it_is_ten_times_the_longest() -> None:
 
     channel.enter(1, TRAIN)
     time.sleep(0.2)
-    channel.enter(2, TRAIN)  # the first step is not counted: it plans and allocates
+    channel.enter(2, TRAIN)  # the first step does not count, because it plans and allocates
     assert not overdue()
     time.sleep(0.02)
     channel.enter(3, TRAIN)
@@ -283,7 +283,7 @@ def test_a_long_step_is_no_hang_until_it_is_ten_times_the_longest() -> None:
 
 
 def test_a_rank_is_known_before_its_first_step(store: dist.TCPStore) -> None:
-    """Short steps: one that dies in its first half second must be named too."""
+    """With short steps, a rank that dies in its first half second must be named too."""
 
     def connect() -> dist.Store:
         return dist.TCPStore("127.0.0.1", store.port, None, False, timeout=timedelta(seconds=5))
@@ -302,7 +302,7 @@ def test_a_rank_is_known_before_its_first_step(store: dist.TCPStore) -> None:
     channel._stop_thread()
     assert known is not None
     assert (known.step, known.phase, known.pid) == (0, SET_UP, os.getpid())
-    assert told, "the next heartbeat was due in ten minutes, but the phase is new"
+    assert told, "the next heartbeat was due in ten minutes, but a new phase must be reported immediately"
 
 
 # ---- signals --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The end of a good run: every rank ends with status 0, whatever the timing of its peers and threads."""
+"""The end of a good run: every rank ends with status 0, regardless of the timing of its peers and threads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 wait = lambda: store.wait(["nothing"], datetime.timedelta(seconds=2))
 threading.Thread(target=wait, daemon=True).start()
 time.sleep(0.2)  # the thread is inside the store's call
-libc = ctypes.CDLL(None)  # and returns from it while the process ends, which takes its time here
+libc = ctypes.CDLL(None)  # it returns from the call during process exit, which is delayed here
 libc.__cxa_atexit(ctypes.cast(libc.pause, ctypes.c_void_p), None, None)
 if end is not None:
     end.status = 0
@@ -41,7 +41,7 @@ def ran(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_thread_that_returns_from_the_store_does_not_abort_a_good_run() -> None:
-    """The same program without the clean exit aborts, as any program may that has run torch.distributed."""
+    """Without the clean exit the same program aborts, as may any program that has used torch.distributed."""
     aborted = ran(ABORTS)
     assert aborted.returncode == -6, aborted.stderr
     assert "terminate called without an active exception" in aborted.stderr

@@ -17,7 +17,7 @@ ALONE = {**FLAGS, "context_parallel_size": 1, "train_iters": 2, "progress": "off
 
 
 def looped(corpus: str, overrides: dict[str, Any], attempt: int = 0) -> tuple[int, int, str | None]:
-    """Run the loop on this rank: the steps it began behind and reached, and the checkpoint it reports."""
+    """Run the loop on this rank. Returns the steps it started from and reached, and the checkpoint it reports."""
     warnings.simplefilter("ignore")
     import torch
     from megatron.core import parallel_state
@@ -69,12 +69,12 @@ def test_finetuning_for_as_many_steps_as_were_trained_saves_what_it_learned(
 
 
 def test_restarted_ranks_go_on_with_their_own_run_only(corpus: str, tmp_path: Path) -> None:
-    """An earlier run's end in the same folder is none of a run that failed before it saved anything."""
+    """A run that failed before its first save must not resume from an earlier run in the same folder."""
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     run_ranks(1, looped, corpus, {"save": first})
-    CheckpointDirectory(root=tmp_path / "first").start()  # and it fails at once
+    CheckpointDirectory(root=tmp_path / "first").start()  # and it fails immediately
     assert run_ranks(1, looped, corpus, {"save": first}, 1)[0][:2] == (0, 2)
-    # What finetuning had reached is gone on with, not finetuned from once more.
+    # Finetuning resumes where it stopped; it does not start again.
     tune = {"load": first, "save": second, "finetune": True, "save_interval": 1}
     run_ranks(1, looped, corpus, tune)
     shutil.rmtree(tmp_path / "second" / "iter_0000002")
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
 
 
 def with_spoiled_gradients(corpus: str, root: str) -> str:
-    """The error of a run whose second step has gradients that are no numbers, and a loss that is one."""
+    """The error of a run whose second step has NaN gradients but a finite loss."""
     from dataclasses import replace
 
     from megatron_lightseq.training import loop

@@ -18,7 +18,7 @@ from tests.training.test_progress import metrics
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures instead of files."""
+    """Collects figures instead of writing files."""
     kept: list[Any] = []
     monkeypatch.setattr(plots, "_save", lambda figure, _path: kept.append(figure))
     return kept

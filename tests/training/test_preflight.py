@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def preflight(*reports: dict[str, str] | None, timeout_s: float = 5.0) -> list[Exception | None]:
-    """What each rank raises; None stands for a rank that does not come."""
+    """The error that each rank raises. A report of None stands for a rank that never starts."""
     server = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=5), wait_for_workers=False)
     outcomes: list[Exception | None] = [None] * len(reports)
 
@@ -108,7 +108,7 @@ def test_versions_kernel_and_schedules_are_compared() -> None:
 
 
 def test_compared_schedules_have_the_masks_that_run() -> None:
-    """A window makes tiles empty: the schedule of a causal mask is another one. Every kind of layer is compared."""
+    """A window makes tiles empty, so its schedule differs from a causal one. Every kind of layer is compared."""
     config = with_values(
         PretrainConfig(), context_parallel_size=4, data_path=("x",), window_size=(511, 0), num_layers=5
     )

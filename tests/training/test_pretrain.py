@@ -56,7 +56,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(corpus: Path, tmp_path: Path) -> Iterator[Any]:
-    """Starts runs, and ends those that a failed test left behind."""
+    """Starts runs, and ends those that a failed test leaves running."""
     started: list[Launched] = []
 
     def begin(**options: Any) -> Launched:
@@ -70,7 +70,7 @@ def start(corpus: Path, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An undisturbed run: its folder and its output."""
+    """An uninterrupted run: its folder and its output."""
     folder = tmp_path_factory.mktemp("whole")
     run = launch(
         corpus, folder, save_interval=5, eval_interval=6, eval_iters=1, tensorboard_dir=folder / "tb"
@@ -139,7 +139,7 @@ def test_a_method_that_a_program_registers_trains_by_its_name(start: Any, tmp_pa
 
 
 def test_rules_and_schedules_are_worked_out_once(start: Any) -> None:
-    """Between launch and the first step, on every rank; and the layers run the schedules that were compared."""
+    """Between launch and the first step, on every rank. The layers run the schedules that were compared."""
     program = ("-m", "tests.training.counted_rank")
     run = start(program=program, cp_method="auto", train_iters=1, window_size="15,0", window_attn_skip_freq=2)
     assert run.wait() == 0, run.text()
@@ -149,7 +149,7 @@ def test_rules_and_schedules_are_worked_out_once(start: Any) -> None:
         checked = {name: count for name, count in found.items() if name.startswith("rule ")}
         assert set(checked.values()) == {1}, checked
         assert len(checked) == len(rules())
-        assert found["simulated"] == 2, "two masks, of layers with a window and without"
+        assert found["simulated"] == 2, "two masks: layers with a window, and layers without"
         assert found["built"] == 4, "forward and backward for each mask"
     assert re.search(r"^attention +auto \(.+\), kernel reference, \w+ layout over 2 ranks", run.text(), re.M)
 
@@ -209,7 +209,7 @@ def test_one_host_opens_no_port_to_the_network_and_a_long_evaluation_can_be_stop
 def test_a_restarted_run_goes_on_from_its_checkpoint_bit_for_bit(
     start: Any, whole: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """torchrun --max-restarts, with nothing but --save."""
+    """torchrun --max-restarts, with only --save."""
     run = start(max_restarts=1, save_interval=2, eval_interval=6, eval_iters=1)
     run.wait_for(r"step +5/12")
     kill_hard(run.rank_process(0))
@@ -224,7 +224,7 @@ def test_a_restarted_run_goes_on_from_its_checkpoint_bit_for_bit(
 
 
 def test_ranks_with_other_flags_are_refused_before_the_first_collective(corpus: Path) -> None:
-    """Rank 1 has another learning rate, as if its host had another recipe."""
+    """Rank 1 has a different learning rate, as if its host had another recipe."""
     runs = launch_pair({"data_path": corpus, "lr": "0.003"}, {"data_path": corpus, "lr": "0.004"})
     for code, text in runs:
         assert code == 2, text
@@ -245,7 +245,7 @@ def test_ranks_with_other_texts_under_one_name_are_refused(tmp_path: Path) -> No
 
 
 def launch_pair(*flags_of_rank: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[tuple[int, str]]:
-    """Two ranks started by hand, as two machines would start them; exit codes and outputs."""
+    """Starts two ranks without torchrun, as on two machines. Returns exit codes and outputs."""
     import os
     import socket
     import subprocess

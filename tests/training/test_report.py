@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def counted(overrides: dict[str, Any]) -> int:
-    """Parameters as the header of a run tells them."""
+    """The number of parameters in the header of a run."""
     from megatron_lightseq.training.reporting.report import num_parameters
 
     with saved_runs.built(overrides) as training:
@@ -38,7 +38,7 @@ def counted(overrides: dict[str, Any]) -> int:
 
 
 def listed(overrides: dict[str, Any]) -> int:
-    """Parameters of a model that is all on one rank."""
+    """The number of parameters of the whole model on one rank."""
     with saved_runs.built(overrides) as training:
         return sum(parameter.numel() for parameter in training.models[0].parameters())
 
@@ -65,7 +65,7 @@ def test_experts_and_copied_embeddings_are_counted_once() -> None:
 
 
 def flops(overrides: dict[str, Any]) -> tuple[float, float, float]:
-    """Flops of a step as we tell them, as torch counts them, and what the reference kernel does on top."""
+    """FLOPs of a step: as reported, as counted by torch, and those that the reference kernel adds."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from megatron_lightseq.config.accounting import step_flops
@@ -87,7 +87,7 @@ def flops(overrides: dict[str, Any]) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("swiglu", [True, False])
 def test_flops_are_those_that_torch_counts(swiglu: bool) -> None:
-    """The reference kernel multiplies the masked half of the square as well, and the scores again in backward."""
+    """The reference kernel also computes the masked half of the scores, and recomputes the scores in backward."""
     told, counted_by_torch, on_top = run_ranks(1, flops, {"cp_kernel": "reference", "swiglu": swiglu})[0]
     assert told + on_top == counted_by_torch
 

@@ -96,11 +96,11 @@ def test_no_other_attribute_is_handed_out(owner: type, name: str) -> None:
 
 
 def test_torch_executes_metadata_without_the_guard(checkpoint: Path, tmp_path: Path) -> None:
-    """The threat is real: if this fails one day, torch has closed the hole and the guard may go."""
+    """Shows that the threat is real. If this ever fails, torch has fixed it and the guard can be removed."""
     canary = tmp_path / "canary"
     hostile = dict(payloads(canary))["os.system-4"]
     (checkpoint / ".metadata").write_bytes(hostile)
-    with pytest.raises(CheckpointException):  # torch trips over what the code returns, after running it
+    with pytest.raises(CheckpointException):  # torch fails on the result of the code, after running it
         _load(checkpoint)
     assert canary.exists()
 

@@ -10,7 +10,7 @@ from tests.training.saved_runs import built
 
 
 def graphs_of_training_and_evaluation() -> tuple[list[bool], list[bool]]:
-    """Whether each micro-batch's losses hang on a graph, while training and while evaluating."""
+    """Whether the losses of each micro-batch have an autograd graph, in training and in evaluation."""
     from megatron_lightseq.training import step
 
     loss, found = step._loss, []
@@ -31,7 +31,7 @@ def graphs_of_training_and_evaluation() -> tuple[list[bool], list[bool]]:
 
 
 def test_evaluation_builds_no_graph() -> None:
-    """It would hold every layer's activations, on machines that recompute them in training for want of memory."""
+    """A graph would keep the activations of every layer, and they may not fit if training recomputes them."""
     trained, evaluated = run_ranks(1, graphs_of_training_and_evaluation)[0]
     assert trained == [True] * 4
     assert evaluated == [False] * 4
@@ -66,6 +66,6 @@ def losses_with_and_without_evaluation(overrides: dict[str, Any]) -> tuple[list[
 
 @pytest.mark.parametrize("name", EVALUATED)
 def test_training_follows_an_evaluation_in_inference_mode(name: str) -> None:
-    """What is kept from call to call (receive buffers, RoPE angles, scales) must not be inference tensors."""
+    """What is cached between calls (receive buffers, RoPE angles, scales) must not be inference tensors."""
     for after, without in run_ranks(2, losses_with_and_without_evaluation, EVALUATED[name]):
         assert after == without

@@ -1,4 +1,4 @@
-"""The parity matrix: a short form of it end to end, and cells that must fail."""
+"""The parity matrix: a short version end to end, and cells that must fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORT = (
     r"|^shared expert|^experts ep4|^latent cp2 lightseq$|^multi-token cp2 striped$"
     r"|^bf16 all experts|^window cp4 ring|^sinks tp2"
 )
-"""Cells of at most 4 processes: every kind of transport and every other parallelism once."""
+"""Cells of at most 4 processes that cover every kind of transport and every other parallelism once."""
 
 
 def lightseq(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +55,7 @@ def test_wrong_cells_fail_and_the_next_ones_still_run() -> None:
         "ConfigError: cp_method lightseq, cp_layout zigzag, context_parallel_size 2: method 'lightseq' on"
     )
     assert expected in lines["impossible"]
-    assert "num_attention_heads must be a multiple" in lines["no reference"], "which rank 1 must not wait for"
+    assert "num_attention_heads must be a multiple" in lines["no reference"], "rank 1 must not wait for it"
     assert lines["right"].startswith("True|(")
 
 
@@ -173,7 +173,7 @@ def test_in_bf16_the_error_may_be_twice_that_of_megatron() -> None:
 def test_launched_ranks_leave_the_store_together(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 0's process may hold the store: it must not end while another rank still waits for the next cell."""
+    """Rank 0's process may host the store, so it must not end while another rank waits for the next cell."""
     from types import SimpleNamespace
 
     from megatron_lightseq.tools.verify import ranks
