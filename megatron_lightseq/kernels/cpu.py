@@ -14,7 +14,7 @@ from megatron_lightseq.kernels.tile_mask import TileMask
 class CpuKernel:
     """float32 and bfloat16, any head dims and lengths, grouped heads; skips masked keys.
 
-    Results are bit for bit reproducible, on any number of threads (``torch.set_num_threads``).
+    Results are bitwise reproducible on any number of threads (``torch.set_num_threads``).
     """
 
     spec = KERNELS["cpu"]

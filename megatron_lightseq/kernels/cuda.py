@@ -33,11 +33,11 @@ SHARED_MEMORY = 164 << 10
 INPUT_ALIGNMENT = 16
 """Bytes: the kernels copy inputs in pieces of this size."""
 BLOCK_KEYS = 128
-"""Keys that a block of Hopper's backward kernels computes dk and dv of."""
+"""Number of keys per block of the Hopper backward kernels."""
 LONGEST_LAUNCH = 1 << 18
-"""Queries of one launch of Hopper's backward kernels; more take several launches, which add up dk and dv."""
+"""Maximum queries per launch of the Hopper backward kernels; more need several launches, which add up dk and dv."""
 DELTA_LONGEST_ROW = 256
-"""Elements of a row that the kernel for delta takes."""
+"""Maximum length of a row for the delta kernel."""
 
 
 class CudaKernel:
@@ -46,15 +46,15 @@ class CudaKernel:
     Hopper (9.0) has specialised kernels. Later GPUs run the kernels for 8.0, which the driver compiles for them from
     PTX at the first call and then caches.
 
-    Runs on the current stream of the tensors' device and never waits for the GPU, so that it can be captured in a
-    CUDA graph. It allocates memory for copies of misaligned inputs, and in backward for the fp32 sums behind rounded
-    gradients that blocks add to atomically.
+    Runs on the current stream of the tensors' device and never synchronises, so that it can be captured in a CUDA
+    graph. It allocates memory for copies of misaligned inputs and, in backward, for fp32 sums of gradients that blocks
+    add to atomically and that are rounded at the end.
 
     Args:
-        deterministic: compute gradients without atomic additions, so that they repeat bit for bit, at 7 matrix
-            products per tile in place of 5. None: as ``torch.are_deterministic_algorithms_enabled()`` says at the
+        deterministic: compute gradients without atomic additions, so that they are bitwise reproducible, at 7
+            matrix products per tile instead of 5. None: follow ``torch.are_deterministic_algorithms_enabled()`` at the
             time of the call. Otherwise dq is summed in no fixed order, and so are dk and dv where several blocks
-            share the query heads of one key/value head. Forward is always repeatable.
+            share the query heads of one key/value head. Forward is always reproducible.
     """
 
     spec = KERNELS["cuda"]
@@ -181,12 +181,12 @@ class GradientTargets:
         parts: int,
         is_one_launch: bool,
     ) -> GradientTargets:
-        """Zeros where blocks add to a result that the call is to overwrite, as csrc/cuda/run.h asks for.
+        """Targets of a call, zeroed if they are overwritten but blocks add to them, as csrc/cuda/run.h requires.
 
         Args:
             results: dq, dk and dv, uninitialised unless ``accumulate``.
             accumulate: whether the call adds to ``results``, which are then fp32.
-            deterministic: whether the kernels do without atomic additions.
+            deterministic: whether the kernels avoid atomic additions.
             parts: see :func:`head_parts`.
             is_one_launch: False if several launches add up dk and dv.
         """
@@ -224,8 +224,8 @@ def head_parts(
 ) -> int:
     """How many blocks share the query heads of one key/value head in Hopper's backward: a divisor of their number.
 
-    One block for all of them needs no atomic additions to dk and dv. Where that leaves multiprocessors without work,
-    as with one key/value head per rank, several blocks share them, until there are two for each multiprocessor.
+    One block for all of them needs no atomic additions to dk and dv. If that leaves multiprocessors idle, as with
+    one key/value head per rank, several blocks share them, up to two blocks per multiprocessor.
     """
     blocks = -(-num_keys // BLOCK_KEYS) * num_kv_heads * batch
     for parts in range(1, heads_per_group):
@@ -330,7 +330,7 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def _warn_of_fallback() -> None:
-    """Warn, once per kernel, when Hopper's own kernel could not be started and a slower one ran in its place."""
+    """Warn, once per kernel, if the Hopper kernel could not be launched and a slower one ran instead."""
     if torch.compiler.is_compiling():
         return
     reason = load_extension("cuda").cuda_fallback()
@@ -339,12 +339,12 @@ def _warn_of_fallback() -> None:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a contiguous copy where its strides or its address do not suit the kernels' copies."""
+    """x, or a contiguous copy if its strides or its address are not aligned as the kernels require."""
     return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether the kernels can read x as it is.
+    """Whether the kernels can read x without a copy.
 
     Not if a dimension is expanded (stride 0): CUDA does not document whether the tensor maps of Hopper's kernels may
     have such dimensions.

@@ -1,6 +1,6 @@
-"""From a dense mask, as Megatron-Core and Hugging Face give it to attention, to the :class:`Mask` that it is.
+"""Converts dense masks, as Megatron-Core and Hugging Face pass them to attention, to equal :class:`Mask` objects.
 
-Shape letters: S = tokens of the sequence, R = rows (queries) at hand, T = intervals per row.
+Shape letters: S = tokens of the sequence, R = rows (queries) given, T = intervals per row.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MOST_INTERVALS = 4
 
 
 def mask_from_dense(allowed: Tensor, most_intervals: int = MOST_INTERVALS) -> Mask | None:
-    """The mask that allows what a dense one allows; exact.
+    """The mask that allows exactly what a dense one allows.
 
-    Causal and full masks and windows come back for any length, every other mask for its own. The whole tensor is read,
-    on a GPU with a wait for the device: call it once per batch.
+    Causal masks, full masks and windows are returned for any length, all others for the given length. This reads the
+    whole tensor, and synchronises a GPU: call it once per batch.
 
     Args:
         allowed: (S, S) or (B, 1, S, S), bool; True where the query (first S) may attend to the key (second S).
@@ -80,7 +80,7 @@ def visible_intervals(allowed: Tensor, most_intervals: int = MOST_INTERVALS) -> 
 def mask_from_intervals(intervals: Tensor) -> Mask:
     """The mask in which the query at position p sees the keys of ``intervals[p]``.
 
-    Causal and full masks and windows come back for any length, every other mask for its own.
+    Causal masks, full masks and windows are returned for any length, all others for the given length.
 
     Args:
         intervals: (S, 2) or (S, T, 2), integers: first key and end of each interval; no key where they are equal.

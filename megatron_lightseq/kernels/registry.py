@@ -1,6 +1,6 @@
 """The interface of a kernel, and how one is chosen.
 
-A kernel computes one tile on one rank and accumulates the result. It knows nothing of ranks or schedules.
+A kernel computes one tile on one rank and accumulates the result. It does not depend on ranks or schedules.
 
 Shapes: S tokens, B batch, H query heads, G key/value heads (G divides H; query head h reads key/value head
 h // (H / G)), D and Dv head dims of queries/keys and of values.
@@ -148,7 +148,7 @@ def _load(spec: KernelSpec) -> Kernel:
 
 
 def _first_supported(q: Tensor, k: Tensor, v: Tensor) -> Kernel:
-    """What ``auto`` stands for; warns if only the reference is left and its score matrix is large."""
+    """The kernel that ``auto`` selects; warns if only the reference is left and its score matrix is large."""
     reasons: dict[str, str] = {}
     for spec in KERNELS.values():
         if not spec.in_auto:

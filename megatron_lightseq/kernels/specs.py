@@ -1,4 +1,4 @@
-"""What each attention kernel supports: the one place that says so.
+"""What each attention kernel supports, defined in one place.
 
 Names, choices of ``--cp-kernel``, configuration rules, ``Kernel.unsupported`` and the documents' table are derived
 from :data:`KERNELS`. A spec states what a kernel supports on every machine; ``Kernel.unsupported`` adds what depends on
@@ -64,7 +64,7 @@ class DeviceSupport:
     head_dims: HeadDims = HeadDims()
 
     def refusal(self, dtype: str | None, head_dim: int | None, v_head_dim: int | None) -> str | None:
-        """Why the kernel does not support these inputs on this device, or None; what is None is not checked."""
+        """Why the kernel does not support these inputs on this device, or None. Arguments that are None are ignored."""
         if dtype is not None and dtype not in self.dtypes:
             return f"it takes {_either(self.dtypes)}, not {dtype}"
         if head_dim is None or self.head_dims.supports(head_dim, v_head_dim or head_dim):

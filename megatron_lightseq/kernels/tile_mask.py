@@ -1,4 +1,4 @@
-"""What a kernel is told of a mask: a band of the tile's index space, and where that is not enough a range per query."""
+"""A mask as passed to kernels: a band in the index space of the tile and, if that is not enough, a range per query."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class _Tile:
     def mask_of(self, term: Term, device: torch.device) -> TileMask:
         """What ``term`` allows in the tile.
 
-        An edge that is no band is given row by row, with a band around it, by which kernels find sooner what they may
-        skip.
+        An edge that is not a band is given row by row, together with a band around it, with which kernels find faster
+        what they can skip.
         """
         num_queries, num_keys = len(self.queries), len(self.keys)
         first, end = self._band(term.start), self._band(term.stop)
@@ -79,7 +79,7 @@ class _Tile:
         return TileMask(lo, hi, ranges.to(device))
 
     def _band(self, edge: Edge) -> int | None:
-        """The b for which the edge of every row i is ``i + b``, cut to the tile; None if there is none."""
+        """The b for which the edge of every row i is ``i + b``, clipped to the tile; None if there is none."""
         num_queries, num_keys = len(self.queries), len(self.keys)
         least, most = -num_queries, num_keys
         for first, end, line in edge.tile_pieces(self.queries):
@@ -87,7 +87,7 @@ class _Tile:
             lowest, highest = (first + at, end - 1 + at) if line.moving else (at, at)
             if highest <= 0:  # before all keys
                 most = min(most, 1 - end)
-            elif lowest >= num_keys:  # behind all keys
+            elif lowest >= num_keys:  # after all keys
                 least = max(least, num_keys - first)
             elif line.moving:
                 least, most = max(least, lowest - first), min(most, lowest - first)
@@ -98,12 +98,12 @@ class _Tile:
         return num_keys if most == num_keys else least
 
     def _index(self, line: Line) -> int:
-        """Index of the key at which a line is for row 0. With every row, a moving line is one key further."""
+        """Index of the key at which a line is in row 0. A moving line advances by one key per row."""
         ahead = self.keys.start - (self.queries.start if line.moving else 0)
         return -((ahead - line.offset) // self.stride)
 
     def _by_row(self, edge: Edge, nothing: int) -> tuple[Tensor, int, int]:
-        """The edge of every row, cut to the tile; and the least and the most that it lies ahead of its row.
+        """The edge of every row, clipped to the tile, and its minimum and maximum distance from its row.
 
         Args:
             edge: of a term.

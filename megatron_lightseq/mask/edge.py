@@ -2,10 +2,10 @@
 
 An edge is cut into pieces. In a piece it is constant (the first token of a document), or it moves along with the
 query (causal: the keys stop at p + 1). Edges of windows, packed documents, prefixes and chunks have one or two pieces
-per document, whatever the length of the sequence.
+per document, regardless of the length of the sequence.
 
-An edge has one canonical form, so that equal edges compare equal however they were made: constant pieces of two or
-more queries are as long as possible; what lies between them is cut into moving pieces, as long as possible, and into
+An edge has one canonical form, so that equal edges compare equal regardless of how they were made. Constant pieces of
+two or more queries are as long as possible. The queries between them form moving pieces, as long as possible, and
 constant pieces of a single query.
 """
 
@@ -20,10 +20,10 @@ from typing import NamedTuple
 from megatron_lightseq.errors import UnsupportedError, explain
 
 FAR = 1 << 62
-"""A position beyond every sequence: where the keys of a query stop that sees everything."""
+"""A position beyond every sequence: the stop of a query that sees all keys."""
 NOTHING = -2
-"""Where the keys of a query both start and stop that sees none. No edge rises from here to a position in one step, so
-that pieces of such queries are never joined with others."""
+"""The start and the stop of a query that sees no keys. No edge rises from here to a position in one step, so pieces of
+such queries are never joined with others."""
 
 
 class Line(NamedTuple):
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Queries ``[first, end)`` and the line that the edge is for them."""
+    """Queries ``[first, end)``, and the line that the edge follows for them."""
 
     first: int
     end: int
@@ -74,7 +74,7 @@ class Edge:
                 yield Piece(first, min(stop, end), Line(offset, moving))
 
     def numbers(self, queries: range) -> range:
-        """The numbers of the pieces that hold the positions of ``queries``."""
+        """The indices of the pieces that contain the positions of ``queries``."""
         if not queries:
             return range(0)
         return range(bisect_right(self.firsts, queries[0]) - 1, bisect_left(self.firsts, queries[-1] + 1))
@@ -91,7 +91,7 @@ class Edge:
                 at = end
 
     def bounds(self, queries: range) -> tuple[int, int]:
-        """Positions between which the edge lies for all ``queries`` that see something; quick, and perhaps too wide."""
+        """Bounds of the edge over all ``queries`` that see something; quick to compute, but may be too wide."""
         if not _rises(self):
             return 0, FAR
         first, last = self.at(queries[0]), self.at(queries[-1])
@@ -148,7 +148,7 @@ class _Columns:
         self.moving.append(moving)
 
     def _level(self, first: int, last: int) -> None:
-        """Make the last piece a constant one to which the query ``first`` belongs, as its value is ``last`` too."""
+        """Make the last piece a constant one that includes the query ``first``, because its value is ``last`` too."""
         if self.moving[-1]:
             if self.firsts[-1] == first - 2:  # one query is left of the moving piece
                 self.offsets[-1] += self.firsts[-1]
@@ -156,7 +156,7 @@ class _Columns:
             self._push(first - 1, last, False)
 
     def _may_rise(self, first: int) -> bool:
-        """Whether the last piece is moving, or becomes so: one of a single query does."""
+        """Whether the last piece is moving, or can become moving because it has a single query."""
         if not self.moving[-1] and self.firsts[-1] == first - 1:
             self.offsets[-1] -= self.firsts[-1]
             self.moving[-1] = True

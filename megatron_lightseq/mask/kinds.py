@@ -1,4 +1,4 @@
-"""The kinds of masks that have a name, as terms; and what is refused in their arguments."""
+"""The named kinds of masks as terms, and checks of their arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_lightseq.mask.edge import FAR, NOTHING, Edge, Line, edge_of
 from megatron_lightseq.mask.term import Term, Terms, both, either, term_of, whole
 
 _CAUSAL = Line(1, moving=True)
-"""Where the keys of a causal query stop: behind its own position."""
+"""The stop of a causal query: after its own position."""
 _NONE = Line(NOTHING)
 
 
@@ -53,7 +53,7 @@ def checked_borders(cu_seqlens: Sequence[int]) -> tuple[int, ...]:
 
 
 def documents(borders: tuple[int, ...], causal: bool) -> Terms:
-    """Packed documents: a query sees its own document; with ``causal`` nothing that comes after it."""
+    """Packed documents: a query sees its own document; with ``causal``, no later tokens."""
     borders = tuple(dict.fromkeys(borders))  # without empty documents
     firsts, ends = borders[:-1], borders[1:]
     if not firsts:
@@ -100,12 +100,12 @@ def global_tokens(count: int) -> Terms:
 
 
 def chunk_size(size: int) -> int:
-    """A size of chunks that was checked."""
+    """A chunk size, checked."""
     return _checked_count("a chunk size", size, at_least=1)
 
 
 def shared_question(groups: Iterable[Sequence[int]]) -> tuple[Terms, int]:
-    """Questions with several answers each; and the tokens in all.
+    """Questions with several answers each, and the total number of tokens.
 
     Args:
         groups: for each question its length and the length of every answer.
@@ -138,7 +138,7 @@ def runs(given: Sequence[tuple[int, Line, Line]], end: int) -> Terms:
         raise ConfigError(
             explain(
                 got=f"runs of queries from {abbreviated(firsts)}",
-                rule="the first run begins at query 0, and each other one behind the one before",
+                rule="the first run begins at query 0, and every other run after the previous one",
                 remedy="Sort them, and give queries that see nothing an empty interval",
             )
         )

@@ -1,4 +1,4 @@
-"""From terms back to the kind of mask that they are: each function guesses what it would be, and compares."""
+"""Recognises the kind of mask that terms are: each function guesses the parameters, and compares."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Window(NamedTuple):
 
 
 def window_of(term: Term) -> Window | None:
-    """The window that a term is for sequences of any length."""
+    """The window that a term equals for sequences of any length."""
     window = Window(
         left=-term.start.offsets[-1] if term.start.moving[-1] else None,
         right=term.stop.offsets[-1] - 1 if term.stop.moving[-1] else None,
@@ -80,7 +80,7 @@ def prefixes_of(terms: Terms, length: int) -> tuple[Borders, tuple[int, ...]] | 
 
 
 def sinks_of(terms: Terms) -> tuple[int, bool] | None:
-    """How many first tokens every query sees in a sequence of any length, and whether they are causal."""
+    """How many first tokens every query sees in a sequence of any length, and whether causally."""
     if len(terms) != 1:
         return None
     count = terms[0].stop.offsets[-1]
@@ -91,7 +91,7 @@ def sinks_of(terms: Terms) -> tuple[int, bool] | None:
 
 
 def sinks_and_window_of(terms: Terms) -> tuple[int, bool, Window] | None:
-    """The window besides which every query sees its first tokens, in a sequence of any length."""
+    """Sinks and a window: how many first tokens every query sees, whether causally, and the window it sees as well."""
     if len(terms) != 2:
         return None
     (first, second), count = terms, terms[0].stop.offsets[-1]
@@ -119,7 +119,7 @@ def _sinks(count: int, causal: bool) -> Terms:
 
 
 def _reach(term: Term, length: int) -> tuple[int, int]:
-    """How far back and ahead some query sees, at least 0."""
+    """The maximum distances that any query sees back and ahead, at least 0."""
     start, stop = term.start, term.stop
     backs = zip((*start.firsts[1:], length), start.offsets, start.moving, strict=True)
     aheads = zip(stop.firsts, stop.offsets, stop.moving, strict=True)

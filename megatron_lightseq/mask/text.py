@@ -1,4 +1,4 @@
-"""The text form of masks: written from terms, and taken apart into the parts that mask.py gives a meaning."""
+"""The text form of masks: written from terms, and parsed into parts that mask.py interprets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RUN = re.compile(r"(?P<first>\d+):(?:none|(?P<start>[^.]+)\.\.(?P<stop>[^.]+))"
 
 
 def written(terms: Terms, length: int | None, chunk: int | None) -> str:
-    """The shortest text that is known for a mask."""
+    """The shortest known text for a mask."""
     if not terms:
         return "sinks(0)" + ("" if length is None else f"&documents(0,{length})")
     known = _written_for_any_length(terms, chunk) if length is None else _written_for(terms, length)
@@ -115,7 +115,7 @@ def alternatives(text: str) -> Iterator[list[Part]]:
 
 
 def refusal(part: str) -> ConfigError:
-    """The error for a part that means nothing."""
+    """The error for an unknown part."""
     return ConfigError(
         explain(
             got=f"mask text {part!r}",
@@ -142,7 +142,7 @@ def numbers(text: str) -> list[int]:
     """Numbers separated by commas.
 
     Raises:
-        ValueError: something else stands there.
+        ValueError: the text is something else.
     """
     return [number(part) for part in text.split(",")]
 

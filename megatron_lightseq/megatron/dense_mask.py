@@ -67,7 +67,7 @@ def _mask_of(intervals: Tensor) -> Mask | None:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A mask that was read before: the memory it lies in, the view of it, and what it says."""
+    """A mask that was read before: its memory, its view of it, and its meaning."""
 
     storage: StorageWeakRef
     view: tuple[Any, ...]
@@ -88,7 +88,7 @@ class DenseMasks:
     def read(
         self, hidden: Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None, *, causal: bool
     ) -> Mask:
-        """The mask that a dense one stands for.
+        """The mask that equals a dense one.
 
         Args:
             hidden: (B or 1, 1, R, S) of this rank's queries, or (B or 1, 1, S, S) of all; bool, True where hidden.
@@ -125,7 +125,7 @@ def _view(hidden: Tensor) -> tuple[Any, ...]:
 def _read(hidden: Tensor, layout: SequenceLayout, group: dist.ProcessGroup | None) -> Mask | None:
     rows, length = hidden.shape[-2:] if hidden.dim() >= 2 else (0, 0)
     if hidden.dtype != torch.bool or rows not in (length, length // layout.cp_size):
-        return None  # alike on all ranks
+        return None  # the same on all ranks
     if group is None or layout.cp_size == 1:
         return mask_from_hidden(hidden)
     if rows == length:

@@ -1,4 +1,4 @@
-"""What a context-parallel method is: everything that is known about it, said once."""
+"""What a context-parallel method is, with everything that is known about it in one place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lightseq.schedule.problem import Problem
 from megatron_lightseq.schedule.shape import TensorShape
 
 NOMINAL_CHUNK_LENGTH = 1024
-"""Tokens a chunk is taken to have when a schedule is looked at without a sequence length."""
+"""Assumed tokens per chunk when a schedule is built without a sequence length."""
 
 Candidates = Callable[[Problem], Sequence[str]]
 """From a problem, its shape and network included, to the names under which ``auto`` considers a method for it."""

@@ -1,4 +1,4 @@
-"""Moves tensors between ranks. Knows no mathematics and no schedules."""
+"""Moves tensors between ranks. It does not depend on schedules or kernels."""
 
 from __future__ import annotations
 

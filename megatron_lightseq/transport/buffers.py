@@ -31,7 +31,7 @@ class BufferPool:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that the pool holds and nobody uses."""
+        """Bytes of free blocks that the pool holds."""
         return self._free_bytes
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

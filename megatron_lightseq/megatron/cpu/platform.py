@@ -56,7 +56,7 @@ PATCHED_MODULES: dict[str, str] = {
     "transformer.multi_token_prediction": "the loss tracker lives on the current device",
     "transformer.moe.experts": "expert weights are allocated on the current device",
     "transformer.moe.moe_utils": "the auxiliary loss tracker lives on device='cuda'",
-    "transformer.moe.token_dispatcher": "token counts are copied to the host on a stream of their own",
+    "transformer.moe.token_dispatcher": "token counts are copied to the host on a separate stream",
     "transformer.moe.router": "the router moves its weight to the current device",
     "models.common.embeddings.rotary_pos_embedding": "inverse frequencies are moved to the current device",
     "models.common.embeddings.yarn_rotary_pos_embedding": "inverse frequencies are moved to the current device",

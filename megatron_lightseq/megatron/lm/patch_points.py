@@ -112,7 +112,7 @@ PATCH_POINTS = (ARGUMENTS, PARSE, LOCAL_ATTENTION, TE_ATTENTION, BATCH, MODEL, W
 
 
 def megatron_version() -> str:
-    """Megatron-Core's version and folder, as far as they are known."""
+    """Megatron-Core's version and folder, if they are known."""
     core = sys.modules.get("megatron.core")
     version = getattr(core, "__version__", "core of unknown version")
     return f"{version} in {next(iter(getattr(core, '__path__', ())), 'an unknown folder')}"

@@ -96,7 +96,7 @@ class Patches:
             )
 
     def _check(self, options: LmOptions, arguments: Any) -> None:
-        """Raise one error with everything that stands in the way."""
+        """Raise one error that lists every problem."""
         backend = cpu.backend_problems(arguments) if self.on_cpu else []
         if not options.active:
             unused = [] if options.slices == (None, None) else [_slices_without_us(options)]
@@ -262,7 +262,7 @@ class Patches:
             return  # a pipeline stage without attention
         if size > 1:
             raise _no_model(f"a model that is not a GPTModel, with {mixers}, over context-parallel ranks")
-        note_once(f"LightSeq attention is not used: the layers of this model bring their own ({mixers})")
+        note_once(f"LightSeq attention is not used: the layers of this model use other attention ({mixers})")
 
 
 def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:

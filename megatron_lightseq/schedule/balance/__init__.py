@@ -1,8 +1,8 @@
 """The `balanced` placement: any mask, balanced by moving rectangles of work between contiguous shards.
 
-* :mod:`rows` says what a mask asks of every chunk of queries;
+* :mod:`rows` computes the work that a mask requires in every row of queries;
 * :mod:`solve` decides which rank computes what (owner computes, except for what helpers take over);
-* :mod:`blocks` writes the decision down as rectangles; :mod:`steps` decides when each is computed.
+* :mod:`blocks` turns the decision into rectangles; :mod:`steps` decides when each is computed.
 
-All of it is the standard library only. Ranks plan alike from the same borders; nothing is communicated.
+Standard library only. All ranks make the same plan from the same borders, without communication.
 """

@@ -1,4 +1,4 @@
-"""Times the CUDA kernels against torch's on the GPU at hand: ``python -m megatron_lightseq.tools.bench.gpu --out DIR``.
+"""Times the CUDA kernels against torch's on this GPU: ``python -m megatron_lightseq.tools.bench.gpu --out DIR``.
 
 Useful operations: forward 4 * B * H * S^2 * D, backward 10 * B * H * S^2 * D, half of that with a causal mask.
 16k tokens in total and H * D = 2048, as in the FlashAttention papers. Medians of CUDA events after a warm-up, on random

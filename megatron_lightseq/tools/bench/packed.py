@@ -1,4 +1,4 @@
-"""Packed documents under every method: how evenly work is shared, what travels, and what a plan costs.
+"""Packed documents with every method: how evenly work is shared, what is transferred, and what a plan costs.
 
 Nothing is run: work is counted exactly, time is the simulator's, and only plans are timed. Shards are in units of one
 rank's queries.
@@ -40,7 +40,7 @@ from megatron_lightseq.tools.provenance import processor, versions
 METHODS_COMPARED = ("balanced", "lightseq", "zigzag", "all_gather", "ulysses")
 QUERY_HEADS, HEAD_DIM = 64, 128
 _PARTITION_STEPS = 8
-"""Steps in which the keys of a partition are taken to arrive, each hidden behind the one before."""
+"""Assumed number of steps in which the keys of a partition arrive, each overlapped with the previous one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class PackedRow:
     busiest_bytes: float
     """The most that any rank sends or receives, in bytes of one rank's queries."""
     plan_ms: float
-    """CPU time of a schedule and one rank's program, in ms, median; 0 for what is only counted."""
+    """CPU time of a schedule and one rank's program, in ms, median; 0 for partitions that are only counted."""
     simulated: float
     """Ideal over simulated time on H100s."""
 

@@ -16,7 +16,7 @@ DISPATCH_CHUNK = 2048
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """What each rank computes and receives in one pass, whatever order it does it in."""
+    """What each rank computes and receives in one pass, in any order."""
 
     pairs: tuple[int, ...]
     """Allowed (query, key) pairs by rank."""
@@ -43,7 +43,7 @@ def zigzag_per_document(borders: Sequence[int], cp_size: int) -> Partition:
 
 
 def heaviest_first(borders: Sequence[int], cp_size: int, chunk: int = DISPATCH_CHUNK) -> Partition:
-    """Query chunks in order of their work, each to the rank with the least so far; every rank takes equally many.
+    """Query chunks in order of their work, each to the rank with the least so far; all ranks get equally many.
 
     MagiAttention's default dispatch. A rank receives exactly the keys that its queries see.
     """

@@ -1,7 +1,7 @@
 """Megatron's layers with torch's fused attention: the baseline for users without Transformer Engine.
 
-Megatron's own ``DotProductAttention`` stores the full score matrix. Nobody trains long sequences that way, so comparing
-with it would be unfair. ``F.scaled_dot_product_attention`` stores only blocks, on CPUs and GPUs.
+Megatron's own ``DotProductAttention`` stores the full score matrix. Long sequences are not trained that way in
+practice, so comparing with it would be unfair. ``F.scaled_dot_product_attention`` stores only blocks, on CPUs and GPUs.
 
 S = tokens, B = batch, H = query heads, G = key/value heads, D = head dim; all on one tensor-parallel rank.
 """

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: every file with its size and SHA-256, and which model and run it belongs to.
 
 The loader ignores checkpoints without a valid manifest. The manifest has a checksum of itself, so that a flipped bit in
-the manifest can be told from one in the file it lists.
+the manifest can be distinguished from one in a file that it lists.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _member_by_name(owner: Any, name: Any) -> dcp_metadata._MEM_FORMAT_ENCODING:
     return dcp_metadata._MEM_FORMAT_ENCODING[name]
 
 
-# Wrapped in functions of our own: the unpickler can set attributes on what find_class returns.
+# Wrapped in our own functions, because the unpickler can set attributes on what find_class returns.
 _MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("pathlib", "PosixPath"): lambda *parts: PurePosixPath(*parts),
     ("pathlib", "PurePosixPath"): lambda *parts: PurePosixPath(*parts),
@@ -171,7 +171,7 @@ def _refusal(got: str) -> CheckpointError:
 
 @contextmanager
 def no_code_execution() -> Iterator[None]:
-    """Restrict torch's checkpoint readers to plain data inside the block, whoever calls them.
+    """Restrict torch's checkpoint readers to plain data inside the block, for all callers.
 
     This applies to the whole process: a ``torch.load`` in another thread is restricted to ``weights_only=True``, too.
     """

@@ -1,7 +1,7 @@
 """Megatron's GPTDataset with every number checked that it would otherwise use as an index.
 
-A token id outside the vocabulary is an IndexError on one rank, and with tensor parallelism not even that: every rank
-takes the id for one of another rank, and its embedding is zero.
+A token id outside the vocabulary raises IndexError on one rank. With tensor parallelism there is not even an error:
+every rank assumes that the id belongs to another rank, and its embedding is zero.
 """
 
 from __future__ import annotations

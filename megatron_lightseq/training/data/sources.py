@@ -82,8 +82,8 @@ def _mixed(file: SourceFile) -> bytes:
 
 @dataclass(kw_only=True, slots=True)
 class _Search:
-    """Walks one folder. Links wait until everything that is really there has been visited: names then decide which of
-    several paths to a file is used, and no order in which a file system lists its entries."""
+    """Walks one folder. Links are followed after all real entries have been visited, so that which of several paths to
+    a file is used depends on names, not on the order in which a file system lists its entries."""
 
     root: Path
     ignored: frozenset[str] = frozenset()

@@ -174,7 +174,7 @@ class ControlChannel:
         try:
             publish(self._connect(), failure)
         except (RuntimeError, dist.DistError):
-            return  # the store is gone, and with it every rank that could be told
+            return  # the store is gone, so no rank can read a report
         finally:
             self._stop_thread()
         self._let_others_read()

@@ -1,9 +1,9 @@
 """The end of a process after a good run, without tearing down the interpreter.
 
 An interpreter that has run ``torch.distributed`` is not always torn down cleanly. Threads of gloo release tensors, and
-threads that have asked the store return from C++, and both need the interpreter; if it is being torn down at that
-moment, the C++ runtime aborts ("terminate called without an active exception"), and a good run ends with a bad status.
-No torch.
+threads that have asked the store return from C++, and both need the interpreter. If it is being torn down at that
+moment, the C++ runtime aborts ("terminate called without an active exception"), and a successful run ends with an
+error status. Does not import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class CleanExit:
     """Ends this process with status 0 once everything else that runs at exit has run, if :attr:`status` is 0 by then.
 
     Create it first thing: functions registered with :mod:`atexit` run in reverse order, and after threads that are not
-    daemons have ended. Other statuses, and errors, take the usual way.
+    daemons have ended. Other statuses and errors exit as usual.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,9 @@ class CleanExit:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except (OSError, ValueError):  # closed, or its reader is gone: the interpreter's own way tells
+            except (
+                OSError,
+                ValueError,
+            ):  # closed, or its reader is gone: the interpreter's normal exit reports it
                 return
         os._exit(0)

@@ -1,4 +1,4 @@
-"""The last use of the job's store: the rank that holds it leaves after all others.
+"""The last use of the job's store: the rank that hosts it leaves after all others.
 
 Where ranks are started by srun or mpirun, and under torchrun on several hosts, the store lives in the process of rank
 0. If that process exits while another rank still asks the store, the other rank fails at the end of a good run.
@@ -29,7 +29,7 @@ def leave_store(
         store_host: the rank whose process holds the store; none of them if the launcher does.
         timeout_s: how long the host waits for the others.
     """
-    with contextlib.suppress(RuntimeError, dist.DistError):  # a store that is gone needs no farewell
+    with contextlib.suppress(RuntimeError, dist.DistError):  # if the store is gone, there is nothing to do
         if rank != store_host:
             store.add(_LEFT, 1)
             return
