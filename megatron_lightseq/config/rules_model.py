@@ -21,11 +21,12 @@ BOUNDS = RuleSet(
         "pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage context_parallel_size cp_ulysses_size "
         "recompute_num_layers mlp_tile_tokens loss_tile_tokens "
         "lr_decay_iters seq_length micro_batch_size global_batch_size train_iters "
-        "eval_interval eval_iters log_interval vocab_size save_interval q_lora_rank kv_lora_rank qk_head_dim "
+        "eval_interval eval_iters log_interval vocab_size save_interval save_retain_interval save_keep_last "
+        "q_lora_rank kv_lora_rank qk_head_dim "
         "window_attn_skip_freq qk_pos_emb_head_dim v_head_dim mtp_num_layers num_experts moe_ffn_hidden_size "
         "moe_router_topk moe_shared_expert_intermediate_size expert_model_parallel_size expert_tensor_parallel_size",
         _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad num_workers mtp_loss_scaling_factor "
-        "moe_aux_loss_coeff",
+        "moe_aux_loss_coeff load_iteration",
         _POSITIVE: "norm_epsilon init_method_std lr adam_eps distributed_timeout_minutes exit_duration_in_mins",
         _PROBABILITY: "attention_dropout hidden_dropout adam_beta1 adam_beta2",
         Bound(low=0, high=1, open_low=True, open_high=False): "rotary_percent",

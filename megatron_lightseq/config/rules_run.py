@@ -283,6 +283,47 @@ def save_interval_needs_save(c: PretrainConfig, _: Machine) -> bool:
 
 
 @CHECKPOINT.rule(
+    "save_retain_interval",
+    "save_interval",
+    remedy="Use a multiple of save_interval, or null",
+)
+def retained_checkpoints_are_saved(c: PretrainConfig, _: Machine) -> bool:
+    """save_retain_interval chooses among the checkpoints that save_interval makes: it must be a multiple of it."""
+    retain, interval = c.checkpoint.save_retain_interval, c.checkpoint.save_interval
+    return retain is None or (interval is not None and retain % interval == 0)
+
+
+@CHECKPOINT.rule(
+    "save_keep_last",
+    "save_interval",
+    remedy="Set save_interval, or save_keep_last to null",
+)
+def kept_checkpoints_are_several(c: PretrainConfig, _: Machine) -> bool:
+    """save_keep_last chooses among the checkpoints that save_interval makes."""
+    return c.checkpoint.save_keep_last is None or c.checkpoint.save_interval is not None
+
+
+@CHECKPOINT.rule(
+    "load_iteration",
+    "load",
+    remedy="Set load to a folder of checkpoints, or load_iteration to null",
+)
+def load_iteration_needs_load(c: PretrainConfig, _: Machine) -> bool:
+    """load_iteration is the step of a checkpoint in the folder that load names."""
+    return c.checkpoint.load_iteration is None or c.checkpoint.load is not None
+
+
+@CHECKPOINT.rule(
+    "resume",
+    "save",
+    remedy="Set save to a folder, or resume to off",
+)
+def resume_needs_save(c: PretrainConfig, _: Machine) -> bool:
+    """resume auto looks for checkpoints in the folder of save."""
+    return c.checkpoint.resume == "off" or c.checkpoint.save is not None
+
+
+@CHECKPOINT.rule(
     "finetune",
     "load",
     remedy="Set load to a checkpoint folder, or finetune to false",

@@ -352,8 +352,17 @@ class CheckpointConfig:
     """Folder to save checkpoints in; null: save none."""
     load: str | None = None
     """Folder to resume from; null: start from scratch."""
+    load_iteration: int | None = None
+    """Step of the checkpoint to load, of whichever run; null: the newest intact one of the run that saved last."""
+    resume: Literal["off", "auto"] = "off"
+    """auto: resume from the folder of save if it has a checkpoint, instead of from load; then every start is the same
+    command."""
     save_interval: int | None = None
     """Steps between checkpoints; null: only at the end."""
+    save_retain_interval: int | None = None
+    """Remove all checkpoints of this run but those at multiples of this many steps, and the newest; null: keep all."""
+    save_keep_last: int | None = None
+    """Keep only this many of the newest checkpoints of this run, and those of save_retain_interval; null: keep all."""
     no_load_optim: bool = False
     """Do not load optimizer state."""
     no_load_rng: bool = False

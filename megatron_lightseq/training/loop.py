@@ -15,6 +15,8 @@ from megatron_lightseq.config import CheckpointConfig, PretrainConfig, ResolvedC
 from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.errors import LightSeqError, explain
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
+from megatron_lightseq.training.checkpoint.folder_lock import FolderLock
+from megatron_lightseq.training.checkpoint.lineage import Lineage
 from megatron_lightseq.training.checkpoint.random_state import restore_random_state
 from megatron_lightseq.training.checkpoint.save_load import Position, load_checkpoint, save_checkpoint
 from megatron_lightseq.training.data.datasets import Corpora, Datasets, build_datasets
@@ -46,6 +48,9 @@ class Loop:
         self._position = Position(iteration=0, consumed_samples=0)
         self._resumed_from = 0
         self._checkpoint: Path | None = None
+        self._lineage = Lineage.fresh()
+        """Of rank 0, which writes manifests."""
+        self._lock: FolderLock | None = None
         self._saved_at: int | None = None
         """The step whose state was saved last."""
         self._flops = step_flops(training.config, training.padded_vocab_size)
@@ -73,6 +78,8 @@ class Loop:
         finally:
             progress.close()
             log.close()
+            if self._lock is not None:
+                self._lock.release()
         self._job.channel.enter(self._position.iteration, FINISH)
         return Outcome(
             position=self._position,
@@ -89,17 +96,21 @@ class Loop:
         config = self._config
         random = None
         datasets = build_datasets(config, self._corpora)
+        folder = self._own_folder()
+        if folder is not None:
+            self._lock = folder.lock()
+            folder.clean()
         restarted = self._largest(self._job.launch.attempt) > 0  # each machine counts its own restarts
         settings = self._load_settings(restarted)
         if settings.load is not None:
             resumed = load_checkpoint(self._training, Path(settings.load), settings)
             self._position, random = resumed.position, resumed.random
             self._resumed_from, self._checkpoint = resumed.position.iteration, resumed.folder
-        if config.checkpoint.save is not None and self._job.launch.rank == 0:
-            directory = CheckpointDirectory(root=Path(config.checkpoint.save))
-            directory.clean()
-            if not restarted:
-                directory.start()
+            if not settings.finetune:
+                self._lineage = resumed.lineage.continued(resumed.position.iteration)
+        if folder is not None:
+            self._lineage = (folder.started() if restarted else None) or self._lineage
+            folder.start(self._lineage)
         iterators = [
             train_iterator(config, datasets, self._share(), consumed_samples=self._position.consumed_samples)
             for _ in self._training.chunks
@@ -110,15 +121,19 @@ class Loop:
 
     def _load_settings(self, restarted: bool) -> CheckpointConfig:
         """What to load; after a restart by torchrun, everything that this run has saved so far."""
-        settings = self._config.checkpoint
-        if not restarted or settings.save is None:
-            return settings
-        present = self._job.launch.rank == 0 and bool(
-            CheckpointDirectory(root=Path(settings.save)).of_this_run()
-        )
-        if not self._largest(int(present)):
+        settings, folder = self._config.checkpoint, self._own_folder()
+        if settings.resume == "auto":
+            saved = folder is not None and bool(folder.candidates())
+        else:
+            saved = restarted and folder is not None and bool(folder.of_this_run())
+        if not self._largest(int(saved)):
             return settings
         return CheckpointConfig(save=settings.save, load=settings.save, strict_load=settings.strict_load)
+
+    def _own_folder(self) -> CheckpointDirectory | None:
+        """The folder to save in, on the rank that looks after it; else None."""
+        save = self._config.checkpoint.save
+        return None if save is None or self._job.launch.rank > 0 else CheckpointDirectory(root=Path(save))
 
     def _largest(self, number: int) -> int:
         """The largest of the ranks' numbers. Collective."""
@@ -215,7 +230,8 @@ class Loop:
             return
         self._job.channel.enter(self._position.iteration, SAVE)
         watch = Stopwatch()
-        self._checkpoint = save_checkpoint(self._training, Path(self._config.checkpoint.save), self._position)
+        root = Path(self._config.checkpoint.save)
+        self._checkpoint = save_checkpoint(self._training, root, self._position, self._lineage)
         self._saved_at = self._position.iteration
         progress.note(f"saved {self._checkpoint} in {duration(watch.lap())}")
 

@@ -362,6 +362,14 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
     "null_tokenizer_gives_vocabulary": ({"tokenizer_type": "null"}, Machine(), "Set vocab_size to one more"),
     "vocabulary_holds_bytes": ({"vocab_size": 256}, Machine(), "at least 257"),
     "save_interval_needs_save": ({"save_interval": 5}, Machine(), "Set save to a folder"),
+    "retained_checkpoints_are_saved": (
+        {"save": "x", "save_interval": 5, "save_retain_interval": 12},
+        Machine(),
+        "Use a multiple of save_interval",
+    ),
+    "kept_checkpoints_are_several": ({"save": "x", "save_keep_last": 2}, Machine(), "Set save_interval"),
+    "load_iteration_needs_load": ({"load_iteration": 5}, Machine(), "Set load to a folder of checkpoints"),
+    "resume_needs_save": ({"resume": "auto"}, Machine(), "Set save to a folder"),
     "finetune_needs_load": ({"finetune": True}, Machine(), "Set load to a checkpoint folder"),
 }
 

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from megatron_lightseq.errors import CheckpointError
 from megatron_lightseq.training.checkpoint import directory as checkpoint_dir
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory, checkpoint_name, iteration_of
+from megatron_lightseq.training.checkpoint.lineage import Lineage
 from megatron_lightseq.training.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -27,7 +30,7 @@ NAMES = ("a.distcp", "rng/rank_00000.pt")
 KILLED = 77
 
 
-def _save(root: Path, iteration: int) -> Path:
+def _save(root: Path, iteration: int, line: Lineage | None = None) -> Path:
     """A complete save of two small files whose content depends on the iteration."""
     directory = CheckpointDirectory(root=root)
     folder = directory.begin(iteration)
@@ -35,10 +38,10 @@ def _save(root: Path, iteration: int) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         checkpoint_dir.write_durably(folder / name, f"{name} {iteration} " + "x" * 1000)
     checkpoint_dir.fsync_files(folder, NAMES)
-    return directory.commit(folder, _manifest(iteration, tuple(record_files(folder, NAMES))))
+    return directory.commit(folder, _manifest(iteration, tuple(record_files(folder, NAMES)), line))
 
 
-def _manifest(iteration: int, files: tuple[FileRecord, ...] = ()) -> Manifest:
+def _manifest(iteration: int, files: tuple[FileRecord, ...] = (), line: Lineage | None = None) -> Manifest:
     return Manifest(
         iteration=iteration,
         consumed_samples=iteration * 2,
@@ -48,6 +51,7 @@ def _manifest(iteration: int, files: tuple[FileRecord, ...] = ()) -> Manifest:
         world={"tp": 1, "world_size": 1},
         config_fingerprint="0" * 16,
         versions={"torch": "x"},
+        lineage=line or Lineage(),
         files=files,
     )
 
@@ -84,14 +88,115 @@ def test_candidates_are_newest_first_and_ignore_everything_else(tmp_path: Path) 
     assert found == ["iter_12345678", "iter_0000020", "iter_0000003"]
 
 
-def test_an_earlier_run_that_got_further_comes_last(tmp_path: Path) -> None:
-    """Run a recipe to its end, run it again, interrupt it: `--load` resumes the interrupted run."""
-    for iteration in (50, 100, 10, 30):
+def _iterations(root: Path) -> list[int]:
+    return [iteration_of(path) for path in CheckpointDirectory(root=root).candidates()]
+
+
+def test_checkpoints_of_an_earlier_run_that_got_further_are_left_out(tmp_path: Path) -> None:
+    """Run a recipe to its end, run it again, interrupt it: `--load` resumes what was interrupted."""
+    first, second = Lineage.fresh(), Lineage.fresh()
+    for iteration, line in ((50, first), (100, first), (10, second), (30, second)):
+        _save(tmp_path, iteration, line)
+    assert _iterations(tmp_path) == [30, 10]
+    assert CheckpointDirectory(root=tmp_path).iterations() == [10, 30, 50, 100]
+    (tmp_path / "iter_0000030" / NAMES[0]).write_text("damaged")
+    assert _newest_whole(tmp_path) == 10, "the fallback stays within the run"
+    _save(tmp_path, 100, first)
+    assert _iterations(tmp_path) == [100, 50]
+
+
+def test_a_run_that_continues_another_falls_back_to_what_it_continues(tmp_path: Path) -> None:
+    first = Lineage.fresh()
+    for iteration in (10, 20, 30):
+        _save(tmp_path, iteration, first)
+    second = first.continued(20)
+    _save(tmp_path, 40, second)
+    assert _iterations(tmp_path) == [40, 20, 10], "step 30 is another branch"
+    _save(tmp_path, 50, second.continued(40))
+    assert _iterations(tmp_path) == [50, 40, 20, 10]
+
+
+@pytest.mark.parametrize("seconds", [-1e9, 1e9])
+def test_a_clock_that_is_set_changes_nothing(tmp_path: Path, seconds: float) -> None:
+    earlier, line = Lineage.fresh(), Lineage.fresh()
+    _save(tmp_path, 90, earlier)
+    CheckpointDirectory(root=tmp_path).start(line)
+    assert CheckpointDirectory(root=tmp_path).of_this_run() == []
+    _save(tmp_path, 20, line)
+    for path in [*tmp_path.rglob("*")]:
+        os.utime(path, (path.stat().st_atime + seconds * len(path.name),) * 2)
+    assert [path.name for path in CheckpointDirectory(root=tmp_path).of_this_run()] == ["iter_0000020"]
+
+
+def test_a_reader_changes_nothing_and_finds_a_save_that_was_killed_between_renames(tmp_path: Path) -> None:
+    saved = _save(tmp_path, 20)
+    aside = CheckpointDirectory(root=tmp_path)._move_aside(saved)
+    before = sorted(os.listdir(tmp_path))
+    assert CheckpointDirectory(root=tmp_path).candidates() == [aside]
+    assert _newest_whole(tmp_path) == 20
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "retain_interval", "kept"),
+    [
+        (None, None, [10, 20, 30, 40, 50, 60]),
+        (2, None, [50, 60]),
+        (None, 30, [30, 60]),
+        (2, 30, [30, 50, 60]),
+        (9, None, [10, 20, 30, 40, 50, 60]),
+    ],
+)
+def test_old_checkpoints_of_the_run_are_removed(
+    tmp_path: Path, keep_last: int | None, retain_interval: int | None, kept: list[int]
+) -> None:
+    other, first = Lineage.fresh(), Lineage.fresh()
+    for iteration, line in ((5, other), (70, other), (10, first), (20, first), (30, first)):
+        _save(tmp_path, iteration, line)
+    second = first.continued(30)
+    for iteration in (40, 50, 60):
+        _save(tmp_path, iteration, second)
+    CheckpointDirectory(root=tmp_path).prune(keep_last=keep_last, retain_interval=retain_interval)
+    assert CheckpointDirectory(root=tmp_path).iterations() == sorted([5, 70, *kept]), (
+        "other runs are left alone"
+    )
+    assert not [name for name in os.listdir(tmp_path) if ".tmp" in name]
+
+
+def test_a_damaged_checkpoint_is_not_counted_among_those_that_are_kept(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30):
         _save(tmp_path, iteration)
+    (tmp_path / "iter_0000030" / MANIFEST_NAME).write_text("{")
+    CheckpointDirectory(root=tmp_path).prune(keep_last=1, retain_interval=None)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000020", "iter_0000030"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
+lock = CheckpointDirectory(root=Path(sys.argv[1])).lock()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_is_kept_out_of_a_folder_until_the_first_has_ended(tmp_path: Path) -> None:
     directory = CheckpointDirectory(root=tmp_path)
-    assert [iteration_of(path) for path in directory.candidates()] == [30, 10, 100, 50]
-    _save(tmp_path, 100)
-    assert iteration_of(directory.candidates()[0]) == 100
+    directory.lock().release()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(
+            CheckpointError, match=rf"in use by process {first.pid} on .*Choose another --save"
+        ):
+            directory.lock()
+        first.kill()  # a lock must not outlive its process
+        first.wait()
+        directory.lock().release()
 
 
 @pytest.mark.parametrize("tracker", [b"", b"step 20\n", b"\xff", b"iter_0000099\n"])
@@ -187,7 +292,8 @@ def test_a_replacing_save_killed_at_any_file_operation_loses_nothing(tmp_path: P
         root = tmp_path / f"at{operation}"
         _save(root, 20)
         died = _in_killed_child(operation, lambda root=root: _save(root, 20))  # type: ignore[misc]
-        gaps += _newest_whole(root) is None
+        gaps += not any(root.glob("iter_0000020"))
+        assert _newest_whole(root) == 20
         CheckpointDirectory(root=root).recover()
         assert _newest_whole(root) == 20
         CheckpointDirectory(root=root).clean()

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_lightseq.errors import LightSeqError
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
+from megatron_lightseq.training.checkpoint.lineage import Lineage
 from tests.harness.ranks import RankError, run_ranks
 from tests.training.launched import FLAGS, make_corpus
 
@@ -72,13 +73,29 @@ def test_restarted_ranks_go_on_with_their_own_run_only(corpus: str, tmp_path: Pa
     """A run that failed before its first save must not resume from an earlier run in the same folder."""
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     run_ranks(1, looped, corpus, {"save": first})
-    CheckpointDirectory(root=tmp_path / "first").start()  # and it fails immediately
+    CheckpointDirectory(root=tmp_path / "first").start(Lineage.fresh())  # and it fails immediately
     assert run_ranks(1, looped, corpus, {"save": first}, 1)[0][:2] == (0, 2)
     # Finetuning resumes where it stopped; it does not start again.
     tune = {"load": first, "save": second, "finetune": True, "save_interval": 1}
     run_ranks(1, looped, corpus, tune)
     shutil.rmtree(tmp_path / "second" / "iter_0000002")
     assert run_ranks(1, looped, corpus, tune, 1)[0] == (1, 2, f"{second}/iter_0000002")
+
+
+def test_one_command_starts_and_resumes_a_run_and_keeps_the_checkpoints_it_is_asked_to(
+    corpus: str, tmp_path: Path
+) -> None:
+    command = {"save": str(tmp_path), "save_interval": 1, "save_keep_last": 2, "resume": "auto"}
+    run_ranks(1, looped, corpus, {**command, "train_iters": 3})
+    assert saved(tmp_path) == ["iter_0000003", "iter_0000002"]
+    assert run_ranks(1, looped, corpus, {**command, "train_iters": 4})[0][:2] == (3, 4)
+    assert saved(tmp_path) == ["iter_0000004", "iter_0000003"]
+    chosen = {"load": str(tmp_path), "load_iteration": 3, "train_iters": 4}
+    assert run_ranks(1, looped, corpus, chosen)[0][:2] == (3, 4)
+    with pytest.raises(
+        RankError, match=r"no checkpoint of step 7 in .*has checkpoints of the steps \[3, 4\]"
+    ):
+        run_ranks(1, looped, corpus, {**chosen, "load_iteration": 7})
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(

@@ -12,11 +12,13 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lightseq.errors import CheckpointError, explain
+from megatron_lightseq.training.checkpoint.folder_lock import FolderLock
+from megatron_lightseq.training.checkpoint.lineage import Lineage
 from megatron_lightseq.training.checkpoint.manifest import MANIFEST_NAME, Manifest
 
 LATEST_NAME = "latest"
@@ -35,28 +37,68 @@ class CheckpointDirectory:
     root: Path
 
     def candidates(self) -> list[Path]:
-        """Folders with a complete checkpoint's name, newest first.
+        """Complete checkpoints of the run that saved last, and of the runs that it continues, newest first.
 
-        A folder may also hold checkpoints of an earlier run that got further. Those are older than the file ``latest``
-        and have more steps than the checkpoint it names; they come after all checkpoints of the present run.
+        The folder may also hold checkpoints of other runs, which may have got further; they are left out. One with a
+        damaged manifest may be anybody's, and is included, so that the damage is reported.
         """
-        if not self.root.is_dir():
-            return []
-        found = [path for path in self.root.iterdir() if _COMPLETE.fullmatch(path.name) and path.is_dir()]
-        found = [path for path in found if not path.is_symlink()]
-        return sorted(
-            found, key=lambda path: (not self._is_overtaken(path), iteration_of(path)), reverse=True
-        )
+        line = self.line()
+        found = sorted(self._complete(), key=iteration_of, reverse=True)
+        return [path for path in found if line is None or _is_on(line, path)]
 
-    def start(self) -> None:
-        """Record that a run begins, so that :meth:`of_this_run` can tell its checkpoints from earlier ones.
+    def line(self) -> Lineage | None:
+        """The run that saved last in this folder; None if no file tells."""
+        with contextlib.suppress(OSError, ValueError, CheckpointError):
+            newest = self.root / (self.root / LATEST_NAME).read_text(encoding="utf-8").strip()
+            iteration_of(newest)
+            return Manifest.read(newest).lineage
+        return self.started()
+
+    def at(self, iteration: int) -> Path:
+        """The checkpoint of a step that is among :meth:`iterations`."""
+        return next(path for path in self._complete() if iteration_of(path) == iteration)
+
+    def iterations(self) -> list[int]:
+        """The steps of all checkpoints in the folder, of whichever run."""
+        return sorted(map(iteration_of, self._complete()))
+
+    def start(self, line: Lineage) -> None:
+        """Record that a run begins, so that ranks that are restarted find what it has saved.
 
         Raises:
             CheckpointError: the folder cannot be written to; better to fail now than at the first save.
         """
-        try:
+        with self._writable():
             self.root.mkdir(parents=True, exist_ok=True)
-            self._write_atomically(STARTED_NAME, "checkpoints older than this file belong to earlier runs")
+            self._write_atomically(STARTED_NAME, line.dumps())
+
+    def started(self) -> Lineage | None:
+        """The run that began last in this folder."""
+        try:
+            return Lineage.loads((self.root / STARTED_NAME).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def of_this_run(self) -> list[Path]:
+        """The checkpoints of the run that began last, and of those that it continues; empty if it has saved none."""
+        line = self.started()
+        latest = self.line()
+        return self.candidates() if line is not None and latest is not None and latest.run == line.run else []
+
+    def lock(self) -> FolderLock:
+        """Keep other runs from saving here.
+
+        Raises:
+            CheckpointError: another run holds the lock, or the folder cannot be written to.
+        """
+        with self._writable():
+            self.root.mkdir(parents=True, exist_ok=True)
+            return FolderLock(self.root)
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CheckpointError(
                 explain(
@@ -66,22 +108,20 @@ class CheckpointDirectory:
                 )
             ) from error
 
-    def of_this_run(self) -> list[Path]:
-        """The :meth:`candidates` that were saved after :meth:`start`."""
-        try:
-            started = (self.root / STARTED_NAME).stat().st_mtime_ns
-        except OSError:
-            return []
-        return [path for path in self.candidates() if (path / MANIFEST_NAME).stat().st_mtime_ns >= started]
+    def _complete(self) -> list[Path]:
+        """Folders with a complete checkpoint's name, and saves that were killed between two renames.
 
-    def _is_overtaken(self, path: Path) -> bool:
-        tracker = self.root / LATEST_NAME
-        try:
-            latest = iteration_of(Path(tracker.read_text(encoding="utf-8").strip()))
-            written = (path / MANIFEST_NAME).stat().st_mtime_ns
-            return iteration_of(path) > latest and written < tracker.stat().st_mtime_ns
-        except (OSError, ValueError, CheckpointError):  # no such file, or not written by us
-            return False
+        The latter are complete as well: their files match their manifest, and no checkpoint of their step exists.
+        """
+        if not self.root.is_dir():
+            return []
+        folders = [path for path in self.root.iterdir() if path.is_dir() and not path.is_symlink()]
+        placed = [path for path in folders if _COMPLETE.fullmatch(path.name)]
+        taken = {path.name for path in placed}
+        stranded = [
+            path for path in folders if _TEMPORARY.fullmatch(path.name) and _final(path).name not in taken
+        ]
+        return placed + [path for path in stranded if _is_intact(path)]
 
     def begin(self, iteration: int) -> Path:
         """Create the temporary folder of one save, and return it."""
@@ -98,7 +138,7 @@ class CheckpointDirectory:
         write_durably(temporary / MANIFEST_NAME, manifest.dumps())
         for folder in sorted({temporary, *(path for path in temporary.rglob("*") if path.is_dir())}):
             fsync_folder(folder)
-        final = self.root / checkpoint_name(manifest.iteration)
+        final = _final(temporary)
         replaced = self._move_aside(final)
         os.rename(temporary, final)
         fsync_folder(self.root)
@@ -108,6 +148,28 @@ class CheckpointDirectory:
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
         return final
+
+    def prune(self, *, keep_last: int | None, retain_interval: int | None) -> list[str]:
+        """Remove checkpoints of this run that are no longer wanted; returns their names.
+
+        Call it while no save is running.
+
+        Args:
+            keep_last: number of newest checkpoints to keep; None stands for 1 with a ``retain_interval``, else for all.
+            retain_interval: checkpoints at multiples of this many steps are kept as well.
+        """
+        if keep_last is None and retain_interval is None:
+            return []
+        readable = [path for path in self.candidates() if _lineage(path) is not None]
+        removed = []
+        for path in readable[keep_last or 1 :]:
+            if retain_interval is None or iteration_of(path) % retain_interval:
+                aside = self._move_aside(path)  # a half-removed folder must not have a checkpoint's name
+                if aside is not None:
+                    (aside / MANIFEST_NAME).unlink(missing_ok=True)  # nor be recovered
+                    shutil.rmtree(aside, ignore_errors=True)
+                removed.append(path.name)
+        return removed
 
     def clean(self) -> list[str]:
         """Remove what killed saves have left; returns the removed names. Call it while no save is running."""
@@ -132,7 +194,7 @@ class CheckpointDirectory:
         ]
         recovered = []
         for path in sorted(intact, key=lambda path: (path / MANIFEST_NAME).stat().st_mtime_ns, reverse=True):
-            final = path.with_name(path.name.partition(".tmp-")[0])
+            final = _final(path)
             if not final.exists():
                 with contextlib.suppress(OSError):  # a read-only folder
                     os.rename(path, final)
@@ -153,6 +215,23 @@ class CheckpointDirectory:
         os.replace(temporary, self.root / name)
 
 
+def _is_on(line: Lineage, path: Path) -> bool:
+    own = _lineage(path)
+    return own is None or line.includes(own, iteration_of(path))
+
+
+def _lineage(path: Path) -> Lineage | None:
+    """The run that saved a checkpoint; None if its manifest cannot be trusted."""
+    try:
+        return Manifest.read(path).lineage
+    except CheckpointError:
+        return None
+
+
+def _final(temporary: Path) -> Path:
+    return temporary.with_name(temporary.name.partition(".tmp-")[0])
+
+
 def _is_intact(path: Path) -> bool:
     try:
         return not Manifest.read(path).problems(path)
@@ -166,8 +245,8 @@ def checkpoint_name(iteration: int) -> str:
 
 
 def iteration_of(path: Path) -> int:
-    """The iteration in a checkpoint folder's name."""
-    match = _COMPLETE.fullmatch(path.name)
+    """The iteration in the name of a checkpoint's folder, final or temporary."""
+    match = _COMPLETE.fullmatch(_final(path).name)
     if match is None:
         raise CheckpointError(
             explain(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lightseq.errors import CheckpointError, explain
+from megatron_lightseq.training.checkpoint.lineage import Lineage
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -70,11 +71,13 @@ class Manifest:
     """Sizes of the parallel groups that saved the checkpoint."""
     config_fingerprint: str
     versions: Mapping[str, str]
+    lineage: Lineage = field(default_factory=Lineage)
+    """The run that saved the checkpoint."""
     files: tuple[FileRecord, ...] = field(default=())
 
     def dumps(self) -> str:
         """JSON text with a checksum of its own content."""
-        content = {"format": FORMAT_VERSION, **asdict(self)}
+        content = {"format": FORMAT_VERSION, **asdict(self), "lineage": self.lineage.to_json()}
         return json.dumps({"content": content, "sha256": _content_hash(content)}, indent=1, sort_keys=True)
 
     @classmethod
@@ -89,7 +92,8 @@ class Manifest:
         files = tuple(FileRecord(**entry) for entry in content.pop("files"))
         for entry in files:
             check_relative(entry.name)
-        return cls(files=files, **content)
+        lineage = Lineage.of_json(content.pop("lineage"))
+        return cls(files=files, lineage=lineage, **content)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

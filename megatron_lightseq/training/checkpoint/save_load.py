@@ -36,6 +36,7 @@ from megatron_lightseq.training.checkpoint.identity import (
     optimizer_identity,
     world_identity,
 )
+from megatron_lightseq.training.checkpoint.lineage import Lineage
 from megatron_lightseq.training.checkpoint.manifest import FileRecord, Manifest, record_files
 from megatron_lightseq.training.checkpoint.optimizer_state import (
     load_optimizer_state,
@@ -72,6 +73,8 @@ class Resumed:
 
     folder: Path
     position: Position
+    lineage: Lineage
+    """The run that saved the checkpoint."""
     random: dict[str, Any] | None
     """For :func:`~megatron_lightseq.training.checkpoint.random_state.restore_random_state`, once iterators are made."""
 
@@ -99,8 +102,18 @@ class _PlainFileStrategy(megatron_strategy.TorchDistSaveShardedStrategy):
         )
 
 
-def save_checkpoint(training: Training, root: Path, position: Position) -> Path:
+def save_checkpoint(
+    training: Training, root: Path, position: Position, lineage: Lineage | None = None
+) -> Path:
     """Save everything that the next step depends on; returns the new checkpoint's folder under ``root``.
+
+    Afterwards, older checkpoints that the configuration does not ask to keep are removed.
+
+    Args:
+        training: what to save.
+        root: folder of checkpoints.
+        position: how far the run has come.
+        lineage: the run; default: one without a name.
 
     Raises:
         CheckpointError: a rank could not write; older checkpoints are untouched.
@@ -135,7 +148,9 @@ def save_checkpoint(training: Training, root: Path, position: Position) -> Path:
     final = ""
     if rank == 0:
         files = tuple(sorted((record for part in gathered for record in part), key=lambda r: r.name))
-        final = str(directory.commit(folder, _manifest(training, position, files)))
+        final = str(directory.commit(folder, _manifest(training, position, lineage or Lineage(), files)))
+        settings = training.config.checkpoint
+        directory.prune(keep_last=settings.save_keep_last, retain_interval=settings.save_retain_interval)
     return Path(_from_rank_0(final))
 
 
@@ -167,10 +182,13 @@ def _random_name(rank: int) -> str:
     return f"{RANDOM_FOLDER}/rank_{rank:05d}.pt"
 
 
-def _manifest(training: Training, position: Position, files: tuple[FileRecord, ...]) -> Manifest:
+def _manifest(
+    training: Training, position: Position, lineage: Lineage, files: tuple[FileRecord, ...]
+) -> Manifest:
     return Manifest(
         iteration=position.iteration,
         consumed_samples=position.consumed_samples,
+        lineage=lineage,
         model={**model_identity(training), **attention_identity(training.config)},
         optimizer=optimizer_identity(training.config),
         data=data_identity(training.config),
@@ -201,7 +219,7 @@ def load_checkpoint(training: Training, root: Path, settings: CheckpointConfig |
             or, with ``strict_load``, the newest one is damaged.
     """
     settings = settings or training.config.checkpoint
-    folder, manifest = find_checkpoint(root, strict=settings.strict_load)
+    folder, manifest = find_checkpoint(root, strict=settings.strict_load, iteration=settings.load_iteration)
     _check_model(training, settings, manifest, folder)
     if not settings.finetune:
         _warn_of_other_order(manifest, data_identity(training.config), folder)
@@ -230,42 +248,61 @@ def load_checkpoint(training: Training, root: Path, settings: CheckpointConfig |
     return Resumed(
         folder=folder,
         position=start if settings.finetune else saved,
+        lineage=manifest.lineage,
         random=_read_random(training, settings, folder, manifest),
     )
 
 
-def find_checkpoint(root: Path, *, strict: bool) -> tuple[Path, Manifest]:
-    """The newest checkpoint under ``root`` whose files all match its manifest. Collective.
+def find_checkpoint(root: Path, *, strict: bool, iteration: int | None = None) -> tuple[Path, Manifest]:
+    """The newest checkpoint under ``root`` whose files all match its manifest. Collective. Writes nothing.
 
     The ranks divide the files among them and hash them. A damaged checkpoint is skipped with a warning that names the
-    file, or refused if ``strict``.
+    file, or refused if ``strict``. Checkpoints of other runs than the one that saved last are not considered, unless
+    ``iteration`` asks for one.
     """
     directory = CheckpointDirectory(root=root)
-    if dist.get_rank() == 0:
-        directory.recover()
-    names = [str(path) for path in directory.candidates()]
-    for folder in map(Path, _from_rank_0(names)):
+    found, present = _from_rank_0(_choices(directory, iteration) if dist.get_rank() == 0 else None)
+    for folder in map(Path, found):
         manifest, problems = _verify(folder)
         if manifest is not None and not problems:
             return folder, manifest
         damage = explain(
             got=f"checkpoint {folder.name}: {'; '.join(problems)}",
             rule="every file of a checkpoint must match its manifest",
-            remedy="Remove --strict-load to fall back to the previous one"
+            remedy=f"--load-iteration takes any of {present}"
+            if iteration is not None
+            else "Remove --strict-load to fall back to the previous one"
             if strict
             else "Falling back to the previous one",
         )
-        if strict:
+        if strict or iteration is not None:
             raise CheckpointError(damage)
         if dist.get_rank() == 0:
             logger.warning(damage)
-    raise CheckpointError(
-        explain(
-            got=f"no intact checkpoint in {root}",
-            rule="--load must name a folder that a run has saved a checkpoint to",
-            remedy="Check the path, or remove --load to start from scratch",
+    raise _not_found(root, iteration, present)
+
+
+def _choices(directory: CheckpointDirectory, iteration: int | None) -> tuple[list[str], list[int]]:
+    """The folders to try, in order, and the steps of all checkpoints."""
+    present = directory.iterations()
+    if iteration is None:
+        return [str(path) for path in directory.candidates()], present
+    return [str(directory.at(iteration))] if iteration in present else [], present
+
+
+def _not_found(root: Path, iteration: int | None, present: list[int]) -> CheckpointError:
+    if iteration is not None:
+        got, remedy = f"no checkpoint of step {iteration} in {root}", "Check the path"
+        rule = "--load-iteration must be the step of a checkpoint in the folder that --load names"
+    else:
+        got, remedy = (
+            f"no intact checkpoint in {root}",
+            "Check the path, or remove --load to start from scratch",
         )
-    )
+        rule = "--load must name a folder that a run has saved a checkpoint to"
+    if present:
+        remedy = f"The folder has checkpoints of the steps {present}: choose one with --load-iteration"
+    return CheckpointError(explain(got=got, rule=rule, remedy=remedy))
 
 
 def _verify(folder: Path) -> tuple[Manifest | None, list[str]]:
