@@ -1,6 +1,6 @@
-"""Plans of the `balanced` placement: by the solver in C++ where the extension is built, else by the one in Python.
+"""Plans of the `balanced` placement, made by the C++ solver if the extension is built, otherwise by the Python solver.
 
-Both make the same plan, so ranks agree whichever they use.
+Both make the same plan, so ranks agree even if they use different solvers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class PlannedBlock(NamedTuple):
     k_start: int
     k_stop: int
     area: int
-    """Allowed pairs, nearly: the solver counts parts of rows in proportion."""
+    """Allowed pairs, approximately: the solver counts parts of rows proportionally."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BalanceOptions:
-    """What the solver is told besides the mask."""
+    """The inputs of the solver other than the mask."""
 
     prices: Prices
     nodes: tuple[int, ...]
@@ -42,19 +42,19 @@ class BalanceOptions:
     batch_rows: int = 1
     """Sequences one after the other, each in as many pieces as there are ranks."""
     grain: int = 16
-    """Rows of work per piece: more balance better and take longer to plan."""
+    """Rows of work per piece. More rows give better balance, but planning takes longer."""
     num_steps: int = 8
     target: float = 1.0
     tolerance: float = 0.02
     edge: float = 0.4
-    """Length of the first and the last step, as a share of the others'."""
+    """Length of the first and the last step, relative to the other steps."""
 
 
 def plan_blocks(mask: Mask, seq_length: int, options: BalanceOptions) -> list[PlannedBlock]:
-    """Who computes which block at which step; every pair that ``mask`` allows is in exactly one block.
+    """Decides which rank computes which block at which step. Every pair that ``mask`` allows is in exactly one block.
 
     Args:
-        mask: what queries see; of documents, borders that end at ``seq_length``.
+        mask: what queries see; document borders must end at ``seq_length``.
         seq_length: tokens over all ranks, a multiple of the number of pieces.
         options: prices, nodes, and how finely to balance.
     """
@@ -81,7 +81,7 @@ def plan_blocks(mask: Mask, seq_length: int, options: BalanceOptions) -> list[Pl
 
 
 def plan_in_python(mask: Mask, seq_length: int, options: BalanceOptions) -> list[PlannedBlock]:
-    """The same plan as :func:`plan_blocks`, by the solver in Python: its oracle."""
+    """The same plan as :func:`plan_blocks`, made by the Python solver, which is its oracle."""
     assignment = solve(
         _rows(mask, seq_length, options),
         grain=options.grain,
@@ -108,7 +108,7 @@ def _as_tuple(row: Row) -> tuple[int, int, Sequence[int], Sequence[int], int, in
 
 
 def _without_empty_steps(blocks: list[PlannedBlock]) -> list[PlannedBlock]:
-    """In order of step and rank; steps that hold no block are left out."""
+    """The blocks in order of step and rank, with steps renumbered to leave out empty ones."""
     number = {step: index for index, step in enumerate(sorted({block.step for block in blocks}))}
     if len(number) <= max(number, default=-1):
         blocks = [block._replace(step=number[block.step]) for block in blocks]
