@@ -4,6 +4,7 @@ Only this package imports transformers and accelerate, and only when a name that
 
 * :mod:`batch` turns a batch into one sequence of documents; :mod:`context` cuts it and holds the attention;
   :mod:`attention` is what transformers calls; :mod:`recompute` keeps attention over activation checkpoints.
+* :mod:`trainer` is Hugging Face's Trainer, and its subclasses, over a context-parallel group.
 * :mod:`supported` refuses models that would be silently wrong; :mod:`seams` refuses libraries that have changed.
 """
 
@@ -16,11 +17,23 @@ if TYPE_CHECKING:
     from megatron_lightseq.hf.attention import register
     from megatron_lightseq.hf.context import ContextParallel
     from megatron_lightseq.hf.recompute import keep_attention, keep_attention_in
+    from megatron_lightseq.hf.trainer import LightSeqTrainerMixin, ParallelismConfig, Trainer
 
-__all__ = ["ContextParallel", "keep_attention", "keep_attention_in", "register"]
+__all__ = [
+    "ContextParallel",
+    "LightSeqTrainerMixin",
+    "ParallelismConfig",
+    "Trainer",
+    "keep_attention",
+    "keep_attention_in",
+    "register",
+]
 
 _HOME = {
     "ContextParallel": "context",
+    "LightSeqTrainerMixin": "trainer",
+    "ParallelismConfig": "trainer",
+    "Trainer": "trainer",
     "keep_attention": "recompute",
     "keep_attention_in": "recompute",
     "register": "attention",
