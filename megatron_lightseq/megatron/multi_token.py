@@ -7,16 +7,20 @@ attention uses. Here the layout says which rank holds the next token.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer import multi_token_prediction
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.bounded_cache import BoundedCache
-from megatron_lightseq.megatron.fixes.rebind import rebind
+from megatron_lightseq.megatron.fixes.rebind import rebind, with_globals
 
 MAX_PLANS = 8
 """Sequence lengths whose exchange of successors is remembered, with at most 16 bytes per local token each."""
@@ -119,6 +123,47 @@ class LayoutRoll:
         return rolled, total / self.layout.cp_size
 
 
+class LayoutLoss:
+    """Megatron's ``process_mtp_loss`` (from 0.18 on) for shards of a layout; takes the same arguments.
+
+    Tokens are shifted by the layout. With ``calculate_per_token_loss``, Megatron multiplies the mean over the shifted
+    tokens by a rank's own number of unmasked tokens; here it is the mean of these numbers over the ranks.
+    """
+
+    def __init__(self, original: FunctionType, roll: LayoutRoll) -> None:
+        self._original = original
+        self._signature = inspect.signature(original)
+        self._roll = roll
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Hidden states (S, B, H) of the model's own layers, with the losses of further tokens attached."""
+        call = self._signature.bind(*args, **kwargs)
+        given, weight = call.arguments, torch.ones(())
+        mask = given.get("loss_mask")
+        if given["config"].calculate_per_token_loss and mask is not None:
+            given["config"] = copy.copy(given["config"])
+            given["config"].calculate_per_token_loss = False
+            weight = mask.sum()
+            dist.all_reduce(weight, group=self._roll.group)
+            weight = weight / self._roll.layout.cp_size
+        attach = _Weighted(self._original.__globals__["MTPLossAutoScaler"], weight)
+        own = with_globals(self._original, roll_tensor=self._roll, MTPLossAutoScaler=attach)
+        hidden: torch.Tensor = own(*call.args, **call.kwargs)
+        return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighted:
+    """An autograd function that attaches a loss to an activation, with a weight for the loss."""
+
+    function: Any
+    weight: torch.Tensor
+
+    def apply(self, activation: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        attached: torch.Tensor = self.function.apply(activation, loss * self.weight)
+        return attached
+
+
 def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.ProcessGroup) -> int:
     """Make every module below ``model`` that shifts tokens shift them by ``layout``.
 
@@ -126,4 +171,10 @@ def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.Proc
         The number of methods that do.
     """
     roll = LayoutRoll(layout, group)
-    return sum(rebind(module, "roll_tensor", roll) for module in model.modules())
+    loss = getattr(multi_token_prediction, "process_mtp_loss", None)  # until 0.17 a part of a method
+    found = 0
+    for module in model.modules():
+        found += rebind(module, "roll_tensor", roll)
+        if loss is not None:
+            found += rebind(module, "process_mtp_loss", LayoutLoss(loss, roll))
+    return found

@@ -6,9 +6,12 @@ before every step, so that a model of another depth may follow.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from megatron_lightseq.training.setup import Training
@@ -19,9 +22,20 @@ _LOAD_BALANCING = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_
 def clear_trackers() -> None:
     """Forget what an interrupted step, an evaluation or another model has left."""
     MTPLossLoggingHelper.tracker.clear()
-    get_moe_layer_wise_logging_tracker().clear()
+    router_losses().clear()
     # Megatron writes to the last scale in place, which fails if that comes from an evaluation in inference mode.
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+def router_losses() -> dict[str, Any]:
+    """Megatron's own entry by name of the losses that routers have logged: a dictionary, or an object from 0.18 on."""
+    try:
+        logging = importlib.import_module("megatron.core.transformer.moe.moe_logging")
+    except ImportError:
+        tracker: dict[str, Any] = moe_utils.get_moe_layer_wise_logging_tracker()
+        return tracker
+    metrics: dict[str, Any] = logging.get_moe_metrics_tracker().metrics
+    return metrics
 
 
 def mtp_loss(training: Training) -> float | None:
@@ -53,7 +67,8 @@ def load_balancing_loss(training: Training) -> float | None:
         return None
     groups = training.collection
     # One value per layer of this stage, for the tokens of this rank.
-    shares = get_moe_layer_wise_logging_tracker().pop(name)["values"]
+    shares = router_losses().pop(name)
+    shares = shares["values"] if isinstance(shares, dict) else shares.values
     num_layers = model.num_layers + (model.mtp_num_layers or 0)
     total = shares.double().sum() / (num_layers * training.num_microbatches * groups.dp.size())
     for group in (groups.tp_cp, groups.pp, groups.dp):

@@ -1,22 +1,25 @@
-"""Experts train the same on any number of ranks. With Megatron's own routers and weights they would not."""
+"""Experts train the same way on any number of ranks; with Megatron's own routers and weights they would not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
-from tests.megatron.runs import on_ranks, train
+from tests.megatron.runs import TINY, VOCAB_SIZE, batches, on_ranks, train
 
 EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.5, "train_iters": 3}
 APART = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
 
 
 def megatrons_router() -> Callable[[], None]:
-    """Megatron's behaviour: each rank scales its load balancing loss by its local number of tokens."""
+    """Each rank multiplies its part of the load balancing loss by its own tokens."""
     from megatron_lightseq.megatron.fixes import apply
 
     ours = apply.weigh_auxiliary_losses
@@ -25,7 +28,7 @@ def megatrons_router() -> Callable[[], None]:
 
 
 def local_numbers() -> Callable[[], None]:
-    """Experts are initialised by their local index on the rank."""
+    """Experts are drawn by their number on the rank."""
     from megatron.core.transformer.moe.experts import SequentialMLP
 
     from megatron_lightseq.megatron.fixes import experts
@@ -53,13 +56,13 @@ def test_experts_train_like_one_rank_and_with_megatrons_habits_they_would_not() 
 def test_the_load_balancing_loss_counts() -> None:
     weighed, free = (on_ranks(1, train, {**EXPERTS, "moe_aux_loss_coeff": w})[0] for w in (0.5, 0.0))
     assert weighed.grad_norms[0] != pytest.approx(free.grad_norms[0], rel=1e-3)
-    assert weighed.losses[0] == pytest.approx(free.losses[0], rel=1e-6), "it is not in the reported loss"
+    assert weighed.losses[0] == pytest.approx(free.losses[0], rel=1e-6), "it is no part of what is reported"
     assert free.load_balancing_losses == [None] * 3
 
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
 def test_the_load_balancing_loss_that_is_reported_is_1_where_experts_are_balanced(kind: str) -> None:
-    """All tokens are routed to all experts. One layer belongs to multi-token prediction."""
+    """All tokens take all experts; one layer is multi-token prediction's."""
     all_experts = {"moe_router_topk": 4, "moe_router_load_balancing_type": kind, "mtp_num_layers": 1}
     for run in on_ranks(2, train, {**EXPERTS, **all_experts, "pipeline_model_parallel_size": 2}):
         assert run.load_balancing_losses == pytest.approx([1.0] * 3, rel=1e-5)
@@ -67,7 +70,8 @@ def test_the_load_balancing_loss_that_is_reported_is_1_where_experts_are_balance
 
 # --- the weight of every auxiliary term -----------------------------------------------------------------------------
 
-TERMS: dict[str, dict[str, Any]] = {
+Term = dict[str, Any]
+TERMS: dict[str, Term] = {
     "load balancing": {"moe_aux_loss_coeff": 0.5, "moe_router_load_balancing_type": "aux_loss"},
     "load balancing by sequence": {
         "moe_aux_loss_coeff": 0.5,
@@ -84,108 +88,163 @@ TERMS: dict[str, dict[str, Any]] = {
         "moe_z_loss_coeff": 0.1,
     },
     "multi-token prediction": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 1.0},
+    "several, with multi-token prediction": {
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.3, 0.4],
+        "moe_z_loss_coeff": 0.1,
+        "mtp_num_layers": 1,
+        "mtp_loss_scaling_factor": 1.0,
+    },
 }
+NO_TERM: Term = {}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "micro-batches of 2": (1, {"micro_batch_size": 2}),
     "CP 2": (2, CP2),
     "CP 2, micro-batches of 2": (2, {**CP2, "micro_batch_size": 2}),
     "TP 2": (2, TP2),
     "EP 2 over DP 2": (2, {"expert_model_parallel_size": 2}),
+    "EP 2 over CP 2": (2, {**CP2, "expert_model_parallel_size": 2}),
     "DP 2, micro-batches of 2": (2, {"micro_batch_size": 2}),
-    "PP 2": (2, {"pipeline_model_parallel_size": 2}),
+    "PP 2": (2, PP2),
     "TP 2 x CP 2": (4, {**TP2, **CP2}),
     "CP 2 x DP 2": (4, CP2),
+    "PP 2 x CP 2": (4, {**PP2, **CP2}),
 }
 
 
-def _one_step(
-    term: dict[str, Any],
-    layout: dict[str, Any],
-    per_token: bool,
-    same: bool,
-    habit: Callable[[], Any] | None = None,
-) -> tuple[float, float]:
-    """Gradient norm and loss of one step. ``same``: all sequences are equal; ``habit``: reintroduces a fault."""
-    from unittest.mock import patch
+@dataclass(frozen=True)
+class Case:
+    """One step: an auxiliary term, how the loss is normalised, and whether all sequences are equal."""
 
-    from megatron_lightseq.training import setup
+    term: str
+    per_token: bool
+    same: bool
 
-    translated = setup.transformer_config
-    extra = {name: value for name, value in term.items() if name.startswith("moe")}
+    def settings(self) -> Term:
+        """What a configuration gets from it."""
+        mtp = {name: value for name, value in self._term.items() if name.startswith("mtp")}
+        return {"calculate_per_token_loss": self.per_token, **mtp}
 
-    def with_terms(*args: Any) -> Any:
-        config = translated(*args)
-        for name, value in extra.items():
-            setattr(config, name, value)
-        return config
+    def extend(self, translated: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's configuration with the router's terms, of which recipes do not have all."""
 
-    settings = {
-        **EXPERTS,
-        "moe_aux_loss_coeff": 0.0,
-        "moe_router_load_balancing_type": "none",
-        "calculate_per_token_loss": per_token,
-        "train_iters": 1,
-        **{name: value for name, value in term.items() if name.startswith("mtp")},
-        **layout,
-    }
-    with patch.object(setup, "transformer_config", with_terms):
-        run = train(settings, partial(_equal_sequences, same, habit))
-    return run.grad_norms[0], run.losses[0]
+        def with_terms(*args: Any) -> Any:
+            config = translated(*args)
+            for name, value in self._term.items():
+                if name.startswith("moe"):
+                    setattr(config, name, value)
+            return config
+
+        return with_terms
+
+    @property
+    def _term(self) -> Term:
+        return TERMS.get(self.term, NO_TERM)
 
 
-def _equal_sequences(same: bool, habit: Callable[[], Any] | None) -> Callable[[], None]:
-    """Give every rank and micro-batch the same sequence, without a loss mask."""
-    from tests.megatron import runs
+Step = tuple[float, float]
+"""Gradient norm and loss."""
 
-    original = runs.batches
 
-    def batches(training: Any, step: int) -> Any:
-        for batch in original(training, step):
-            length = batch["tokens"].shape[1]
-            row = (torch.arange(length + 1) * 3 % runs.VOCAB_SIZE)[None]
-            micro = len(batch["tokens"])
-            yield {
-                **batch,
-                "tokens": row[:, :-1].repeat(micro, 1),
-                "labels": row[:, 1:].repeat(micro, 1),
-                "loss_mask": torch.ones(micro, length),
-            }
+def _steps(
+    layout: dict[str, Any], cases: tuple[Case, ...], habit: Callable[[], Any] | None = None
+) -> list[Step]:
+    """One step of a new model for each case, in the same process groups; ``habit`` brings a fault back."""
+    from megatron.core import parallel_state
 
-    if same:
-        runs.batches = batches
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
+
+    warnings.simplefilter("ignore")
+    cpu_platform.activate()
     undo = habit() if habit is not None else None
-
-    def undo_all() -> None:
-        runs.batches = original
+    groups: list[Any] = []
+    try:
+        return [_one_step(case, layout, groups) for case in cases]
+    finally:
+        parallel_state.destroy_model_parallel()
         if undo is not None:
             undo()
 
-    return undo_all
+
+def _one_step(case: Case, layout: dict[str, Any], groups: list[Any]) -> Step:
+    """``groups``: those of an earlier call, or empty."""
+    from unittest.mock import patch
+
+    from megatron_lightseq.config import PretrainConfig, with_values
+    from megatron_lightseq.training import setup
+    from megatron_lightseq.training.step import train_step
+
+    flat = {
+        **TINY,
+        **EXPERTS,
+        "num_layers": 2,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_load_balancing_type": "none",
+        **case.settings(),
+        **layout,
+    }
+    config = with_values(PretrainConfig(), **flat)
+    with patch.object(setup, "transformer_config", case.extend(setup.transformer_config)):
+        training = setup.build_training(config, vocab_size=VOCAB_SIZE, groups=groups[0] if groups else None)
+    groups[:] = [training.groups]
+    read = _equal_sequences if case.same else batches
+    result = train_step(training, [read(training, 0) for _ in training.chunks])
+    return result.grad_norm, result.loss
 
 
-def _depends_on_micro_batches(term: str, layout: dict[str, Any]) -> bool:
-    """Whether a term is by definition a mean over a micro-batch or over the micro-batches so far."""
-    changed = layout.get("micro_batch_size", 1) > 1
-    return term in ("load balancing", "several") and changed
+def _equal_sequences(training: Any, step: int) -> Iterator[dict[str, torch.Tensor]]:
+    """As ``batches``, but every rank and micro-batch reads the same sequence, without a loss mask."""
+    for batch in batches(training, step):
+        micro, length = batch["tokens"].shape
+        row = (torch.arange(length + 1) * 3 % VOCAB_SIZE)[None]
+        yield {
+            **batch,
+            "tokens": row[:, :-1].repeat(micro, 1),
+            "labels": row[:, 1:].repeat(micro, 1),
+            "loss_mask": torch.ones(micro, length),
+        }
 
 
-@pytest.mark.parametrize("per_token", [True, False], ids=["per token", "per micro-batch"])
+CASES = tuple(Case(*each) for each in product(("none", *TERMS), (True, False), (True, False)))
+
+
+@cache
+def on_one_rank() -> dict[Case, Step]:
+    """Every case, in one process with micro-batches of one sequence."""
+    return dict(zip(CASES, on_ranks(1, _steps, {}, CASES)[0], strict=True))
+
+
 @pytest.mark.parametrize("term", TERMS)
-def test_every_auxiliary_term_weighs_the_same_on_any_number_of_ranks(term: str, per_token: bool) -> None:
-    """Uses equal sequences if a term depends on the contents of a micro-batch, otherwise different ones."""
-    expected = {same: on_ranks(1, _one_step, TERMS[term], {}, per_token, same)[0] for same in (True, False)}
-    without = on_ranks(1, _one_step, {}, {}, per_token, False)[0]
-    assert expected[False][0] != pytest.approx(without[0], rel=1e-2), "the term counts"
-    for name, (size, layout) in LAYOUTS.items():
-        over_all = (
-            term == "load balancing over the global batch" and size * layout.get("micro_batch_size", 1) > 1
-        )
-        by_micro_batch = not per_token and ("DP" in name or "micro" in name)  # then tokens weigh unequally
-        same = over_all or by_micro_batch or _depends_on_micro_batches(term, layout)
-        for found in on_ranks(size, _one_step, TERMS[term], layout, per_token, same):
-            assert found == pytest.approx(expected[same], rel=2e-5), name
+def test_every_auxiliary_term_counts(term: str) -> None:
+    for per_token in (True, False):
+        with_term, without = (on_one_rank()[Case(name, per_token, False)] for name in (term, "none"))
+        assert with_term[0] != pytest.approx(without[0], rel=1e-2)
+
+
+def _same_sequences(term: str, layout: str, per_token: bool) -> bool:
+    """Whether a term is comparable for equal sequences only, because of what it or the loss is a mean over."""
+    size, settings = LAYOUTS[layout]
+    micro = settings.get("micro_batch_size", 1)
+    over_batch = term == "load balancing over the global batch" and size * micro > 1
+    over_micro_batch = not term.startswith(("z-loss", "load balancing by sequence")) and micro > 1
+    weighs_micro_batches_equally = not per_token and ("DP" in layout or micro > 1)
+    return over_batch or over_micro_batch or weighs_micro_batches_equally
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_auxiliary_term_weighs_the_same_on_any_number_of_ranks(layout: str) -> None:
+    """With equal sequences where a term depends on what a micro-batch holds, else with different ones."""
+    size, settings = LAYOUTS[layout]
+    cases = tuple(
+        Case(term, per_token, _same_sequences(term, layout, per_token))
+        for term, per_token in product(TERMS, (True, False))
+    )
+    for steps in on_ranks(size, _steps, settings, cases):
+        for case, found in zip(cases, steps, strict=True):
+            assert found == pytest.approx(on_one_rank()[case], rel=2e-5), case
 
 
 @pytest.mark.parametrize(
@@ -198,17 +257,16 @@ def test_every_auxiliary_term_weighs_the_same_on_any_number_of_ranks(term: str, 
     ],
 )
 def test_with_megatrons_own_weights_they_would_not(term: str, size: int, layout: dict[str, Any]) -> None:
-    same = term == "load balancing over the global batch"
-    (expected,) = on_ranks(1, _one_step, TERMS[term], {}, True, same)
-    found = on_ranks(size, _one_step, TERMS[term], layout, True, same, megatrons_router)[0]
-    assert found[0] != pytest.approx(expected[0], rel=1e-3)
+    case = Case(term, True, term == "load balancing over the global batch")
+    ((found, _),) = on_ranks(size, _steps, layout, (case,), megatrons_router)[0]
+    assert found != pytest.approx(on_one_rank()[case][0], rel=1e-3)
 
 
 # --- padding --------------------------------------------------------------------------------------------------------
 
 
 def _padded(kind: str, per_token: bool, size: int) -> torch.Tensor:
-    """The router gradient of an auxiliary term alone, with mostly padding in the second half of the sequence."""
+    """The gradient that an auxiliary term alone gives a router, where most of the second half is padding."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -268,11 +326,11 @@ def test_padding_counts_on_no_rank(kind: str, per_token: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-# --- in other programs ----------------------------------------------------------------------------------------------
+# --- in programs of one's own ---------------------------------------------------------------------------------------
 
 
 class Ranks:
-    """A fake process group that only has a size."""
+    """A process group as far as its size goes."""
 
     def size(self) -> int:
         return 3
@@ -283,10 +341,10 @@ class Ranks:
 def test_routers_of_any_model_are_fixed_once(per_token: bool, weight: int) -> None:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     from megatron_lightseq.megatron import adopt_layout, gpt_layer_spec
     from megatron_lightseq.megatron.fixes.experts import weigh_auxiliary_losses
+    from megatron_lightseq.training.auxiliary_losses import router_losses
 
     config = TransformerConfig(
         num_layers=1,
@@ -308,12 +366,13 @@ def test_routers_of_any_model_are_fixed_once(per_token: bool, weight: int) -> No
     )  # counts tokens; auxiliary losses are computed in training only
     loss = torch.tensor(0.7, requires_grad=True)
     activation = torch.zeros(5, 2, requires_grad=True)
-    tracker = get_moe_layer_wise_logging_tracker()
-    tracker.clear()
+    router_losses().clear()
     attached = router.attach_and_log_load_balancing_loss(activation, 0.5, loss, "load", router.tp_cp_group)
     attached.sum().backward()
     assert loss.grad == weight
-    assert tracker.pop("load")["values"].tolist() == [pytest.approx(1.4)], "logged without its coefficient"
+    logged = router_losses().pop("load")
+    values = logged["values"] if isinstance(logged, dict) else logged.values  # an object from 0.18 on
+    assert values.tolist() == [pytest.approx(1.4)], "logged without its coefficient"
 
 
 # --- routing by local tokens ----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_lightseq.megatron.fixes.rebind import rebind
+from megatron_lightseq.megatron.layer_parts import changed_part, part_class, part_submodules
 from megatron_lightseq.megatron.seeded_init import WeightNames
 
 
@@ -36,21 +37,22 @@ class NamedExperts(SequentialMLP):
         pg_collection: Any = None,
         *,
         weight_names: WeightNames,
+        **others: Any,
     ) -> None:
+        """``others``: arguments that newer versions have."""
         with weight_names.building_experts(pg_collection.ep.rank() * num_local_experts):
-            super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection)
+            super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection, **others)
 
 
 def with_invariant_experts(layer: ModuleSpec, names: WeightNames) -> ModuleSpec:
     """A layer specification whose experts, if it has any, draw their initial weights by name."""
     moe = layer.submodules.mlp
-    if moe.module is not MoELayer:
+    if part_class(moe) is not MoELayer:
         return layer
-    experts = moe.submodules.experts
-    if experts.module is SequentialMLP:  # grouped kernels draw their weights on the device
-        experts = replace(experts, module=NamedExperts, params={**experts.params, "weight_names": names})
-    parts = replace(moe.submodules, experts=experts)
-    return replace(layer, submodules=replace(layer.submodules, mlp=replace(moe, submodules=parts)))
+    parts = part_submodules(moe)
+    if part_class(parts.experts) is SequentialMLP:  # grouped kernels draw their weights on the device
+        parts = replace(parts, experts=changed_part(parts.experts, module=NamedExperts, weight_names=names))
+    return replace(layer, submodules=replace(layer.submodules, mlp=changed_part(moe, submodules=parts)))
 
 
 # --- auxiliary losses -------------------------------------------------------------------------------------------------

@@ -20,17 +20,22 @@ def rebind(module: torch.nn.Module, name: str, replacement: Any) -> int:
     """
     found = 0
     for attribute, function in _methods_calling(type(module), name):
-        own = FunctionType(
-            function.__code__,
-            {**function.__globals__, name: replacement},
-            function.__name__,
-            function.__defaults__,
-            function.__closure__,
-        )
-        own.__kwdefaults__ = function.__kwdefaults__
-        setattr(module, attribute, MethodType(own, module))
+        setattr(module, attribute, MethodType(with_globals(function, **{name: replacement}), module))
         found += 1
     return found
+
+
+def with_globals(function: FunctionType, **replaced: Any) -> FunctionType:
+    """A copy of a function for which these global names mean something else."""
+    own = FunctionType(
+        function.__code__,
+        {**function.__globals__, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 def _methods_calling(kind: type, name: str) -> Iterator[tuple[str, FunctionType]]:
