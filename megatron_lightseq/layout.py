@@ -193,10 +193,24 @@ class SequenceLayout:
         return _owners(self)
 
     def chunks_of(self, rank: int) -> tuple[int, ...]:
-        """The chunks of a rank in the order in which its shard stores them."""
-        return tuple(
-            piece * self.splits + part for piece in self._pieces[rank] for part in range(self.splits)
-        )
+        """The chunks of a rank in the order in which its shard stores them.
+
+        Raises:
+            LayoutError: there is no such rank.
+        """
+        pieces = self._pieces_of(rank)
+        return tuple(piece * self.splits + part for piece in pieces for part in range(self.splits))
+
+    def _pieces_of(self, rank: int) -> tuple[int, ...]:
+        if not 0 <= rank < self.cp_size:
+            raise LayoutError(
+                explain(
+                    got=f"rank {rank}",
+                    rule=f"{self} has the context-parallel ranks 0 to {self.cp_size - 1}",
+                    remedy="Give this process's rank in the context-parallel group, or another cp_size",
+                )
+            )
+        return self._pieces[rank]
 
     def row_of(self, chunk: int) -> int:
         """The row that holds chunk ``chunk``."""
@@ -220,7 +234,7 @@ class SequenceLayout:
         """Global positions of the tokens of a rank's shard, in storage order.
 
         Raises:
-            LayoutError: the ranks cannot hold equal shards of ``seq_length`` tokens.
+            LayoutError: the ranks cannot hold equal shards of ``seq_length`` tokens, or there is no such rank.
         """
         self.check_length(seq_length)
         return [p for chunk in self.chunks_of(rank) for p in self.chunk_positions(chunk, seq_length)]
@@ -324,9 +338,9 @@ class SequenceLayout:
             The shard, ``1/cp_size`` as long in ``dim``; a view if the rank holds one piece.
 
         Raises:
-            LayoutError: the sequence does not divide among the ranks.
+            LayoutError: the sequence does not divide among the ranks, or there is no such rank or dimension.
         """
-        dim %= len(x.shape)
+        dim = _checked_dim(x, dim)
         before, length, after = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
         self.check_length(length)
         held = self._by_piece(x, dim)[self._at(rank, dim)]
@@ -336,7 +350,7 @@ class SequenceLayout:
         """The inverse of :meth:`shard`: the whole tensor from the parts of all ranks, in rank order.
 
         Raises:
-            LayoutError: there is not one part per rank.
+            LayoutError: there is not one part per rank, they differ in shape, or there is no such dimension.
         """
         if len(parts) != self.cp_size:
             raise LayoutError(
@@ -347,7 +361,15 @@ class SequenceLayout:
                 )
             )
         shape = tuple(parts[0].shape)
-        dim %= len(shape)
+        if any(tuple(part.shape) != shape for part in parts):
+            raise LayoutError(
+                explain(
+                    got=f"parts of shapes {', '.join(str(tuple(part.shape)) for part in parts)}",
+                    rule="all ranks hold equally much of a sequence",
+                    remedy="Give the shards of one tensor",
+                )
+            )
+        dim = _checked_dim(parts[0], dim)
         whole = parts[0].new_empty((*shape[:dim], shape[dim] * self.cp_size, *shape[dim + 1 :]))
         by_piece = self._by_piece(whole, dim)
         for rank, part in enumerate(parts):
@@ -366,8 +388,22 @@ class SequenceLayout:
 
     def _at(self, rank: int, dim: int) -> tuple[Any, ...]:
         """The index of a rank's pieces in :meth:`_by_piece`."""
-        pieces = self._pieces[rank]
+        pieces = self._pieces_of(rank)
         return (*(slice(None),) * dim, pieces[0] if len(pieces) == 1 else list(pieces))
+
+
+def _checked_dim(x: Any, dim: int) -> int:
+    """The number of a tensor's dimension, counted from the front."""
+    dims = len(x.shape)
+    if not -dims <= dim < dims:
+        raise LayoutError(
+            explain(
+                got=f"dimension {dim} of a tensor of shape {tuple(x.shape)}",
+                rule=f"it has the dimensions 0 to {dims - 1}, or -{dims} to -1" if dims else "it has none",
+                remedy="Give the dimension that is the sequence",
+            )
+        )
+    return dim % dims
 
 
 @lru_cache(maxsize=64)

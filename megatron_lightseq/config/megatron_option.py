@@ -106,6 +106,12 @@ def _tokens_are_cut(configuration: Any) -> bool:
     return _size(configuration, "context_parallel_size") > 1 or sequence
 
 
+def _drops_by_rank(configuration: Any) -> bool:
+    by_position = getattr(configuration, "moe_token_drop_policy", "probs") == "position"
+    padded = getattr(configuration, "moe_pad_expert_input_to_capacity", False)
+    return _tokens_are_cut(configuration) and (by_position or padded)
+
+
 def _documents_get_lost(arguments: Any) -> bool:
     dense = getattr(arguments, "create_attention_mask_in_dataloader", True)
     single = _size(arguments, "micro_batch_size") == _size(arguments, "pipeline_model_parallel_size") == 1
@@ -119,6 +125,11 @@ def _given(name: str) -> Callable[[Any], bool]:
 CUT_TOKENS = Condition(
     text="when the tokens of a micro-batch are cut over ranks, by context or sequence parallelism",
     holds=_tokens_are_cut,
+)
+DROPPED_BY_RANK = Condition(
+    text="with moe_token_drop_policy position or moe_pad_expert_input_to_capacity, when the tokens of a micro-batch are "
+    "cut over ranks, by context or sequence parallelism",
+    holds=_drops_by_rank,
 )
 LOST_DOCUMENTS = Condition(
     text="unless micro_batch_size and pipeline_model_parallel_size are 1 and the data loader creates attention masks",

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from megatron_lightseq.config.megatron_option import (
     CUT_TOKENS,
+    DROPPED_BY_RANK,
     IN_LAUNCHER,
     LOST_DOCUMENTS,
     ROUTING,
@@ -163,20 +164,25 @@ ATTENTION: tuple[Option, ...] = (
         "rotary_interleaved no_rope_freq fused_single_qkv_rope", "RoPE is applied to q and k before attention"
     ),
     # Routing, which sees a rank's own tokens.
+    honoured(
+        "moe_router_load_balancing_type",
+        "sinkhorn balances experts over all tokens of a micro-batch",
+        recipe="key",
+    ),
     refused(
-        "moe_expert_capacity_factor moe_expert_rank_capacity_factor",
+        "moe_expert_capacity_factor",
+        _LOCAL_COUNT,
+        condition=DROPPED_BY_RANK,
+        remedy="Use moe_token_drop_policy probs without moe_pad_expert_input_to_capacity, which drops the tokens that "
+        "one process drops",
+        recipe=instead(ROUTING),
+    ),
+    refused(
+        "moe_expert_rank_capacity_factor",
         _LOCAL_COUNT,
         condition=CUT_TOKENS,
         remedy=_FULL_ROUTING,
         recipe=instead(ROUTING),
-    ),
-    refused(
-        "moe_router_load_balancing_type",
-        _LOCAL_COUNT,
-        only=("sinkhorn",),
-        condition=CUT_TOKENS,
-        remedy=_FULL_ROUTING,
-        recipe="key",
     ),
     # Around attention.
     honoured(

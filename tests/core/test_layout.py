@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -76,3 +79,25 @@ def test_merged_groups_hold_their_members_shards(name: str, cp_size: int, size: 
         assert held == merged.positions(group, seq_length)
     everyone = [rank for group in range(merged.cp_size) for rank in layout.members(group, size)]
     assert sorted(everyone) == list(range(cp_size))
+
+
+@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda layout, x: layout.shard(x, 2, 1), "rank 2: .* ranks 0 to 1"),
+        (lambda layout, x: layout.shard(x, -1, 1), "rank -1: .* ranks 0 to 1"),
+        (lambda layout, x: layout.positions(2, 8), "rank 2: .* ranks 0 to 1"),
+        (lambda layout, x: layout.chunks_of(-1), "rank -1: .* ranks 0 to 1"),
+        (lambda layout, x: layout.shard(x, 0, 2), r"dimension 2 of a tensor of shape \(4, 8\): .*0 to 1"),
+        (lambda layout, x: layout.shard(x, 0, -3), r"dimension -3 of a tensor of shape \(4, 8\): .*-2 to -1"),
+        (lambda layout, x: layout.shard(x[0, 0], 0, 0), r"dimension 0 of .*\(\): it has none"),
+        (lambda layout, x: layout.unshard([x, x], 2), "dimension 2 of a tensor"),
+        (lambda layout, x: layout.unshard([x, x[:1]], 1), r"shapes \(4, 8\), \(1, 8\): all ranks hold equally"),
+    ],
+)
+def test_ranks_and_dimensions_that_are_not_there_are_refused(
+    name: str, call: Callable[[SequenceLayout, torch.Tensor], Any], message: str
+) -> None:
+    with pytest.raises(LayoutError, match=message):
+        call(SequenceLayout(name, 2), torch.zeros(4, 8))

@@ -41,7 +41,7 @@ def add_megatron_arguments(parser):
     parser.add_argument("--sft", action="store_true")
     parser.add_argument("--cuda-graph-impl", default="none")
     parser.add_argument("--moe-expert-capacity-factor", type=float, default=None)
-    parser.add_argument("--moe-router-load-balancing-type", nargs="+", default="aux_loss")
+    parser.add_argument("--moe-token-drop-policy", default="probs")
     parser.add_argument("--transformer-impl", default="transformer_engine")
     parser.add_argument("--distributed-backend", default="nccl")
     parser.add_argument("--no-rope-fusion", action="store_false", dest="apply_rope_fusion")

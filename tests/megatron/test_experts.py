@@ -142,7 +142,7 @@ class Case:
 
     @property
     def _term(self) -> Term:
-        return TERMS.get(self.term, NO_TERM)
+        return TERMS_AND_ROUTING.get(self.term, NO_TERM)
 
 
 Step = tuple[float, float]
@@ -375,28 +375,90 @@ def test_routers_of_any_model_are_fixed_once(per_token: bool, weight: int) -> No
     assert values.tolist() == [pytest.approx(1.4)], "logged without its coefficient"
 
 
-# --- routing by local tokens ----------------------------------------------------------------------------------------
+# --- routing that counts tokens -------------------------------------------------------------------------------------
+
+COUNTING: dict[str, Term] = {
+    "sinkhorn": {"moe_router_load_balancing_type": "sinkhorn"},
+    "sinkhorn, two experts": {"moe_router_load_balancing_type": "sinkhorn", "moe_router_topk": 2},
+    "capacity": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5}
+    | {"moe_expert_capacity_factor": 0.6, "moe_token_drop_policy": "probs"},
+}
+TERMS_AND_ROUTING = {**TERMS, **COUNTING}
+
+
+def local_counts() -> Callable[[], None]:
+    """Each rank routes its own tokens as if there were no others."""
+    from megatron_lightseq.megatron.fixes import apply
+
+    ours = apply.route_whole_micro_batches
+    apply.route_whole_micro_batches = lambda model: 0
+    return lambda: setattr(apply, "route_whole_micro_batches", ours)
+
+
+@pytest.mark.parametrize("routing", COUNTING)
+def test_routing_counts_the_tokens_of_the_whole_micro_batch(routing: str) -> None:
+    case = Case(routing, True, False)
+    ((expected,),) = on_ranks(1, _steps, {}, (case,))
+    for name in ("CP 2", "TP 2", "EP 2 over CP 2", "TP 2 x CP 2"):
+        size, settings = LAYOUTS[name]
+        for (found,) in on_ranks(size, _steps, settings, (case,)):
+            assert found == pytest.approx(expected, rel=2e-5), name
+    ((found,), _) = on_ranks(2, _steps, CP2, (case,), local_counts)
+    assert found != pytest.approx(expected, rel=1e-4), "with Megatron's own counts it would not"
 
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
-    "routing", [{"moe_expert_capacity_factor": 1.0}, {"moe_router_load_balancing_type": "sinkhorn"}]
+    "dropping", [{"moe_token_drop_policy": "position"}, {"moe_pad_expert_input_to_capacity": True}]
 )
-def test_routing_by_local_tokens_is_refused_where_tokens_are_cut(routing: dict[str, Any]) -> None:
+def test_dropping_by_rank_is_refused_where_tokens_are_cut(dropping: dict[str, Any]) -> None:
     from megatron_lightseq.errors import UnsupportedError
     from tests.megatron.test_core_attention import build, transformer_config
 
-    config = transformer_config(num_moe_experts=2, add_bias_linear=False, **routing)
-    build(config)
-    for cut in ({"context_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}):
-        config = transformer_config(num_moe_experts=2, add_bias_linear=False, **routing)
+    given = {
+        "num_moe_experts": 2,
+        "add_bias_linear": False,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_expert_capacity_factor": 1.0,
+        **dropping,
+    }
+    build(transformer_config(**given))
+    for cut in (CP2, TP2):
+        config = transformer_config(**given)
         for name, value in cut.items():
             setattr(config, name, value)
-        expected = (
-            rf"{next(iter(routing))} = .* cut over ranks.* each rank would count its own tokens only.* Use "
-        )
+        expected = r"moe_expert_capacity_factor = 1.0 with .* each rank would count .* Use moe_token_drop_policy probs"
         with pytest.raises(UnsupportedError, match=expected):
             build(config)
+
+
+def test_a_router_that_is_not_known_is_refused() -> None:
+    assert on_ranks(2, _refuses_unknown_routers) == [True, True]
+
+
+def _refuses_unknown_routers() -> bool:
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_lightseq.errors import UnsupportedError
+    from megatron_lightseq.megatron.fixes.routing import route_whole_micro_batches
+
+    class Router(TopKRouter):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.tp_cp_group = dist.group.WORLD
+            self.config = SimpleNamespace(
+                moe_router_load_balancing_type="sinkhorn", moe_expert_capacity_factor=None
+            )
+
+        def sinkhorn_load_balancing(self, logits: torch.Tensor) -> Any:
+            return logits
+
+    with pytest.raises(UnsupportedError, match="a router without Megatron-Core's sinkhorn: .*0.16.1"):
+        route_whole_micro_batches(Router())
+    return True
 
 
 # --- collectives ----------------------------------------------------------------------------------------------------

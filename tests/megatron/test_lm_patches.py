@@ -225,18 +225,21 @@ def test_documents_are_kept_apart_or_refused(
 
 
 @pytest.mark.parametrize(
-    "routing", [("--moe-expert-capacity-factor", "1.0"), ("--moe-router-load-balancing-type", "sinkhorn")]
-)
-@pytest.mark.parametrize(
     "cut", [("--context-parallel-size", "2"), ("--tensor-model-parallel-size", "2", "--sequence-parallel")]
 )
-def test_routing_by_local_tokens_is_refused_where_tokens_are_cut(
-    patches: Any, monkeypatch: pytest.MonkeyPatch, routing: tuple[str, ...], cut: tuple[str, ...]
+def test_dropping_tokens_by_rank_is_refused_where_tokens_are_cut(
+    patches: Any, monkeypatch: pytest.MonkeyPatch, cut: tuple[str, ...]
 ) -> None:
-    parsed(patches, monkeypatch, "--attention-dropout", "0", *routing)
-    expected = rf"{routing[0]} {routing[1]} when .*over ranks.*: each rank would count.*Use --context-parallel-size 1"
+    words = ("--attention-dropout", "0", "--moe-expert-capacity-factor", "1.0")
+    by_position = ("--moe-token-drop-policy", "position")
+    parsed(patches, monkeypatch, *words, *cut)
+    parsed(patches, monkeypatch, *words, *by_position)
+    expected = (
+        r"--moe-expert-capacity-factor 1.0 with --moe-token-drop-policy position .*over ranks.*: each rank would "
+        r"count.*Use --moe-token-drop-policy probs without --moe-pad-expert-input-to-capacity"
+    )
     with pytest.raises(UnsupportedError, match=expected):
-        parsed(patches, monkeypatch, "--attention-dropout", "0", *routing, *cut)
+        parsed(patches, monkeypatch, *words, *by_position, *cut)
 
 
 def test_the_baseline_may_do_what_we_refuse(patches: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,8 +113,11 @@ OTHER_VALUES: dict[str, Any] = {
     "cuda_graph_impl": "local",
     "attention_dropout": 0.5,
     "max_seqlen_per_dp_cp_rank": 8,
-    "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"],
 }
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "moe_expert_capacity_factor": {"moe_token_drop_policy": "position"},
+}
+"""What else must be given for an option to be refused, beside context parallelism."""
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -123,7 +126,7 @@ def test_what_the_table_refuses_is_refused_by_name(name: str) -> None:
     config = SimpleNamespace(**{name: OTHER_VALUES.get(name, True)})
     if option.condition is not None:
         assert not list(refused_fields(config)), "unless its condition holds"
-        config.context_parallel_size = 2
+        vars(config).update(context_parallel_size=2, **CONDITIONS.get(name, {}))
     (message,) = refused_fields(config)
     assert message.startswith(f"{name} = ")
     assert f": LightSeq attention refuses it, because {option.reason}. {option.remedy}." in message

@@ -1,4 +1,4 @@
-"""Fixes for gradients that Megatron-Core computes incorrectly on several ranks, applied to a built model."""
+"""Fixes for what Megatron-Core computes incorrectly on several ranks, applied to a built model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import torch
 
 from megatron_lightseq.megatron.fixes.experts import weigh_auxiliary_losses
 from megatron_lightseq.megatron.fixes.latent_attention import sum_shared_keys
+from megatron_lightseq.megatron.fixes.routing import route_whole_micro_batches
 
 
 def fix_gradients(model: torch.nn.Module) -> None:
     """Make a model get the same gradients on several ranks as on one; a second call does nothing.
 
+    * Mixture of experts: routing that counts tokens counts those of all ranks that share a micro-batch
+      (:func:`route_whole_micro_batches`).
     * Mixture of experts: the router's auxiliary losses (load balancing, z-loss) keep their weight, however tokens are
       cut over ranks and micro-batches (:func:`weigh_auxiliary_losses`).
     * Latent attention from Megatron's local layers, under tensor parallelism: the gradient of the keys that all heads
@@ -18,5 +21,6 @@ def fix_gradients(model: torch.nn.Module) -> None:
 
     :func:`megatron_lightseq.megatron.adopt_layout` calls it. Modules outside of ``model`` do not change.
     """
+    route_whole_micro_batches(model)
     weigh_auxiliary_losses(model)
     sum_shared_keys(model)

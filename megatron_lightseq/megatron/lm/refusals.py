@@ -20,6 +20,8 @@ SIZE_ARGUMENTS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "micro_batch_size",
+    "moe_token_drop_policy",
+    "moe_pad_expert_input_to_capacity",
 )
 """Other arguments that reasons and remedies mention."""
 
