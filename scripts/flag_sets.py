@@ -30,7 +30,7 @@ SCRIPTS = {
     "bert": ("pretrain_bert.py",),
     "t5": ("pretrain_t5.py",),
 }
-"""Training script of each folder of test cases, the first that the checkout has; other folders do not train with one."""
+"""Training script of each folder of test cases: the first that the checkout has. Other folders train otherwise."""
 EXAMPLES = (
     "examples/gpt3/train_gpt3_175b_distributed.sh",
     "examples/llama/train_llama3_8b_h100_fp8.sh",
@@ -129,7 +129,9 @@ def _models(checkout: Path) -> Iterator[FlagSet]:
             continue
         hybrid = any(name.startswith(("--hybrid", "--is-hybrid", "--mamba")) for name in flags)
         script = next(name for name in SCRIPTS["hybrid"] if (checkout / name).is_file())
-        yield FlagSet(f"{MODELS}/{path.parent.name}/{path.stem}", script if hybrid else "pretrain_gpt.py", flags)
+        yield FlagSet(
+            f"{MODELS}/{path.parent.name}/{path.stem}", script if hybrid else "pretrain_gpt.py", flags
+        )
 
 
 def _of_words(words: list[str]) -> Flags:
@@ -152,10 +154,11 @@ LEFT_OUT = re.compile(
     r"|moe-flex|moe-hybridep|moe-deepep|moe-enable-deepep|moe-router-padding-for|te-rng-tracker|use-te|"
     r"use-transformer-engine|use-fused-weighted|high-priority-stream|reuse-grad-buf|grad-reduce-in-bf16"
     r"|use-precision-aware|main-grads-dtype|main-params-dtype|exp-avg|accumulate-allreduce-grads"
+    r"|apply-layernorm-1p|moe-shared-expert-overlap|defer-embedding-wgrad|wgrad-deferral"
     r"|delay-wgrad|use-nccl-ub|nccl-|loss-scale|initial-loss-scale|optimizer$|muon|use-layer-wise|no-use-layer-wise"
     r"|data-path|vocab-|merge-file|tokenizer|tiktoken|split$|data-cache|no-mmap|num-workers|dataloader-type|num-dataset"
     r"|fim-|sft-tokenizer|mock-data|make-vocab"
-    r"|save|load|no-load|no-save|async|auto-detect|ckpt|dist-ckpt|no-ckpt|use-persistent|use-dist-ckpt|use-checkpoint"
+    r"|save|load|no-load|no-save|async|auto-detect|ckpt-(?!format)|dist-ckpt|no-ckpt|use-persistent|use-dist-ckpt|use-checkpoint"
     r"|no-use-tokenizer|finetune|override-opt|verify-integrity|replication|non-persistent"
     r"|tensorboard|wandb|log-|timing-log|logging-level|profile|exit-|error-injection|rerun|straggler"
     r"|check-weight-hash|manual-gc|empty-unused|distributed-timeout|export-|enable-gloo"
@@ -194,6 +197,8 @@ def scaled(given: FlagSet, *, ranks: int = 8) -> tuple[FlagSet, int]:
     flags["--micro-batch-size"] = [str(micro)]
     flags["--global-batch-size"] = [str(micro * 8)]
     flags.update(_of_words(FIXED.split()))
+    if given.script == "pretrain_bert.py":  # its own choice of layers looks for Transformer Engine only
+        flags["--spec"] = ["local"]
     small = FlagSet(given.name, given.script, flags)
     return small, _ranks(small)
 
@@ -206,7 +211,9 @@ def one_context_rank(given: FlagSet) -> tuple[FlagSet, int]:
         "--hierarchical-context-parallel-sizes",
     )
     flags = {name: values for name, values in given.flags.items() if name not in dropped}
-    if "--num-experts" not in flags:  # then these sizes only order the ranks, and may not fit to fewer of them
+    if (
+        "--num-experts" not in flags
+    ):  # then these sizes only order the ranks, and may not fit to fewer of them
         flags.pop("--expert-tensor-parallel-size", None)
     alone = FlagSet(given.name, given.script, flags)
     return alone, _ranks(alone)
@@ -271,7 +278,8 @@ def _scale_layers(flags: Flags, stages: int) -> None:
         return
     layers = max(2, stages)
     if "--pipeline-model-parallel-layout" in flags:
-        layout = flags["--pipeline-model-parallel-layout"][0]
+        layout = flags["--pipeline-model-parallel-layout"][0].replace("\\", "")  # escaped for a shell
+        flags["--pipeline-model-parallel-layout"] = [layout]
         expanded = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), layout)
         expanded = re.sub(r"(\w)\*(\d+)", lambda m: m[1] * int(m[2]), expanded)
         layers = expanded.count("t")
@@ -286,8 +294,11 @@ def _scale_layers(flags: Flags, stages: int) -> None:
     for name in ("--encoder-num-layers", "--decoder-num-layers"):
         flags.pop(name, None)
     flags["--num-layers"] = [str(layers)]
-    if "--linear-attention-freq" in flags:
-        flags["--linear-attention-freq"] = ["2"]
+    for name in ("--linear-attention-freq", "--no-rope-freq"):
+        if name in flags:
+            flags[name] = ["2"]
+    if "--microbatch-group-size-per-virtual-pipeline-stage" in flags:
+        flags["--microbatch-group-size-per-virtual-pipeline-stage"] = [str(stages)]
 
 
 def _short_pattern(pattern: str) -> str:

@@ -127,8 +127,8 @@ CUT_TOKENS = Condition(
     holds=_tokens_are_cut,
 )
 DROPPED_BY_RANK = Condition(
-    text="with moe_token_drop_policy position or moe_pad_expert_input_to_capacity, when the tokens of a micro-batch are "
-    "cut over ranks, by context or sequence parallelism",
+    text="with moe_token_drop_policy position or moe_pad_expert_input_to_capacity, when the tokens of a micro-batch "
+    "are cut over ranks, by context or sequence parallelism",
     holds=_drops_by_rank,
 )
 LOST_DOCUMENTS = Condition(

@@ -93,7 +93,10 @@ def test_merged_groups_hold_their_members_shards(name: str, cp_size: int, size: 
         (lambda layout, x: layout.shard(x, 0, -3), r"dimension -3 of a tensor of shape \(4, 8\): .*-2 to -1"),
         (lambda layout, x: layout.shard(x[0, 0], 0, 0), r"dimension 0 of .*\(\): it has none"),
         (lambda layout, x: layout.unshard([x, x], 2), "dimension 2 of a tensor"),
-        (lambda layout, x: layout.unshard([x, x[:1]], 1), r"shapes \(4, 8\), \(1, 8\): all ranks hold equally"),
+        (
+            lambda layout, x: layout.unshard([x, x[:1]], 1),
+            r"shapes \(4, 8\), \(1, 8\): all ranks hold equally",
+        ),
     ],
 )
 def test_ranks_and_dimensions_that_are_not_there_are_refused(

@@ -25,6 +25,23 @@ def test_a_bounded_cache_drops_what_was_not_used_for_longest() -> None:
     assert made == ["a", "b", "c", "b"]
 
 
+def test_a_bounded_cache_is_bounded_in_bytes() -> None:
+    from megatron_lightseq.megatron.bounded_cache import BoundedCache
+    from megatron_lightseq.megatron.multi_token import Successors
+
+    cache: BoundedCache[int, Any] = BoundedCache(8, max_bytes=100)
+    for words in (3, 4, 5):  # 12, 16 and 20 bytes
+        cache.get(words, lambda words=words: (torch.zeros(words), 1.0))  # type: ignore[misc]
+    assert (len(cache), cache.held_bytes) == (3, 48)
+    cache.get(16, lambda: torch.zeros(16))
+    assert (len(cache), cache.held_bytes) == (3, 100), "the first one made room"
+    cache.get(80, lambda: torch.zeros(80))
+    assert (len(cache), cache.held_bytes) == (1, 320), "the newest one stays"
+    plan = Successors.of(SequenceLayout.striped(2), 0, 8, torch.device("cpu"))
+    cache.get(0, lambda: plan)
+    assert (len(cache), cache.held_bytes) == (1, plan.sent.nbytes + plan.placed.nbytes)
+
+
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("kind", ["RotaryEmbedding", "YarnRotaryEmbedding"])
 def test_rotary_embeddings_keep_a_few_lengths(kind: str) -> None:
@@ -79,13 +96,19 @@ def test_layers_share_a_few_attentions() -> None:
     assert on_ranks(2, _attentions) == [(16, 1)] * 2
 
 
-def _resident_mib() -> float:
+def _resident_bytes() -> int:
+    """Of this process, without what its allocator keeps for later."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
+        return int(file.read().split()[1]) * 4096
 
 
-def _grows_by() -> float:
-    """Memory growth of a rank in MiB over many lengths, with forward and backward through RoPE and attention."""
+def _growth(steps: int) -> float:
+    """By how much of its size a rank grows over this many training steps, each with another length and mask."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -95,6 +118,8 @@ def _grows_by() -> float:
     torch.set_num_threads(1)
     model, layout = own_model("lightseq")
     rank = dist.get_rank()
+    lengths = range(68, 196, 4)
+    pairs = [(length, border) for border in range(1, 68) for length in lengths]
 
     def step(length: int, border: int) -> None:
         tokens = torch.arange(length)[None] % 61
@@ -104,21 +129,21 @@ def _grows_by() -> float:
             "tokens": tokens,
             "labels": tokens,
             "position_ids": torch.arange(length)[None],
+            "attention_mask": hidden[None, None],
         }
-        whole["attention_mask"] = hidden[None, None]
         shard = shard_batch(whole, layout, rank)
         loss = model(shard["tokens"], shard["position_ids"], shard["attention_mask"], labels=shard["labels"])
         loss.sum().backward()
 
-    for number in range(100):
-        step(256 + 4 * (number % 64), 1 + number)
-    before = _resident_mib()
-    for number in range(300):
-        step(256 + 4 * (number * 7 % 64), 1 + number % 255)
+    for length, border in pairs[:120]:
+        step(length, border)
+    before = _resident_bytes()
+    for length, border in pairs[120 : 120 + steps]:
+        step(length, border)
+    after = _resident_bytes()
     parallel_state.destroy_model_parallel()
-    return _resident_mib() - before
+    return (after - before) / before
 
 
 def test_training_steps_of_many_lengths_and_masks_do_not_grow() -> None:
-    for grown in on_ranks(2, _grows_by):
-        assert grown < 8, f"{grown:.1f} MiB"
+    assert max(on_ranks(2, _growth, MANY)) <= 0.01

@@ -152,7 +152,7 @@ Step = tuple[float, float]
 def _steps(
     layout: dict[str, Any], cases: tuple[Case, ...], habit: Callable[[], Any] | None = None
 ) -> list[Step]:
-    """One step of a new model for each case, in the same process groups; ``habit`` brings a fault back."""
+    """One step of a new model for each case, in the same process groups; ``habit`` reintroduces a fault."""
     from megatron.core import parallel_state
 
     from megatron_lightseq.megatron.cpu import platform as cpu_platform
@@ -456,7 +456,7 @@ def _refuses_unknown_routers() -> bool:
         def sinkhorn_load_balancing(self, logits: torch.Tensor) -> Any:
             return logits
 
-    with pytest.raises(UnsupportedError, match="a router without Megatron-Core's sinkhorn: .*0.16.1"):
+    with pytest.raises(UnsupportedError, match=r"a router without Megatron-Core's sinkhorn: .*0.16.1"):
         route_whole_micro_batches(Router())
     return True
 

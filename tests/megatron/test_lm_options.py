@@ -187,6 +187,7 @@ CUT = {
     "context_parallel_size": 2,
     "tensor_model_parallel_size": 2,
     "micro_batch_size": 2,
+    "moe_token_drop_policy": "position",
     "mlp_tile_tokens": 8,
     "loss_tile_tokens": 8,
 }

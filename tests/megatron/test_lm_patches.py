@@ -233,7 +233,6 @@ def test_dropping_tokens_by_rank_is_refused_where_tokens_are_cut(
     words = ("--attention-dropout", "0", "--moe-expert-capacity-factor", "1.0")
     by_position = ("--moe-token-drop-policy", "position")
     parsed(patches, monkeypatch, *words, *cut)
-    parsed(patches, monkeypatch, *words, *by_position)
     expected = (
         r"--moe-expert-capacity-factor 1.0 with --moe-token-drop-policy position .*over ranks.*: each rank would "
         r"count.*Use --moe-token-drop-policy probs without --moe-pad-expert-input-to-capacity"

@@ -231,6 +231,9 @@ class CpuCuda(ModuleType):
 class _CpuStream:
     """A stream, and its event, on a device that runs everything synchronously."""
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """As CUDA's: a device, a priority."""
+
     def wait_stream(self, _: Any) -> None:
         """Nothing is ever pending."""
 

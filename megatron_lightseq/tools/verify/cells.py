@@ -53,6 +53,10 @@ class Cell:
     model: Values = field(default_factory=dict)
     """Changes to :data:`SMALL` in the model itself, also made in the reference."""
     tolerance: Tolerance = field(default_factory=Tolerance)
+    dense_mask: bool = False
+    """Whether the model, and the reference, is given a dense attention mask that keeps two documents apart."""
+    evaluated_first: bool = False
+    """Whether the model is evaluated before it is trained, in inference mode."""
 
 
 def _cp(size: int, method: str, **more: Any) -> dict[str, Any]:
@@ -60,14 +64,24 @@ def _cp(size: int, method: str, **more: Any) -> dict[str, Any]:
 
 
 def _cell(
-    name: str, values: Values, model: Values | None = None, data: int = 1, tolerance: Tolerance | None = None
+    name: str,
+    values: Values,
+    model: Values | None = None,
+    data: int = 1,
+    tolerance: Tolerance | None = None,
+    **more: bool,
 ) -> Cell:
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     world_size = data
     for size in sizes:
         world_size *= values.get(size, 1)
     return Cell(
-        name=name, world_size=world_size, values=values, model=model or {}, tolerance=tolerance or Tolerance()
+        name=name,
+        world_size=world_size,
+        values=values,
+        model=model or {},
+        tolerance=tolerance or Tolerance(),
+        **more,
     )
 
 
@@ -105,6 +119,8 @@ _EXPERTS = {
 }
 _ALL_EXPERTS = {**_EXPERTS, "moe_router_topk": 4}
 _ONE_OF_FOUR = {**_EXPERTS, "moe_router_load_balancing_type": "seq_aux_loss", "moe_router_topk": 1}
+_BY_SEQUENCE = {**_EXPERTS, "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.5}
+_TWO_SEQUENCES = {"micro_batch_size": 2}
 _SHARED_EXPERT = {**_EXPERTS, "moe_shared_expert_intermediate_size": 32}
 _EP2 = {"expert_model_parallel_size": 2}
 _EP4 = {"expert_model_parallel_size": 4}
@@ -198,6 +214,11 @@ CELLS: tuple[Cell, ...] = (
         _cp(2, "lightseq"),
         {**_EXPERTS, **_MEAN_PER_BATCH},
     ),
+    _cell(
+        "experts, loss by sequence, micro-batches of 2, cp2 lightseq",
+        {**_TWO_SEQUENCES, **_cp(2, "lightseq")},
+        _BY_SEQUENCE,
+    ),
     _cell("shared expert tp2 sp ep2 cp2 lightseq", {**_TP2_SP, **_EP2, **_cp(2, "lightseq")}, _SHARED_EXPERT),
     *(_cell(f"latent cp2 {method}", _cp(2, method), LATENT) for method in _METHODS),
     _cell("latent cp3 lightseq", _cp(3, "lightseq"), LATENT),
@@ -221,6 +242,19 @@ CELLS: tuple[Cell, ...] = (
         data=2,
     ),
     _cell("multi-token latent experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, _EVERYTHING),
+    *(
+        _cell(f"documents by a dense mask, cp2 {method}", _cp(2, method), dense_mask=True)
+        for method in ("lightseq", "balanced", "ulysses")
+    ),
+    _cell("documents by a dense mask, cp4 zigzag", _cp(4, "zigzag"), dense_mask=True),
+    _cell("documents by a dense mask, tp2 sp cp2 ring", {**_TP2_SP, **_cp(2, "ring")}, dense_mask=True),
+    *(
+        _cell(f"evaluated first, cp2 {method}", _cp(2, method), evaluated_first=True)
+        for method in ("lightseq", "usp", "rsa")
+    ),
+    _cell(
+        "evaluated first, experts ep2 cp2 ring", {**_EP2, **_cp(2, "ring")}, _EXPERTS, evaluated_first=True
+    ),
     _cell("bf16 cp2 lightseq", _cp(2, "lightseq"), {"bf16": True}, tolerance=BF16),
     _cell("bf16 cp2 ulysses", _cp(2, "ulysses"), {"bf16": True}, tolerance=BF16),
     _cell("bf16 latent cp2 zigzag", _cp(2, "zigzag"), {"bf16": True, **LATENT}, tolerance=BF16),

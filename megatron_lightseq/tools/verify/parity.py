@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.megatron.batch import shard_batch
 from megatron_lightseq.tools.verify.cells import SMALL, Cell, Tolerance, Values
 from megatron_lightseq.tools.verify.gradients import Gradients, Piece, assemble, pieces_of
 from megatron_lightseq.training.setup import Training, build_training
-from megatron_lightseq.training.step import train_step
+from megatron_lightseq.training.step import evaluate, train_step
+from megatron_lightseq.transport.group import rank_in
 
 VOCAB_SIZE = 61
 
@@ -70,14 +72,26 @@ def exact_values(cell: Cell) -> dict[str, Any]:
     return {**reference_values(cell), "bf16": False}
 
 
-def run_step(config: PretrainConfig) -> TrainedStep | None:
-    """Build the model, train one step and collect the gradients on rank 0; None on other ranks. Collective."""
+def run_step(
+    config: PretrainConfig, *, dense_mask: bool = False, evaluated_first: bool = False
+) -> TrainedStep | None:
+    """Build the model, train one step and collect the gradients on rank 0; None on other ranks. Collective.
+
+    Args:
+        config: of the model and of how it is run.
+        dense_mask, evaluated_first: as in :class:`Cell`.
+    """
     from megatron.core import parallel_state
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron warns about fields that have their default values
         try:
             training = build_training(config, vocab_size=VOCAB_SIZE)
+            if dense_mask:
+                _give_dense_masks(training)
+            if evaluated_first:
+                with torch.inference_mode():
+                    evaluate(training, [batches(training) for _ in training.chunks], 1)
             result = train_step(training, [batches(training) for _ in training.chunks])
             pieces = pieces_of(training)
         finally:
@@ -93,6 +107,23 @@ def run_step(config: PretrainConfig) -> TrainedStep | None:
         grad_norm=result.grad_norm,
         gradients=assemble([piece for rank_pieces in gathered for piece in rank_pieces]),
     )
+
+
+def _give_dense_masks(training: Training) -> None:
+    """Give every model the mask that a data loader would: True hides a key; documents end at a third of a sequence."""
+    settings = training.config.training
+    border = settings.seq_length // 3
+    hidden = torch.ones(settings.seq_length, settings.seq_length, dtype=torch.bool).triu(1)
+    hidden[border:, :border] = True
+    whole = {"attention_mask": hidden[None, None].to(training.device)}
+    mask = shard_batch(whole, training.layout, rank_in(training.groups.cp))["attention_mask"]
+
+    def give(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tokens, positions, _ = args
+        return (tokens, positions, mask), kwargs
+
+    for model in training.models:
+        model.register_forward_pre_hook(give, with_kwargs=True)
 
 
 def batches(training: Training) -> Iterator[dict[str, torch.Tensor]]:

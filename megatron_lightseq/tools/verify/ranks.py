@@ -76,7 +76,7 @@ class Verification:
             begins = self.store.get(f"cell {index}").decode() == _BEGIN
             if begins and self.rank < cell.world_size:
                 try:
-                    self._train(f"cell {index}", cell.world_size, {**cell.model, **cell.values})
+                    self._train_cell(index, cell)
                 except Exception as error:  # noqa: BLE001 - reported to rank 0; the next cell follows
                     self.store.set(f"error {index} {self.rank}", f"rank {self.rank}: {_first_line(error)}")
 
@@ -88,7 +88,7 @@ class Verification:
             try:
                 reference, tolerance = self._reference(cell)
                 self.store.set(f"cell {index}", _BEGIN)
-                outcome = self._train(f"cell {index}", cell.world_size, {**cell.model, **cell.values})
+                outcome = self._train_cell(index, cell)
                 assert outcome is not None, "rank 0 collects"
                 verdict = compare(outcome, reference, tolerance)
             except Exception as failure:  # noqa: BLE001 - reported as a cell that failed
@@ -100,22 +100,26 @@ class Verification:
 
     def _reference(self, cell: Cell) -> tuple[TrainedStep, Tolerance]:
         """The reference of a cell, and the allowed differences from it."""
-        reference = self._alone(reference_values(cell))
+        reference = self._alone(reference_values(cell), cell.dense_mask)
         if not cell.model.get("bf16"):
             return reference, cell.tolerance
-        exact = self._alone(exact_values(cell))
+        exact = self._alone(exact_values(cell), cell.dense_mask)
         return exact, budget(reference, exact, cell.tolerance)
 
-    def _alone(self, values: Values) -> TrainedStep:
+    def _alone(self, values: Values, dense_mask: bool) -> TrainedStep:
         """A single process with these values; trained once and remembered."""
-        key = repr(sorted(values.items()))
+        key = repr((dense_mask, sorted(values.items())))
         if key not in self._references:
-            outcome = self._train(f"reference {key}", 1, values)
+            outcome = self._train(f"reference {key}", 1, values, dense_mask=dense_mask)
             assert outcome is not None, "rank 0 collects"
             self._references[key] = outcome
         return self._references[key]
 
-    def _train(self, name: str, world_size: int, values: Values) -> TrainedStep | None:
+    def _train_cell(self, index: int, cell: Cell) -> TrainedStep | None:
+        more = {"dense_mask": cell.dense_mask, "evaluated_first": cell.evaluated_first}
+        return self._train(f"cell {index}", cell.world_size, {**cell.model, **cell.values}, **more)
+
+    def _train(self, name: str, world_size: int, values: Values, **more: bool) -> TrainedStep | None:
         config = configure(values, self.extra)
         store = dist.PrefixStore(name, self.store)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -123,7 +127,7 @@ class Verification:
             backend, store=store, rank=self.rank, world_size=world_size, timeout=CELL_TIMEOUT
         )
         try:
-            return run_step(config)
+            return run_step(config, **more)
         finally:
             dist.destroy_process_group()
 
