@@ -1,4 +1,4 @@
-"""Experts train the same way on any number of ranks; with Megatron's own routers and weights they would not."""
+"""Experts train the same on any number of ranks. With Megatron's own routers and weights they would not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ APART = {"expert_model_parallel_size": 2, "context_parallel_size": 2}
 
 
 def megatrons_router() -> Callable[[], None]:
-    """Each rank multiplies its part of the load balancing loss by its own tokens."""
+    """Megatron's behaviour: each rank scales its load balancing loss by its local number of tokens."""
     from megatron_lightseq.megatron.fixes import apply
 
     ours = apply.weigh_auxiliary_losses
@@ -28,7 +28,7 @@ def megatrons_router() -> Callable[[], None]:
 
 
 def local_numbers() -> Callable[[], None]:
-    """Experts are drawn by their number on the rank."""
+    """Experts are initialised by their local index on the rank."""
     from megatron.core.transformer.moe.experts import SequentialMLP
 
     from megatron_lightseq.megatron.fixes import experts
@@ -56,13 +56,13 @@ def test_experts_train_like_one_rank_and_with_megatrons_habits_they_would_not() 
 def test_the_load_balancing_loss_counts() -> None:
     weighed, free = (on_ranks(1, train, {**EXPERTS, "moe_aux_loss_coeff": w})[0] for w in (0.5, 0.0))
     assert weighed.grad_norms[0] != pytest.approx(free.grad_norms[0], rel=1e-3)
-    assert weighed.losses[0] == pytest.approx(free.losses[0], rel=1e-6), "it is no part of what is reported"
+    assert weighed.losses[0] == pytest.approx(free.losses[0], rel=1e-6), "it is not in the reported loss"
     assert free.load_balancing_losses == [None] * 3
 
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
 def test_the_load_balancing_loss_that_is_reported_is_1_where_experts_are_balanced(kind: str) -> None:
-    """All tokens take all experts; one layer is multi-token prediction's."""
+    """All tokens are routed to all experts. One layer belongs to multi-token prediction."""
     all_experts = {"moe_router_topk": 4, "moe_router_load_balancing_type": kind, "mtp_num_layers": 1}
     for run in on_ranks(2, train, {**EXPERTS, **all_experts, "pipeline_model_parallel_size": 2}):
         assert run.load_balancing_losses == pytest.approx([1.0] * 3, rel=1e-5)
@@ -236,7 +236,7 @@ def _same_sequences(term: str, layout: str, per_token: bool) -> bool:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_auxiliary_term_weighs_the_same_on_any_number_of_ranks(layout: str) -> None:
-    """With equal sequences where a term depends on what a micro-batch holds, else with different ones."""
+    """Uses equal sequences if a term depends on the contents of a micro-batch, otherwise different ones."""
     size, settings = LAYOUTS[layout]
     cases = tuple(
         Case(term, per_token, _same_sequences(term, layout, per_token))
@@ -266,7 +266,7 @@ def test_with_megatrons_own_weights_they_would_not(term: str, size: int, layout:
 
 
 def _padded(kind: str, per_token: bool, size: int) -> torch.Tensor:
-    """The gradient that an auxiliary term alone gives a router, where most of the second half is padding."""
+    """The router gradient of an auxiliary term alone, with mostly padding in the second half of the sequence."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -326,11 +326,11 @@ def test_padding_counts_on_no_rank(kind: str, per_token: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-# --- in programs of one's own ---------------------------------------------------------------------------------------
+# --- in other programs ----------------------------------------------------------------------------------------------
 
 
 class Ranks:
-    """A process group as far as its size goes."""
+    """A fake process group that only has a size."""
 
     def size(self) -> int:
         return 3
