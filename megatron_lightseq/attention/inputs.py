@@ -6,13 +6,13 @@ queries and keys, Dv = head dim of values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import TensorShape
 
@@ -38,6 +38,7 @@ class Inputs:
 
         Raises:
             ConfigError: shapes, dtypes or devices do not fit together.
+            UnsupportedError: distributed, nested, sparse or meta tensors.
         """
         _check_inputs(q, k, v)
         return Inputs(tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device)
@@ -88,6 +89,15 @@ def masks_of(given: MaskArgument, batch: int) -> Masks:
     """
     if isinstance(given, Mask):
         return given
+    if isinstance(given, Tensor) or not isinstance(given, Iterable):
+        shape = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else ""
+        raise ConfigError(
+            explain(
+                got=f"mask= a {type(given).__name__}{shape}",
+                rule="it is a Mask, or one Mask for each row of the batch",
+                remedy="Read a dense boolean mask with megatron_lightseq.kernels.dense_mask.mask_from_dense",
+            )
+        )
     masks = tuple(given)
     if len(masks) != batch or not all(isinstance(mask, Mask) for mask in masks):
         raise ConfigError(
@@ -134,7 +144,32 @@ _RULES: tuple[tuple[str, Callable[[Tensor, Tensor, Tensor], bool]], ...] = (
 )
 
 
+def _check_kind(name: str, x: Tensor) -> None:
+    """Raise :class:`UnsupportedError` unless ``x`` is an ordinary tensor, with its values in memory on this rank."""
+    if hasattr(x, "device_mesh"):
+        kind, remedy = "a DTensor", f"Give this rank's shard, {name}.to_local()"
+    elif x.is_nested:
+        kind, remedy = (
+            "a nested tensor",
+            "Pack the sequences into one tensor, and give mask=Mask.documents(...)",
+        )
+    elif x.layout != torch.strided:
+        kind, remedy = f"a tensor of layout {x.layout}", f"Give {name}.to_dense()"
+    elif x.is_meta:
+        kind, remedy = (
+            "a meta tensor, which has no values",
+            "Materialise the model before its first forward pass",
+        )
+    else:
+        return
+    raise UnsupportedError(
+        explain(got=f"{name}: {kind}", rule="kernels read ordinary tensors of this rank", remedy=remedy)
+    )
+
+
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_kind(name, x)
     for rule, holds in _RULES:
         if not holds(q, k, v):
             shown = ", ".join(

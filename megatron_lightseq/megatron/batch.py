@@ -70,6 +70,7 @@ def shard_batch(
                 remedy="Give every rank the whole sequences, and every entry in full",
             )
         )
+    _check_rows(batch)
     shards: dict[str, torch.Tensor | None] = {}
     for name, tensor in batch.items():
         if tensor is None:
@@ -79,6 +80,26 @@ def shard_batch(
         setattr(shard, _LAYOUT_ATTRIBUTE, layout)
         shards[name] = shard
     return shards
+
+
+def _check_rows(batch: Mapping[str, torch.Tensor | None]) -> None:
+    """Raise :class:`ConfigError` if entries hold different numbers of sequences; masks and positions may hold one."""
+    rows: dict[str, int] = {}
+    for name, tensor in batch.items():
+        if tensor is None:
+            continue
+        count = tensor.shape[0] if name == MASK_ENTRY else tensor.shape[-2]
+        if count > 1 or name not in (MASK_ENTRY, "position_ids"):
+            rows[name] = count
+    if len(set(rows.values())) > 1:
+        raise ConfigError(
+            explain(
+                got=f"a batch with {', '.join(f'{name} of {count} sequences' for name, count in rows.items())}",
+                rule=f"all entries hold the same B sequences; {MASK_ENTRY} is (B, seq_length) or "
+                "(B or 1, 1, seq_length, seq_length)",
+                remedy="Give every entry of the batch in full, and a dense mask with its 4 dimensions",
+            )
+        )
 
 
 def _sequence_dim(name: str, tensor: torch.Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 import megatron_lightseq as mls
 from megatron_lightseq.attention import DistAttention
 from megatron_lightseq.attention.distributed import MAX_SCALES
-from megatron_lightseq.errors import ConfigError
+from megatron_lightseq.errors import ConfigError, UnsupportedError
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.transport import run_loopback
@@ -172,3 +173,33 @@ def test_padding_does_not_reach_the_document(method: str, layout_name: str, valu
         results.append([layout.unshard(list(shards), 0)[:REAL] for shards in zip(*parts, strict=True)])
     for name, got, want in zip(oracle.NAMES, results[1], results[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_tensors_that_kernels_cannot_read_are_refused(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    x = torch.randn(8, 1, 2, 4)
+    kinds: dict[str, Any] = {
+        "a nested tensor.*Mask.documents": torch.nested.nested_tensor([x[:, 0], x[:4, 0]]),
+        r"a tensor of layout torch.sparse_coo.*\.to_dense\(\)": x.to_sparse(),
+        "a meta tensor, which has no values": x.to("meta"),
+    }
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        kinds[r"a DTensor.*\.to_local\(\)"] = DTensor.from_local(x, mesh, [Replicate()])
+        for message, other in kinds.items():
+            with pytest.raises(UnsupportedError, match=f"q: {message}"):
+                mls.dist_attention(other, x, x)
+            with pytest.raises(UnsupportedError, match=f"v: {message}"):
+                mls.dist_attention(x, x, other)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(8, 8, dtype=torch.bool), 3])
+def test_a_mask_that_is_none_is_refused(mask: Any) -> None:
+    x = torch.randn(8, 1, 2, 4)
+    with pytest.raises(ConfigError, match=r"mask= a (Tensor of shape \(8, 8\)|int): .*mask_from_dense"):
+        mls.dist_attention(x, x, x, mask=mask)

@@ -100,6 +100,11 @@ def test_unknown_entries_and_lengths_are_refused() -> None:
         shard_batch({"cu_seqlens": torch.zeros(3)}, SequenceLayout.contiguous(2), 0)
     with pytest.raises(LayoutError, match=r"tokens of 16 tokens, labels of 8 tokens, .*same sequences"):
         shard_batch({**whole_batch(), "labels": torch.zeros(2, 8)}, SequenceLayout.contiguous(2), 0)
+    square = torch.zeros(16, 16)
+    with pytest.raises(
+        ConfigError, match=r"tokens of 2 sequences, .*attention_mask of 16 sequences: .* same B"
+    ):
+        shard_batch({**whole_batch(), "attention_mask": square}, SequenceLayout.contiguous(2), 0)
     with pytest.raises(LayoutError, match=r"seq_length 16 over cp_size 3: .*multiple of"):
         shard_batch(whole_batch(), SequenceLayout.contiguous(3), 0)
 
