@@ -46,7 +46,14 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
 CONTENTS = {
-    "Use": ("getting-started", "configuration", "checkpoints-and-faults", "megatron-lm", "megatron-options"),
+    "Use": (
+        "getting-started",
+        "configuration",
+        "checkpoints-and-faults",
+        "hugging-face-weights",
+        "megatron-lm",
+        "megatron-options",
+    ),
     "Understand": ("tour", "architecture", "algorithms", "glossary"),
     "Measured": ("performance",),
     "Reference": tuple(

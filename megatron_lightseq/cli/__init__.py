@@ -40,6 +40,10 @@ COMMANDS = {
         "megatron_lightseq.cli.pretrain", "train a GPT model; start it with torchrun to use several ranks"
     ),
     "prepare-data": Command("megatron_lightseq.cli.prepare_data", "turn text into a corpus of tokens"),
+    "import-hf": Command(
+        "megatron_lightseq.cli.import_hf", "turn a Hugging Face model into a checkpoint and a recipe"
+    ),
+    "export-hf": Command("megatron_lightseq.cli.export_hf", "turn a checkpoint into a Hugging Face model"),
     "schedule": Command("megatron_lightseq.cli.schedule", "print or draw which rank computes what, and when"),
     "compare": Command(
         "megatron_lightseq.cli.compare", "train with several systems and compare speed, memory and traffic"

@@ -20,16 +20,16 @@ class Mask:
 
     Build one with :meth:`causal`, :meth:`full`, :meth:`window`, :meth:`documents`, :meth:`padded`, :meth:`prefix`,
     :meth:`chunked`, :meth:`sinks`, :meth:`global_tokens`, :meth:`shared_question` or :meth:`runs`. ``a & b`` allows
-    what both allow, ``a | b`` what either allows. Masks that allow the same pairs are equal, regardless of how
-    they were made. ``str()`` gives a text form that :meth:`parse` reads back.
+    what both allow, ``a | b`` what either allows. Masks that allow the same pairs are equal, however they were
+    made. ``str()`` gives a text form that :meth:`parse` reads back.
     """
 
     terms: Terms
     """The keys of a query: its interval in each term. Intervals of one query never touch."""
     length: int | None = None
-    """Tokens of the sequence that the mask is made for; None if it fits any."""
+    """Tokens of the sequence that the mask is made for; None where it fits any."""
     chunk: int | None = None
-    """If set, the mask is also cut at every multiple of this. Only without a length, with one window as term."""
+    """Also cut at every multiple of this position. Only without a length, and with a window as the one term."""
     _hash: int = field(default=0, init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
@@ -42,7 +42,7 @@ class Mask:
 
     @staticmethod
     def causal() -> Mask:
-        """A query sees its own position and all earlier ones."""
+        """A query sees its own position and all before."""
         return Mask.window(None, 0)
 
     @staticmethod
@@ -65,7 +65,7 @@ class Mask:
 
         Args:
             cu_seqlens: borders ``(0, n_1, n_1 + n_2, ..., seq_length)``, as in flash-attention's varlen calls.
-            causal: whether, within a document, a query sees only itself and earlier tokens.
+            causal: whether, within a document, a query sees only itself and what comes before.
 
         Raises:
             ConfigError: the borders do not start at 0, or decrease.
@@ -106,8 +106,7 @@ class Mask:
     def chunked(size: int, causal: bool = True) -> Mask:
         """A query sees the keys of its own chunk, where chunks are cut at every multiple of ``size`` (Llama 4).
 
-        To use it within packed documents, combine both with ``&``; chunks are still counted from the start of the
-        sequence.
+        Within packed documents, ``&`` with them: chunks are still counted from the start of the sequence.
 
         Raises:
             ConfigError: the size is not positive.
@@ -150,10 +149,10 @@ class Mask:
         """One interval of keys for every query, in runs of queries.
 
         Args:
-            runs: ``(first query, start, stop)``, the first one from query 0: queries up to the next run see the
-                keys ``[start, stop)``. A :class:`Line` may move with the query: ``Line(-3, moving=True)`` is
-                three keys back. A stop of None is the end of the sequence.
-            length: tokens of the sequence, if the mask is for one length only.
+            runs: ``(first query, start, stop)``, the first one from query 0: up to the next run, queries see the
+                keys ``[start, stop)``. A :class:`Line` moves along: ``Line(-3, moving=True)`` is three keys back.
+                No stop is the end of the sequence.
+            length: tokens of the sequence, where the mask is for one length only.
 
         Raises:
             ConfigError: the runs do not start at query 0, or are not in order.
@@ -163,7 +162,7 @@ class Mask:
 
     @staticmethod
     def of_rows(masks: Sequence[Mask], seq_length: int) -> Mask:
-        """One mask over the concatenated rows of a batch, from one mask per row. Rows do not see each other.
+        """The masks of the rows of a batch as one, over the rows one after the other: no row sees another.
 
         Args:
             masks: one for each row.
@@ -184,7 +183,7 @@ class Mask:
 
         Raises:
             ConfigError: the masks are for sequences of different lengths.
-            UnsupportedError: chunks without a sequence length are combined with anything but windows and multiples.
+            UnsupportedError: chunks without a sequence length meet something else than a window or a multiple.
         """
         length = _common_length(self, other)
         if length is None and (self.chunk or other.chunk):
@@ -203,7 +202,7 @@ class Mask:
 
         Raises:
             ConfigError: the masks are for sequences of different lengths.
-            UnsupportedError: chunks without a sequence length are combined with anything but the same chunks.
+            UnsupportedError: chunks without a sequence length meet anything but the same chunks.
         """
         if self == other:
             return self
@@ -214,7 +213,7 @@ class Mask:
         return Mask(either(self._terms_within(length), other._terms_within(length), end), length)
 
     def _terms_within(self, length: int | None) -> Terms:
-        """The terms, clipped to a sequence of ``length`` tokens."""
+        """The terms, cut to a sequence of ``length`` tokens."""
         if length is None or length == self.length:
             return self.terms
         return both(self.terms_over(length), (whole(length),), length)
@@ -223,17 +222,17 @@ class Mask:
 
     @property
     def window_size(self) -> tuple[int | None, int | None] | None:
-        """``(left, right)`` of a mask that is only a window; None for any other."""
+        """``(left, right)`` of a mask that is a window and nothing else; None for any other."""
         return None if self.chunk is not None else _any_window(self)
 
     @property
     def cu_seqlens(self) -> tuple[int, ...] | None:
-        """Borders of a mask that is packed documents, with or without a window in them; None for any other."""
+        """Borders of a mask that is packed documents, maybe with a window in them; None for any other."""
         packing = None if self.length is None else self.packing(self.length)
         return None if packing is None else packing[0]
 
     def packing(self, seq_length: int) -> tuple[tuple[int, ...], tuple[int | None, int | None]] | None:
-        """Borders of documents and the window in each, if the mask is nothing else; None for any other mask.
+        """Borders of documents, and the window in each, of a mask that is nothing else; None for any other.
 
         A mask that is only a window has one document of ``seq_length`` tokens.
         """
@@ -254,11 +253,11 @@ class Mask:
         )
 
     def terms_over(self, seq_length: int) -> Terms:
-        """Terms that are valid for the first ``seq_length`` positions: the mask's own, or terms made for its chunks."""
+        """Terms that hold for the first ``seq_length`` positions: the mask's own, or made for its chunks."""
         if self.chunk is None:
             return self.terms
         number = -(-seq_length // self.chunk)
-        return _chunk_terms(self, 1 << number.bit_length())  # powers of two, so that few variants are cached
+        return _chunk_terms(self, 1 << number.bit_length())  # powers of two: few different ones are kept
 
     def keys_of(self, query: int) -> tuple[range, ...]:
         """The keys that the query at this position sees."""
@@ -316,7 +315,7 @@ class Mask:
         ``window(511,0)|causal&sinks(4)``; ``&`` binds tighter than ``|``.
 
         Raises:
-            ConfigError: a part of the text is not a mask.
+            ConfigError: a part of the text is no mask.
         """
         masks = [reduce(Mask.__and__, map(_meaning, parts)) for parts in text.alternatives(written)]
         return reduce(Mask.__or__, masks)
@@ -378,12 +377,12 @@ def _common_length(a: Mask, b: Mask) -> int | None:
 
 
 def _any_window(mask: Mask) -> recognise.Window | None:
-    """The window of a mask that is only a window, possibly within chunks; None for any other."""
+    """The window of a mask that is nothing else, or nothing else within its chunks."""
     return recognise.window_of(mask.terms[0]) if mask.length is None and len(mask.terms) == 1 else None
 
 
 def _chunked(size: int, left: int | None, right: int | None) -> Mask:
-    """Chunks with a window in them. A side that is longer than the chunks is dropped."""
+    """Chunks with a window in them. A bound that no chunk is long enough for is left out."""
     if size == 1:
         return Mask.window(0, 0)
     left, right = (None if side is None or side >= size - 1 else side for side in (left, right))
@@ -400,7 +399,7 @@ def _chunk_terms(mask: Mask, number: int) -> Terms:
 
 
 def _chunks_and(a: Mask, b: Mask) -> Mask:
-    """``a & b`` for any sequence length, if one or both of them have chunks."""
+    """``a & b`` for any sequence length, where one of them has chunks, or both have."""
     windows = _any_window(a), _any_window(b)
     sizes = sorted(mask.chunk for mask in (a, b) if mask.chunk is not None)
     if not a.terms or not b.terms:
@@ -414,7 +413,7 @@ def _chunks_and(a: Mask, b: Mask) -> Mask:
 
 
 def _chunks_or(a: Mask, b: Mask) -> Mask:
-    """``a | b`` for any sequence length, if one or both of them have chunks."""
+    """``a | b`` for any sequence length, where one of them has chunks, or both have."""
     if not a.terms or not b.terms:
         return a if a.terms else b
     joined = either(a.terms, b.terms, FAR)

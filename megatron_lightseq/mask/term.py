@@ -1,6 +1,6 @@
-"""Terms: one interval of keys for every query, and their intersections and unions.
+"""Terms: one interval of keys for every query; and what "and" and "or" make of them.
 
-A mask is a tuple of terms. Term j holds interval number j of every query, counted from the left. Intervals of one
+A mask is a tuple of terms. Term j holds the interval number j of every query, counted from the left; intervals of one
 query never touch. So there is exactly one tuple of terms for a set of allowed (query, key) pairs, and two masks are
 equal if and only if their terms are.
 """
@@ -15,7 +15,7 @@ from megatron_lightseq.mask.edge import FAR, NOTHING, Edge, Line, edge_of
 
 
 class Run(NamedTuple):
-    """Queries ``[first, end)``, and the start and stop of their keys."""
+    """Queries ``[first, end)`` and where their keys start and stop."""
 
     first: int
     end: int
@@ -33,7 +33,7 @@ class Term:
     def area(self, queries: range, keys: range) -> int:
         """How many (query, key) pairs of a tile are allowed."""
         if self.start.bounds(queries)[0] > keys[-1] or self.stop.bounds(queries)[1] <= keys[0]:
-            return 0  # a shortcut for the many empty tiles of packed documents
+            return 0  # also what many tiles of packed documents are
         return self.stop.count(queries, keys) - self.start.count(queries, keys)
 
     def runs(self, end: int) -> Iterator[Run]:
@@ -60,17 +60,17 @@ def whole(end: int) -> Term:
 
 
 def both(a: Terms, b: Terms, end: int) -> Terms:
-    """The intersection of ``a`` and ``b`` for the queries ``[0, end)``."""
+    """What ``a`` and ``b`` both allow to the queries ``[0, end)``."""
     return _combine(a, b, end, _intersection)
 
 
 def either(a: Terms, b: Terms, end: int) -> Terms:
-    """The union of ``a`` and ``b`` for the queries ``[0, end)``."""
+    """What ``a`` or ``b`` allows to the queries ``[0, end)``."""
     return _combine(a, b, end, _union)
 
 
 def stacked(rows: Sequence[Terms], length: int) -> Terms:
-    """The terms of concatenated sequences of ``length`` tokens each, from the terms of each sequence."""
+    """Sequences of ``length`` tokens one after the other, each with terms of its own that end there."""
     number = max(map(len, rows))
     starts: list[list[tuple[int, int, bool]]] = [[] for _ in range(number)]
     stops: list[list[tuple[int, int, bool]]] = [[] for _ in range(number)]
@@ -85,7 +85,7 @@ def stacked(rows: Sequence[Terms], length: int) -> Terms:
 
 
 def _shifted(edge: Edge, by: int, length: int) -> Iterator[tuple[int, int, bool]]:
-    """The pieces of the queries ``[0, length)`` and their keys, both shifted by ``by`` tokens."""
+    """The pieces of the queries ``[0, length)`` and their keys, both ``by`` tokens further on."""
     for end, offset, moving in zip((*edge.firsts[1:], length), edge.offsets, edge.moving, strict=True):
         fixed = moving or offset == NOTHING
         yield end + by, offset if fixed else offset + by, moving
@@ -103,7 +103,7 @@ class _Block(NamedTuple):
 
 
 class _Interval(NamedTuple):
-    """Keys ``[start, stop)`` of a block's first query, and the lines that bound them for all its queries."""
+    """Keys ``[start, stop)`` of a block's first query, and the lines on which they lie for all its queries."""
 
     start: int
     stop: int
@@ -137,7 +137,7 @@ def _uncrossed(block: _Block) -> Iterator[_Block]:
 def _combine(
     a: Terms, b: Terms, end: int, operation: Callable[[list[_Interval], list[_Interval]], list[_Interval]]
 ) -> Terms:
-    """The terms that ``operation`` gives for the intervals of ``a`` and of ``b``, block by block."""
+    """The terms of ``operation``, which is given the intervals of ``a`` and of ``b`` for block after block."""
     edges = [edge for term in (*a, *b) for edge in (term.start, term.stop)]
     if not edges:
         return ()
@@ -187,10 +187,10 @@ def _union(a: list[_Interval], b: list[_Interval]) -> list[_Interval]:
 
 
 def narrowed(term: Term, left: int | None, right: int | None, end: int) -> Term | None:
-    """The intersection of ``term`` and a window, ``left`` keys back and ``right`` ahead, for the queries ``[0, end)``.
+    """What ``term`` allows within a window of ``left`` keys back and ``right`` ahead, to the queries ``[0, end)``.
 
-    Equal to :func:`both` with that window, in a tenth of the time. None if some query does not see itself, because its
-    keys may then be outside the window.
+    Equal to :func:`both` with that window, at a tenth of its time. None where a query does not see itself: its keys
+    may then lie outside the window.
     """
     if not _sees_itself(term, end):
         return None

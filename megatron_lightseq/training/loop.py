@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_lightseq.config import CheckpointConfig, PretrainConfig, ResolvedConfig
 from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.errors import LightSeqError, explain
+from megatron_lightseq.training.checkpoint.companions import take_over
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
 from megatron_lightseq.training.checkpoint.folder_lock import FolderLock
 from megatron_lightseq.training.checkpoint.lineage import Lineage
@@ -111,6 +112,8 @@ class Loop:
         if folder is not None:
             self._lineage = (folder.started() if restarted else None) or self._lineage
             folder.start(self._lineage)
+            if settings.load is not None:
+                take_over(Path(settings.load), folder.root)
         iterators = [
             train_iterator(config, datasets, self._share(), consumed_samples=self._position.consumed_samples)
             for _ in self._training.chunks

@@ -224,7 +224,7 @@ def build_training(
     spec = layer_spec or gpt_layer_spec(config, stats=stats, resolved=resolved.attention)
     spec = _named_layers(spec, names)
     models = [
-        _build_model(config, model_config, spec, padded_vocab_size, vp_stage)
+        build_model(config, model_config, spec, padded_vocab_size, vp_stage).to(model_device())
         for vp_stage in ([None] if virtual_stages(config) is None else range(virtual_stages(config) or 0))
     ]
     layout = _adopt_layout(config, models)
@@ -260,13 +260,22 @@ def _named_layers(spec: ModuleSpec, names: WeightNames) -> ModuleSpec:
     return replace(spec, module=NamedTransformerLayer, params={**spec.params, "weight_names": names})
 
 
-def _build_model(
+def build_model(
     config: PretrainConfig,
     model_config: TransformerConfig,
     spec: ModuleSpec,
     vocab_size: int,
-    vp_stage: int | None,
+    vp_stage: int | None = None,
 ) -> GPTModel:
+    """One chunk of the model, on torch's default device.
+
+    Args:
+        config: of the run.
+        model_config: Megatron's view of it.
+        spec: of one layer.
+        vocab_size: after padding.
+        vp_stage: virtual pipeline stage; None without interleaving.
+    """
     model = config.model
     is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     built = GPTModel(
@@ -291,7 +300,7 @@ def _build_model(
         config.recompute.loss_tile_tokens,
         replays_value=not config.recomputes_single_layers,
     )
-    return built.to(model_device())
+    return built
 
 
 def _adopt_layout(config: PretrainConfig, models: list[GPTModel]) -> SequenceLayout:

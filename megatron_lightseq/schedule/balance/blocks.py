@@ -15,9 +15,9 @@ class Block:
     """Queries ``[q_start, q_stop)`` of one piece against keys ``[k_start, k_stop)`` of one piece, in tokens."""
 
     borders: tuple[int, ...]
-    """Starts of its rows, then the end of the last one; the first and the last row may be cut."""
+    """Where its rows begin, and where the last one ends; the first and the last row may be cut."""
     areas: tuple[int, ...]
-    """Allowed pairs of each row, approximately."""
+    """Allowed pairs of each row, nearly."""
     k_start: int
     k_stop: int
 
@@ -28,12 +28,12 @@ class Block:
 
     @property
     def q_stop(self) -> int:
-        """The last query plus one."""
+        """Behind the last query."""
         return self.borders[-1]
 
     @property
     def area(self) -> int:
-        """Allowed pairs, approximately."""
+        """Allowed pairs, nearly."""
         return sum(self.areas)
 
     def cut(self, area: float, quantum: int) -> tuple[Block | None, Block | None]:
@@ -85,7 +85,7 @@ def blocks_of(assignment: Assignment) -> list[list[Block]]:
 
 
 def _kept(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows that their owner computes: runs of rows whose keys before the same position are given to other ranks."""
+    """What a piece's own rank computes: runs of rows whose keys are taken up to the same position."""
     run: list[Row] = []
     for row in rows:
         if run and (row.given or row.taken != run[0].taken):
@@ -98,7 +98,7 @@ def _kept(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _rectangles(assignment: Assignment) -> Iterator[tuple[int, list[Grant]]]:
-    """Groups the grants of consecutive rows of one piece to one helper that form a rectangle."""
+    """Grants of consecutive rows of one piece to one helper that together are a rectangle."""
     group: list[Grant] = []
     for grant in sorted(assignment.grants, key=lambda g: (g.helper, g.row, g.start)):
         if group and not _continues(group[-1], grant, assignment):
@@ -121,7 +121,7 @@ def _continues(last: Grant, grant: Grant, assignment: Assignment) -> bool:
 
 
 def _by_key_piece(rows: Sequence[Row], start: int, stop: int, length: int) -> Iterator[Block]:
-    """The rows against the keys ``[start, stop)``, cut where the keys' owner changes and clipped to what rows see."""
+    """The rows against the keys of ``[start, stop)``, cut where the keys change their owner, and to what rows see."""
     quantum = quantum_of(length)
     start, stop = start // quantum * quantum, -(-stop // quantum) * quantum
     counted = [row.before(start) for row in rows]

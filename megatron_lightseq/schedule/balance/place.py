@@ -14,11 +14,11 @@ TARGET_PERCENT = 100
 _MANY_RANKS = 16
 _LEAST_GRAIN = 4
 _MOST_EXPENSIVE = 8.0
-"""Maximum assumed cost of transfers between nodes, relative to those within a node."""
+"""Transfers between nodes are taken to cost at most this many times those within a node."""
 
 
 def splits_of(problem: Problem) -> int:
-    """Chunks per piece, such that every possible cut is at a chunk border."""
+    """Chunks per piece: as fine as cuts may be."""
     length = _piece_length(problem)
     return length // quantum_of(length)
 
@@ -30,7 +30,7 @@ def _piece_length(problem: Problem) -> int:
 def place_balanced(
     problem: Problem, num_steps: int = STEPS, target_percent: int = TARGET_PERCENT
 ) -> Placement:
-    """Owners compute, and ranks with little work take over rectangles of work from ranks with much (``solve.py``).
+    """Owners compute, and ranks with little work take rectangles of it over from ranks with much (``solve.py``).
 
     Args:
         problem: what to place; its shape sets the prices of moving queries and keys, its network the nodes.
@@ -66,13 +66,13 @@ def place_balanced(
 
 
 def prices_of(problem: Problem) -> Prices:
-    """Prices in bytes per token for the transfers in the problem's direction."""
+    """Prices in bytes per token of what travels in the problem's direction."""
     query, key = problem.shape.bytes_per_side(problem.direction)
     return Prices(query=float(query), key=float(key), far=_far(problem.network))
 
 
 def _far(network: Network | None) -> float:
-    """Relative duration of transfers between nodes when all ranks of a node send at the same time."""
+    """How many times as long a transfer between nodes takes, all ranks of a node sending at the same time."""
     if network is None or network.ranks_per_node is None:
         return 1.0
     share = network.nic_bytes_per_s / network.ranks_per_node

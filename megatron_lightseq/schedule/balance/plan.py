@@ -1,6 +1,6 @@
-"""Plans of the `balanced` placement, made by the C++ solver if the extension is built, otherwise by the Python solver.
+"""Plans of the `balanced` placement: by the solver in C++ where the extension is built, else by the one in Python.
 
-Both make the same plan, so ranks agree even if they use different solvers.
+Both make the same plan, so ranks agree whichever they use.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class PlannedBlock(NamedTuple):
     k_start: int
     k_stop: int
     area: int
-    """Allowed pairs, approximately: the solver counts parts of rows proportionally."""
+    """Allowed pairs, nearly: the solver counts parts of rows in proportion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BalanceOptions:
-    """The inputs of the solver other than the mask."""
+    """What the solver is told besides the mask."""
 
     prices: Prices
     nodes: tuple[int, ...]
@@ -42,19 +42,19 @@ class BalanceOptions:
     batch_rows: int = 1
     """Sequences one after the other, each in as many pieces as there are ranks."""
     grain: int = 16
-    """Rows of work per piece. More rows give better balance, but planning takes longer."""
+    """Rows of work per piece: more balance better and take longer to plan."""
     num_steps: int = 8
     target: float = 1.0
     tolerance: float = 0.02
     edge: float = 0.4
-    """Length of the first and the last step, relative to the other steps."""
+    """Length of the first and the last step, as a share of the others'."""
 
 
 def plan_blocks(mask: Mask, seq_length: int, options: BalanceOptions) -> list[PlannedBlock]:
-    """Decides which rank computes which block at which step. Every pair that ``mask`` allows is in exactly one block.
+    """Who computes which block at which step; every pair that ``mask`` allows is in exactly one block.
 
     Args:
-        mask: what queries see; document borders must end at ``seq_length``.
+        mask: what queries see; of documents, borders that end at ``seq_length``.
         seq_length: tokens over all ranks, a multiple of the number of pieces.
         options: prices, nodes, and how finely to balance.
     """
@@ -81,7 +81,7 @@ def plan_blocks(mask: Mask, seq_length: int, options: BalanceOptions) -> list[Pl
 
 
 def plan_in_python(mask: Mask, seq_length: int, options: BalanceOptions) -> list[PlannedBlock]:
-    """The same plan as :func:`plan_blocks`, made by the Python solver, which is its oracle."""
+    """The same plan as :func:`plan_blocks`, by the solver in Python: its oracle."""
     assignment = solve(
         _rows(mask, seq_length, options),
         grain=options.grain,
@@ -108,7 +108,7 @@ def _as_tuple(row: Row) -> tuple[int, int, Sequence[int], Sequence[int], int, in
 
 
 def _without_empty_steps(blocks: list[PlannedBlock]) -> list[PlannedBlock]:
-    """The blocks in order of step and rank, with steps renumbered to leave out empty ones."""
+    """In order of step and rank; steps that hold no block are left out."""
     number = {step: index for index, step in enumerate(sorted({block.step for block in blocks}))}
     if len(number) <= max(number, default=-1):
         blocks = [block._replace(step=number[block.step]) for block in blocks]

@@ -1,4 +1,4 @@
-"""The work that a mask requires in every row: where its keys are, and how many (query, key) pairs it has.
+"""What a mask asks of every row of work: where its keys are, and how many (query, key) pairs they hold.
 
 A *row* is a short range of queries, about a sixteenth of a rank's. Positions are tokens of the sequence.
 """
@@ -15,11 +15,11 @@ from megatron_lightseq.mask import Mask
 
 @dataclass(slots=True)
 class Row:
-    """A range of queries, and how much of its work remains with its owner.
+    """A range of queries, and how much of its work is still its owner's.
 
     ``edges`` and ``sums`` describe the pairs with keys before a position: ``sums[i]`` at ``edges[i]``, linear in
-    between. This is exact between two edges if all queries of the row see all keys there. Otherwise it is an
-    estimate, which affects how well work is balanced, not what is computed.
+    between. That is exact wherever all of the row's queries see all keys between two edges. Elsewhere it is an
+    estimate: it decides how well work is balanced, not what is computed.
     """
 
     start: int
@@ -27,11 +27,11 @@ class Row:
     edges: tuple[int, ...]
     sums: tuple[int, ...]
     shared: int
-    """Only keys before this position can be given to helpers. For a causal mask it is the start of the row."""
+    """A range of the keys before this position can be given away. For a causal mask it is where the row begins."""
     document: int
-    """Start of the first document of the row; rows of one document share keys."""
+    """Where the first document of the row begins: rows of one document share keys."""
     density: int
-    """Number of queries that see the keys before ``shared``, which is the number of pairs per key."""
+    """Queries that see the keys before ``shared``: pairs per key."""
     taken: int = 0
     """Keys before this position are computed by other ranks."""
     given: bool = False
@@ -53,34 +53,34 @@ class Row:
 
     @property
     def first_key(self) -> int:
-        """The first key that remains with the owner."""
+        """The first key that is still the owner's."""
         return max(self.edges[0], self.taken)
 
     @property
     def last_key(self) -> int:
-        """The last key plus one."""
+        """Behind the last key."""
         return self.edges[-1]
 
     @property
     def left(self) -> int:
-        """Pairs that remain with the owner."""
+        """Pairs that are still the owner's."""
         return 0 if self.given else self.sums[-1] - (self.before(self.taken) if self.taken else 0)
 
 
 _LONGEST_QUANTUM = 64
-"""Block size of the kernels, in tokens."""
+"""Tokens of the kernels' blocks."""
 
 
 def quantum_of(piece_length: int) -> int:
-    """Cuts are at multiples of this many tokens: the largest divisor of a piece up to 64, less for short pieces."""
+    """Tokens that all cuts are multiples of: the largest divisor of the piece up to 64, and less on short pieces."""
     longest = max(1, min(_LONGEST_QUANTUM, piece_length // _LONGEST_QUANTUM))
     return next(quantum for quantum in range(longest, 0, -1) if piece_length % quantum == 0)
 
 
 def row_borders(seq_length: int, num_pieces: int, grain: int) -> list[int]:
-    """The borders of all rows: each of ``num_pieces`` equal pieces of the sequence is cut into ``grain`` rows.
+    """Where rows begin and end: every one of ``num_pieces`` equal pieces of the sequence cut into ``grain`` rows.
 
-    Some rows are empty if a piece has fewer quanta than rows.
+    A row is empty where a piece has fewer quanta than rows.
     """
     length = seq_length // num_pieces
     quantum = quantum_of(length)
@@ -98,13 +98,13 @@ def rows_of(mask: Mask, borders: Sequence[int]) -> list[Row]:
 
 
 def causal_documents(mask: Mask, seq_length: int) -> Sequence[int] | None:
-    """The borders of a mask that consists only of one or more causal documents; None for other masks."""
+    """The borders of a mask that is causal documents, or one causal document, and nothing else."""
     packing = mask.packing(seq_length)
     return packing[0] if packing is not None and packing[1] == (None, 0) else None
 
 
 def _rows_of_documents(documents: Sequence[int], borders: Sequence[int]) -> list[Row]:
-    """Rows for packed causal documents, in one pass over documents and rows."""
+    """Packed causal documents: one pass over documents and rows."""
     rows = []
     document = 0
     at = borders[0]
@@ -130,7 +130,7 @@ def _rows_of_documents(documents: Sequence[int], borders: Sequence[int]) -> list
 
 
 def _row_of_mask(mask: Mask, queries: range, seq_length: int, is_causal: bool) -> Row:
-    """The row of any other mask, with exact areas at the positions where visible keys begin, change or end."""
+    """Any other mask: exact areas at the positions where what the queries see begins, changes or ends."""
     start, stop = queries.start, queries.stop
     corners = sorted({corner for corner in _corners(mask, queries, seq_length) if 0 <= corner <= seq_length})
     sums = [mask.area(queries, range(corner)) for corner in corners]

@@ -1,17 +1,15 @@
-"""Who computes what: owners compute, and ranks with little work take over rectangles of work from ranks with much.
+"""Who computes what: owners compute, and ranks with little work take rectangles of it over from ranks with much.
 
 Ranks above the mean load are *donors*, ranks below it *helpers*. The helper that lacks most takes a rectangle (some
 rows of one document x a prefix of their keys) from the donor where a pair of tokens costs least to move:
 
 * ``query`` for every query token that travels to the helper and whose result travels back,
 * ``key`` for every key token that the helper does not receive anyway,
-* less ``key`` for every key token that the donor no longer needs to receive.
-
-Between nodes, all of this costs ``far`` times as much.
+* less ``key`` for every key token that the donor then need not receive; all of it ``far`` times as much between nodes.
 
 The rectangle of a given area that is cheapest to move has ``sqrt(query x area / key)`` keys. With expensive keys
-(multi-head attention) it has few rows and many keys, like the help in LightSeq. With cheap keys (few key/value heads)
-it has many rows and few keys, like the exchange of late rows for early ones in a zigzag layout.
+(multi-head attention) it is few rows of many keys, which is LightSeq's help; with cheap keys (few key/value heads) it
+is many rows of few keys, which is the exchange of late rows for early ones that a zigzag layout makes.
 
 `csrc/plan` holds the same algorithm in C++, operation by operation, for speed. This one is its test's oracle.
 """
@@ -25,7 +23,7 @@ from math import sqrt
 from megatron_lightseq.schedule.balance.rows import Row, quantum_of
 
 DONORS_LOOKED_AT = 12
-"""Donors that a helper compares: those with the most surplus, and all of its node. Bounds the time for many ranks."""
+"""Donors that a helper weighs: those with the most surplus, and all of its own node. Bounds the time for many ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,16 +31,16 @@ class Prices:
     """What it costs to move a token; only ratios matter."""
 
     query: float
-    """Of a query token: sending its inputs, and returning its results."""
+    """Of a query token: its inputs there and its results back."""
     key: float
-    """Of a key token: sending keys and values and, in the backward pass, returning their gradients."""
+    """Of a key token: keys and values there and, in the backward pass, their gradients back."""
     far: float = 1.0
-    """Cost of a transfer between nodes, relative to one within a node."""
+    """How many times as much a transfer between nodes costs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """``helper`` computes the queries of row number ``row`` against the keys in ``[start, stop)``."""
+    """``helper`` computes the queries of the row number ``row`` against the keys in ``[start, stop)``."""
 
     helper: int
     row: int
@@ -52,7 +50,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """Who computes what: rows state what remains with their owners, grants what helpers compute."""
+    """Who computes what: rows say what is left to their owners, grants what helpers compute."""
 
     rows: Sequence[Row]
     grants: Sequence[Grant]
@@ -68,7 +66,7 @@ class Assignment:
 
     @property
     def num_pieces(self) -> int:
-        """Number of pieces of all ranks; piece p belongs to rank ``p % num_ranks``."""
+        """Pieces of all ranks; piece p is rank ``p % num_ranks``'s."""
         return len(self.rows) // self.grain
 
 
@@ -91,7 +89,7 @@ class _Solver:
     level: float
     """The load that helpers are filled up to and donors come down to."""
     slack: float
-    """Allowed distance of loads from ``level``."""
+    """How far from ``level`` is near enough."""
     loads: list[int]
     quantum: int
     grants: list[Grant] = field(default_factory=list)
@@ -127,7 +125,7 @@ class _Solver:
                     del surplus[donor]
 
     def _serve(self, helper: int, surplus: dict[int, float]) -> tuple[int, int]:
-        """Move one rectangle to ``helper``. Returns its donor and its number of pairs, 0 if none can be moved."""
+        """Move one rectangle to ``helper``; its donor and its pairs, 0 if none can be moved."""
         lacking = self.level - self.loads[helper]
         donors = sorted(surplus, key=lambda p: (-surplus[p], p))
         near = [p for p in donors[DONORS_LOOKED_AT:] if self.nodes[p] == self.nodes[helper]]
@@ -170,7 +168,7 @@ class _Solver:
         return list(documents.values()), short
 
     def _short_rows(self, numbers: list[int], want: float, query: float, key: float) -> _Offer | None:
-        """The largest rows that fit. They share no keys with other rows, so their keys are sent with them."""
+        """The largest rows that fit; they share no keys with others, so their keys travel with them."""
         most = want + self.slack / 2
         fitting = sorted((self.rows[n].left, n) for n in numbers if self.rows[n].left <= most)
         moved = tokens = count = 0
@@ -189,7 +187,7 @@ class _Solver:
     def _of_document(
         self, numbers: list[int], helper: int, want: float, query: float, key: float
     ) -> list[_Offer]:
-        """Offers of whole rows of one document, last rows first, and of prefixes of the keys of its last rows."""
+        """Whole rows of one document, the last ones first; and prefixes of the keys of its last rows."""
         rows = [self.rows[n] for n in numbers]
         begin, room = rows[0].first_key, rows[0].shared - rows[0].first_key
         offers = []
@@ -242,7 +240,7 @@ class _Solver:
             if moved >= want:
                 break
         cost = query * tokens + key * self._missing(helper, begin, stop)
-        if count == len(numbers):  # the donor no longer needs to receive these keys
+        if count == len(numbers):  # the donor need not receive these keys
             own = self.rows[numbers[0] // self.grain * self.grain].start
             cost -= key * max(0, min(stop, own) - begin)
         return _Offer(cost / min(float(moved), want), numbers[len(numbers) - count :], stop)
@@ -259,7 +257,7 @@ class _Solver:
     # --- moving -------------------------------------------------------------------------------------------
 
     def _move(self, helper: int, offer: _Offer, want: float) -> int:
-        """Give the rectangle to ``helper``, cut to ``want`` pairs. Returns the number of pairs moved."""
+        """Give the rectangle to ``helper``, cut to what is wanted; its pairs."""
         moved = 0
         for number in reversed(offer.rows):
             row = self.rows[number]
@@ -314,7 +312,7 @@ def solve(
             several follow one another.
         target: helpers are filled up to this many times the mean load. More than 1 leaves some imbalance where moving
             work costs more than it saves.
-        tolerance: allowed distance of loads from the target, as a fraction of the mean load.
+        tolerance: how far from the target a load may stay, as a share of the mean.
     """
     loads = [0] * len(nodes)
     for number, row in enumerate(rows):

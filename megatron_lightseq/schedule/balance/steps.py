@@ -1,8 +1,8 @@
 """When each block is computed.
 
-The first and the last step are short and contain a rank's own tiles: they overlap the first transfers, and the return
-of the last results. The steps between them contain work for other ranks and work that needs keys of other ranks, cut
-into equal shares of the mean load. Blocks of the same node come first, because their inputs arrive first.
+The first and the last step are short and hold a rank's own tiles: they hide the first transfers and the results on
+their way home. Between them, what helpers compute for others and what needs others' keys is cut at equal shares of the
+mean load, blocks of the same node first, because their inputs arrive first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Steps = list[list[list[Block]]]
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """The ends of the steps, measured in pairs computed by one rank."""
+    """When the steps end, in pairs of one rank's work."""
 
     ends: Sequence[float]
     quantum: int
@@ -37,7 +37,7 @@ class _Clock:
         return len(self.ends) - 1
 
     def spread(self, block: Block, filled: float, earliest: int, latest: int) -> Iterator[tuple[int, Block]]:
-        """A block that begins after ``filled`` pairs, cut between queries at the ends of steps."""
+        """The block, begun when ``filled`` pairs are done, cut between queries where steps end."""
         step = earliest
         while step < latest:
             if filled < self.ends[step]:
@@ -59,8 +59,8 @@ def stage(
 
     Args:
         assignment: who computes what.
-        num_steps: steps with work; at least 3 if anything is transferred.
-        edge: length of the first and the last step, relative to the other steps.
+        num_steps: steps with work; at least 3 where anything travels.
+        edge: length of the first and the last step, as a share of the others'.
         nodes: the node of every rank; None for one node.
     """
     num_ranks = len(assignment.loads)
@@ -88,7 +88,7 @@ def _timed(
     yield from ((0, block) for block in head)
     filled = float(sum(block.area for block in head))
     for block in remote:
-        # Work for another rank must not be in the last step, because its results have to be sent back.
+        # What belongs to another rank must not be computed in the last step: its results still travel home.
         latest = clock.last - (owner(block.q_start) != rank)
         yield from clock.spread(block, filled, 1, latest)
         filled += block.area
@@ -100,7 +100,7 @@ def _timed(
 def _nearest_first(
     rank: int, owner: Callable[[int], int], nodes: Sequence[int]
 ) -> Callable[[Block], tuple[bool, bool, int, int, int]]:
-    """Sort key: blocks whose inputs are on the same node first and, among those, blocks for other ranks."""
+    """Order: near inputs first, among them what has to go home."""
 
     def key(block: Block) -> tuple[bool, bool, int, int, int]:
         q_rank, k_rank = owner(block.q_start), owner(block.k_start)
@@ -111,7 +111,7 @@ def _nearest_first(
 
 
 def _cut_at(blocks: Sequence[Block], area: float, quantum: int) -> tuple[list[Block], list[Block]]:
-    """The blocks that hold the first ``area`` pairs, and the remaining ones; one block may be cut in two."""
+    """The blocks that hold the first ``area`` pairs and those behind; one block may be cut."""
     for i, block in enumerate(blocks):
         if block.area > area:
             head, tail = block.cut(area, quantum)

@@ -12,9 +12,9 @@ ROTARY_KEYS = ("rotary_base", "rotary_percent")
 """RoPE's parameters, which may change when a run starts from the weights only (context extension)."""
 
 
-def model_identity(training: Training) -> dict[str, Any]:
+def model_identity(config: PretrainConfig, padded_vocab_size: int) -> dict[str, Any]:
     """What two runs must share for one to use the other's weights."""
-    model = training.config.model
+    model = config.model
     identity: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -22,7 +22,7 @@ def model_identity(training: Training) -> dict[str, Any]:
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.query_groups,
         "kv_channels": model.head_dim,
-        "padded_vocab_size": training.padded_vocab_size,
+        "padded_vocab_size": padded_vocab_size,
     }
     keys = (
         "position_embedding_type",
@@ -36,10 +36,8 @@ def model_identity(training: Training) -> dict[str, Any]:
     )
     identity.update({key: getattr(model, key) for key in keys})
     if model.position_embedding_type == "learned_absolute":
-        identity["max_position_embeddings"] = (
-            model.max_position_embeddings or training.config.training.seq_length
-        )
-    identity.update(_variants(training.config))
+        identity["max_position_embeddings"] = model.max_position_embeddings or config.training.seq_length
+    identity.update(_variants(config))
     return identity
 
 

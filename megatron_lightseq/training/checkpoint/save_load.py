@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import torch as megatron_strategy
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_lightseq import __version__
 from megatron_lightseq.config import CheckpointConfig
+from megatron_lightseq.config.load import to_yaml
 from megatron_lightseq.errors import CheckpointError, explain
-from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory, fsync_files, iteration_of
+from megatron_lightseq.training.checkpoint.directory import (
+    CheckpointDirectory,
+    fsync_files,
+    iteration_of,
+    write_durably,
+)
 from megatron_lightseq.training.checkpoint.identity import (
     ROTARY_KEYS,
     attention_identity,
@@ -48,6 +50,8 @@ from megatron_lightseq.training.checkpoint.safe_load import (
     load_metadata,
     no_code_execution,
 )
+from megatron_lightseq.training.checkpoint.sharded_files import PlainFileStrategy
+from megatron_lightseq.training.checkpoint.weights import RECIPE_NAME, causes, versions
 from megatron_lightseq.training.job.preflight import config_fingerprint
 from megatron_lightseq.training.setup import Training
 from megatron_lightseq.training.step import parameters_in_place
@@ -82,26 +86,6 @@ class Resumed:
 # ---- saving ---------------------------------------------------------------------------------------------------
 
 
-class _PlainFileStrategy(megatron_strategy.TorchDistSaveShardedStrategy):
-    """Megatron's ``torch_dist`` format, written by torch's own writer in this process.
-
-    Megatron's writer forks worker processes from a process that has threads, spawns a manager that imports the main
-    module again, and synchronises a CUDA device, which may not exist.
-    """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        by_key, _, _ = megatron_strategy._replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        dcp.save(
-            megatron_strategy.mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, overwrite=False),
-            planner=megatron_strategy.MCoreSavePlanner(
-                dedup_replicated_tensors=False, flatten_state_dict=False
-            ),
-        )
-
-
 def save_checkpoint(
     training: Training, root: Path, position: Position, lineage: Lineage | None = None
 ) -> Path:
@@ -126,10 +110,12 @@ def save_checkpoint(
             dist_checkpointing.save(
                 _state(training, is_loading=False, optimizer=True),
                 str(folder),
-                sharded_strategy=_PlainFileStrategy("torch_dist", 1),
+                sharded_strategy=PlainFileStrategy(),
             )
         (folder / RANDOM_FOLDER).mkdir(exist_ok=True)
         torch.save(random_state(), folder / _random_name(rank))
+        if rank == 0:
+            write_durably(folder / RECIPE_NAME, to_yaml(training.config))
         names = _own_files(folder, rank)
         fsync_files(folder, names)
         records = record_files(folder, names)
@@ -138,7 +124,7 @@ def save_checkpoint(
             shutil.rmtree(folder, ignore_errors=True)  # an incomplete checkpoint only fills the disk
         raise CheckpointError(
             explain(
-                got=f"saving to {folder}: {_causes(error)}",
+                got=f"saving to {folder}: {causes(error)}",
                 rule="every rank must be able to write its part",
                 remedy="Check free space and permissions; older checkpoints are untouched",
             )
@@ -189,16 +175,15 @@ def _manifest(
         iteration=position.iteration,
         consumed_samples=position.consumed_samples,
         lineage=lineage,
-        model={**model_identity(training), **attention_identity(training.config)},
+        model={
+            **model_identity(training.config, training.padded_vocab_size),
+            **attention_identity(training.config),
+        },
         optimizer=optimizer_identity(training.config),
         data=data_identity(training.config),
         world=world_identity(training),
         config_fingerprint=config_fingerprint(training.config),
-        versions={
-            "torch": torch.__version__,
-            "megatron_core": megatron_version,
-            "megatron_lightseq": __version__,
-        },
+        versions=versions(),
         files=files,
     )
 
@@ -225,6 +210,7 @@ def load_checkpoint(training: Training, root: Path, settings: CheckpointConfig |
         _warn_of_other_order(manifest, data_identity(training.config), folder)
     with_optimizer = not (settings.no_load_optim or settings.finetune)
     if with_optimizer:
+        _check_has_optimizer(manifest, folder)
         _check_same(
             manifest.optimizer,
             optimizer_identity(training.config),
@@ -326,7 +312,7 @@ def _check_model(training: Training, settings: CheckpointConfig, manifest: Manif
     window = attention_identity(training.config)
     saved = {key: value for key, value in manifest.model.items() if key not in window}
     saved_window = {key: manifest.model.get(key) for key in window}
-    own = model_identity(training)
+    own = model_identity(training.config, training.padded_vocab_size)
     may_change = ROTARY_KEYS if settings.finetune else ()
     remedy = "--load another folder"
     if set(differing(saved, own)) <= set(ROTARY_KEYS):
@@ -337,6 +323,17 @@ def _check_model(training: Training, settings: CheckpointConfig, manifest: Manif
     if changed and dist.get_rank() == 0:
         logger.warning(
             "%s: %s: training continues with the values of this run", folder.name, ", ".join(changed)
+        )
+
+
+def _check_has_optimizer(manifest: Manifest, folder: Path) -> None:
+    if not manifest.optimizer:
+        raise CheckpointError(
+            explain(
+                got=f"checkpoint {folder}, which holds weights only, without --finetune",
+                rule="a run is resumed with the state of its optimizer",
+                remedy="Start from the weights with --finetune",
+            )
         )
 
 
@@ -385,7 +382,7 @@ def _read_state(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     except (CheckpointException, KeyError, RuntimeError, AssertionError) as error:
         raise CheckpointError(
             explain(
-                got=f"loading {folder}: {_causes(error)}",
+                got=f"loading {folder}: {causes(error)}",
                 rule="a checkpoint must hold every tensor of the model",
                 remedy="--load another folder",
             )
@@ -408,14 +405,6 @@ def _read_random(
     with no_code_execution():
         state: dict[str, Any] = torch.load(folder / _random_name(dist.get_rank()))
     return state
-
-
-def _causes(error: BaseException) -> str:
-    """The errors themselves, by rank, taken from torch's collection of tracebacks."""
-    if not isinstance(error, CheckpointException):
-        return f"{type(error).__name__}: {error}"
-    causes = [(rank, wrapped[0]) for rank, wrapped in error.failures.items()]
-    return "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, cause in causes)
 
 
 def _from_rank_0(value: Any) -> Any:

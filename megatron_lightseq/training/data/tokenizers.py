@@ -168,11 +168,31 @@ def load_hf_tokenizer(path: Path, eod_token: str | None = None) -> HFTokenizer:
         DataError: The file cannot be read, its added tokens get other ids than it says, or it has no such
             end-of-document token.
     """
+    content, tokenizer = _read(path)
+    _check_stored_ids(path, content, tokenizer)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return HFTokenizer(
+        digest=hashlib.sha256(content).hexdigest(),
+        vocab_size=_largest_id(tokenizer) + 1,
+        eod=_end_of_document(path, tokenizer, eod_token),
+        tokenizer=tokenizer,
+    )
+
+
+def vocabulary_size(path: Path) -> int:
+    """The largest id of a `tokenizers` JSON file plus one; raises DataError if it cannot be read."""
+    return _largest_id(_read(path)[1]) + 1
+
+
+def _read(path: Path) -> tuple[bytes, HuggingFaceTokenizer]:
     import tokenizers
 
     try:
         content = path.read_bytes()
-        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        return content, tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
         raise DataError(
             explain(
@@ -181,17 +201,10 @@ def load_hf_tokenizer(path: Path, eod_token: str | None = None) -> HFTokenizer:
                 remedy="Give the tokenizer.json that comes with a Hugging Face model",
             )
         ) from error
-    _check_stored_ids(path, content, tokenizer)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if getattr(tokenizer.model, "dropout", None) is not None:
-        tokenizer.model.dropout = None
-    return HFTokenizer(
-        digest=hashlib.sha256(content).hexdigest(),
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
-        eod=_end_of_document(path, tokenizer, eod_token),
-        tokenizer=tokenizer,
-    )
+
+
+def _largest_id(tokenizer: HuggingFaceTokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def _check_stored_ids(path: Path, content: bytes, tokenizer: HuggingFaceTokenizer) -> None:

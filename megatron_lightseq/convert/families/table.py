@@ -1,0 +1,26 @@
+"""The families that are known, by ``model_type``."""
+
+from __future__ import annotations
+
+from megatron_lightseq.config.names import nearest
+from megatron_lightseq.convert.families.dense import DENSE
+from megatron_lightseq.convert.families.experts import EXPERTS
+from megatron_lightseq.convert.families.family import Family
+from megatron_lightseq.errors import UnsupportedError, explain
+
+FAMILIES: dict[str, Family] = {**DENSE, **EXPERTS}
+
+
+def family_of(model_type: object, origin: str) -> Family:
+    """The family of a ``model_type``; raises UnsupportedError, with the names of those that are known."""
+    found = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if found is not None:
+        return found
+    near = nearest(str(model_type), FAMILIES)
+    raise UnsupportedError(
+        explain(
+            got=f"model_type {model_type!r} ({origin})",
+            rule=f"the families that can be converted are {', '.join(sorted(FAMILIES))}",
+            remedy=f"Perhaps {near} was meant" if near else "Convert a model of one of these families",
+        )
+    )

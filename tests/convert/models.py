@@ -1,0 +1,91 @@
+"""Tiny random models, made by transformers, with everything that a wrong mapping would show."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB_SIZE = 384
+LENGTH = 64
+TOLERANCE = 1e-5
+"""Of the largest logit."""
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.15,  # sharp attention: with small weights all positions look alike
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": 20, "head_dim": 8}),
+    "mistral full": ("mistral", {"sliding_window": None, "head_dim": 8}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3 windows": (
+        "qwen3",
+        {
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, **_EXPERTS}),
+}
+"""By name: the model_type, and what differs from the other families."""
+
+
+def make(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Save a model with weights that do not hide anything, and return it."""
+    transformers = quiet_transformers()
+    model_type, values = CASES[name]
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(model_type, **{**_BASE, **values, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # norms and biases are trivial at first
+            mean = 1.0 if "norm" in parameter_name else 0.0
+            torch.nn.init.normal_(parameter, mean, 0.2)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    """(2, LENGTH, vocabulary), in fp32."""
+    with torch.no_grad():
+        found: torch.Tensor = model(tokens()).logits.float()
+    return found
+
+
+def tokens() -> torch.Tensor:
+    """(2, LENGTH)."""
+    return torch.randint(0, VOCAB_SIZE, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+@cache
+def quiet_transformers() -> Any:
+    """The package, without progress bars and advice."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers

@@ -1,0 +1,74 @@
+"""Mistakes in the mapping are seen: each of these loads without complaint and computes something else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lightseq.convert.importing import import_hf
+from megatron_lightseq.convert.safetensors_files import HuggingFaceFolder
+from tests.convert.loaded import logits
+from tests.convert.models import TOLERANCE, logits_of, make, tokens
+from tests.harness.ranks import run_ranks
+
+Tensors = dict[str, torch.Tensor]
+LAYER = "model.layers.1."
+
+
+class Changed(HuggingFaceFolder):
+    """A folder whose tensors are read as a wrong mapping would read them."""
+
+    def __init__(self, folder: Path, mutate: Callable[[Tensors], None]) -> None:
+        super().__init__(folder)
+        self._changed = {name: super(Changed, self).read(name) for name in self.tensors}
+        mutate(self._changed)
+
+    def read(self, name: str, expert: int | None = None) -> torch.Tensor:
+        found = self._changed[name]
+        return found if expert is None else found[expert]
+
+
+def _gate_is_up(found: Tensors) -> None:
+    gate, up = LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight"
+    found[gate], found[up] = found[up], found[gate]
+
+
+def _heads_not_by_group(found: Tensors) -> None:
+    name = LAYER + "self_attn.q_proj.weight"
+    found[name] = found[name].reshape(2, 4, 8, 64).transpose(0, 1).reshape(64, 64)
+
+
+def _queries_interleaved(found: Tensors) -> None:
+    for x in "qk":
+        name = f"{LAYER}self_attn.{x}_proj.weight"
+        found[name] = found[name].reshape(-1, 2, 4, 64).transpose(1, 2).reshape(-1, 64)
+    # Both alike would cancel without positions; RoPE is what shows it.
+
+
+def _norms_swapped(found: Tensors) -> None:
+    before, after = LAYER + "input_layernorm.weight", LAYER + "post_attention_layernorm.weight"
+    found[before], found[after] = found[after], found[before]
+
+
+@pytest.mark.parametrize("mutate", [_gate_is_up, _heads_not_by_group, _queries_interleaved, _norms_swapped])
+def test_a_wrong_mapping_changes_the_logits(mutate: Callable[[Tensors], None], tmp_path: Path) -> None:
+    expected = logits_of(make("llama", tmp_path / "model"))
+    source = Changed(tmp_path / "model", mutate)
+    import_hf(source, save=tmp_path / "checkpoints", recipe=tmp_path / "recipe.yaml")
+    (found,) = run_ranks(1, logits, str(tmp_path / "recipe.yaml"), [], tokens())
+    assert (found - expected).abs().max() > 1000 * TOLERANCE * expected.abs().max()
+
+
+def test_another_base_of_rope_changes_the_logits(tmp_path: Path) -> None:
+    expected = logits_of(make("llama", tmp_path / "model"))
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] = 20000.0
+    path.write_text(json.dumps(config))
+    import_hf(tmp_path / "model", save=tmp_path / "checkpoints", recipe=tmp_path / "recipe.yaml")
+    (found,) = run_ranks(1, logits, str(tmp_path / "recipe.yaml"), [], tokens())
+    assert (found - expected).abs().max() > 1000 * TOLERANCE * expected.abs().max()
