@@ -13,6 +13,7 @@ from rich.table import Table
 
 from megatron_lightseq.config import DataConfig, PretrainConfig
 from megatron_lightseq.config.validate import DATA_RULES, validate
+from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.training.data.corpus import CorpusFacts, check_index, file_of
 from megatron_lightseq.training.data.documents import ReadOptions
 from megatron_lightseq.training.data.prepare import counted, fingerprint, prepare, up_to_date
@@ -27,43 +28,84 @@ def run(arguments: Sequence[str]) -> int:
     """Prepare a corpus, or say that it is up to date."""
     options = _parser().parse_args(arguments)
     tokenizer = build_tokenizer(_data_config(options))
-    reading = ReadOptions(text_key=options.text_key, skip_bad_lines=options.skip_bad_lines)
+    reading = _reading(options)
     files = find_files(options.inputs) if options.inputs else find_stdlib_files()
     console = Console(file=sys.stdout, quiet=options.quiet, highlight=False)
     if file_of(options.output, "json").is_file():
-        facts = up_to_date(options.output, fingerprint(files, tokenizer, reading))
+        facts = up_to_date(options.output, fingerprint(files, tokenizer, reading, options.pack))
         if facts is not None:
             line = f"{options.output} is up to date: {facts.documents:,} documents, {facts.tokens:,} tokens"
             console.print(line, soft_wrap=True)
             return 0
-    facts = _prepare_with_bar(files, tokenizer, options.output, reading, console)
+    facts = _prepare_with_bar(files, tokenizer, options, reading, console)
     console.print(summary(options.output, facts, options.seq_length))
     return 0
 
 
+def _reading(options: argparse.Namespace) -> ReadOptions:
+    """How records are read; raises ConfigError for options that do not belong together."""
+    if options.pack is None:
+        if options.prompt_key is not None:
+            raise ConfigError(
+                explain(
+                    got=f"--prompt-key {options.prompt_key} without --pack",
+                    rule="prompts and answers are told apart in packed corpora only",
+                    remedy="Add --pack with the seq_length of fine-tuning, or leave --prompt-key out",
+                )
+            )
+        return ReadOptions(text_key=options.text_key or "text", skip_bad_lines=options.skip_bad_lines)
+    if not options.inputs or options.pack < 2:
+        raise ConfigError(
+            explain(
+                got=f"--pack {options.pack} with {len(options.inputs)} inputs",
+                rule="records with a prompt and an answer are packed into sequences of two tokens or more",
+                remedy="Name files of JSON lines, and give the seq_length of fine-tuning, for example --pack 4096",
+            )
+        )
+    return ReadOptions(
+        text_key=options.text_key or "answer",
+        prompt_key=options.prompt_key or "prompt",
+        skip_bad_lines=options.skip_bad_lines,
+    )
+
+
 def _prepare_with_bar(
-    files: Sequence[SourceFile], tokenizer: Tokenizer, output: Path, reading: ReadOptions, console: Console
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    options: argparse.Namespace,
+    reading: ReadOptions,
+    console: Console,
 ) -> CorpusFacts:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"preparing {output}", total=len(files))
+        task = progress.add_task(f"preparing {options.output}", total=len(files))
         return prepare(
-            files, tokenizer, output, options=reading, advance=lambda count: progress.advance(task, count)
+            files,
+            tokenizer,
+            options.output,
+            options=reading,
+            pack_length=options.pack,
+            advance=lambda count: progress.advance(task, count),
         )
 
 
 def summary(prefix: Path, facts: CorpusFacts, seq_length: int) -> Table:
     """What was written, as a table to print."""
     table = Table(title=str(prefix), show_header=False, title_justify="left")
-    lengths = check_index(prefix).lengths
-    short = float((lengths < seq_length).mean())
     rows = {
         "files": f"{facts.files:,} (skipped: {counted(facts.skipped) or 'none'})",
         "documents": f"{facts.documents:,} (records skipped: {counted(facts.skipped_records) or 'none'})",
         "tokens": f"{facts.tokens:,} with ids below {facts.vocab_size:,}, {facts.tokenizer['class']}",
         "unigram entropy": f"{facts.entropy:.4f} nats per token: the loss of a model that knows only frequencies",
-        f"shorter than {seq_length:,}": f"{short:.1%} of documents; samples join documents, none is truncated",
     }
+    if facts.pack_length:
+        filled = facts.tokens / (facts.packs * facts.pack_length)
+        rows[f"packs of {facts.pack_length:,}"] = f"{facts.packs:,}, {filled:.1%} full; no document is cut"
+    else:
+        short = float((check_index(prefix).lengths < seq_length).mean())
+        rows[f"shorter than {seq_length:,}"] = (
+            f"{short:.1%} of documents; samples join documents, none is truncated"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     longest = max(count for _, _, count in facts.length_histogram)
@@ -110,9 +152,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--text-key",
-        default="text",
         metavar="KEY",
-        help="JSON key or Parquet column of the text (default: text)",
+        help="JSON key or Parquet column of the text (default: text, or with --pack answer)",
+    )
+    made.add_argument(
+        "--pack",
+        type=int,
+        metavar="N",
+        help="for fine-tuning with sft: put records with a prompt and an answer into sequences of N tokens, without "
+        "cutting any",
+    )
+    made.add_argument(
+        "--prompt-key",
+        metavar="KEY",
+        help="with --pack: JSON key or Parquet column of the prompt (default: prompt)",
     )
     made.add_argument(
         "--skip-bad-lines",

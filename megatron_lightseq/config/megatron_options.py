@@ -305,7 +305,12 @@ ARGUMENTS: tuple[Option, ...] = (
         kind="forward",
     ),
     refused("attention_bias", "scores are never stored, so nothing can be added to them", kind="forward"),
-    refused("packed_seq_params", "shards are cut from whole, unpacked sequences", kind="forward"),
+    honoured(
+        "packed_seq_params",
+        "documents in format thd, wherever they end: whole sequences are cut by the layout; the groups per micro-batch "
+        "of hybrid context parallelism (local_cp_size, cp_group) are refused",
+        kind="forward",
+    ),
     refused(
         "num_splits",
         "it tunes a kernel that is not used",
@@ -328,9 +333,14 @@ LAUNCHER: tuple[Option, ...] = (
         "attention follows the masks of the data loader, which must reach every layer and be the same for the whole "
         "micro-batch",
         condition=LOST_DOCUMENTS,
-        recipe=instead(f"In recipes the documents of a sequence attend to each other; {IN_LAUNCHER}"),
+        recipe="key",
     ),
-    launcher_row("sft dataloader_inter_document_masking", _PACKED),
+    launcher_row("sft", _PACKED, recipe="key"),
+    launcher_row(
+        "dataloader_inter_document_masking",
+        _PACKED,
+        recipe=instead("Use reset_attention_mask and reset_position_ids"),
+    ),
     launcher_row("use_legacy_models heterogeneous_layers_config_path", _OWN_LAYERS),
     launcher_row(
         "mla_down_proj_fusion",

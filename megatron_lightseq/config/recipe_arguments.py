@@ -59,10 +59,6 @@ RECIPE: tuple[Option, ...] = (
                 _FUSION,
             ),
             ("no_create_attention_mask_in_dataloader", "Remove it: attention masks are never materialised"),
-            (
-                "reset_position_ids",
-                f"In recipes positions count from the start of the sequence; {IN_LAUNCHER}",
-            ),
             ("squared_relu", f"Recipes have swiglu, and GELU with no-swiglu; {IN_LAUNCHER}"),
             ("num_moe_experts", "Use num_experts"),
             ("moe_layer_freq", f"In recipes every layer has experts; {IN_LAUNCHER}"),

@@ -141,6 +141,7 @@ def _kernel_refusal(c: PretrainConfig, device_type: str | None) -> str | None:
         head_dim=c.model.head_dim,
         v_head_dim=c.model.value_head_dim,
         has_window=bool(c.model.window_size),
+        has_documents=c.data.packed,
         layout=c.context.layout_name,
         cp_size=c.parallel.context_parallel_size,
     )
@@ -156,6 +157,8 @@ def _refused_kernel(c: PretrainConfig, reason: str) -> UnsupportedError:
     "bf16",
     "kv_channels",
     "window_size",
+    "reset_attention_mask",
+    "sft",
     "cp_method",
     "cp_layout",
     "context_parallel_size",

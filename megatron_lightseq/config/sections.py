@@ -340,8 +340,24 @@ class DataConfig:
     """Folder for index caches; null: `cache` next to the first data prefix."""
     num_workers: int = 0
     """DataLoader worker processes per rank; 0: read in the training process."""
+    reset_position_ids: bool = False
+    """Count positions from the start of each document, instead of from the start of the sequence."""
+    reset_attention_mask: bool = False
+    """Let tokens attend to their own document only, where a sequence holds several."""
     eod_mask_loss: bool = False
     """Exclude end-of-document tokens from the loss."""
+    sft: bool = False
+    """Fine-tune on prompts and answers that `lightseq prepare-data --pack` has packed: the loss is that of answers."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether the documents of a sequence do not attend to one another."""
+        return self.reset_attention_mask or self.sft
+
+    @property
+    def restarts_positions(self) -> bool:
+        """Whether positions are counted within documents."""
+        return self.reset_position_ids or self.sft
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -409,6 +425,12 @@ class PretrainConfig:
         """Width of each expert, after defaults."""
         width = self.experts.moe_ffn_hidden_size
         return self.model.ffn_size if width is None else width
+
+    @property
+    def joined_seq_length(self) -> int:
+        """Tokens of a sequence as the model sees it: the rows of packed micro-batches are joined into one."""
+        joined = self.data.packed and self.context.cp_method != "megatron"
+        return self.training.seq_length * (self.training.micro_batch_size if joined else 1)
 
     @property
     def recomputes_single_layers(self) -> bool:

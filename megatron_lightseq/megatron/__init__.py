@@ -14,7 +14,7 @@ Names are loaded when first used, because importing Megatron takes seconds.
 * :mod:`spec` builds layer specifications around :mod:`core_attention`; :mod:`options` checks Megatron's options,
   :mod:`dense_mask` reads attention masks, :mod:`checkpoint_scope` keeps results across activation recomputation;
 * :mod:`batch` cuts batches and makes models follow the layout, with :mod:`rope`, :mod:`multi_token` and
-  :mod:`sequence_mixers`;
+  :mod:`sequence_mixers`; :mod:`packing` and :mod:`packed` say where packed documents end;
 * :mod:`sequence_slices` computes MLPs and losses in slices; :mod:`seeded_init` draws initial weights;
 * ``fixes/`` holds fixes for Megatron-Core, ``cpu/`` makes it run without CUDA, ``lm/`` serves Megatron-LM.
 """
@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     from megatron_lightseq.megatron.batch import adopt_layout, shard_batch
     from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
     from megatron_lightseq.megatron.cpu import platform as cpu_platform
+    from megatron_lightseq.megatron.packed import packed_seq_params
+    from megatron_lightseq.megatron.packing import Packing
     from megatron_lightseq.megatron.sequence_slices import slice_loss, slice_mlps
     from megatron_lightseq.megatron.spec import gpt_layer_spec
 
 __all__ = [
     "CoreAttentionSettings",
     "LightSeqCoreAttention",
+    "Packing",
     "adopt_layout",
     "cpu_platform",
     "gpt_layer_spec",
+    "packed_seq_params",
     "shard_batch",
     "slice_loss",
     "slice_mlps",
@@ -45,8 +49,10 @@ __all__ = [
 _HOME = {
     "CoreAttentionSettings": "core_attention",
     "LightSeqCoreAttention": "core_attention",
+    "Packing": "packing",
     "adopt_layout": "batch",
     "gpt_layer_spec": "spec",
+    "packed_seq_params": "packed",
     "shard_batch": "batch",
     "slice_loss": "sequence_slices",
     "slice_mlps": "sequence_slices",

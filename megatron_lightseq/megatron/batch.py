@@ -12,6 +12,7 @@ see later tokens: there is no error, and the loss looks better. Therefore
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,8 +25,10 @@ from megatron_lightseq.megatron.bounded_cache import BoundedCache
 from megatron_lightseq.megatron.core_attention import LightSeqCoreAttention
 from megatron_lightseq.megatron.fixes.apply import fix_gradients
 from megatron_lightseq.megatron.multi_token import adopt_rolls
+from megatron_lightseq.megatron.packed import given_params, shard_of
 from megatron_lightseq.megatron.rope import adopt_rotary
 from megatron_lightseq.megatron.sequence_mixers import check_other_mixers
+from megatron_lightseq.transport.group import rank_in
 
 TOKEN_ENTRIES = ("tokens", "labels", "loss_mask", "position_ids", "padding_mask")
 """Entries of Megatron's GPT batch with one value per token, (..., B, seq_length)."""
@@ -124,15 +127,23 @@ def _sequence_dim(name: str, tensor: torch.Tensor) -> int:
     )
 
 
-def adopt_layout(model: torch.nn.Module | Iterable[torch.nn.Module]) -> SequenceLayout:
+def adopt_layout(
+    model: torch.nn.Module | Iterable[torch.nn.Module], *, packed: bool = False
+) -> SequenceLayout:
     """Make a model (or the chunks of an interleaved pipeline) follow the layout of its attention.
 
     Call it after building the model and before its first forward pass, before or after wrapping it in Float16Module or
     DDP. From then on rotary embeddings are cut by the layout, multi-token prediction finds the next token by it, and
-    every forward pass refuses data of another layout. Without context parallelism none of this changes anything.
+    every forward pass refuses data of another layout. Packed sequences (``packed_seq_params``) are understood by all of
+    them. Without context parallelism none of this changes anything.
 
     It also fixes gradients that Megatron computes incorrectly on several ranks:
     :func:`megatron_lightseq.megatron.fixes.apply.fix_gradients`.
+
+    Args:
+        model: the model, or its chunks on this pipeline rank.
+        packed: do so without context parallelism too: RoPE then takes its angles from the positions that
+            :func:`~megatron_lightseq.megatron.packed.packed_seq_params` was given, and reads nothing from the device.
 
     Returns:
         The layout, for :func:`shard_batch`.
@@ -147,15 +158,15 @@ def adopt_layout(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Sequence
     for chunk in chunks:
         check_other_mixers(chunk, layout)
     adopted = all(attention.layout_adopted for attention in attentions)
-    if layout.cp_size > 1 and not adopted:
+    if (layout.cp_size > 1 or packed) and not adopted:
         group = attentions[0].group
-        assert group is not None, "cp_size > 1 implies a group"
-        rank = group.rank()
+        rank = rank_in(group)
         for chunk in chunks:
             adopt_rotary(chunk, layout, rank)
             adopt_rolls(chunk, layout, group)
             for language_model in _language_models(chunk):
-                language_model.register_forward_pre_hook(_LayoutCheck(layout, rank), with_kwargs=True)
+                check = _LayoutCheck(layout, rank, inspect.signature(language_model.forward))
+                language_model.register_forward_pre_hook(check, with_kwargs=True)
     for attention in attentions:
         attention.layout_adopted = True
     for chunk in chunks:
@@ -188,9 +199,10 @@ _MAX_LENGTHS = 8
 class _LayoutCheck:
     """A forward pre-hook: checks that the arguments of ``GPTModel.forward`` were cut by ``layout``."""
 
-    def __init__(self, layout: SequenceLayout, rank: int) -> None:
+    def __init__(self, layout: SequenceLayout, rank: int, signature: inspect.Signature) -> None:
         self.layout = layout
         self.rank = rank
+        self._signature = signature
         self._positions: BoundedCache[tuple[str, int, torch.device], torch.Tensor] = BoundedCache(
             _MAX_LENGTHS
         )
@@ -207,13 +219,19 @@ class _LayoutCheck:
             if layout != self.layout:
                 raise self._disagreement(f"{name} cut by {layout}")
         if given.get("input_ids") is not None and not {"input_ids", "position_ids"} & set(tagged):
-            self._check_values(given.get("position_ids"))
+            self._check_values(given.get("position_ids"), given_params(self._signature, args, kwargs))
 
-    def _check_values(self, position_ids: torch.Tensor | None) -> None:
+    def _check_values(self, position_ids: torch.Tensor | None, params: Any) -> None:
         """Compare positions, which waits for the device; data from shard_batch never gets here."""
         if position_ids is None:
             raise self._disagreement("a batch without position_ids, which shard_batch did not cut")
         seq_length = position_ids.shape[-1] * self.layout.cp_size
+        if params is not None:
+            restarted = shard_of(params, self.layout, self.rank).positions
+            if restarted.numel() == position_ids.numel() and bool(
+                (position_ids.flatten() == restarted.to(position_ids.device)).all()
+            ):
+                return
         if not bool((position_ids == self._expected(self.layout, seq_length, position_ids.device)).all()):
             raise self._disagreement(f"position_ids cut by {self._recognise(position_ids, seq_length)}")
 

@@ -32,16 +32,22 @@ from megatron_lightseq.megatron.options import (
     refused_fields,
     replaced_fields,
 )
+from megatron_lightseq.megatron.packed import shard_of
 from megatron_lightseq.schedule import Network
+from megatron_lightseq.transport.group import rank_in
 
 if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
 
 MAX_SHARED_ATTENTIONS = 16
 """Attentions, each with its plans and receive buffers, that layers with the same settings keep: one for each mask and
-method of a model, and when documents change with every micro-batch, those of the newest ones."""
+method of a model, and one for all packed sequences."""
+
+_PACKED = Mask.causal()
+"""What an attention is made with whose mask comes with every call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +91,12 @@ class CoreAttentionSettings:
     def attention(
         self, group: torch.distributed.ProcessGroup | None, mask: Mask, method: str, layer_number: int
     ) -> DistAttention:
-        """The attention that all layers with these settings share, with its plans and receive buffers."""
+        """The attention that all layers with these settings share, with its plans and receive buffers.
+
+        Masks of packed sequences are given with every call, so they share one.
+        """
+        if mask.length is not None:
+            mask = _PACKED
         schedules = None if self.resolved is None else self.resolved.of_layer(layer_number)
         if schedules is not None and (
             schedules.problem.mask != mask or method not in ("auto", schedules.name)
@@ -181,24 +192,28 @@ class LightSeqCoreAttention(MegatronModule):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **extras: Any,
     ) -> torch.Tensor:
         """Attention of this rank's queries over all ranks' keys and values.
 
         Args:
-            query: (S, B, H, D), fp32, bf16 or fp16.
-            key: (S, B, G, D).
-            value: (S, B, G, Dv).
+            query: (S, B, H, D), fp32, bf16 or fp16; (S, H, D) of packed sequences.
+            key: (S, B, G, D) or (S, G, D).
+            value: (S, B, G, Dv) or (S, G, Dv).
             attention_mask: (B or 1, 1, S, S * cp_size) for this rank's queries, or for those of all ranks; bool, True
                 where a key is hidden. Over several ranks, all ranks give one or none does.
             attn_mask_type: overrides the type given at construction.
-            extras: ``attention_bias`` and ``packed_seq_params`` among them; refused unless None.
+            packed_seq_params: documents in the S * cp_size tokens of all ranks, which see one another only within a
+                document.
+            extras: ``attention_bias`` among them; refused unless None.
 
         Returns:
-            (S, B, H * Dv), in query's dtype.
+            (S, B, H * Dv), in query's dtype; B is 1 for packed sequences.
 
         Raises:
             UnsupportedError: a mask, mask type, bias or packing that this attention would have to ignore.
+            ConfigError: borders of documents that are not those of these tokens.
             LayoutError: the model was not passed to :func:`megatron_lightseq.megatron.adopt_layout`.
         """
         raise_refusals([*refused_arguments("forward", extras)])
@@ -212,37 +227,60 @@ class LightSeqCoreAttention(MegatronModule):
                     "and cut batches with shard_batch",
                 )
             )
-        mask = self._mask(attn_mask_type or self.attn_mask_type, attention_mask)
+        mask_type = attn_mask_type or self.attn_mask_type
+        if packed_seq_params is None:
+            mask = self._mask(mask_type, attention_mask)
+        else:
+            mask = self._packed_mask(mask_type, attention_mask, packed_seq_params, len(query))
+            query, key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
         attention = self.settings.attention(self.group, mask, self.method, self.layer_number)
-        out = self._attend(attention, query, key, value)
+        out = self._attend(attention, mask, query, key, value)
         return out.reshape(*out.shape[:2], -1)
 
     def _attend(
-        self, attention: DistAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        attention: DistAttention,
+        mask: Mask,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
     ) -> torch.Tensor:
+        extras = self.softmax_scale, self.softmax_offset, mask
         scope = current_scope() if self.settings.keep_on_recompute else None
         if scope is None:
-            return attention(query, key, value, self.softmax_scale, self.softmax_offset)
+            return attention(query, key, value, *extras)
         stash = scope.stash(self)
         if not scope.replaying:
-            out, lse = attention.forward_with_lse(query, key, value, self.softmax_scale, self.softmax_offset)
+            out, lse = attention.forward_with_lse(query, key, value, *extras)
             stash.push(out, lse)
             return out
         if not stash:  # the second backward through a retained graph: the first one has consumed the result
-            return attention(query, key, value, self.softmax_scale, self.softmax_offset)
-        kept = stash.pop(query.shape)
-        return attention.reattach(query, key, value, kept, self.softmax_scale, self.softmax_offset)
+            return attention(query, key, value, *extras)
+        return attention.reattach(query, key, value, stash.pop(query.shape), *extras)
 
-    def _mask(self, attn_mask_type: AttnMaskType, hidden: torch.Tensor | None) -> Mask:
-        if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
+    def _packed_mask(
+        self, mask_type: AttnMaskType, hidden: torch.Tensor | None, params: PackedSeqParams, tokens: int
+    ) -> Mask:
+        """The mask of packed sequences. Megatron's types with padding name the same: padding is in the borders."""
+        if hidden is not None:
             raise UnsupportedError(
                 explain(
-                    got=f"attn_mask_type {attn_mask_type.name}",
-                    rule="LightSeq attention supports the mask types causal and no_mask",
-                    remedy="Use one of the two, or Megatron's own attention for this layer",
+                    got=f"packed_seq_params together with an attention_mask of shape {tuple(hidden.shape)}",
+                    rule="the borders of packed sequences say which keys a query sees",
+                    remedy="Give attention_mask=None",
                 )
             )
-        causal = attn_mask_type is AttnMaskType.causal
+        unpadded = {
+            AttnMaskType.padding_causal: AttnMaskType.causal,
+            AttnMaskType.padding: AttnMaskType.no_mask,
+        }
+        causal = _is_causal(unpadded.get(mask_type, mask_type))
+        shard = shard_of(params, self.layout, rank_in(self.group))
+        shard.packing.check_tokens(tokens * self.layout.cp_size)
+        return shard.mask(causal, self.window)
+
+    def _mask(self, attn_mask_type: AttnMaskType, hidden: torch.Tensor | None) -> Mask:
+        causal = _is_causal(attn_mask_type)
         mask = Mask.causal() if causal else Mask.full()
         if hidden is not None:
             mask &= self.settings.mask_of(hidden, self.layout, self.group, causal=causal)
@@ -267,6 +305,19 @@ class LightSeqCoreAttention(MegatronModule):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.method} on {self.layout}, kernel={self.settings.kernel}"
+
+
+def _is_causal(mask_type: AttnMaskType) -> bool:
+    """Whether a mask type hides later tokens; raises :class:`UnsupportedError` for types that say more."""
+    if mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
+        raise UnsupportedError(
+            explain(
+                got=f"attn_mask_type {mask_type.name}",
+                rule="LightSeq attention supports the mask types causal and no_mask",
+                remedy="Use one of the two, or Megatron's own attention for this layer",
+            )
+        )
+    return mask_type is AttnMaskType.causal
 
 
 def _context_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | None:

@@ -2,13 +2,15 @@
 
 Megatron shifts ids, positions, labels and loss masks to the left by one token (``roll_tensor``,
 transformer/multi_token_prediction.py). Over context-parallel ranks it assumes its own zigzag cut, whatever layout
-attention uses. Here the layout says which rank holds the next token.
+attention uses, and packed documents one by one. Here the layout says which rank holds the next token, all tokens travel
+at once, and behind the last token of a document there is none.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -21,6 +23,8 @@ from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.bounded_cache import BoundedCache
 from megatron_lightseq.megatron.fixes.rebind import rebind, with_globals
+from megatron_lightseq.megatron.packed import shard_of
+from megatron_lightseq.transport.group import rank_in
 
 MAX_PLANS = 8
 """Sequence lengths whose exchange of successors is remembered, with at most 16 bytes per local token each."""
@@ -64,10 +68,10 @@ class LayoutRoll:
 
     Args:
         layout: which rank holds which tokens.
-        group: the context-parallel ranks.
+        group: the context-parallel ranks; None for one.
     """
 
-    def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup) -> None:
+    def __init__(self, layout: SequenceLayout, group: dist.ProcessGroup | None) -> None:
         self.layout = layout
         self.group = group
         self._plans: BoundedCache[tuple[int, torch.device], Successors] = BoundedCache(MAX_PLANS)
@@ -80,47 +84,59 @@ class LayoutRoll:
         cp_group: Any = None,
         packed_seq_params: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every token's successor in the whole sequence, 0 after its last token; collective.
+        """Every token's successor in its sequence or document, 0 after the last token; collective.
 
         Args:
             tensor: (B, S), this rank's ids, positions, labels or mask.
             shifts: -1.
             dims: the sequence dimension.
             cp_group: ignored: the group is the model's own.
-            packed_seq_params: refused unless None.
+            packed_seq_params: Megatron's, for packed sequences: (1, tokens).
 
         Returns:
-            The same shape, and the sum over all ranks divided by their number. Megatron divides a rank's loss by the
-            latter, so that ranks with different numbers of unmasked tokens still add up to the mean of one process.
+            The same shape, and the sum over all ranks divided by their number, at least a count of one. Megatron
+            divides a rank's loss by it, so that ranks with different numbers of unmasked tokens still add up to the
+            mean of one process, and a micro-batch without any adds nothing.
 
         Raises:
-            UnsupportedError: packed sequences, or another shift.
+            UnsupportedError: another shift, or packed sequences of an unknown kind.
         """
         del cp_group
-        if packed_seq_params is not None or shifts != -1:
+        if shifts != -1:
             raise UnsupportedError(
                 explain(
-                    got="packed sequences" if packed_seq_params is not None else f"a shift of {shifts}",
-                    rule=f"multi-token prediction on layout {self.layout} shifts whole sequences by one token",
-                    remedy="Use unpacked sequences, or switch mtp_num_layers off",
+                    got=f"a shift of {shifts}",
+                    rule=f"multi-token prediction on layout {self.layout} shifts sequences by one token",
+                    remedy="Shift by -1, several times if need be",
                 )
             )
-        tokens = tensor.movedim(dims, 0)
+        rolled = self._successors(tensor.movedim(dims, 0)).movedim(0, dims).contiguous()
+        if packed_seq_params is not None:
+            lasts = shard_of(packed_seq_params, self.layout, rank_in(self.group)).lasts
+            rolled.movedim(dims, -1).masked_fill_(lasts.to(rolled.device), 0)
+        total = rolled.sum()
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        total = torch.where(total == 0, torch.ones_like(total), total)
+        return rolled, total / self.layout.cp_size
+
+    def _successors(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(S, B) of this rank to (S, B): each token's successor in the whole sequence, 0 behind its end."""
+        rolled = torch.zeros_like(tokens)
+        if self.group is None or self.layout.cp_size == 1:
+            rolled[:-1] = tokens[1:]
+            return rolled
         seq_length = len(tokens) * self.layout.cp_size
         plan = self._plans.get(
-            (seq_length, tensor.device),
-            lambda: Successors.of(self.layout, self.group.rank(), seq_length, tensor.device),
+            (seq_length, tokens.device),
+            lambda: Successors.of(self.layout, rank_in(self.group), seq_length, tokens.device),
         )
         arrived = tokens.new_empty((len(plan.placed), *tokens.shape[1:]))
         dist.all_to_all_single(
             arrived, tokens[plan.sent].contiguous(), plan.received_from, plan.sent_to, group=self.group
         )
-        rolled = torch.zeros_like(tokens)
         rolled[plan.placed] = arrived
-        rolled = rolled.movedim(0, dims).contiguous()
-        total = rolled.sum()
-        dist.all_reduce(total, group=self.group)
-        return rolled, total / self.layout.cp_size
+        return rolled
 
 
 class LayoutLoss:
@@ -144,7 +160,8 @@ class LayoutLoss:
             given["config"] = copy.copy(given["config"])
             given["config"].calculate_per_token_loss = False
             weight = mask.sum()
-            dist.all_reduce(weight, group=self._roll.group)
+            if self._roll.group is not None:
+                dist.all_reduce(weight, group=self._roll.group)
             weight = weight / self._roll.layout.cp_size
         attach = _Weighted(self._original.__globals__["MTPLossAutoScaler"], weight)
         own = with_globals(self._original, roll_tensor=self._roll, MTPLossAutoScaler=attach)
@@ -164,17 +181,44 @@ class _Weighted:
         return attached
 
 
-def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.ProcessGroup) -> int:
-    """Make every module below ``model`` that shifts tokens shift them by ``layout``.
+def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.ProcessGroup | None) -> int:
+    """Make every module below ``model`` that shifts tokens shift them by ``layout``, and recompute packed sequences.
 
     Returns:
-        The number of methods that do.
+        The number of methods that shift tokens.
     """
     roll = LayoutRoll(layout, group)
     loss = getattr(multi_token_prediction, "process_mtp_loss", None)  # until 0.17 a part of a method
     found = 0
     for module in model.modules():
+        if isinstance(module, multi_token_prediction.MultiTokenPredictionLayer):
+            _checkpoint_tensors_only(module)
         found += rebind(module, "roll_tensor", roll)
         if loss is not None:
             found += rebind(module, "process_mtp_loss", LayoutLoss(loss, roll))
     return found
+
+
+def _checkpoint_tensors_only(layer: Any) -> None:
+    """Keep objects such as ``packed_seq_params`` out of the arguments of an activation checkpoint.
+
+    A checkpoint saves its arguments as tensors. Megatron-Core up to 0.19 hands all arguments of a layer of multi-token
+    prediction to it; later versions do what this does.
+    """
+    original = layer._checkpointed_forward
+    if "forward_func" not in inspect.signature(original).parameters:
+        return
+
+    def checkpointed(forward_func: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        saved = {
+            name: value for name, value in options.items() if value is None or isinstance(value, torch.Tensor)
+        }
+        objects = {name: value for name, value in options.items() if name not in saved}
+
+        def forward(*values: Any) -> Any:
+            given, named = values[: len(args)], values[len(args) :]
+            return forward_func(*given, **dict(zip(saved, named, strict=True)), **objects)
+
+        return original(forward, *args, **saved)
+
+    layer._checkpointed_forward = checkpointed

@@ -1,21 +1,27 @@
 """Rotary position embeddings cut by the layout of attention.
 
 Megatron's rotary modules always give a context-parallel rank its zigzag chunks
-(models/common/embeddings/rope_utils.py), whatever layout attention uses.
+(models/common/embeddings/rope_utils.py), whatever layout attention uses. Of packed sequences they give the angles of
+the longest document, which every layer then cuts by zigzag, document by document. Here the module gives every local
+token the angle of its own position, once, and layers apply it as in sequences that are not packed.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.bounded_cache import BoundedCache
+from megatron_lightseq.megatron.fixes.rebind import rebind
+from megatron_lightseq.megatron.packed import PackedShard, given_params, shard_of
 
 MAX_LENGTHS = 4
 """Sequence lengths whose angles a rotary module keeps, 4 bytes per local token and rotary dimension each."""
@@ -35,6 +41,8 @@ class LayoutRotaryEmbedding(torch.nn.Module):
         self.rotary = rotary
         self.layout = layout
         self.rank = rank
+        self.packed: PackedShard | None = None
+        """The documents of the forward pass that is under way; None if its sequences are not packed."""
         self._shards: BoundedCache[tuple[int, int], Any] = BoundedCache(MAX_LENGTHS)
 
     def __getattr__(self, name: str) -> Any:
@@ -49,27 +57,28 @@ class LayoutRotaryEmbedding(torch.nn.Module):
         """The angles of this rank's tokens.
 
         Args:
-            max_seq_len: length of the whole sequence, over all ranks.
+            max_seq_len: length of the whole sequence, over all ranks; unused if it is packed.
             offset: added to every position.
-            packed_seq: packed sequences; refused.
+            packed_seq: whether sequences are packed: those of the model's ``packed_seq_params``.
             cp_group: another group for this call (Megatron's hybrid context parallelism); refused.
 
         Returns:
-            (max_seq_len / cp_size, 1, 1, rotary dimensions); for YaRN a tuple of this and its scale.
+            (local tokens, 1, 1, rotary dimensions); for YaRN a tuple of this and its scale.
 
         Raises:
-            UnsupportedError: packed sequences or another group.
+            UnsupportedError: packed sequences that the model was not told of, or another group.
             LayoutError: ``max_seq_len`` does not divide among the ranks.
         """
-        for name, given in (("packed_seq", packed_seq), ("cp_group", cp_group is not None)):
-            if given:
-                raise UnsupportedError(
-                    explain(
-                        got=f"rotary embedding with {name}",
-                        rule=f"positions are those of one sequence on layout {self.layout}",
-                        remedy="Use unpacked sequences and the model's own context-parallel group",
-                    )
+        if cp_group is not None or (packed_seq and self.packed is None):
+            raise UnsupportedError(
+                explain(
+                    got=f"rotary embedding with {'packed_seq' if cp_group is None else 'cp_group'}",
+                    rule=f"positions are those of the model's tokens on layout {self.layout}",
+                    remedy="Give packed_seq_params to the model's forward, without cp_group",
                 )
+            )
+        if self.packed is not None:
+            return self._packed_angles(self.packed)
         return self._shards.get((max_seq_len, offset), lambda: self._kept_angles(max_seq_len, offset))
 
     @torch.inference_mode(False)  # or training could not use what an evaluation has left here
@@ -99,6 +108,12 @@ class LayoutRotaryEmbedding(torch.nn.Module):
             )
         return self._join([self._uncut(len(chunk), offset + chunk.start) for chunk in chunks])
 
+    def _packed_angles(self, packed: PackedShard) -> Any:
+        """Computed range by range: documents start again at 0, and a long one may lie on many ranks."""
+        ranges, index = packed.angles_of()
+        parts = [self._uncut(len(positions), positions.start) for positions in ranges]
+        return self._join(parts, lambda x: x.index_select(0, index.to(x.device)))
+
     def _uncut(self, length: int, offset: int) -> Any:
         # In every version of Megatron, angles of packed sequences are not cut. Its own cache of 32 lengths is bypassed.
         forward = type(self.rotary).forward
@@ -112,6 +127,23 @@ class LayoutRotaryEmbedding(torch.nn.Module):
         return select(torch.cat(parts)).contiguous()
 
 
+def rotated(
+    t: torch.Tensor, freqs: torch.Tensor, config: Any, cu_seqlens: Any = None, **options: Any
+) -> torch.Tensor:
+    """Megatron's ``apply_rotary_pos_emb``, where angles are those of the local tokens also of packed sequences.
+
+    Args:
+        t: queries or keys, (S, B, H, D), or packed (tokens, H, D).
+        freqs: (S, 1, 1, rotary dimensions), from :class:`LayoutRotaryEmbedding`.
+        config: of the layer.
+        cu_seqlens: given for packed sequences.
+        options: of Megatron's function.
+    """
+    if cu_seqlens is None:
+        return apply_rotary_pos_emb(t, freqs, config, **options)
+    return apply_rotary_pos_emb(t.unsqueeze(1), freqs, config, **options).squeeze(1)
+
+
 def adopt_rotary(model: torch.nn.Module, layout: SequenceLayout, rank: int) -> int:
     """Make every rotary module below ``model`` follow ``layout``; they are replaced in place.
 
@@ -123,6 +155,7 @@ def adopt_rotary(model: torch.nn.Module, layout: SequenceLayout, rank: int) -> i
     """
     found = 0
     for owner in list(model.modules()):
+        rebind(owner, "apply_rotary_pos_emb", rotated)
         rotary = owner._modules.get("rotary_pos_emb")
         if rotary is None:
             continue
@@ -130,7 +163,9 @@ def adopt_rotary(model: torch.nn.Module, layout: SequenceLayout, rank: int) -> i
         if isinstance(rotary, LayoutRotaryEmbedding):
             rotary = rotary.rotary
         if isinstance(rotary, RotaryEmbedding):
-            owner.rotary_pos_emb = LayoutRotaryEmbedding(rotary, layout, rank)
+            adopted = LayoutRotaryEmbedding(rotary, layout, rank)
+            owner.rotary_pos_emb = adopted
+            owner.register_forward_pre_hook(_Announcement(owner, adopted), with_kwargs=True)
         elif layout.name != "zigzag":
             raise UnsupportedError(
                 explain(
@@ -140,6 +175,19 @@ def adopt_rotary(model: torch.nn.Module, layout: SequenceLayout, rank: int) -> i
                 )
             )
     return found
+
+
+class _Announcement:
+    """A forward pre-hook of the module that owns a rotary module: tells it of the documents of this call."""
+
+    def __init__(self, owner: torch.nn.Module, rotary: LayoutRotaryEmbedding) -> None:
+        self._signature = inspect.signature(owner.forward)
+        self._rotary = rotary
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        params, rotary = given_params(self._signature, args, kwargs), self._rotary
+        rotary.packed = None if params is None else shard_of(params, rotary.layout, rotary.rank)
 
 
 def allow_any_number_of_ranks() -> None:

@@ -306,7 +306,7 @@ def build_model(
 def _adopt_layout(config: PretrainConfig, models: list[GPTModel]) -> SequenceLayout:
     cp_size = config.parallel.context_parallel_size
     if config.context.cp_method != "megatron":
-        return adopt_layout(models)
+        return adopt_layout(models, packed=config.data.packed)
     for model in models:
         fix_gradients(model)
     return SequenceLayout.zigzag(cp_size) if cp_size > 1 else SequenceLayout.contiguous(1)

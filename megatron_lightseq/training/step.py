@@ -28,11 +28,13 @@ from megatron_lightseq.training.auxiliary_losses import (
     load_balancing_loss,
     mtp_loss,
 )
+from megatron_lightseq.training.packed_batches import Documents, documents_of
 from megatron_lightseq.training.setup import Training, gpt_model
 from megatron_lightseq.transport.group import rank_in, size_of
 
-Batch = Mapping[str, torch.Tensor]
-"""``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each (micro_batch_size, seq_length)."""
+Batch = Mapping[str, Any]
+"""``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each (micro_batch_size, seq_length); and
+of packed data, ``packing``, the :class:`~megatron_lightseq.megatron.packing.Packing` of its rows, joined."""
 DataIterators = Iterator[Batch] | Sequence[Iterator[Batch]]
 """One iterator, or one per model chunk of an interleaved pipeline, whose chunks read the same batches independently.
 All ranks of a data parallel replica read the same whole sequences, which are cut here."""
@@ -149,7 +151,7 @@ def parameters_in_place(training: Training) -> Iterator[None]:
 def _run_schedule(
     training: Training, data_iterators: DataIterators, num_microbatches: int, forward_only: bool
 ) -> list[torch.Tensor]:
-    settings = training.config.training
+    config, settings = training.config, training.config.training
     iterators = data_iterators
     if len(training.chunks) == 1 and isinstance(data_iterators, Sequence):
         iterators = data_iterators[0]
@@ -158,9 +160,9 @@ def _run_schedule(
         data_iterator=iterators,
         model=training.chunks if len(training.chunks) > 1 else training.chunks[0],
         num_microbatches=num_microbatches,
-        seq_length=settings.seq_length,
-        micro_batch_size=settings.micro_batch_size,
-        decoder_seq_length=settings.seq_length,
+        seq_length=config.joined_seq_length,
+        micro_batch_size=settings.micro_batch_size * settings.seq_length // config.joined_seq_length,
+        decoder_seq_length=config.joined_seq_length,
         forward_only=forward_only,
     )
     return reports
@@ -174,12 +176,24 @@ def _forward_step(
     embeds = model.pre_process or model.mtp_process
     wanted = (*(_MODEL_INPUTS if embeds else ()), *(_LOSS_INPUTS if model.post_process else ()))
     whole: dict[str, torch.Tensor | None] = {}
-    if wanted:  # stages in the middle receive hidden states instead of batches
+    documents = Documents()
+    if wanted or training.config.data.packed:  # else stages in the middle receive hidden states only
         batch = next(iterator)
         whole = {name: batch[name].to(training.device, non_blocking=True) for name in wanted}
+        documents = documents_of(training, batch)
+    whole = documents.joined(whole)
     shard = shard_batch(whole, training.layout, rank_in(training.groups.cp))
-    mask = {"loss_mask": shard["loss_mask"]} if model.mtp_process else {}  # for multi-token prediction
-    output = chunk(shard.get("tokens"), shard.get("position_ids"), None, labels=shard.get("labels"), **mask)
+    # The model's own loss mask serves multi-token prediction only.
+    extras = {"loss_mask": documents.within(shard["loss_mask"])} if model.mtp_process else {}
+    if documents.params is not None:
+        extras["packed_seq_params"] = documents.params
+    output = chunk(
+        shard.get("tokens"),
+        shard.get("position_ids"),
+        documents.hidden,
+        labels=shard.get("labels"),
+        **extras,
+    )
     return output, partial(_loss, training, shard.get("loss_mask"), whole.get("loss_mask"))
 
 

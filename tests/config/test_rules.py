@@ -349,6 +349,42 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "Set calculate_per_token_loss to true",
     ),
+    "restarted_angles_need_documents": (
+        {"reset_position_ids": True},
+        Machine(),
+        "Set reset_attention_mask to true, or reset_position_ids to false",
+    ),
+    "sft_says_it_all": (
+        {"sft": True, "reset_attention_mask": True},
+        Machine(),
+        "Remove the other three, or set sft to false",
+    ),
+    "answers_are_counted": (
+        {"sft": True, "calculate_per_token_loss": False},
+        Machine(),
+        "Set calculate_per_token_loss to true",
+    ),
+    "megatron_packs_on_one_rank": (
+        {"reset_attention_mask": True, "cp_method": "megatron", "context_parallel_size": 2},
+        Machine(),
+        "set context_parallel_size to 1",
+    ),
+    "megatron_packs_plain_layers": (
+        {"reset_attention_mask": True, "cp_method": "megatron", "window_size": (8, 0)},
+        Machine(),
+        "Choose another cp_method",
+    ),
+    "rows_are_balanced_together": (
+        {
+            "reset_attention_mask": True,
+            "micro_batch_size": 2,
+            "global_batch_size": 2,
+            "num_experts": 4,
+            "moe_router_load_balancing_type": "seq_aux_loss",
+        },
+        Machine(),
+        "Set micro_batch_size to 1",
+    ),
     "data_is_given": ({"data_path": ()}, Machine(), "lightseq prepare-data"),
     "data_weights_alternate": ({"data_path": ("0.5", "a", "b", "c")}, Machine(), r"data_path [0.5, a, b, c]"),
     "split_is_three_shares": ({"split": "0,1,1"}, Machine(), "Write, for example, 969,30,1"),
@@ -483,6 +519,11 @@ KERNEL_REFUSALS: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "it supports sliding windows on one context-parallel rank only, not on 2",
     ),
+    "documents": (
+        {"cp_kernel": "flash_attn", "reset_attention_mask": True, "bf16": True},
+        Machine(),
+        "it does not support packed documents",
+    ),
     "stripes": (
         {"cp_kernel": "sdpa", "cp_method": "ring", "cp_layout": "striped", "context_parallel_size": 2},
         Machine(num_gpus=0),
@@ -491,7 +532,8 @@ KERNEL_REFUSALS: dict[str, tuple[dict[str, Any], Machine, str]] = {
     "host memory over nccl": (
         {"cp_kernel": "cpu", "distributed_backend": "nccl"},
         Machine(),
-        "cp_kernel cpu, bf16 false, kv_channels null, window_size [], cp_method lightseq, cp_layout auto, "
+        "cp_kernel cpu, bf16 false, kv_channels null, window_size [], reset_attention_mask false, sft false, "
+        "cp_method lightseq, cp_layout auto, "
         "context_parallel_size 1, distributed_backend nccl: kernel cpu: it takes tensors on the CPU only",
     ),
     "a head dim": ({"cp_kernel": "cuda", "bf16": True, "kv_channels": 48}, Machine(), "not 48"),

@@ -110,6 +110,31 @@ def test_masked_loss_ends_documents(prefix: Path) -> None:
     assert (masks == 0).any()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_documents_and_their_positions_reach_the_batch(prefix: Path, workers: int) -> None:
+    values = {
+        "reset_attention_mask": True,
+        "reset_position_ids": True,
+        "micro_batch_size": 2,
+        "num_workers": workers,
+    }
+    config = config_for(str(prefix), **values)
+    ends = 0
+    for batch in train_iterator(config, open_and_build(config)[1], DataShare()):
+        packing, tokens = batch["packing"], batch["tokens"].flatten()
+        packing.check_tokens(64)
+        document = torch.tensor([sum(border <= at for border in packing.cu_seqlens[1:]) for at in range(64)])
+        after_end = torch.cat([torch.tensor([False]), tokens[:-1] == 256])
+        assert torch.equal(document.diff() > 0, (after_end | (torch.arange(64) == 32))[1:])
+        assert torch.equal(batch["position_ids"].flatten(), packing.positions())
+        ends += int(after_end[:32].sum())
+    assert ends > 3
+    plain = next(
+        train_iterator(config_for(str(prefix)), open_and_build(config_for(str(prefix)))[1], DataShare())
+    )
+    assert "packing" not in plain
+
+
 def test_seed_changes_the_order_and_nothing_else_does(config: PretrainConfig, tmp_path: Path) -> None:
     def order(**values: object) -> list[list[int]]:
         changed = with_values(config, **values)

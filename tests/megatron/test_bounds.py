@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -65,7 +66,8 @@ def _positions_and_rolls() -> tuple[int, int]:
     from megatron_lightseq.megatron.multi_token import LayoutRoll
 
     layout, rank = SequenceLayout.contiguous(2), dist.get_rank()
-    check, roll = _LayoutCheck(layout, rank), LayoutRoll(layout, dist.group.WORLD)
+    check = _LayoutCheck(layout, rank, inspect.signature(torch.nn.Identity.forward))
+    roll = LayoutRoll(layout, dist.group.WORLD)
     for length in range(2, MANY + 2, 2):
         positions = torch.tensor(layout.positions(rank, length))[None]
         check(torch.nn.Identity(), (positions, positions), {})
@@ -78,7 +80,7 @@ def test_positions_and_rolls_keep_a_few_lengths() -> None:
     assert on_ranks(2, _positions_and_rolls) == [(8, 8)] * 2
 
 
-def _attentions() -> tuple[int, int]:
+def _attentions() -> tuple[int, int, int]:
     import torch.distributed as dist
 
     from megatron_lightseq.megatron.core_attention import CoreAttentionSettings
@@ -87,13 +89,17 @@ def _attentions() -> tuple[int, int]:
     for length in range(2, 202, 2):
         mask = Mask.documents((0, 1, length))
         q = torch.zeros(length // 2, 1, 1, 4)
-        settings.attention(group, mask, "ring", 1)(q, q, q)
+        settings.attention(group, mask, "ring", 1)(q, q, q, mask=mask)
+    packed = len(settings._shared)
+    for left in range(100):
+        settings.attention(group, Mask.window(left), "ring", 1)
     first = settings.attention(group, Mask.causal(), "ring", 1)
-    return len(settings._shared), int(settings.attention(group, Mask.causal(), "ring", 1) is first)
+    return packed, len(settings._shared), int(settings.attention(group, Mask.causal(), "ring", 1) is first)
 
 
 def test_layers_share_a_few_attentions() -> None:
-    assert on_ranks(2, _attentions) == [(16, 1)] * 2
+    """Packed documents, which change with every micro-batch, share one."""
+    assert on_ranks(2, _attentions) == [(1, 16, 1)] * 2
 
 
 def _resident_bytes() -> int:

@@ -203,12 +203,38 @@ def test_accepts_options_that_change_nothing() -> None:
     )  # the argument takes precedence, as in Megatron's attention
 
 
-@pytest.mark.parametrize("name", ["attention_bias", "packed_seq_params", "something_new"])
+@pytest.mark.parametrize("name", ["attention_bias", "something_new"])
 def test_refuses_at_call(name: str) -> None:
     with pytest.raises(
         UnsupportedError, match=f"the forward argument {name} = Tensor: LightSeq attention refuses it"
     ):
         build(transformer_config())(*qkv(), None, **{name: torch.zeros(1)})
+
+
+def test_packed_sequences_are_documents() -> None:
+    """In Megatron's form, (tokens, heads, head dim), with padding behind the first document."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    q, k, v = (x[:, 0].detach() for x in qkv())
+    lengths, borders = (torch.tensor(found, dtype=torch.int32) for found in ((0, 4, 11), (0, 6, 13)))
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=lengths,
+        cu_seqlens_kv=lengths,
+        cu_seqlens_q_padded=borders,
+        cu_seqlens_kv_padded=borders,
+    )
+    attention = build(transformer_config())
+    out = attention(q, k, v, None, packed_seq_params=packed)
+    assert out.shape == (13, 1, 32)
+    for first, last in ((0, 4), (6, 13)):
+        alone = attention(*(x[first:last, None] for x in (q, k, v)), None)
+        torch.testing.assert_close(out[first:last], alone, rtol=1e-5, atol=1e-6)
+    assert not out[4:6].any()
+    with pytest.raises(ConfigError, match=r"borders that end at 13, for 12 tokens"):
+        attention(q[:12], k[:12], v[:12], None, packed_seq_params=packed)
+    with pytest.raises(UnsupportedError, match=r"packed_seq_params together with an attention_mask"):
+        attention(q, k, v, torch.zeros(1, 1, 13, 13, dtype=torch.bool), packed_seq_params=packed)
 
 
 def test_group_and_configuration_must_have_one_size() -> None:

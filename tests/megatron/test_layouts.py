@@ -170,7 +170,7 @@ def test_rotary_embeddings_that_cut_themselves_are_refused() -> None:
         UnsupportedError, match=r"Multimodal.* with layout contiguous\(2\): .*itself, by Megatron's zigzag"
     ):
         adopt_rotary(model, SequenceLayout.contiguous(2), 0)
-    with pytest.raises(UnsupportedError, match=r"rotary embedding with packed_seq: .*unpacked"):
+    with pytest.raises(UnsupportedError, match=r"rotary embedding with packed_seq: .*Give packed_seq_params"):
         LayoutRotaryEmbedding(model.rotary_pos_emb, SequenceLayout.zigzag(2), 0)(LENGTH, packed_seq=True)
     with pytest.raises(
         UnsupportedError, match=r"apply_rope_fusion with latent.*Switch apply_rope_fusion off"
@@ -416,7 +416,7 @@ def test_adopting_needs_one_layout() -> None:
         adopt_layout(torch.nn.Linear(1, 1))
 
 
-def _twice() -> int:
+def _twice() -> list[str]:
     from megatron.core import parallel_state
 
     from megatron_lightseq.megatron import adopt_layout
@@ -424,8 +424,9 @@ def _twice() -> int:
     model, layout = own_model("lightseq")
     assert adopt_layout([model]) == layout
     parallel_state.destroy_model_parallel()
-    return len(model._forward_pre_hooks)
+    return sorted(type(hook).__name__ for hook in model._forward_pre_hooks.values())
 
 
 def test_adopting_twice_checks_once() -> None:
-    assert on_ranks(2, _twice) == [1, 1]
+    """One hook checks the layout of batches, the other tells the rotary module of packed documents."""
+    assert on_ranks(2, _twice) == [["_Announcement", "_LayoutCheck"]] * 2

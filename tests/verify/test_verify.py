@@ -19,7 +19,7 @@ from megatron_lightseq.tools.verify.parity import TrainedStep, Verdict, budget, 
 SHORT = (
     r"^cp2 (lightseq|mesh|rsa|auto)$|^tp2 sp cp2 ulysses$|^pp2 interleaved cp2 mesh$|cp4 usp"
     r"|^shared expert|^experts ep4|^latent cp2 lightseq$|^multi-token cp2 striped$"
-    r"|^bf16 all experts|^window cp4 ring|^sinks tp2"
+    r"|^bf16 all experts|^window cp4 ring|^sinks tp2|^packed cp3 lightseq|^padded cp2|^packed gpt-2"
     r"|^documents by a dense mask, cp2 lightseq$|^experts, loss by sequence|^evaluated first, cp2 lightseq$"
 )
 """Cells of at most 4 processes that cover every kind of transport and every other parallelism once."""

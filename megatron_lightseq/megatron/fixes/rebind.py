@@ -13,13 +13,14 @@ import torch
 def rebind(module: torch.nn.Module, name: str, replacement: Any) -> int:
     """Make the methods of ``module`` that call the global function ``name`` call ``replacement`` instead.
 
-    The methods are copied and bound to this module alone; its class and its Python module do not change.
+    The methods are copied and bound to this module alone; its class and its Python module do not change. What was
+    replaced in them before stays replaced.
 
     Returns:
         The number of such methods.
     """
     found = 0
-    for attribute, function in _methods_calling(type(module), name):
+    for attribute, function in _methods_calling(module, name):
         setattr(module, attribute, MethodType(with_globals(function, **{name: replacement}), module))
         found += 1
     return found
@@ -38,8 +39,11 @@ def with_globals(function: FunctionType, **replaced: Any) -> FunctionType:
     return own
 
 
-def _methods_calling(kind: type, name: str) -> Iterator[tuple[str, FunctionType]]:
-    for attribute, function in inspect.getmembers(kind, inspect.isfunction):
+def _methods_calling(module: torch.nn.Module, name: str) -> Iterator[tuple[str, FunctionType]]:
+    for attribute, function in inspect.getmembers(type(module), inspect.isfunction):
+        own = vars(module).get(attribute)
+        if isinstance(own, MethodType) and isinstance(own.__func__, FunctionType):
+            function = own.__func__
         if name in function.__globals__ and name in code_names(function.__code__):
             yield attribute, function
 

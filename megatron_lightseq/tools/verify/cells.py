@@ -138,6 +138,10 @@ LATENT: dict[str, Any] = {
 _DIRECT_QUERIES = {**LATENT, "q_lora_rank": None, "qk_layernorm": True}
 _MULTI_TOKEN = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}
 _MEAN_PER_BATCH = {"calculate_per_token_loss": False}
+_PACKED: dict[str, Any] = {"reset_attention_mask": True, "reset_position_ids": True}
+_TWO_ROWS = {"micro_batch_size": 2}
+_PADDED: dict[str, Any] = {"sft": True}
+_LEARNED_POSITIONS = {**_GPT2, **_PACKED}
 _MULTI_TOKEN_AVERAGE = {**_MULTI_TOKEN, **_MEAN_PER_BATCH}
 _EVERYTHING = {**_MULTI_TOKEN, **LATENT, **_EXPERTS}
 
@@ -255,6 +259,27 @@ CELLS: tuple[Cell, ...] = (
     _cell(
         "evaluated first, experts ep2 cp2 ring", {**_EP2, **_cp(2, "ring")}, _EXPERTS, evaluated_first=True
     ),
+    *(_cell(f"packed cp2 {method}", _cp(2, method), _PACKED) for method in (*_METHODS, "auto")),
+    _cell("packed cp3 lightseq, two rows", _cp(3, "lightseq"), {**_PACKED, **_TWO_ROWS}),
+    _cell("packed cp4 balanced, two rows", _cp(4, "balanced"), {**_PACKED, **_TWO_ROWS}),
+    _cell("packed cp4 usp", _cp(4, "usp"), _PACKED),
+    _cell("packed cp3 ring on striped", _cp(3, "ring", cp_layout="striped"), _PACKED),
+    _cell("packed cp1", _cp(1, "lightseq"), {**_PACKED, **_TWO_ROWS}),
+    _cell("packed, positions go on, cp2 balanced", _cp(2, "balanced"), {"reset_attention_mask": True}),
+    _cell("packed tp2 sp cp2 balanced, full recompute", {**_TP2_SP, **_FULL, **_cp(2, "balanced")}, _PACKED),
+    _cell("packed pp2 cp2 lightseq", {**_PP2, **_cp(2, "lightseq")}, {**_PACKED, **_TWO_ROWS}),
+    _cell("packed pp2 interleaved cp2 balanced", {**_VPP, **_cp(2, "balanced")}, _PACKED),
+    _cell(
+        "packed latent cp2 balanced, full recompute", {**_FULL, **_cp(2, "balanced")}, {**_PACKED, **LATENT}
+    ),
+    _cell("packed gpt-2 tp2 cp2 balanced", {**_TP2, **_cp(2, "balanced")}, _LEARNED_POSITIONS),
+    _cell("packed experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, {**_PACKED, **_EXPERTS}),
+    _cell("padded cp2 lightseq", _cp(2, "lightseq"), _PADDED),
+    _cell("padded cp3 balanced, two rows", _cp(3, "balanced"), {**_PADDED, **_TWO_ROWS}),
+    _cell("padded cp4 zigzag, full recompute", {**_FULL, **_cp(4, "zigzag")}, _PADDED),
+    _cell("padded dp2 cp2 lightseq", _cp(2, "lightseq"), _PADDED, data=2),
+    _cell("padded tp2 pp2 cp2 balanced", {**_TP2, **_PP2, **_cp(2, "balanced")}, _PADDED),
+    _cell("bf16 packed cp2 balanced", _cp(2, "balanced"), {**_PACKED, "bf16": True}, tolerance=BF16),
     _cell("bf16 cp2 lightseq", _cp(2, "lightseq"), {"bf16": True}, tolerance=BF16),
     _cell("bf16 cp2 ulysses", _cp(2, "ulysses"), {"bf16": True}, tolerance=BF16),
     _cell("bf16 latent cp2 zigzag", _cp(2, "zigzag"), {"bf16": True, **LATENT}, tolerance=BF16),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_lightseq.config import PretrainConfig, with_values
 from megatron_lightseq.megatron.batch import shard_batch
+from megatron_lightseq.megatron.packing import Packing
 from megatron_lightseq.tools.verify.cells import SMALL, Cell, Tolerance, Values
 from megatron_lightseq.tools.verify.gradients import Gradients, Piece, assemble, pieces_of
 from megatron_lightseq.training.setup import Training, build_training
@@ -126,24 +127,56 @@ def _give_dense_masks(training: Training) -> None:
         model.register_forward_pre_hook(give, with_kwargs=True)
 
 
-def batches(training: Training) -> Iterator[dict[str, torch.Tensor]]:
+def batches(training: Training) -> Iterator[dict[str, Any]]:
     """Micro-batches of this data-parallel rank: the same for any number of ranks, with uneven loss masks."""
-    settings = training.config.training
+    settings, data = training.config.training, training.config.data
     length = settings.seq_length
     generator = torch.Generator().manual_seed(settings.seed)
     text = torch.randint(0, VOCAB_SIZE, (settings.global_batch_size, length + 1), generator=generator)
     kept = torch.linspace(0.1, 1.0, length)  # early tokens are masked more often than late ones
     mask = (torch.rand(settings.global_batch_size, length, generator=generator) < kept).float()
+    if data.packed and not data.sft:
+        text[torch.rand(text.shape, generator=generator) < 0.1] = END_OF_DOCUMENT
     shape = (training.num_microbatches, training.sizes.data, settings.micro_batch_size, -1)
     data_rank = 0 if training.groups.dp is None else training.groups.dp.rank()
     mine = (x.view(shape)[:, data_rank] for x in (text, mask))
-    for tokens, loss_mask in zip(*mine, strict=True):
-        yield {
+    for number, (tokens, loss_mask) in enumerate(zip(*mine, strict=True)):
+        first = (number * training.sizes.data + data_rank) * settings.micro_batch_size
+        batch: dict[str, Any] = {
             "tokens": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),
             "loss_mask": loss_mask.contiguous(),
             "position_ids": torch.arange(length).expand(len(tokens), -1).contiguous(),
         }
+        yield _packed(batch, first, training.config) if data.packed else batch
+
+
+END_OF_DOCUMENT = 7
+_DOCUMENTS = ((5, 31, 1, 22), (11,), (40, 17, 39), (2, 3, 50))
+"""Lengths of packed documents in rows of 96 tokens; the second leaves all ranks but the first nothing but padding."""
+
+
+def _packed(batch: dict[str, Any], first: int, config: PretrainConfig) -> dict[str, Any]:
+    """The batch with its documents: those of its tokens, or with sft some that are followed by padding.
+
+    Args:
+        batch: tensors of whole sequences.
+        first: number of its first sequence in the global batch.
+        config: of the run.
+    """
+    length = config.training.seq_length
+    if config.data.sft:
+        rows = [
+            Packing.of_documents(_DOCUMENTS[(first + row) % len(_DOCUMENTS)], length)
+            for row in range(len(batch["tokens"]))
+        ]
+        inside = torch.stack([~row.lasts() for row in rows])
+        batch["loss_mask"] = batch["loss_mask"] * inside
+    else:
+        rows = [Packing.of_tokens(tokens, END_OF_DOCUMENT) for tokens in batch["tokens"]]
+    if config.data.restarts_positions:
+        batch["position_ids"] = torch.stack([row.positions() for row in rows])
+    return {**batch, "packing": Packing.joined(rows)}
 
 
 def compare(got: TrainedStep, reference: TrainedStep, tolerance: Tolerance) -> Verdict:

@@ -58,6 +58,13 @@ class CorpusFacts:
     """Number of lines, rows and items that were left out, by reason."""
     bin_bytes: int
     idx_bytes: int
+    pack_length: int = 0
+    """Of a corpus packed for fine-tuning: the tokens that each pack has room for; 0: not packed.
+
+    Every document is then two sequences of the index, prompt and answer, and every pack is a document of the index.
+    """
+    packs: int = 0
+    """Number of packs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,15 +83,28 @@ def file_of(prefix: Path | str, suffix: str) -> Path:
     return Path(f"{prefix}.{suffix}")
 
 
-def write_index(path: Path, lengths: npt.NDArray[np.int32], token_type: type[np.integer[Any]]) -> None:
-    """Write an index with one sequence per document, identical to the output of Megatron's IndexedDatasetBuilder."""
+def write_index(
+    path: Path,
+    lengths: npt.NDArray[np.int32],
+    token_type: type[np.integer[Any]],
+    documents: npt.NDArray[np.int64] | None = None,
+) -> None:
+    """Write an index, identical to the output of Megatron's IndexedDatasetBuilder.
+
+    Args:
+        path: of the `.idx` file.
+        lengths: tokens of the sequences, one after the other in the `.bin` file.
+        token_type: of the tokens.
+        documents: first sequence of each document, then the number of sequences; default: one sequence each.
+    """
     code = next(code for code, known in TOKEN_TYPES.items() if known is token_type)
     ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(token_type).itemsize
     pointers = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(lengths)]
-    documents = np.arange(len(lengths) + 1, dtype=np.int64)
+    if documents is None:
+        documents = np.arange(len(lengths) + 1, dtype=np.int64)
     with path.open("wb") as stream:
         stream.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents)))
-        for array in (lengths.astype(np.int32), pointers, documents):
+        for array in (lengths.astype(np.int32), pointers, documents.astype(np.int64)):
             stream.write(array.tobytes())
 
 
@@ -201,7 +221,7 @@ def check_facts(prefix: Path | str, facts: CorpusFacts, index: Index) -> None:
     Index caches are named after the facts: those of another corpus would point into the wrong tokens.
     """
     found = {
-        "documents": len(index.lengths),
+        "documents": len(index.lengths) // (2 if facts.pack_length else 1),
         "tokens": int(index.lengths.sum(dtype=np.int64)),
         "bin_bytes": file_of(prefix, "bin").stat().st_size,
         "idx_bytes": file_of(prefix, "idx").stat().st_size,

@@ -71,6 +71,8 @@ class Datasets:
     train: Any
     valid: Any | None
     """None if `eval_interval` is null."""
+    eod: int
+    """The end-of-document token."""
 
 
 def open_corpora(config: PretrainConfig) -> Corpora:
@@ -83,6 +85,7 @@ def open_corpora(config: PretrainConfig) -> Corpora:
         if known is not None:
             _check_tokenizer(prefix, known, tokenizer)
             check_facts(prefix, known, index)
+        _check_packing(prefix, known, config)
         _check_splits(prefix, index, config)
     digest = hashlib.sha256("".join(map(content_digest, prefixes)).encode()).hexdigest()[:16]
     folder = config.data.data_cache_path or str(Path(prefixes[0]).parent / "cache")
@@ -121,6 +124,7 @@ def build_datasets(config: PretrainConfig, corpora: Corpora) -> Datasets:
         CheckedGPTDatasetConfig,
         check_blend,
     )
+    from megatron_lightseq.training.data.packed_dataset import PackedDataset
 
     _make_cache_folder(corpora.cache)
     blend = (list(corpora.prefixes), None if corpora.weights is None else list(corpora.weights))
@@ -143,12 +147,13 @@ def build_datasets(config: PretrainConfig, corpora: Corpora) -> Datasets:
     batch = config.training.global_batch_size
     sizes = [config.training.train_iters * batch, config.training.eval_iters * batch, 0]
     with safe_index_caches():
-        builder = BlendedMegatronDatasetBuilder(CheckedGPTDataset, sizes, lambda: True, dataset_config)
+        kind = PackedDataset if config.data.sft else CheckedGPTDataset
+        builder = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, dataset_config)
         train, valid, _ = builder.build()
     for dataset in (train, valid):
         if isinstance(dataset, BlendedDataset):
             check_blend(dataset)
-    return Datasets(train=train, valid=valid)
+    return Datasets(train=train, valid=valid, eod=corpora.tokenizer.eod)
 
 
 def _check_tokenizer(prefix: str, facts: CorpusFacts, tokenizer: Tokenizer) -> None:
@@ -162,23 +167,48 @@ def _check_tokenizer(prefix: str, facts: CorpusFacts, tokenizer: Tokenizer) -> N
         )
 
 
+def _check_packing(prefix: str, facts: CorpusFacts | None, config: PretrainConfig) -> None:
+    """Fine-tuning reads packs of its sequence length; as plain text they would lack most of their meaning."""
+    length, wanted = (0 if facts is None else facts.pack_length), config.training.seq_length
+    if length == (wanted if config.data.sft else 0):
+        return
+    raise DataError(
+        explain(
+            got=f"{prefix} is {f'packed into sequences of {length} tokens' if length else 'not packed'}, and sft is "
+            f"{str(config.data.sft).lower()} with seq_length {wanted}",
+            rule="sft reads corpora that prepare-data has packed for the same seq_length, and nothing else reads them",
+            remedy=f"Run `lightseq prepare-data FILE --pack {wanted} --output {prefix}`, or set seq_length to {length}"
+            if config.data.sft and length
+            else f"Run `lightseq prepare-data FILE --pack {wanted} --output {prefix}`"
+            if config.data.sft
+            else f"Set sft to true and seq_length to {length}, or prepare the corpus without --pack",
+        )
+    )
+
+
 def _check_splits(prefix: str, index: Index, config: PretrainConfig) -> None:
     """Every split that is used must have at least one sequence: Megatron would look for one in an endless loop."""
     shares = split_shares(config.data.split)
     assert shares is not None, "a rule requires a valid split"
-    needed = config.training.seq_length + 1
+    packed = config.data.sft
+    count = len(index.documents) - 1 if packed else len(index.lengths)
     bounds = [0.0, shares[0], shares[0] + shares[1]]
     wanted = {"training": (bounds[0], bounds[1])}
     if config.training.eval_interval is not None:
         wanted["validation"] = (bounds[1], bounds[2])
     for name, (start, end) in wanted.items():
-        first, last = round(start * len(index.lengths)), round(end * len(index.lengths))
-        tokens = int(index.lengths[first:last].sum(dtype=np.int64))
-        if tokens < needed:
+        first, last = round(start * count), round(end * count)
+        needed = 1 if packed else config.training.seq_length + 1
+        found = last - first if packed else int(index.lengths[first:last].sum(dtype=np.int64))
+        if found < needed:
+            holds = f"{last - first} packs" if packed else f"{last - first} documents with {found} tokens"
+            rule = (
+                "training needs at least one" if packed else f"one sequence needs seq_length + 1 = {needed}"
+            )
             raise DataError(
                 explain(
-                    got=f"the {name} split of {prefix} has {last - first} documents with {tokens} tokens",
-                    rule=f"one sequence needs seq_length + 1 = {needed}",
+                    got=f"the {name} split of {prefix} has {holds}",
+                    rule=rule,
                     remedy="Prepare more text, change split, or lower seq_length",
                 )
             )

@@ -36,6 +36,8 @@ class Document(NamedTuple):
     text: str
     place: str
     """File, and line, row or item; for messages."""
+    prompt: str = ""
+    """What the text answers, for fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,13 @@ class ReadOptions:
     """JSON key or Parquet column of the text."""
     skip_bad_lines: bool = False
     """Count records without a text and leave them out, instead of refusing the first one."""
+    prompt_key: str | None = None
+    """JSON key or Parquet column of the prompt that the text answers; None: there are no prompts."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What every record has."""
+        return (self.text_key,) if self.prompt_key is None else (self.prompt_key, self.text_key)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -119,7 +128,7 @@ def _open(file: SourceFile, counts: ReadCounts, options: ReadOptions) -> Iterabl
     with path.open("rb") as stream:
         is_parquet = stream.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
     if is_parquet:
-        return _texts(_parquet_rows(path, options.text_key), f"{path} row", counts, options)
+        return _texts(_parquet_rows(path, options), f"{path} row", counts, options)
     if JSON_LINES.intersection(suffixes) or _has_text(_first_line_object(path), options):
         return _texts(_json_lines(path), f"{path} line", counts, options)
     text = _decoded(path)
@@ -128,6 +137,8 @@ def _open(file: SourceFile, counts: ReadCounts, options: ReadOptions) -> Iterabl
         return _texts(enumerate(records, start=1), f"{path} item", counts, options)
     if ".json" in suffixes:
         raise _UnusableFileError(f"JSON without the key {options.text_key!r}")
+    if options.prompt_key is not None:
+        raise _UnusableFileError("no records with prompts")
     return [Document(text, str(path))]
 
 
@@ -161,9 +172,10 @@ def _texts(
     records: Iterable[tuple[int, Any]], place: str, counts: ReadCounts, options: ReadOptions
 ) -> Iterator[Document]:
     for number, record in records:
-        bad = record if isinstance(record, _Bad) else _problem(record, options.text_key)
+        bad = record if isinstance(record, _Bad) else _problem(record, options.keys)
         if bad is None and record[options.text_key]:
-            yield Document(record[options.text_key], f"{place} {number}")
+            prompt = "" if options.prompt_key is None else record[options.prompt_key]
+            yield Document(record[options.text_key], f"{place} {number}", prompt)
         elif bad is None:
             counts.skip_record("empty")
         elif options.skip_bad_lines:
@@ -172,10 +184,14 @@ def _texts(
             raise _bad_record(f"{place} {number}", bad, options)
 
 
-def _problem(record: Any, key: str) -> _Bad | None:
-    """Why a record has no text; None if it has one."""
+def _problem(record: Any, keys: Iterable[str]) -> _Bad | None:
+    """Why a record has no text under one of these keys; None if it has."""
     if not isinstance(record, dict):
         return _Bad("not an object", f"of type {type(record).__name__}")
+    return next((bad for key in keys if (bad := _problem_under(record, key)) is not None), None)
+
+
+def _problem_under(record: dict[str, Any], key: str) -> _Bad | None:
     if key not in record:
         keys = ", ".join(list(record)[:_SHOWN_KEYS]) or "none"
         return _Bad(f"no key {key!r}", f"no key {key!r}, its keys are: {keys}")
@@ -228,8 +244,8 @@ def _json_records(text: str, options: ReadOptions) -> list[Any] | None:
     return records if records and _has_text(records[0], options) else None
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[tuple[int, Any]]:
-    """Rows of one column. Raises DataError if pyarrow is not installed or cannot read the file or the column."""
+def _parquet_rows(path: Path, options: ReadOptions) -> Iterator[tuple[int, Any]]:
+    """Rows of the columns that are read. Raises DataError without pyarrow, or if the file or a column is not there."""
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -243,11 +259,13 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[int, Any]]:
     try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
+        keys = options.keys
+        missing = next((key for key in keys if key not in names), None)
         number = 0
-        for batch in file.iter_batches(columns=[column]) if column in names else ():
-            for text in batch.column(0).to_pylist():
+        for batch in file.iter_batches(columns=list(keys)) if missing is None else ():
+            for texts in zip(*(batch.column(key).to_pylist() for key in keys), strict=True):
                 number += 1
-                yield number, {column: text}
+                yield number, dict(zip(keys, texts, strict=True))
     except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
         raise DataError(
             explain(
@@ -256,12 +274,12 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[int, Any]]:
                 remedy="Download or write it again, or remove it",
             )
         ) from error
-    if column not in names:
+    if missing is not None:
         raise DataError(
             explain(
                 got=f"{path} has the columns {', '.join(names[:_SHOWN_KEYS])}",
-                rule=f"the text is in the column {column!r}",
-                remedy="Give the name of the column with --text-key",
+                rule=f"the text is in the column {missing!r}",
+                remedy=f"Give the name of the column with {_key_flags(options)}",
             )
         )
 
@@ -269,12 +287,20 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[int, Any]]:
 # --- messages ---------------------------------------------------------------------------------------------------
 
 
+def _shown_keys(options: ReadOptions) -> str:
+    return " and ".join(map(repr, options.keys))
+
+
+def _key_flags(options: ReadOptions) -> str:
+    return "--text-key" if options.prompt_key is None else "--prompt-key or --text-key"
+
+
 def _bad_record(place: str, bad: _Bad, options: ReadOptions) -> DataError:
     return DataError(
         explain(
             got=f"{place} ({bad.detail})",
-            rule=f"every record is an object with a string under the key {options.text_key!r}",
-            remedy="Correct it, give the name of the key with --text-key, or leave such records out with "
+            rule=f"every record is an object with a string under the key {_shown_keys(options)}",
+            remedy=f"Correct it, give the name of the key with {_key_flags(options)}, or leave such records out with "
             "--skip-bad-lines",
         )
     )
@@ -285,8 +311,8 @@ def _unusable(path: Path, reason: str, options: ReadOptions) -> DataError:
         explain(
             got=f"{path} cannot be used ({reason})",
             rule="an input is text, JSON lines, a JSON array of objects, or Parquet; compressed with gzip, bzip2 or "
-            f"xz if at all; the text of a record is under the key {options.text_key!r}",
-            remedy="Give the name of the key with --text-key, decompress or convert the file, or rename it to .txt if "
-            "its JSON syntax is the text to learn",
+            f"xz if at all; the text of a record is under the key {_shown_keys(options)}",
+            remedy=f"Give the name of the key with {_key_flags(options)}, decompress or convert the file, or rename it "
+            "to .txt if its JSON syntax is the text to learn",
         )
     )

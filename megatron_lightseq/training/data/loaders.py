@@ -11,12 +11,16 @@ from torch.utils.data import DataLoader, default_collate
 
 from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.megatron.packing import Packing
 from megatron_lightseq.training.data.datasets import Datasets
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""Tensors, and ``packing`` of packed data: the documents of all rows, joined."""
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 """Tensors of a batch, (micro_batch_size, seq_length): whole sequences."""
+DOCUMENTS = "documents"
+"""Key of a sample that was packed when the corpus was prepared: the length of each of its documents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,18 +77,18 @@ def train_iterator(
                 remedy="Remove the index cache, which belongs to another run",
             )
         )
-    return _iterate(config, datasets.train, share, first=consumed_samples, last=needed)
+    return _iterate(config, datasets, datasets.train, share, first=consumed_samples, last=needed)
 
 
 def valid_iterator(config: PretrainConfig, datasets: Datasets, share: DataShare) -> Iterator[Batch]:
     """The `eval_iters` validation batches: the same at every evaluation, so that losses are comparable."""
     assert datasets.valid is not None, "eval_interval is null: there is no validation data"
     needed = config.training.eval_iters * config.training.global_batch_size
-    return _iterate(config, datasets.valid, share, first=0, last=needed)
+    return _iterate(config, datasets, datasets.valid, share, first=0, last=needed)
 
 
 def _iterate(
-    config: PretrainConfig, dataset: Any, share: DataShare, *, first: int, last: int
+    config: PretrainConfig, datasets: Datasets, dataset: Any, share: DataShare, *, first: int, last: int
 ) -> Iterator[Batch]:
     sampler = ShareSampler(
         num_samples=last,
@@ -100,12 +104,41 @@ def _iterate(
         batch_sampler=sampler,
         num_workers=config.data.num_workers,
         generator=generator,
-        collate_fn=collate,
+        collate_fn=Collator.of(config, datasets),
     )
     return iter(loader)
 
 
-def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Stack samples; drops the keys that only a blend adds."""
-    batch: Batch = default_collate([{key: sample[key] for key in KEYS} for sample in samples])
-    return batch
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collator:
+    """Stacks samples, and finds the documents in them; drops the keys that only a blend adds."""
+
+    eod: int
+    """The token that ends a document, in samples that do not say where their documents end."""
+    packs: bool
+    """Whether documents do not attend to one another."""
+    restarts_positions: bool
+    """Whether positions are counted within documents."""
+
+    @staticmethod
+    def of(config: PretrainConfig, datasets: Datasets) -> Collator:
+        """What a run does with its samples."""
+        data = config.data
+        return Collator(eod=datasets.eod, packs=data.packed, restarts_positions=data.restarts_positions)
+
+    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
+        """A batch of :data:`KEYS`, (B, S); of packed data also ``packing``, with its mask made."""
+        batch: Batch = default_collate([{key: sample[key] for key in KEYS} for sample in samples])
+        if self.packs or self.restarts_positions:
+            rows = [self._documents(sample) for sample in samples]
+            if self.restarts_positions:
+                batch["position_ids"] = torch.stack([row.positions() for row in rows])
+            if self.packs:
+                batch["packing"] = Packing.joined(rows)
+                batch["packing"].mask  # noqa: B018 - made here, ahead of the step
+        return batch
+
+    def _documents(self, sample: dict[str, Any]) -> Packing:
+        if DOCUMENTS in sample:
+            return Packing.of_documents(sample[DOCUMENTS], len(sample["tokens"]))
+        return Packing.of_tokens(sample["tokens"], self.eod)

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.training.data.best_fit import best_fit
 from megatron_lightseq.training.data.corpus import (
     CorpusFacts,
     entropy_nats,
@@ -56,7 +58,7 @@ class _Written:
     digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, tokens: Sequence[np.ndarray[Any, Any]], stream: BinaryIO) -> None:
-        """Write documents, each with its end-of-document token."""
+        """Write sequences."""
         together = np.concatenate(tokens)
         content = together.tobytes()
         stream.write(content)
@@ -67,7 +69,12 @@ class _Written:
         self.frequency = counts
 
 
-def fingerprint(files: Sequence[SourceFile], tokenizer: Tokenizer, options: ReadOptions | None = None) -> str:
+def fingerprint(
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    options: ReadOptions | None = None,
+    pack_length: int | None = None,
+) -> str:
     """SHA-256 over everything that decides the corpus, including the content of every file."""
     digest = hashlib.sha256()
     identity = {
@@ -75,6 +82,7 @@ def fingerprint(files: Sequence[SourceFile], tokenizer: Tokenizer, options: Read
         "tokenizer": tokenizer.unique_identifiers,
         "vocabulary": tokenizer.vocab_size,
         "options": asdict(options or ReadOptions()),
+        "pack_length": pack_length,
     }
     digest.update(json.dumps(identity, sort_keys=True).encode())
     for file in files:
@@ -104,38 +112,47 @@ def prepare(
     prefix: Path,
     *,
     options: ReadOptions | None = None,
+    pack_length: int | None = None,
     advance: Advance = lambda _: None,
 ) -> CorpusFacts:
     """Tokenize files into the corpus at `prefix`.
 
-    Each document becomes one sequence that ends with the end-of-document token.
+    Each document ends with the end-of-document token. It becomes one sequence; or, with `pack_length`, two sequences,
+    prompt and answer, and documents are put into packs of so many tokens, without cutting any (:func:`best_fit`).
 
     Args:
         files: From :func:`find_files`.
         tokenizer: Its ids must be below its ``vocab_size``.
         prefix: Of the files `.bin`, `.idx` and `.json`; its folder is created.
-        options: How records are read.
+        options: How records are read; with `pack_length` it names the key of prompts.
+        pack_length: Tokens of a pack, the `seq_length` of fine-tuning; None: documents are not packed.
         advance: Called with the number of files that have been read since the last call.
 
     Raises:
-        DataError: The files have no document, or one that cannot be read or tokenized.
+        DataError: The files have no document, or one that cannot be read or tokenized, or that no pack has room for.
     """
     inputs = fingerprint(
-        files, tokenizer, options
+        files, tokenizer, options, pack_length
     )  # before reading: a file that changes meanwhile is then out of date
+    options = options or ReadOptions()
     prefix.parent.mkdir(parents=True, exist_ok=True)
     token_type = _token_type(tokenizer)
     with _temporary(prefix) as staged:
         counts = ReadCounts()
         with file_of(staged, "bin").open("wb") as stream:
             documents = read_documents(_announced(files, advance), counts, options)
-            written = _write_tokens(documents, tokenizer, token_type, stream)
+            pieces = _pieces(documents, tokenizer, options, pack_length, counts)
+            written = _write_tokens(pieces, token_type, stream)
             _flush(stream)
         if not written.lengths:
             raise _no_documents(counts)
         lengths = np.array(written.lengths, dtype=np.int32)
-        write_index(file_of(staged, "idx"), lengths, token_type)
+        marks = None
+        if pack_length is not None:
+            lengths, marks = _pack(file_of(staged, "bin"), lengths, token_type, pack_length)
+        write_index(file_of(staged, "idx"), lengths, token_type, marks)
         written.digest.update(lengths.tobytes())
+        lengths = lengths if marks is None else lengths[0::2] + lengths[1::2]
         facts = CorpusFacts(
             fingerprint=inputs,
             content=written.digest.hexdigest(),
@@ -150,10 +167,39 @@ def prepare(
             skipped_records=counts.skipped_records,
             bin_bytes=file_of(staged, "bin").stat().st_size,
             idx_bytes=file_of(staged, "idx").stat().st_size,
+            pack_length=pack_length or 0,
+            packs=0 if marks is None else len(marks) - 1,
         )
         write_facts(file_of(staged, "json"), facts)
         _publish(staged, prefix)
     return facts
+
+
+def _pack(
+    path: Path, lengths: npt.NDArray[np.int32], token_type: type[np.integer[Any]], pack_length: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Put the documents of a `.bin` file into the order of their packs, so that a pack is read in one piece.
+
+    Args:
+        path: of the file, which is rewritten.
+        lengths: of prompt, answer, prompt, answer, ...
+        token_type: of the tokens.
+        pack_length: tokens of a pack.
+
+    Returns:
+        The lengths in the new order, and the first sequence of each pack, then the number of sequences.
+    """
+    documents = lengths[0::2] + lengths[1::2]
+    packs = best_fit(documents.tolist(), pack_length)
+    order = np.array([number for pack in packs for number in pack], dtype=np.int64)
+    starts = np.cumsum([0, *documents], dtype=np.int64)
+    tokens = np.fromfile(path, dtype=token_type)
+    with path.open("wb") as stream:
+        for number in order:
+            stream.write(tokens[starts[number] : starts[number + 1]].tobytes())
+        _flush(stream)
+    marks = 2 * np.cumsum([0, *map(len, packs)], dtype=np.int64)
+    return lengths.reshape(-1, 2)[order].ravel(), marks
 
 
 def _token_type(tokenizer: Tokenizer) -> type[np.integer[Any]]:
@@ -171,19 +217,61 @@ def _token_type(tokenizer: Tokenizer) -> type[np.integer[Any]]:
 
 
 def _write_tokens(
-    documents: Iterator[Document], tokenizer: Tokenizer, token_type: type[np.integer[Any]], stream: BinaryIO
+    batches: Iterable[list[Tokens]], token_type: type[np.integer[Any]], stream: BinaryIO
 ) -> _Written:
     written = _Written()
-    while batch := list(islice(documents, BATCH)):
-        ended: list[np.ndarray[Any, Any]] = []
-        for document, tokens in zip(batch, _encoded(batch, tokenizer), strict=True):
-            _check_tokens(tokens, document, len(written.lengths) + len(ended), tokenizer)
-            ended.append(np.append(tokens, tokenizer.eod).astype(token_type))
-        written.add(ended, stream)
+    for batch in batches:
+        written.add([tokens.astype(token_type) for tokens in batch], stream)
     return written
 
 
-def _encoded(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterable[Tokens]:
+def _pieces(
+    documents: Iterator[Document],
+    tokenizer: Tokenizer,
+    options: ReadOptions,
+    pack_length: int | None,
+    counts: ReadCounts,
+) -> Iterator[list[Tokens]]:
+    """Token ids of the sequences of many documents at a time; the last one of a document ends with its end token."""
+    number = 0
+    while batch := list(islice(documents, BATCH)):
+        texts = _encoded(batch, tokenizer)
+        prompts = (
+            _encoded([each._replace(text=each.prompt) for each in batch], tokenizer) if pack_length else ()
+        )
+        pieces: list[Tokens] = []
+        for index, (document, text) in enumerate(zip(batch, texts, strict=True)):
+            found = [prompts[index]] if prompts else []
+            found.append(np.append(text, tokenizer.eod))
+            for tokens in found:
+                _check_tokens(tokens, document, number, tokenizer)
+            if pack_length is None or _fits(found, document, pack_length, options, counts):
+                pieces += found
+                number += 1
+        if pieces:
+            yield pieces
+
+
+def _fits(
+    found: list[Tokens], document: Document, pack_length: int, options: ReadOptions, counts: ReadCounts
+) -> bool:
+    """Whether a document fits into a pack; one that does not is refused, or left out and counted."""
+    tokens = sum(map(len, found))
+    if tokens <= pack_length:
+        return True
+    if not options.skip_bad_lines:
+        raise DataError(
+            explain(
+                got=f"{document.place} has {tokens} tokens",
+                rule=f"a document is not cut, and --pack makes sequences of {pack_length} tokens",
+                remedy=f"Pack sequences of at least {tokens} tokens, or leave such records out with --skip-bad-lines",
+            )
+        )
+    counts.skip_record(f"longer than {pack_length} tokens")
+    return False
+
+
+def _encoded(batch: Sequence[Document], tokenizer: Tokenizer) -> Sequence[Tokens]:
     """Token ids of each document; raises DataError with the place of a document that has none."""
     try:
         return tokenizer.encode([document.text for document in batch])
