@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_lightseq.attention import AttentionStats, DistAttention
 from megatron_lightseq.attention.distributed import MethodArgument
-from megatron_lightseq.errors import ConfigError, TransportError, explain
+from megatron_lightseq.errors import ConfigError, TransportError, UnsupportedError, explain
 from megatron_lightseq.hf import batch as batches
 from megatron_lightseq.hf.batch import Sequences
 from megatron_lightseq.hf.supported import check_model
@@ -127,6 +127,14 @@ class ContextParallel:
                     got="a batch that has been cut",
                     rule="batches are cut once",
                     remedy="Call shard in your loop or leave it to the trainer, not both",
+                )
+            )
+        if batch.get("output_router_logits") and self.size > 1:
+            raise UnsupportedError(
+                explain(
+                    got="output_router_logits in a batch",
+                    rule="the load balancing loss is not a sum over tokens, so that ranks cannot add up theirs",
+                    remedy="Leave it out, or train without context parallelism",
                 )
             )
         sequences = batches.read(batch, self._multiple_of)

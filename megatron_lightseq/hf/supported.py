@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,15 @@ def _stateful(model: Any, config: Any) -> str | None:
     return None
 
 
+def _positions_of_mask(model: Any, config: Any) -> str | None:
+    """OPT counts positions in the padding mask, which a shard does not have."""
+    for name, module in model.named_modules():
+        arguments = inspect.signature(module.forward).parameters
+        if isinstance(module, torch.nn.Embedding) and "attention_mask" in arguments:
+            return f"positions that are counted in the attention mask ({name})"
+    return None
+
+
 def _rope_types(config: Any) -> Iterator[str]:
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for rope in (ropes, *ropes.values()):
@@ -158,6 +168,7 @@ _ALWAYS = (
 _CUT = (
     Rule(_other_layers, "only layers with full, sliding or chunked attention see the other ranks' tokens"),
     Rule(_stateful, "it would begin anew on every rank"),
+    Rule(_positions_of_mask, "padding is dropped before the model sees it"),
     Rule(
         _growing_rope,
         "its frequencies would follow the largest position of each rank's shard",

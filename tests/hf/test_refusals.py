@@ -49,6 +49,12 @@ def older() -> Any:
     return transformers.BloomForCausalLM(config)
 
 
+def counting() -> Any:
+    sizes = {"hidden_size": 64, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.OPTConfig(**sizes, vocab_size=96, word_embed_proj_dim=64, attention_dropout=0.0)
+    return transformers.OPTForCausalLM._from_config(config, attn_implementation="lightseq")
+
+
 ROUTED = {"output_router_logits": True}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "implementation": (
@@ -64,6 +70,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "attention_dropout 0.1: no kernel here drops",
     ),
     "layers": (hybrid, "layers of type conv: only layers with full, sliding or chunked attention"),
+    "positions": (
+        counting,
+        r"positions that are counted in the attention mask \(model.decoder.embed_positions\)",
+    ),
     "backend": (older, "BloomForCausalLM with attention layers of its own"),
     "router": (
         lambda: tiny.model("mixtral", "lightseq", **ROUTED),
