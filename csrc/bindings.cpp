@@ -312,6 +312,31 @@ void cpu_delta(const Tensor& out, const Tensor& dout, Tensor delta, int64_t /*st
   cpu::run_delta(delta_params(kCpu, out, dout, delta));
 }
 
+MergeParams merge_params(const Tensor& out, const Tensor& lse, const Tensor& other_out,
+                         const Tensor& other_lse) {
+  MLS_CHECK(out.dim() == 4, "out has shape ", shape_text(out), ": it must have 4 dimensions (Sq, B, H, Dv).");
+  const int64_t tokens = out.size(0), batch = out.size(1), heads = out.size(2), value_dim = out.size(3);
+  check_device("out", out, kCpu), check_last_dim("out", out);
+  check_tokens("other_out", other_out, kCpu, {tokens, batch, heads, value_dim}, "(Sq, B, H, Dv)");
+  check_dtype("out", out, ScalarType::Float, ", the accumulator dtype");
+  check_dtype("other_out", other_out, ScalarType::Float, ", the accumulator dtype");
+  const AttentionShape shape{tokens, 0, batch, heads, 0, 0, value_dim};
+  return {
+      .num_queries = tokens,
+      .batch = batch,
+      .num_heads = heads,
+      .value_dim = value_dim,
+      .out = token_tensor<float>(out),
+      .lse = row_accumulator<float>("lse", lse, kCpu, shape),
+      .other_out = token_tensor<const float>(other_out),
+      .other_lse = row_accumulator<const float>("other_lse", other_lse, kCpu, shape),
+  };
+}
+
+void cpu_merge(Tensor out, Tensor lse, const Tensor& other_out, const Tensor& other_lse) {
+  cpu::run_merge(merge_params(out, lse, other_out, other_lse));
+}
+
 #if defined(MLS_WITH_CUDA)
 
 Device gpu_of(const Tensor& tensor) {
@@ -382,12 +407,14 @@ STABLE_TORCH_LIBRARY(mls, m) {
       "bool "
       "accumulate, int stream=0, bool deterministic=False, int head_parts=1) -> ()");
   m.def("attention_delta(Tensor out, Tensor dout, Tensor(a!) delta, int stream=0) -> ()");
+  m.def("merge_partials(Tensor(a!) out, Tensor(b!) lse, Tensor other_out, Tensor other_lse) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mls, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&mls::cpu_forward));
   m.impl("attention_backward", TORCH_BOX(&mls::cpu_backward));
   m.impl("attention_delta", TORCH_BOX(&mls::cpu_delta));
+  m.impl("merge_partials", TORCH_BOX(&mls::cpu_merge));
 }
 
 #if defined(MLS_WITH_CUDA)

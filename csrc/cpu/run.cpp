@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -59,6 +61,37 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// One row of `other` merged into one of `out`: a weighted mean, whose weight of the other is `weight`. A row
+// that has seen no key keeps out of the sum altogether, whatever its memory holds.
+void merge_row(float* out, const float* other, float weight, int64_t value_dim) {
+  if (weight == 0) return;
+  if (weight == 1) {
+    std::copy(other, other + value_dim, out);
+  } else {
+    const float kept = 1 - weight;
+    for (int64_t d = 0; d < value_dim; ++d) out[d] = kept * out[d] + weight * other[d];
+  }
+}
+
+void merge_token(const MergeParams& p, int64_t token) {
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t h = 0; h < p.num_heads; ++h) {
+      float& lse = p.lse.data[b * p.lse.batch_stride + h * p.lse.head_stride + token * p.lse.query_stride];
+      const float other = p.other_lse.data[b * p.other_lse.batch_stride + h * p.other_lse.head_stride +
+                                           token * p.other_lse.query_stride];
+      if (other == -std::numeric_limits<float>::infinity()) continue;
+      const float apart = lse == other ? 0 : std::abs(lse - other);  // NaN where either is
+      const float total = std::max(lse, other) + std::log1p(std::exp(-apart));
+      float* const row =
+          p.out.data + token * p.out.token_stride + b * p.out.batch_stride + h * p.out.head_stride;
+      merge_row(row,
+                p.other_out.data + token * p.other_out.token_stride + b * p.other_out.batch_stride +
+                    h * p.other_out.head_stride,
+                std::exp(other - total), p.value_dim);
+      lse = total;
+    }
+}
+
 // Each worker takes the next task until none is left. parallel_for gives each thread one index of [0,
 // workers), or all of them to one thread; either way there is one worker per index, and tasks start in
 // ascending order.
@@ -109,6 +142,16 @@ void run_delta(const DeltaParams& params) {
   const int64_t tokens_per_thread = std::max<int64_t>(1, kWorthAThread / products_per_token);
   torch::stable::parallel_for(0, params.num_queries, tokens_per_thread, [&](int64_t first, int64_t last) {
     selected_table().delta(params, first, last);
+  });
+}
+
+// A row is merged by one thread.
+void run_merge(const MergeParams& params) {
+  constexpr int64_t kWorthAThread = 64 * 1024;  // elements, about 10 us on one thread
+  const int64_t per_token = std::max<int64_t>(1, params.batch * params.num_heads * params.value_dim);
+  const int64_t tokens_per_thread = std::max<int64_t>(1, kWorthAThread / per_token);
+  torch::stable::parallel_for(0, params.num_queries, tokens_per_thread, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) merge_token(params, token);
   });
 }
 

@@ -1,4 +1,5 @@
-// Runs one attention tile, or the computation of delta that precedes a backward, on torch's threads.
+// Runs one attention tile, the computation of delta that precedes a backward, or the merge of two partial
+// results, on torch's threads.
 #pragma once
 #include "attention_params.h"
 
@@ -8,5 +9,6 @@ const char* isa_name();
 void run_forward(const ForwardParams& params);
 void run_backward(const BackwardParams& params);
 void run_delta(const DeltaParams& params);
+void run_merge(const MergeParams& params);
 
 }  // namespace mls::cpu

@@ -79,4 +79,13 @@ struct DeltaParams {
   RowTensor<float> delta;  // overwritten
 };
 
+// Two normalised partial results over different keys; the second is merged into the first.
+struct MergeParams {
+  int64_t num_queries, batch, num_heads, value_dim;
+  TokenTensor<float> out;
+  RowTensor<float> lse;
+  TokenTensor<const float> other_out;
+  RowTensor<const float> other_lse;
+};
+
 }  // namespace mls

@@ -26,34 +26,38 @@ py::bytes blocks_as_bytes(const std::vector<Timed>& timed) {
   return py::bytes(reinterpret_cast<const char*>(flat.data()), flat.size() * sizeof(int64_t));
 }
 
-py::bytes plan(std::vector<Row> rows, int64_t grain, double query, double key, double far,
+py::bytes plan(std::vector<Row> rows, int64_t grain, int64_t quantum, double query, double key, double far,
                const std::vector<int64_t>& nodes, double target, double tolerance, int64_t num_steps,
                double edge) {
-  if (grain < 1 || num_steps < 3 || nodes.empty() || rows.empty() ||
+  if (grain < 1 || quantum < 1 || num_steps < 3 || nodes.empty() || rows.empty() ||
       rows.size() % (nodes.size() * static_cast<size_t>(grain)))
     throw std::invalid_argument(
         "plan: there must be `grain` rows per piece, a multiple of the number of nodes as pieces, and 3 "
         "steps or more");
   py::gil_scoped_release release;
-  const Assignment assignment = solve(std::move(rows), grain, {query, key, far}, nodes, target, tolerance);
+  const Assignment assignment =
+      solve(std::move(rows), grain, {query, key, far}, nodes, target, tolerance, quantum);
   const std::vector<Timed> timed = stage(assignment, num_steps, edge, nodes);
   py::gil_scoped_acquire acquire;
   return blocks_as_bytes(timed);
 }
 
 py::bytes plan_documents(const std::vector<int64_t>& documents, int64_t grain, int64_t batch_rows,
-                         double query, double key, double far, const std::vector<int64_t>& nodes,
-                         double target, double tolerance, int64_t num_steps, double edge) {
-  if (documents.size() < 2 || documents.front() != 0 || grain < 1 || batch_rows < 1 || nodes.empty())
+                         int64_t quantum, double query, double key, double far,
+                         const std::vector<int64_t>& nodes, double target, double tolerance,
+                         int64_t num_steps, double edge) {
+  if (documents.size() < 2 || documents.front() != 0 || grain < 1 || batch_rows < 1 || quantum < 1 ||
+      nodes.empty())
     throw std::invalid_argument("plan_documents: borders must begin with 0 and end with the sequence length");
-  const std::vector<int64_t> borders = row_borders(documents.back(), batch_rows * nodes.size(), grain);
-  return plan(rows_of_documents(documents, borders), grain, query, key, far, nodes, target, tolerance,
-              num_steps, edge);
+  const std::vector<int64_t> borders =
+      row_borders(documents.back(), batch_rows * nodes.size(), grain, quantum);
+  return plan(rows_of_documents(documents, borders), grain, quantum, query, key, far, nodes, target,
+              tolerance, num_steps, edge);
 }
 
-py::bytes plan_rows(const std::vector<PythonRow>& given, int64_t grain, double query, double key, double far,
-                    const std::vector<int64_t>& nodes, double target, double tolerance, int64_t num_steps,
-                    double edge) {
+py::bytes plan_rows(const std::vector<PythonRow>& given, int64_t grain, int64_t quantum, double query,
+                    double key, double far, const std::vector<int64_t>& nodes, double target,
+                    double tolerance, int64_t num_steps, double edge) {
   std::vector<Row> rows;
   rows.reserve(given.size());
   for (const auto& [start, stop, edges, sums, shared, document, density] : given) {
@@ -62,7 +66,7 @@ py::bytes plan_rows(const std::vector<PythonRow>& given, int64_t grain, double q
           "plan_rows: a row must have as many sums as edges, and at least two of each");
     rows.push_back({start, stop, edges, sums, shared, document, density});
   }
-  return plan(std::move(rows), grain, query, key, far, nodes, target, tolerance, num_steps, edge);
+  return plan(std::move(rows), grain, quantum, query, key, far, nodes, target, tolerance, num_steps, edge);
 }
 
 }  // namespace
@@ -72,9 +76,10 @@ PYBIND11_MODULE(_plan, module) {
   const char* result =
       "Blocks as int64 (step, rank, q_start, q_stop, k_start, k_stop, area), in tokens of the sequence.";
   module.def("plan_documents", &plan_documents, py::arg("documents"), py::arg("grain"), py::arg("batch_rows"),
-             py::kw_only(), py::arg("query"), py::arg("key"), py::arg("far"), py::arg("nodes"),
-             py::arg("target"), py::arg("tolerance"), py::arg("num_steps"), py::arg("edge"), result);
-  module.def("plan_rows", &plan_rows, py::arg("rows"), py::arg("grain"), py::kw_only(), py::arg("query"),
-             py::arg("key"), py::arg("far"), py::arg("nodes"), py::arg("target"), py::arg("tolerance"),
-             py::arg("num_steps"), py::arg("edge"), result);
+             py::arg("quantum"), py::kw_only(), py::arg("query"), py::arg("key"), py::arg("far"),
+             py::arg("nodes"), py::arg("target"), py::arg("tolerance"), py::arg("num_steps"), py::arg("edge"),
+             result);
+  module.def("plan_rows", &plan_rows, py::arg("rows"), py::arg("grain"), py::arg("quantum"), py::kw_only(),
+             py::arg("query"), py::arg("key"), py::arg("far"), py::arg("nodes"), py::arg("target"),
+             py::arg("tolerance"), py::arg("num_steps"), py::arg("edge"), result);
 }

@@ -27,17 +27,10 @@ struct Row {
   int64_t length() const { return stop - start; }
 };
 
-// Every cut is at a multiple of this many tokens: the largest divisor of the piece length up to 64, or less
-// for short pieces.
-inline int64_t quantum_of(int64_t piece_length) {
-  int64_t quantum = std::max<int64_t>(1, std::min<int64_t>(64, piece_length / 64));
-  while (piece_length % quantum) --quantum;
-  return quantum;
-}
-
 // The borders of all rows: each of `num_pieces` equal pieces of the sequence is cut into `grain` rows.
-inline std::vector<int64_t> row_borders(int64_t seq_length, int64_t num_pieces, int64_t grain) {
-  const int64_t length = seq_length / num_pieces, quantum = quantum_of(length);
+inline std::vector<int64_t> row_borders(int64_t seq_length, int64_t num_pieces, int64_t grain,
+                                        int64_t quantum) {
+  const int64_t length = seq_length / num_pieces;
   std::vector<int64_t> borders;
   borders.reserve(num_pieces * grain + 1);
   for (int64_t piece = 0; piece < num_pieces; ++piece)

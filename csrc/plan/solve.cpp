@@ -29,7 +29,7 @@ class Solver {
         nodes_(std::move(nodes)),
         level_(level),
         slack_(slack),
-        quantum_(quantum_of(plan.piece_length())),
+        quantum_(plan.quantum),
         present_(plan.loads.size()) {
     for (int64_t piece = 0; piece < plan.num_pieces(); ++piece) {
       const auto* first = &rows_[piece * plan_.grain];
@@ -244,9 +244,9 @@ class Solver {
 }  // namespace
 
 Assignment solve(std::vector<Row> rows, int64_t grain, const Prices& prices, std::vector<int64_t> nodes,
-                 double target, double tolerance) {
+                 double target, double tolerance, int64_t quantum) {
   const int64_t num_ranks = static_cast<int64_t>(nodes.size());
-  Assignment plan{std::move(rows), {}, std::vector<int64_t>(num_ranks, 0), grain};
+  Assignment plan{std::move(rows), {}, std::vector<int64_t>(num_ranks, 0), grain, quantum};
   for (size_t i = 0; i < plan.rows.size(); ++i) plan.loads[i / grain % num_ranks] += plan.rows[i].left();
   const int64_t total = std::accumulate(plan.loads.begin(), plan.loads.end(), int64_t{0});
   const double mean = static_cast<double>(total) / static_cast<double>(num_ranks);

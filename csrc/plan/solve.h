@@ -23,6 +23,7 @@ struct Assignment {
   std::vector<Grant> grants;
   std::vector<int64_t> loads;
   int64_t grain;
+  int64_t quantum;  // tokens that all cuts are multiples of
 
   int64_t num_ranks() const { return static_cast<int64_t>(loads.size()); }
   int64_t num_pieces() const { return static_cast<int64_t>(rows.size()) / grain; }  // piece p: rank p % ranks
@@ -30,6 +31,6 @@ struct Assignment {
 };
 
 Assignment solve(std::vector<Row> rows, int64_t grain, const Prices& prices, std::vector<int64_t> nodes,
-                 double target, double tolerance);
+                 double target, double tolerance, int64_t quantum);
 
 }  // namespace mls::plan

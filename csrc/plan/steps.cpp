@@ -12,9 +12,9 @@ namespace {
 
 // Makes blocks of `count` rows from `first` on against the keys [start, stop), cut where the owner of the
 // keys changes and clipped to the keys that the rows see.
-void by_key_piece(const Row* first, size_t count, int64_t start, int64_t stop, int64_t length,
+void by_key_piece(const Row* first, size_t count, int64_t start, int64_t stop, const Assignment& plan,
                   std::vector<Block>& out) {
-  const int64_t quantum = quantum_of(length);
+  const int64_t length = plan.piece_length(), quantum = plan.quantum;
   start = start / quantum * quantum;
   stop = (stop + quantum - 1) / quantum * quantum;
   for (int64_t piece = start / length; piece < (stop + length - 1) / length; ++piece) {
@@ -53,7 +53,7 @@ void kept_blocks(const Assignment& plan, int64_t piece, std::vector<Block>& out)
       start = std::min(start, rows[i].first_key());
       stop = std::max(stop, rows[i].last_key());
     }
-    by_key_piece(rows + begin, i - begin, start, stop, plan.piece_length(), out);
+    by_key_piece(rows + begin, i - begin, start, stop, plan, out);
   }
 }
 
@@ -81,8 +81,7 @@ std::vector<std::vector<Block>> blocks_of(const Assignment& plan) {
       start = std::min(start, grants[i].start);
       stop = std::max(stop, grants[i].stop);
     }
-    by_key_piece(&plan.rows[grants[begin].row], i - begin, start, stop, plan.piece_length(),
-                 found[grants[begin].helper]);
+    by_key_piece(&plan.rows[grants[begin].row], i - begin, start, stop, plan, found[grants[begin].helper]);
   }
   return found;
 }
@@ -134,7 +133,7 @@ Parts cut(const Block& block, double area, int64_t quantum) {
 class Stage {
  public:
   Stage(const Assignment& plan, int64_t num_steps, double edge, const std::vector<int64_t>& nodes)
-      : length_(plan.piece_length()), quantum_(quantum_of(length_)), last_(num_steps - 1), nodes_(nodes) {
+      : length_(plan.piece_length()), quantum_(plan.quantum), last_(num_steps - 1), nodes_(nodes) {
     const int64_t total = std::accumulate(plan.loads.begin(), plan.loads.end(), int64_t{0});
     const double mean = static_cast<double>(total) / static_cast<double>(plan.loads.size());
     const double unit = mean / (static_cast<double>(num_steps) - 2 + 2 * edge);

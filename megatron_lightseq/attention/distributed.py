@@ -52,6 +52,7 @@ def dist_attention(
     softmax_scale: float | Tensor | None = None,
     kernel: str | Kernel = "auto",
     overlap: bool = True,
+    invariant_chunk: int | None = None,
 ) -> Tensor:
     """Attention over a sequence that is cut over the ranks of ``group`` (DistFlashAttn, arXiv 2310.03294).
 
@@ -80,6 +81,9 @@ def dist_attention(
             host, and must be the same on all ranks.
         kernel: one of ``kernels.specs.kernel_names()``, or a Kernel; ``auto`` is the first that supports the inputs.
         overlap: transfer data for the next step while computing the present one.
+        invariant_chunk: tokens per chunk of a grid over the sequence that fixes the order of all sums
+            (schedule/joins.py). Outputs and gradients are then bit for bit the same for every number of ranks, layout
+            and method whose parts are whole chunks, one rank included. None: sums follow the schedule.
 
     Under ``torch.autocast``, q, k and v are cast to its dtype first, as in torch's scaled_dot_product_attention.
 
@@ -92,7 +96,13 @@ def dist_attention(
         UnsupportedError: an unknown method or kernel, or one that does not take these inputs.
         TransportError: the ranks disagree, or a peer was lost or did not make the same calls.
     """
-    settings: dict[str, Any] = {"layout": layout, "method": method, "kernel": kernel, "overlap": overlap}
+    settings: dict[str, Any] = {
+        "layout": layout,
+        "method": method,
+        "kernel": kernel,
+        "overlap": overlap,
+        "invariant_chunk": invariant_chunk,
+    }
     if group is None:
         return DistAttention(None, **settings)(q, k, v, softmax_scale, mask=mask)
     known = _ATTENTIONS.setdefault(group, {})
@@ -117,6 +127,7 @@ class DistAttention:
         mask: MaskArgument | None = None,
         kernel: str | Kernel = "auto",
         overlap: bool = True,
+        invariant_chunk: int | None = None,
         stats: AttentionStats | None = None,
         network: Network | None = None,
         schedules: SchedulePair | None = None,
@@ -162,6 +173,7 @@ class DistAttention:
             schedules=schedules,
             runtime=runtime,
             agreement=self._agreement,
+            chunk=_checked_chunk(invariant_chunk, methods),
         )
         self._kernel = kernel
         self._plans: OrderedDict[tuple[Inputs, Masks], Plan] = OrderedDict()
@@ -287,6 +299,18 @@ def _methods_of(method: MethodArgument) -> dict[Direction, Method] | None:
         return None
     forward, backward = method if isinstance(method, tuple) else (method, method)
     return {Direction.FORWARD: resolve_method(forward), Direction.BACKWARD: resolve_method(backward)}
+
+
+def _checked_chunk(chunk: int | None, methods: dict[Direction, Method] | None) -> int | None:
+    if chunk is not None and (chunk < 1 or methods is None):
+        raise ConfigError(
+            explain(
+                got=f"invariant_chunk={chunk} with method {_shown(methods)}",
+                rule="a grid has chunks of one token or more, and auto may choose methods that cannot follow it",
+                remedy="Give a number that divides every rank's shard, such as 1024, and name a method",
+            )
+        )
+    return chunk
 
 
 def _shown(methods: dict[Direction, Method] | None) -> str:

@@ -50,7 +50,7 @@ class TileRun:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Run the program from q, k and v to ``out`` and ``lse``."""
         acc = accumulator_dtype(q.dtype)
-        dtype = q.dtype if self._is_rounded_by_kernel() else acc
+        dtype = q.dtype if self._is_rounded_at_once() else acc
         out = torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
         lse = torch.empty((q.shape[1], q.shape[2], q.shape[0]), dtype=acc, device=q.device)
         self.runtime.run(self.program, ForwardPass.over(q, k, v, out, lse, self.kernel, scale))
@@ -60,7 +60,7 @@ class TileRun:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
     ) -> Gradients:
         """Run the program to dq, dk and dv, which are in the inputs' dtype if nothing will be added to them."""
-        is_final = self._is_rounded_by_kernel() and not self.gradients_are_parts
+        is_final = self._is_rounded_at_once() and not self.gradients_are_parts
         dtype = q.dtype if is_final else accumulator_dtype(q.dtype)
         dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
         inputs = {Payload.QDO: (q, dout, lse, delta), Payload.KV: (k, v)}
@@ -68,8 +68,10 @@ class TileRun:
         self.runtime.run(self.program, BackwardPass.over(inputs, grads, self.kernel, scale))
         return dq, dk, dv
 
-    def _is_rounded_by_kernel(self) -> bool:
-        return self.kernel.rounds_results and not self.program.program.merges
+    def _is_rounded_at_once(self) -> bool:
+        """Whether results are written in their final dtype: by the kernel, or when the last parts are joined."""
+        program = self.program.program
+        return program.joins is not None or (self.kernel.rounds_results and not program.merges)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ from megatron_lightseq.attention.inputs import Inputs, Masks
 from megatron_lightseq.attention.plan import Plan, Run, TileRun
 from megatron_lightseq.attention.ring_self_attention import RowRun
 from megatron_lightseq.attention.runtime import BoundProgram, Runtime
+from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.kernels.registry import Kernel
+from megatron_lightseq.kernels.specs import REPEATING_KERNELS
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import (
@@ -24,6 +26,7 @@ from megatron_lightseq.schedule import (
     SchedulePair,
     compile_program,
 )
+from megatron_lightseq.schedule.grid import check_grid, on_grid
 from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.transport import SubTransport
 
@@ -44,6 +47,8 @@ class Planner:
     runtime: Runtime
     """Runs programs over the whole group."""
     agreement: Agreement
+    chunk: int | None = None
+    """Tokens of the grid that fixes the order of all sums (:mod:`schedule.joins`); None: the schedule's order."""
 
     def plan(self, inputs: Inputs, mask: Masks, kernel: Kernel) -> Plan:
         """The plan for one kind of inputs and a mask, or one for each row. Collective: every rank must plan for equal
@@ -55,9 +60,11 @@ class Planner:
             TransportError: the ranks plan different things.
         """
         pair = self._pair(inputs, mask)
+        if self.chunk is not None:
+            _check_invariance(pair, inputs, kernel)
         sizes = [pair.method(direction).ulysses_size(self.layout.cp_size) for direction in Direction]
         plan = [str(pair.schedule(direction)) for direction in Direction]
-        texts = [*plan, f"heads over {sizes}", kernel.name, inputs.describe()]
+        texts = [*plan, f"heads over {sizes}", kernel.name, inputs.describe(), f"joined by {self.chunk}"]
         self.agreement.check("\n".join(texts), f"{_shortened(shown(mask))} mask, {inputs.describe()}")
         forward, backward = (self._run(pair, direction, inputs, kernel) for direction in Direction)
         return Plan(forward, backward, self.runtime.stats)
@@ -70,7 +77,14 @@ class Planner:
             rows = len(mask)
             layout, shape = layout.of_rows(rows), replace(shape, batch=1)
             mask, seq_length = Mask.of_rows(mask, seq_length), rows * seq_length
-        return Problem(layout=layout, mask=mask, seq_length=seq_length, shape=shape, network=self.network)
+        return Problem(
+            layout=layout,
+            mask=mask,
+            seq_length=seq_length,
+            shape=shape,
+            network=self.network,
+            chunk=self.chunk,
+        )
 
     def _pair(self, inputs: Inputs, mask: Masks) -> SchedulePair:
         """The schedules for these inputs: those that exist, or new ones of the given or of the fastest methods."""
@@ -115,9 +129,45 @@ class Planner:
             exchange, TileRun(program, kernel, ring, gradients_are_parts=not cut.groups_are_disjoint)
         )
 
-    @staticmethod
-    def _bound(schedule: Schedule, rank: int, device: torch.device) -> BoundProgram:
-        return BoundProgram.bind(compile_program(schedule, rank), device)
+    def _bound(self, schedule: Schedule, rank: int, device: torch.device) -> BoundProgram:
+        program = compile_program(schedule, rank)
+        if self.chunk is not None:
+            program = on_grid(program, schedule, self.chunk)
+        return BoundProgram.bind(program, device)
+
+
+def _check_invariance(pair: SchedulePair, inputs: Inputs, kernel: Kernel) -> None:
+    """Refuse what cannot give the same bits on every number of ranks.
+
+    Raises:
+        LayoutError: parts of shards are no whole chunks.
+        UnsupportedError: the method or the kernel sums up in an order of its own.
+    """
+    for direction in Direction:
+        method = pair.method(direction)
+        check_grid(method.name, method.inner_problem(pair.problem))
+        size = method.ulysses_size(pair.problem.layout.cp_size)
+        if method.full_rows:
+            reason = (
+                f"method {method.name} holds full rows of scores, whose sums depend on the number of keys"
+            )
+        elif size > 1 and not HeadCut.of(inputs.shape, size).groups_are_disjoint:
+            reason = (
+                f"method {method.name} divides {inputs.shape.num_query_groups} key/value heads among {size} ranks, "
+                "which add up the gradients of heads that they share"
+            )
+        elif kernel.name not in REPEATING_KERNELS:
+            reason = f"kernel {kernel.name} is not known to repeat its results bit for bit"
+        else:
+            continue
+        raise UnsupportedError(
+            explain(
+                got="results that must not depend on the number of ranks",
+                rule=reason,
+                remedy="Choose method lightseq, ring, zigzag or balanced, and a kernel among "
+                f"{', '.join(REPEATING_KERNELS)}",
+            )
+        )
 
 
 def shown(mask: Masks) -> str:

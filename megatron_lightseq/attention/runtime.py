@@ -13,14 +13,14 @@ import time
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from megatron_lightseq.attention.passes import Bundle, Pass
+from megatron_lightseq.attention.results import Shard, cut, results_of
 from megatron_lightseq.attention.stats import AttentionStats
 from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.schedule import Payload, Program
 from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS
-from megatron_lightseq.schedule.program import OWN, Call, Operand, ProgramStep, Span, Transfer
+from megatron_lightseq.schedule.program import OWN, Operand, ProgramStep, Span, Transfer
 from megatron_lightseq.transport import BufferPool, Message, Pending, Transport
 
 _MAX_BUNDLE = 4
@@ -74,70 +74,57 @@ class Runtime:
 
 
 class _Execution:
-    """One execution of one program: the loop, and the buffers that are in use."""
+    """One execution of one program: the loop, and the received inputs that are in use."""
 
     def __init__(self, runtime: Runtime, bound: BoundProgram, data: Pass) -> None:
         self._runtime = runtime
         self._bound = bound
-        self._data = data
         self._dataflow = DATAFLOW[bound.program.direction]
+        self._shard = Shard(bound.program, data, runtime.buffers)
+        self._results = results_of(self._shard)
         self._received: dict[_Key, Bundle] = {}
-        self._made: dict[_Key, Bundle] = {}
-        self._made_lengths = {
-            (transfer.payload, transfer.span): transfer.length
-            for step in bound.program.steps
-            for transfer in step.sends
-            if transfer.payload in RESULTS
-        }
 
     def run(self) -> None:
-        for blank in self._bound.program.blanks:
-            if blank.part.store is OWN:
-                own = self._cut_own(blank.payload, blank.part.start, blank.part.stop)
-                self._data.clear(blank.payload, own)
+        self._results.begin()
         for t, (step, masks) in enumerate(zip(self._bound.program.steps, self._bound.masks, strict=True)):
             self._run_step(t, step, masks)
+        self._results.end()
 
     def _run_step(self, t: int, step: ProgramStep, masks: tuple[TileMask, ...]) -> None:
         outgoing = [(transfer, self._outgoing(transfer)) for transfer in step.sends]
-        incoming = [
-            (transfer, self._buffers_for(transfer.payload, transfer.length)) for transfer in step.receives
-        ]
+        incoming = [(transfer, self._incoming(transfer)) for transfer in step.receives]
         pending = self._start(t, outgoing, incoming)
         if not self._runtime.overlap:
             self._wait(pending)
         for call, mask in zip(step.calls, masks, strict=True):
-            self._compute(call, mask)
+            q_side = self._input(self._dataflow.q_input, call.q)
+            self._results.compute(call, mask, q_side, self._input(self._dataflow.k_input, call.k))
         if self._runtime.overlap:
             self._wait(pending)
         for transfer, bundle in incoming:
             self._arrive(transfer, bundle)
         for transfer, bundle in outgoing:
             if transfer.payload in RESULTS:
-                self._release(bundle)
+                self._shard.release(bundle)
         for key in step.last_uses:
-            self._release(self._received.pop(key))
-
-    # --- transfers ------------------------------------------------------------------------------------
+            self._shard.release(self._received.pop(key))
 
     def _outgoing(self, transfer: Transfer) -> Bundle:
         if transfer.payload in RESULTS:
-            self._result(
-                transfer.payload, Operand(transfer.span, 0, transfer.length)
-            )  # blank if no call made it
-            return self._made.pop((transfer.payload, transfer.span))
+            return self._results.outgoing(transfer)
         source = Operand(transfer.store, transfer.start, transfer.start + transfer.length)
         return self._input(transfer.payload, source)
 
+    def _incoming(self, transfer: Transfer) -> Bundle:
+        if transfer.payload in RESULTS:
+            return self._results.incoming(transfer)
+        return self._shard.buffers(transfer.payload, transfer.length)
+
     def _arrive(self, transfer: Transfer, bundle: Bundle) -> None:
         if transfer.payload in RESULTS:
-            self._data.absorb(transfer.payload, self._own_part(transfer), bundle)
-            self._release(bundle)
+            self._results.arrive(transfer, bundle)
         else:
             self._received[transfer.payload, transfer.span] = bundle
-
-    def _own_part(self, transfer: Transfer) -> Bundle:
-        return self._cut_own(transfer.payload, transfer.start, transfer.start + transfer.length)
 
     def _start(self, t: int, outgoing: list[_Parcel], incoming: list[_Parcel]) -> Pending | None:
         if not outgoing and not incoming:
@@ -156,60 +143,10 @@ class _Execution:
         pending.wait()
         self._runtime.stats.exposed_seconds += time.perf_counter() - began
 
-    # --- compute --------------------------------------------------------------------------------------
-
-    def _compute(self, call: Call, mask: TileMask) -> None:
-        results = [self._result(self._dataflow.q_result, call.q_result)]
-        if self._dataflow.k_result is not None and call.k_result is not None:
-            results.append(self._result(self._dataflow.k_result, call.k_result))
-        q_side = self._input(self._dataflow.q_input, call.q)
-        k_side = self._input(self._dataflow.k_input, call.k)
-        self._data.compute(call, mask, q_side, k_side, results)
-
     def _input(self, payload: Payload, operand: Operand) -> Bundle:
         if operand.store is OWN:
-            return self._cut_own(payload, operand.start, operand.stop)
-        return _cut(self._received[payload, operand.store], operand.start, operand.stop)
-
-    def _result(self, payload: Payload, operand: Operand) -> Bundle:
-        if operand.store is OWN:
-            return self._cut_own(payload, operand.start, operand.stop)
-        key = (payload, operand.store)
-        if key not in self._made:
-            self._made[key] = self._new_result(payload, operand.store)
-        return _cut(self._made[key], operand.start, operand.stop)
-
-    def _cut_own(self, payload: Payload, start: int, stop: int) -> Bundle:
-        """Tokens of the rank's own shard; of one row, where rows have masks of their own."""
-        bundle, program = self._data.own[payload], self._bound.program
-        if program.batch_rows > 1:
-            row, first = divmod(start, program.row_length)
-            bundle = tuple(x.narrow(_batch_dim(x), row, 1) for x in bundle)
-            start, stop = first, first + stop - start
-        return _cut(bundle, start, stop)
-
-    # --- buffers --------------------------------------------------------------------------------------
-
-    def _new_result(self, payload: Payload, span: Span) -> Bundle:
-        bundle = self._buffers_for(payload, self._made_lengths[payload, span])
-        self._clear_blanks(payload, span, bundle)
-        return bundle
-
-    def _clear_blanks(self, payload: Payload, store: Span, bundle: Bundle) -> None:
-        for blank in self._bound.program.blanks:
-            if blank.payload is payload and blank.part.store == store:
-                self._data.clear(payload, _cut(bundle, blank.part.start, blank.part.stop))
-
-    def _buffers_for(self, payload: Payload, length: int) -> Bundle:
-        batch = 1 if self._bound.program.batch_rows > 1 else None
-        return tuple(
-            self._runtime.buffers.take(_with_tokens(tensor, length, batch), tensor.dtype, tensor.device)
-            for tensor in self._data.own[payload]
-        )
-
-    def _release(self, bundle: Bundle) -> None:
-        for tensor in bundle:
-            self._runtime.buffers.give(tensor)
+            return self._shard.own(payload, operand.start, operand.stop)
+        return cut(self._received[payload, operand.store], operand.start, operand.stop)
 
 
 _Key = tuple[Payload, Span]
@@ -228,25 +165,3 @@ def _messages(parcels: list[_Parcel], where: str) -> list[Message]:
         for transfer, bundle in parcels
         for index, tensor in enumerate(bundle)
     ]
-
-
-def _token_dim(x: Tensor) -> int:
-    return 0 if x.dim() == 4 else -1
-
-
-def _batch_dim(x: Tensor) -> int:
-    return 1 if x.dim() == 4 else 0
-
-
-def _cut(bundle: Bundle, start: int, stop: int) -> Bundle:
-    """Views of the tokens ``[start, stop)`` of every tensor."""
-    return tuple(x.narrow(_token_dim(x), start, stop - start) for x in bundle)
-
-
-def _with_tokens(x: Tensor, length: int, batch: int | None) -> tuple[int, ...]:
-    """The shape of ``x`` with ``length`` tokens, and with ``batch`` rows where that is not None."""
-    shape = list(x.shape)
-    shape[_token_dim(x)] = length
-    if batch is not None:
-        shape[_batch_dim(x)] = batch
-    return tuple(shape)

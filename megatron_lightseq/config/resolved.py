@@ -118,6 +118,7 @@ def _problem(config: PretrainConfig, layout: SequenceLayout, mask: Mask) -> Prob
         seq_length=config.training.seq_length,
         shape=attention_shape(config),
         network=config.context.network,
+        chunk=config.context.cp_invariant,
     )
 
 

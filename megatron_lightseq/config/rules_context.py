@@ -5,9 +5,11 @@ from __future__ import annotations
 from megatron_lightseq.config.rules import Machine, RuleSet
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.errors import UnsupportedError, explain
-from megatron_lightseq.kernels.specs import KERNELS
+from megatron_lightseq.kernels.specs import KERNELS, REPEATING_KERNELS
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.schedule import METHODS, resolve_method
+from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule import METHODS, Problem, resolve_method
+from megatron_lightseq.schedule.grid import check_grid
 
 CONTEXT = RuleSet()
 
@@ -94,6 +96,29 @@ def full_rows_need_no_kernel(c: PretrainConfig, _: Machine) -> bool:
     """this cp_method computes full rows of scores without a kernel."""
     full_rows = c.context.cp_method in METHODS and METHODS[c.context.cp_method].full_rows
     return not full_rows or c.context.cp_kernel in ("auto", "reference")
+
+
+@CONTEXT.rule(
+    "cp_invariant",
+    "cp_method",
+    "cp_kernel",
+    remedy="Remove cp_invariant, or set cp_method to lightseq, ring, zigzag or balanced and cp_kernel to auto",
+)
+def invariant_attention_is_ours(c: PretrainConfig, _: Machine) -> bool:
+    """cp_invariant fixes the order of all sums, which only named methods with tiles and kernels that repeat follow."""
+    name, kernel = c.context.cp_method, c.context.cp_kernel
+    follows = name in METHODS and not METHODS[name].full_rows
+    return c.context.cp_invariant is None or (follows and kernel in ("auto", *REPEATING_KERNELS))
+
+
+@CONTEXT.check("cp_invariant", "seq_length", "context_parallel_size", "cp_method", "cp_layout")
+def invariant_chunks_divide_the_sequence(c: PretrainConfig, _: Machine) -> None:
+    """Every part of a shard must be made of whole chunks of the grid."""
+    chunk = c.context.cp_invariant
+    if chunk is not None and chunk > 0 and c.context.cp_method in METHODS:
+        method, layout = resolve_method(c.context.method_name), _layout(c)
+        problem = Problem(layout=layout, mask=Mask.causal(), seq_length=c.training.seq_length, chunk=chunk)
+        check_grid(method.name, method.inner_problem(problem))
 
 
 @CONTEXT.rule(

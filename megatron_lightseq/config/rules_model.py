@@ -19,7 +19,7 @@ BOUNDS = RuleSet(
         _COUNT: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
         "max_position_embeddings rotary_base make_vocab_size_divisible_by tensor_model_parallel_size "
         "pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage context_parallel_size cp_ulysses_size "
-        "recompute_num_layers mlp_tile_tokens loss_tile_tokens "
+        "recompute_num_layers mlp_tile_tokens loss_tile_tokens cp_invariant "
         "lr_decay_iters seq_length micro_batch_size global_batch_size train_iters "
         "eval_interval eval_iters log_interval vocab_size save_interval save_retain_interval save_keep_last "
         "q_lora_rank kv_lora_rank qk_head_dim "

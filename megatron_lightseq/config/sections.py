@@ -227,6 +227,8 @@ class ContextParallelConfig:
     """Transfer the next step's chunks while the current step is computed."""
     cp_kernel: CPKernel = "auto"
     """Attention kernel."""
+    cp_invariant: int | None = None
+    """Tokens per chunk of a grid that makes attention bit for bit the same for every CP size and method; null: off."""
 
     @property
     def method_name(self) -> str:

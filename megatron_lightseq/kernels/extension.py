@@ -1,7 +1,7 @@
 """Loads the compiled kernels (``megatron_lightseq._C``) on first use.
 
-Loading registers ``torch.ops.mls.attention_forward``, ``attention_backward`` and ``attention_delta``. The fake
-implementations registered here let torch.compile and FakeTensor trace through them.
+Loading registers ``torch.ops.mls.attention_forward``, ``attention_backward``, ``attention_delta`` and
+``merge_partials``. The fake implementations registered here let torch.compile and FakeTensor trace through them.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def load_extension(kernel: str = "cpu") -> ModuleType:
 
 
 def _register_fakes() -> None:
-    for op in ("mls::attention_forward", "mls::attention_backward", "mls::attention_delta"):
-        torch.library.register_fake(op, _write_into_arguments)
+    for op in ("attention_forward", "attention_backward", "attention_delta", "merge_partials"):
+        torch.library.register_fake(f"mls::{op}", _write_into_arguments)
 
 
 def _write_into_arguments(*_: object) -> None:

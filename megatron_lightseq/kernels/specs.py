@@ -240,6 +240,10 @@ KERNELS: dict[str, KernelSpec] = {spec.name: spec for spec in _SPECS}
 """Every kernel by name, in the order in which ``auto`` tries them."""
 
 
+REPEATING_KERNELS = ("cpu", "reference")
+"""Kernels whose result for a tile depends on nothing but the tile, bit for bit."""
+
+
 def kernel_names() -> tuple[str, ...]:
     """Every name that ``kernel=`` and ``--cp-kernel`` accept: ``auto`` and those of :data:`KERNELS`."""
     return (AUTO, *KERNELS)

@@ -66,6 +66,8 @@ class CoreAttentionSettings:
     """Attention kernel."""
     overlap: bool = True
     """Transfer the next step's inputs while this step's tiles are computed."""
+    invariant_chunk: int | None = None
+    """Tokens per chunk of the grid that fixes the order of all sums; None for the order of the schedule."""
     network: Network | None = None
     """The network that method ``auto`` simulates; None for its default."""
     resolved: ResolvedAttention | None = None
@@ -111,6 +113,7 @@ class CoreAttentionSettings:
                 mask=mask,
                 kernel=self.kernel,
                 overlap=self.overlap,
+                invariant_chunk=self.invariant_chunk,
                 network=self.network,
                 schedules=schedules,
                 stats=self.stats,

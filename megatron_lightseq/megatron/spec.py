@@ -88,6 +88,7 @@ def gpt_layer_spec(
         layout=context.layout_name if resolved is None else resolved.layout.name,
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
+        invariant_chunk=context.cp_invariant,
         network=context.network,
         resolved=resolved,
         keep_on_recompute=keep,

@@ -37,6 +37,9 @@ class Problem:
     network: Network | None = None
     """What transfers run over, if it is known; None, too, unless the method is marked :attr:`Method.uses_shape`."""
 
+    chunk: int | None = None
+    """Cut only at multiples of so many tokens of the sequence; None: wherever the method likes."""
+
     def __post_init__(self) -> None:
         self.layout.check_length(self.seq_length)
         self.mask.check_length(self.seq_length)

@@ -17,6 +17,7 @@ from operator import attrgetter
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS, Dataflow, Direction, Move, Payload, Tile
+from megatron_lightseq.schedule.joins import Joins
 from megatron_lightseq.schedule.schedule import Schedule
 
 OWN = None
@@ -122,6 +123,8 @@ class Program:
     batch_rows: int = 1
     """Rows that have masks of their own: the shard is theirs, one after the other, and no operand crosses from one
     to the next."""
+    joins: Joins | None = None
+    """How results are joined so that their bits do not depend on the number of ranks; None: in any order."""
 
     @property
     def row_length(self) -> int:

@@ -266,6 +266,16 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "cp_method rsa, cp_kernel cpu: this cp_method computes full rows of scores without a kernel",
     ),
+    "invariant_attention_is_ours": (
+        {"cp_invariant": 64, "cp_method": "auto"},
+        Machine(),
+        "cp_invariant 64, cp_method auto, cp_kernel auto: cp_invariant fixes the order of all sums",
+    ),
+    "invariant_chunks_divide_the_sequence": (
+        {"cp_invariant": 1024, "seq_length": 4096, "context_parallel_size": 4},
+        Machine(),
+        "in parts of 512: every part is made of whole chunks",
+    ),
     "megatron_method_is_zigzag": (
         {"cp_method": "megatron", "cp_layout": "contiguous"},
         Machine(),

@@ -44,6 +44,7 @@ def test_the_keys_are_frozen() -> None:
         "cp_layout",
         "cp_overlap",
         "cp_kernel",
+        "cp_invariant",
         "keep_attention_on_recompute",
         "mlp_tile_tokens",
         "loss_tile_tokens",

@@ -54,6 +54,7 @@ def core_attention_settings(
         layout=context.layout_name if resolved is None else resolved.layout.name,
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
+        invariant_chunk=context.cp_invariant,
         network=context.network,
         resolved=resolved,
         keep_on_recompute=options.keep_attention_on_recompute,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import sub
 
-from megatron_lightseq.schedule.balance.rows import Row, quantum_of
+from megatron_lightseq.schedule.balance.rows import Row
 from megatron_lightseq.schedule.balance.solve import Assignment, Grant
 
 
@@ -76,11 +76,11 @@ def blocks_of(assignment: Assignment) -> list[list[Block]]:
         rows = assignment.rows[piece * assignment.grain : (piece + 1) * assignment.grain]
         for run in _kept(rows):
             start, stop = min(row.first_key for row in run), max(row.last_key for row in run)
-            found[piece % num_ranks] += _by_key_piece(run, start, stop, length)
+            found[piece % num_ranks] += _by_key_piece(run, start, stop, length, assignment.quantum)
     for helper, grants in _rectangles(assignment):
         rows = assignment.rows[grants[0].row : grants[-1].row + 1]
         start, stop = min(grant.start for grant in grants), max(grant.stop for grant in grants)
-        found[helper] += _by_key_piece(rows, start, stop, length)
+        found[helper] += _by_key_piece(rows, start, stop, length, assignment.quantum)
     return found
 
 
@@ -120,9 +120,8 @@ def _continues(last: Grant, grant: Grant, assignment: Assignment) -> bool:
     return to_the_end and (from_the_start or grant.start == last.start)
 
 
-def _by_key_piece(rows: Sequence[Row], start: int, stop: int, length: int) -> Iterator[Block]:
-    """The rows against the keys of ``[start, stop)``, cut where the keys change their owner, and to what rows see."""
-    quantum = quantum_of(length)
+def _by_key_piece(rows: Sequence[Row], start: int, stop: int, length: int, quantum: int) -> Iterator[Block]:
+    """The rows against the keys ``[start, stop)``, cut where the keys' owner changes and clipped to what rows see."""
     start, stop = start // quantum * quantum, -(-stop // quantum) * quantum
     counted = [row.before(start) for row in rows]
     for piece in range(start // length, -(-stop // length)):

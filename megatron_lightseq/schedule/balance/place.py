@@ -18,13 +18,20 @@ _MOST_EXPENSIVE = 8.0
 
 
 def splits_of(problem: Problem) -> int:
-    """Chunks per piece: as fine as cuts may be."""
-    length = _piece_length(problem)
-    return length // quantum_of(length)
+    """Chunks per piece, such that every possible cut is at a chunk border."""
+    return max(1, _piece_length(problem) // _quantum(problem))
 
 
 def _piece_length(problem: Problem) -> int:
     return problem.seq_length // (problem.layout.cp_size * problem.layout.batch_rows)
+
+
+def _quantum(problem: Problem) -> int:
+    """Tokens that cuts are multiples of. Pieces that its chunks do not divide are not cut at all."""
+    length = _piece_length(problem)
+    if problem.chunk is None:
+        return quantum_of(length)
+    return problem.chunk if length % problem.chunk == 0 else length
 
 
 def place_balanced(
@@ -38,19 +45,19 @@ def place_balanced(
         target_percent: ranks are filled up to this share of the mean load. More than 100 leaves some imbalance where
             moving work costs more than it saves.
     """
-    layout, network = problem.layout, problem.network
+    layout, network, quantum = problem.layout, problem.network, _quantum(problem)
     owners = [layout.owner[piece * layout.splits] for piece in range(layout.cp_size)]
     grain = 16 if len(owners) <= _MANY_RANKS else 8
     options = BalanceOptions(
         prices=prices_of(problem),
         nodes=tuple(0 if network is None else network.node(rank) for rank in owners),
         batch_rows=layout.batch_rows,
+        quantum=quantum,
         grain=max(min(grain, _LEAST_GRAIN), grain // layout.batch_rows),
         num_steps=max(3, num_steps),
         target=target_percent / 100,
     )
     blocks = plan_blocks(problem.mask, problem.seq_length, options)
-    quantum = quantum_of(_piece_length(problem))
     placement: Placement = [
         [[] for _ in owners] for _ in range(1 + max((block.step for block in blocks), default=-1))
     ]

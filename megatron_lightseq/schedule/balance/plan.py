@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule.balance.rows import Row, causal_documents, row_borders, rows_of
+from megatron_lightseq.schedule.balance.rows import Row, causal_documents, quantum_of, row_borders, rows_of
 from megatron_lightseq.schedule.balance.solve import Prices, solve
 from megatron_lightseq.schedule.balance.steps import stage
 
@@ -41,6 +41,8 @@ class BalanceOptions:
     """The node of the rank that holds each piece of a row; as many as there are ranks."""
     batch_rows: int = 1
     """Sequences one after the other, each in as many pieces as there are ranks."""
+    quantum: int | None = None
+    """Tokens that all cuts are multiples of; None: :func:`quantum_of` of a piece."""
     grain: int = 16
     """Rows of work per piece: more balance better and take longer to plan."""
     num_steps: int = 8
@@ -71,12 +73,13 @@ def plan_blocks(mask: Mask, seq_length: int, options: BalanceOptions) -> list[Pl
         "num_steps": options.num_steps,
         "edge": options.edge,
     }
+    quantum = options.quantum or quantum_of(seq_length // (len(options.nodes) * options.batch_rows))
     documents = causal_documents(mask, seq_length)
     if documents is not None:
-        packed = native.plan_documents(documents, options.grain, options.batch_rows, **arguments)
+        packed = native.plan_documents(documents, options.grain, options.batch_rows, quantum, **arguments)
     else:
         rows = [_as_tuple(row) for row in _rows(mask, seq_length, options)]
-        packed = native.plan_rows(rows, options.grain, **arguments)
+        packed = native.plan_rows(rows, options.grain, quantum, **arguments)
     return _without_empty_steps([PlannedBlock(*fields) for fields in struct.iter_unpack("7q", packed)])
 
 
@@ -89,6 +92,7 @@ def plan_in_python(mask: Mask, seq_length: int, options: BalanceOptions) -> list
         nodes=options.nodes,
         target=options.target,
         tolerance=options.tolerance,
+        quantum=options.quantum,
     )
     steps = stage(assignment, num_steps=options.num_steps, edge=options.edge, nodes=options.nodes)
     return [
@@ -100,7 +104,8 @@ def plan_in_python(mask: Mask, seq_length: int, options: BalanceOptions) -> list
 
 
 def _rows(mask: Mask, seq_length: int, options: BalanceOptions) -> list[Row]:
-    return rows_of(mask, row_borders(seq_length, len(options.nodes) * options.batch_rows, options.grain))
+    num_pieces = len(options.nodes) * options.batch_rows
+    return rows_of(mask, row_borders(seq_length, num_pieces, options.grain, options.quantum))
 
 
 def _as_tuple(row: Row) -> tuple[int, int, Sequence[int], Sequence[int], int, int, int]:

@@ -77,13 +77,14 @@ def quantum_of(piece_length: int) -> int:
     return next(quantum for quantum in range(longest, 0, -1) if piece_length % quantum == 0)
 
 
-def row_borders(seq_length: int, num_pieces: int, grain: int) -> list[int]:
-    """Where rows begin and end: every one of ``num_pieces`` equal pieces of the sequence cut into ``grain`` rows.
+def row_borders(seq_length: int, num_pieces: int, grain: int, quantum: int | None = None) -> list[int]:
+    """The borders of all rows: each of ``num_pieces`` equal pieces of the sequence is cut into ``grain`` rows.
 
-    A row is empty where a piece has fewer quanta than rows.
+    Some rows are empty if a piece has fewer quanta than rows.
+    Borders are multiples of ``quantum``; default: :func:`quantum_of` of a piece.
     """
     length = seq_length // num_pieces
-    quantum = quantum_of(length)
+    quantum = quantum_of(length) if quantum is None else quantum
     steps = [row * (length // quantum) // grain * quantum for row in range(grain)]
     return [*(piece * length + step for piece in range(num_pieces) for step in steps), seq_length]
 

@@ -58,6 +58,8 @@ class Assignment:
     """Pairs that each rank computes."""
     grain: int
     """Rows per piece."""
+    quantum: int
+    """Tokens that all cuts are multiples of."""
 
     @property
     def piece_length(self) -> int:
@@ -301,6 +303,7 @@ def solve(
     nodes: Sequence[int],
     target: float = 1.0,
     tolerance: float = 0.02,
+    quantum: int | None = None,
 ) -> Assignment:
     """Balance the work of ``rows`` over their owners.
 
@@ -312,13 +315,14 @@ def solve(
             several follow one another.
         target: helpers are filled up to this many times the mean load. More than 1 leaves some imbalance where moving
             work costs more than it saves.
-        tolerance: how far from the target a load may stay, as a share of the mean.
+        tolerance: allowed distance of loads from the target, as a fraction of the mean load.
+        quantum: tokens that all cuts are multiples of; default :func:`quantum_of`.
     """
     loads = [0] * len(nodes)
     for number, row in enumerate(rows):
         loads[number // grain % len(loads)] += row.left
     mean = sum(loads) / len(loads)
-    quantum = quantum_of(rows[-1].stop * grain // len(rows))
+    quantum = quantum_of(rows[-1].stop * grain // len(rows)) if quantum is None else quantum
     solver = _Solver(rows, grain, prices, nodes, mean * target, mean * tolerance, loads, quantum)
     solver.run()
-    return Assignment(rows=rows, grants=solver.grants, loads=solver.loads, grain=grain)
+    return Assignment(rows=rows, grants=solver.grants, loads=solver.loads, grain=grain, quantum=quantum)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_lightseq.schedule.balance.blocks import Block, blocks_of
-from megatron_lightseq.schedule.balance.rows import quantum_of
 from megatron_lightseq.schedule.balance.solve import Assignment
 
 Steps = list[list[list[Block]]]
@@ -30,7 +29,7 @@ class _Clock:
         mean = sum(assignment.loads) / len(assignment.loads)
         unit = mean / (num_steps - 2 + 2 * edge)
         ends = [unit * (edge + step) for step in range(num_steps - 1)] + [float("inf")]
-        return _Clock(ends, quantum_of(assignment.piece_length))
+        return _Clock(ends, assignment.quantum)
 
     @property
     def last(self) -> int:

@@ -158,6 +158,10 @@ CELLS: tuple[Cell, ...] = (
     _cell("cp2 lightseq without overlap", _cp(2, "lightseq", cp_overlap=False)),
     *(_cell(f"cp8 {method}", _cp(8, method)) for method in ("lightseq", "mesh", "usp")),
     _cell("cp8 ulysses, twice as many ranks as heads", _cp(8, "ulysses")),
+    *(
+        _cell(f"cp{size} {method}, invariant", _cp(size, method, cp_invariant=12))
+        for size, method in ((2, "lightseq"), (4, "balanced"), (4, "zigzag"), (2, "ulysses"))
+    ),
     _cell("tp2", {**_TP2}),
     _cell("tp2 cp2 lightseq", {**_TP2, **_cp(2, "lightseq")}),
     _cell("tp2 sp cp2 ulysses", {**_TP2_SP, **_cp(2, "ulysses")}),
