@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -177,6 +178,10 @@ class DistAttention:
         )
         self._kernel = kernel
         self._plans: OrderedDict[tuple[Inputs, Masks], Plan] = OrderedDict()
+        self._unsettled: dict[tuple[Inputs, Masks], Callable[[], None]] = {}
+        """Checks of prepared plans that have not been used yet."""
+        self._last: tuple[Inputs, Kernel] | None = None
+        """Of the last call: its inputs, and the kernel that took them."""
         self._scales: set[float] = set()
         """Softmax scales that all ranks have agreed on."""
 
@@ -198,6 +203,34 @@ class DistAttention:
                 have, costs a plan each and no memory: the newest plans are kept.
         """
         return self.forward_with_lse(q, k, v, softmax_scale, sink, mask)[0]
+
+    @torch.compiler.disable
+    def prepare(self, mask: MaskArgument, like: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+        """Plan for a mask ahead of the calls that use it, as where the next batch's documents are known.
+
+        All ranks must prepare the same masks in the same order. No rank waits for another: digests of the plans travel
+        meanwhile, and are compared when the plan is first used. A call with a prepared mask neither plans nor starts a
+        collective. Up to ``MAX_PLANS`` plans are kept, those used last.
+
+        Args:
+            mask: of the calls; one, or one for each row of the batch.
+            like: q, k and v of which only shapes, dtype and device count; default: those of the last call.
+
+        Raises:
+            ConfigError: there was no call yet, and ``like`` is not given; or the mask does not fit.
+            LayoutError, UnsupportedError: as for a call.
+        """
+        last = self._last if like is None else (Inputs.of(*like), resolve_kernel(self._kernel, *like))
+        if last is None:
+            raise ConfigError(
+                explain(
+                    got="prepare() before the first call, without like=",
+                    rule="a plan depends on the shapes, the dtype and the device of q, k and v",
+                    remedy="Give like=(q, k, v), or prepare behind the first call",
+                )
+            )
+        inputs, kernel = last
+        self._keep(inputs, masks_of(mask, inputs.q_shape[1]), kernel)
 
     def forward_with_lse(
         self,
@@ -282,15 +315,23 @@ class DistAttention:
     @torch.compiler.disable
     def _plan_for(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskArgument | None) -> Plan:
         inputs = Inputs.of(q, k, v)
-        key = (inputs, masks_of(self.mask if mask is None else mask, q.shape[1]))
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._planner.plan(inputs, key[1], resolve_kernel(self._kernel, q, k, v))
-            self._plans[key] = plan
+        if self._last is None or self._last[0] != inputs:
+            self._last = inputs, resolve_kernel(self._kernel, q, k, v)
+        key = self._keep(inputs, masks_of(self.mask if mask is None else mask, q.shape[1]), self._last[1])
+        if key in self._unsettled:
+            self._unsettled.pop(key)()
+        return self._plans[key]
+
+    def _keep(self, inputs: Inputs, mask: Masks, kernel: Kernel) -> tuple[Inputs, Masks]:
+        """Make the plan unless it is there, and mark it as the one used last; its key."""
+        key = (inputs, mask)
+        if key not in self._plans:
+            self._plans[key], self._unsettled[key] = self._planner.plan(inputs, mask, kernel)
             if len(self._plans) > MAX_PLANS:  # the same one on all ranks, because they make the same calls
-                self._plans.popitem(last=False)
+                oldest, _ = self._plans.popitem(last=False)
+                self._unsettled.pop(oldest, None)
         self._plans.move_to_end(key)
-        return plan
+        return key
 
 
 def _methods_of(method: MethodArgument) -> dict[Direction, Method] | None:

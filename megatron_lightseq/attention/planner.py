@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,14 +51,18 @@ class Planner:
     chunk: int | None = None
     """Tokens of the grid that fixes the order of all sums (:mod:`schedule.joins`); None: the schedule's order."""
 
-    def plan(self, inputs: Inputs, mask: Masks, kernel: Kernel) -> Plan:
-        """The plan for one kind of inputs and a mask, or one for each row. Collective: every rank must plan for equal
-        ones.
+    def plan(self, inputs: Inputs, mask: Masks, kernel: Kernel) -> tuple[Plan, Callable[[], None]]:
+        """The plan for one kind of inputs and a mask, or one for each row.
+
+        Every rank must plan for equal ones, but none waits for another here.
+
+        Returns:
+            The plan, and what to call before its first use: it raises :class:`TransportError` if ranks plan different
+            things.
 
         Raises:
             LayoutError: the sequence does not divide among the ranks.
             UnsupportedError: the method does not work on the layout.
-            TransportError: the ranks plan different things.
         """
         pair = self._pair(inputs, mask)
         if self.chunk is not None:
@@ -65,9 +70,11 @@ class Planner:
         sizes = [pair.method(direction).ulysses_size(self.layout.cp_size) for direction in Direction]
         plan = [str(pair.schedule(direction)) for direction in Direction]
         texts = [*plan, f"heads over {sizes}", kernel.name, inputs.describe(), f"joined by {self.chunk}"]
-        self.agreement.check("\n".join(texts), f"{_shortened(shown(mask))} mask, {inputs.describe()}")
+        settle = self.agreement.start(
+            "\n".join(texts), f"{_shortened(shown(mask))} mask, {inputs.describe()}"
+        )
         forward, backward = (self._run(pair, direction, inputs, kernel) for direction in Direction)
-        return Plan(forward, backward, self.runtime.stats)
+        return Plan(forward, backward, self.runtime.stats), settle
 
     def _problem(self, inputs: Inputs, mask: Masks) -> Problem:
         """What is to be scheduled; of several masks, the rows of the batch as one sequence after the other."""

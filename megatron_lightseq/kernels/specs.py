@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lightseq.layout import LAYOUTS
+
 AUTO = "auto"
 """Not a kernel: stands for the first kernel with ``in_auto`` that supports the inputs."""
 
@@ -100,8 +102,8 @@ class MaskSupport:
             return f"it supports sliding windows on one context-parallel rank only, not on {cp_size}"
         if has_documents and not self.documents:
             return "it does not support packed documents"
-        if layout == "striped" and cp_size > 1 and not self.striped:
-            return "it does not support causal tiles without their diagonal, which striped layouts have"
+        if layout is not None and LAYOUTS[layout].interleaved and cp_size > 1 and not self.striped:
+            return f"it does not support causal tiles without their diagonal, which {layout} layouts have"
         return None
 
 

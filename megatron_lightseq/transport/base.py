@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,10 @@ class Pending(Protocol):
         """
 
 
+Digests = Callable[[], list[bytes]]
+"""Waits for the digests of all ranks, and returns them in rank order."""
+
+
 class Transport(Protocol):
     """Connects a rank with its peers in one group."""
 
@@ -50,6 +54,15 @@ class Transport(Protocol):
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
         """The digests of all ranks, equally long, in rank order; blocks until every rank has called."""
+
+    def start_digests(self, digest: bytes) -> Digests:
+        """Start to gather the digests of all ranks, which are equally long, and return without waiting for them.
+
+        Every rank must call, in the same order as its other calls.
+
+        Returns:
+            What to call for the digests in rank order; it waits until every rank has called.
+        """
 
 
 def transfer_failed(rank: int, what: str, reason: object) -> TransportError:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from megatron_lightseq.errors import TransportError
-from megatron_lightseq.transport.base import Message, transfer_failed
+from megatron_lightseq.transport.base import Digests, Message, transfer_failed
 
 T = TypeVar("T")
 TIMEOUT_S = 60.0
@@ -94,6 +94,7 @@ class LoopbackTransport:
         self._network = group.network
         self.rank = group.rank()
         self.size = group.size()
+        self._gathered = 0
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> _Mail:
         """Copy the messages to send; receiving happens in ``wait``. As in :class:`Transport`."""
@@ -103,9 +104,19 @@ class LoopbackTransport:
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
         """As in :class:`Transport`."""
+        return self.start_digests(digest)()
+
+    def start_digests(self, digest: bytes) -> Digests:
+        """As in :class:`Transport`."""
+        self._gathered += 1
+        tag = f"digest {self._gathered}"
         for peer in range(self.size):
-            self._network.put(self.rank, peer, "digest", digest)
-        return [self._network.take(peer, self.rank, "digest", "a fingerprint") for peer in range(self.size)]
+            self._network.put(self.rank, peer, tag, digest)
+
+        def wait() -> list[bytes]:
+            return [self._network.take(peer, self.rank, tag, "a fingerprint") for peer in range(self.size)]
+
+        return wait
 
 
 def run_loopback(size: int, function: Callable[[LoopbackGroup], T]) -> list[T]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megatron_lightseq.errors import TransportError
-from megatron_lightseq.transport.base import Message, transfer_failed
+from megatron_lightseq.transport.base import Digests, Message, transfer_failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,39 @@ class P2PTransport:
         return _Works(self.rank, [(request, f"exchanging {what}") for request in requests])
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
-        """As in :class:`Transport`, by an all-gather."""
+        """As in :class:`Transport`."""
+        return self.start_digests(digest)()
+
+    def start_digests(self, digest: bytes) -> Digests:
+        """As in :class:`Transport`, by an asynchronous all-gather. On GPUs, only its own end is waited for."""
         device = torch.device("cuda", torch.cuda.current_device()) if self._is_nccl else torch.device("cpu")
         mine = torch.tensor(list(digest), dtype=torch.uint8, device=device)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine, group=self._group)
-        return [bytes(other.tolist()) for other in everyone]
+        work = dist.all_gather(everyone, mine, group=self._group, async_op=True)
+        arrived = self._copied_to_host(work, everyone) if self._is_nccl else None
+
+        def wait() -> list[bytes]:
+            if arrived is not None:
+                return [bytes(row) for row in arrived().tolist()]
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise transfer_failed(self.rank, "comparing plans with all ranks", error) from error
+            return [bytes(other.tolist()) for other in everyone]
+
+        return wait
+
+    @staticmethod
+    def _copied_to_host(work: dist.Work, everyone: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Start to copy what NCCL gathers to the host; the result waits for that copy and for nothing else."""
+        work.wait()  # the stream, not the host
+        host = torch.empty((len(everyone), len(everyone[0])), dtype=torch.uint8, pin_memory=True)
+        host.copy_(torch.stack(everyone), non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> torch.Tensor:
+            copied.synchronize()
+            return host
+
+        return wait

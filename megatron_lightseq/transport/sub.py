@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_lightseq.transport.base import Message, Pending, Transport
+from megatron_lightseq.transport.base import Digests, Message, Pending, Transport
 
 
 class SubTransport:
@@ -29,6 +29,15 @@ class SubTransport:
         return replace(message, peer=self._ranks[message.peer])
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
+        """As in :class:`Transport`."""
+        return self.start_digests(digest)()
+
+    def start_digests(self, digest: bytes) -> Digests:
         """The digests of the subset's ranks; every rank of the whole group must call."""
-        everyone = self._transport.gather_digests(digest)
-        return [everyone[rank] for rank in self._ranks]
+        wait = self._transport.start_digests(digest)
+
+        def wait_for_subset() -> list[bytes]:
+            everyone = wait()
+            return [everyone[rank] for rank in self._ranks]
+
+        return wait_for_subset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from megatron_lightseq import Mask, SequenceLayout, dist_attention
 from megatron_lightseq.attention import DistAttention, distributed
+from megatron_lightseq.errors import ConfigError, TransportError
 from megatron_lightseq.transport import run_loopback
 from megatron_lightseq.transport.group import Group
 from tests.core import oracle
@@ -105,3 +107,87 @@ def evaluate_then_train() -> float:
 
 def test_training_follows_an_evaluation_in_inference_mode() -> None:
     assert all(total > 0 for total in run_ranks(2, evaluate_then_train))
+
+
+# --- plans made ahead --------------------------------------------------------------------------------------
+
+
+def train_on_prepared_masks() -> dict[str, int]:
+    """Collectives that are started while plans are made, and within steps of two layers that use them."""
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    assert group is not None
+    attention = DistAttention(group, method="balanced")
+    shards = [torch.randn(SEQ_LENGTH // 2, 2, 2, 8).requires_grad_() for _ in range(3)]
+    attention(*shards)  # agrees on the softmax scale
+    batches = [(first, second) for first, second in zip(masks(6, seed=3), masks(6, seed=4), strict=True)]
+    counts = {"prepared": 0, "in steps": 0}
+    now = "prepared"
+    gather = dist.all_gather
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counts[now] += 1
+        return gather(*args, **kwargs)
+
+    names = [
+        name for name in dir(dist) if name.startswith(("all_", "broadcast", "reduce", "barrier", "gather"))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(dist, name, counted if name == "all_gather" else None)
+        for batch in batches:
+            attention.prepare(batch)
+        now = "in steps"
+        for batch in batches:
+            for _layer in range(2):
+                attention(*shards, mask=batch).sum().backward()
+    return counts
+
+
+def test_steps_with_prepared_masks_start_no_collective() -> None:
+    assert run_ranks(2, train_on_prepared_masks) == [{"prepared": 6, "in steps": 0}] * 2
+
+
+def prepare_other_masks() -> str:
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    assert group is not None
+    attention = DistAttention(group, method="lightseq")
+    q = torch.randn(SEQ_LENGTH // 2, 1, 2, 8)
+    mask = Mask.documents((0, 40 + group.rank(), SEQ_LENGTH))
+    attention.prepare(mask, like=(q, q, q))  # no rank waits here, so none learns of the other's mask
+    try:
+        attention(q, q, q, mask=mask)
+    except TransportError as error:
+        return str(error)
+    return "no error"
+
+
+def test_prepared_masks_that_differ_between_ranks_are_found_at_first_use() -> None:
+    for rank, message in enumerate(run_ranks(2, prepare_other_masks)):
+        assert f"rank {rank} plans lightseq on contiguous(2)" in message
+        assert f"rank(s) [{1 - rank}] plan something else" in message
+
+
+def test_plans_can_be_prepared_for_the_last_inputs_or_for_given_ones() -> None:
+    attention = DistAttention(None, kernel="reference")
+    q = torch.randn(8, 1, 1, 4)
+    with pytest.raises(ConfigError, match="before the first call"):
+        attention.prepare(Mask.causal())
+    attention.prepare(Mask.documents((0, 3, 8)), like=(q, q, q))
+    attention(q, q, q, mask=Mask.documents((0, 3, 8)))
+    assert len(attention._plans) == 1
+    attention.prepare(Mask.documents((0, 4, 8)))
+    with pytest.raises(ConfigError, match="a mask ending at 9 for 8 tokens"):
+        attention.prepare(Mask.documents((0, 9)))
+    assert len(attention._plans) == 2
+
+
+def test_more_prepared_plans_than_are_kept_leave_nothing_behind() -> None:
+    attention = DistAttention(None, kernel="reference")
+    q = torch.randn(SEQ_LENGTH, 1, 1, 4)
+    for border in range(1, distributed.MAX_PLANS + 9):
+        attention.prepare(Mask.documents((0, border, SEQ_LENGTH)), like=(q, q, q))
+    assert len(attention._plans) == len(attention._unsettled) == distributed.MAX_PLANS
