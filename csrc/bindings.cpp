@@ -151,6 +151,12 @@ float check_scale(double scale) {
   return static_cast<float>(scale);
 }
 
+float check_softcap(double softcap) {
+  MLS_CHECK(std::isfinite(softcap) && softcap >= 0, "softcap is ", softcap,
+            ": it must be finite, and 0 or above.");
+  return static_cast<float>(softcap);
+}
+
 ElementType element_type(const Tensor& q) {
   switch (q.scalar_type()) {
     case ScalarType::Half:
@@ -205,7 +211,7 @@ RowTensor<T> row_accumulator(const char* name, const Tensor& t, Device device, c
 struct MaskArguments {
   int64_t band_lo, band_hi;
   const std::optional<Tensor>& key_ranges;
-  double softmax_scale;
+  double softmax_scale, softcap;
 };
 
 ForwardParams forward_params(Device device, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -225,6 +231,7 @@ ForwardParams forward_params(Device device, const Tensor& q, const Tensor& k, co
       .lse = row_accumulator<float>("lse", lse, device, s),
       .mask = check_mask(s, mask.band_lo, mask.band_hi, mask.key_ranges, device),
       .softmax_scale = check_scale(mask.softmax_scale),
+      .softcap = check_softcap(mask.softcap),
       .accumulate = accumulate,
       .rounded_out = rounded(out, rounds),
   };
@@ -263,6 +270,7 @@ BackwardParams backward_params(Device device, const BackwardTensors& t, const Ma
       .dv = sums(t.dv, rounds_dv),
       .mask = check_mask(s, mask.band_lo, mask.band_hi, mask.key_ranges, device),
       .softmax_scale = check_scale(mask.softmax_scale),
+      .softcap = check_softcap(mask.softcap),
       .accumulate = accumulate,
       .rounded_dq = rounded(t.dq, rounds_dq),
       .rounded_dk = rounded(t.dk, rounds_dk),
@@ -295,17 +303,17 @@ DeltaParams delta_params(Device device, const Tensor& out, const Tensor& dout, c
 // The CPU kernel has no streams and is always deterministic, so it ignores the last arguments.
 void cpu_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t band_lo,
                  int64_t band_hi, std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate,
-                 int64_t /*stream*/) {
-  cpu::run_forward(
-      forward_params(kCpu, q, k, v, out, lse, {band_lo, band_hi, key_ranges, softmax_scale}, accumulate));
+                 int64_t /*stream*/, double softcap) {
+  cpu::run_forward(forward_params(kCpu, q, k, v, out, lse,
+                                  {band_lo, band_hi, key_ranges, softmax_scale, softcap}, accumulate));
 }
 
 void cpu_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                   const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
                   std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate, int64_t /*stream*/,
-                  bool /*deterministic*/, int64_t /*head_parts*/) {
+                  bool /*deterministic*/, int64_t /*head_parts*/, double softcap) {
   cpu::run_backward(backward_params(kCpu, {dout, q, k, v, lse, delta, dq, dk, dv},
-                                    {band_lo, band_hi, key_ranges, softmax_scale}, accumulate));
+                                    {band_lo, band_hi, key_ranges, softmax_scale, softcap}, accumulate));
 }
 
 void cpu_delta(const Tensor& out, const Tensor& dout, Tensor delta, int64_t /*stream*/) {
@@ -353,18 +361,19 @@ void* stream_handle(int64_t stream) {
 
 void cuda_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t band_lo,
                   int64_t band_hi, std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate,
-                  int64_t stream) {
-  const ForwardParams params =
-      forward_params(gpu_of(q), q, k, v, out, lse, {band_lo, band_hi, key_ranges, softmax_scale}, accumulate);
+                  int64_t stream, double softcap) {
+  const ForwardParams params = forward_params(
+      gpu_of(q), q, k, v, out, lse, {band_lo, band_hi, key_ranges, softmax_scale, softcap}, accumulate);
   check_launch(mls_cuda_forward(&params, stream_handle(stream)));
 }
 
 void cuda_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                    const Tensor& delta, Tensor dq, Tensor dk, Tensor dv, int64_t band_lo, int64_t band_hi,
                    std::optional<Tensor> key_ranges, double softmax_scale, bool accumulate, int64_t stream,
-                   bool deterministic, int64_t head_parts) {
-  const BackwardParams params = backward_params(gpu_of(q), {dout, q, k, v, lse, delta, dq, dk, dv},
-                                                {band_lo, band_hi, key_ranges, softmax_scale}, accumulate);
+                   bool deterministic, int64_t head_parts, double softcap) {
+  const BackwardParams params =
+      backward_params(gpu_of(q), {dout, q, k, v, lse, delta, dq, dk, dv},
+                      {band_lo, band_hi, key_ranges, softmax_scale, softcap}, accumulate);
   const cuda::BackwardOptions options{deterministic, static_cast<int>(head_parts)};
   check_launch(mls_cuda_backward(&params, &options, stream_handle(stream)));
 }
@@ -400,12 +409,13 @@ PyMethodDef kFunctions[] = {{nullptr, nullptr, 0, nullptr}};
 STABLE_TORCH_LIBRARY(mls, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int band_lo, int "
-      "band_hi, Tensor? key_ranges, float softmax_scale, bool accumulate, int stream=0) -> ()");
+      "band_hi, Tensor? key_ranges, float softmax_scale, bool accumulate, int stream=0, float softcap=0.0) "
+      "-> ()");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor(a!) "
       "dq, Tensor(b!) dk, Tensor(c!) dv, int band_lo, int band_hi, Tensor? key_ranges, float softmax_scale, "
       "bool "
-      "accumulate, int stream=0, bool deterministic=False, int head_parts=1) -> ()");
+      "accumulate, int stream=0, bool deterministic=False, int head_parts=1, float softcap=0.0) -> ()");
   m.def("attention_delta(Tensor out, Tensor dout, Tensor(a!) delta, int stream=0) -> ()");
   m.def("merge_partials(Tensor(a!) out, Tensor(b!) lse, Tensor other_out, Tensor other_lse) -> ()");
 }

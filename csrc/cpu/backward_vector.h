@@ -35,6 +35,7 @@ class BackwardProducts {
       : dim_(params.shape.head_dim),
         value_dim_(params.shape.value_dim),
         log2_scale_(params.softmax_scale * kLog2E),
+        softcap_(params.softmax_scale, params.softcap),
         chunk_keys_(chunk_keys(params.shape)),
         width_(padded(words<Words>(dim_))),
         value_width_(padded(words<Words>(value_dim_))),
@@ -46,7 +47,8 @@ class BackwardProducts {
         weights_(scratch.objects<float>(kVectorPanelKeys * kTileRows)),
         weight_rows_(panel_of_words(scratch, weights_)),
         dscore_rows_(scratch.objects<float>(kVectorPanelKeys * kRowWords)),
-        dscore_keys_(panel_of_words(scratch, dscore_rows_)) {}
+        dscore_keys_(panel_of_words(scratch, dscore_rows_)),
+        slopes_(scratch.objects<float>(softcap_.is_on() ? kVectorPanelKeys * kTileRows : 0)) {}
 
   void differentiate(const BackwardTile& tile, int64_t begin, int64_t end, const Gradients& sums) {
     for (const KeySegment& segment : KeySegments(tile.rows, begin, end, Words::kValues)) {
@@ -62,6 +64,7 @@ class BackwardProducts {
  protected:
   const int64_t dim_, value_dim_;
   const float log2_scale_;
+  const Softcap softcap_;
   const int64_t chunk_keys_;
   bool has_extreme_keys_ = false, has_extreme_values_ = false, has_extreme_rows_ = false;
   const int64_t width_, value_width_;  // padded(words of D), padded(words of Dv)
@@ -101,11 +104,19 @@ class BackwardProducts {
     const Vec scale = splat(log2_scale_);
     const bool masked = needs_mask(tile.rows, keys), isolated = masked && needs_isolation(tile);
     const float *const q = q_lanes_ + keys.first_row(), *const lse = tile.lse_log2 + keys.first_row();
-    float *const weights = weights_, *const weight_rows = weight_rows_;
+    float *const weights = weights_, *const weight_rows = weight_rows_, *const slopes = slopes_;
     const int64_t depth = words<Words>(dim_), stride = width_;
+    const Softcap softcap = softcap_;
     for_row_groups<Words::kValues>(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
       multiply<Words, Order::kRowMajor>(k + r * stride, stride, q, kTileRows, depth, acc);
+      if (softcap.is_on()) {  // before the mask: -inf would become a finite score
+        acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
+          const Vec tanh = softcap.tanh_of(score);
+          store(slopes + (r + i) * kTileRows + x * kLanes, 1.0f - tanh * tanh);
+          score = tanh * softcap.outer;
+        });
+      }
       if (masked) {
         acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
           score = mask_scores(tile.rows, keys.begin + r + i, keys.first_vec + x, score);
@@ -139,12 +150,13 @@ class BackwardProducts {
     });
   }
 
-  // dS^T = P^T (V dO^T - delta), zero where masked
+  // dS^T = P^T (V dO^T - delta), times the slopes of a softcap, zero where masked
   template <int V>
   void score_gradients(const BackwardTile& tile, const KeySegment& keys, const float* v) {
     const bool isolated = needs_isolation(tile) && needs_mask(tile.rows, keys);
     const float *const dout = do_lanes_ + keys.first_row(), *const delta = tile.delta + keys.first_row();
-    const float* const weights = weights_;
+    const float *const weights = weights_, *const slopes = slopes_;
+    const bool has_slopes = softcap_.is_on();
     float *const dscore_rows = dscore_rows_, *const dscore_keys = dscore_keys_;
     const int64_t depth = words<Words>(value_dim_), stride = value_width_;
     for_row_groups<Words::kValues>(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
@@ -153,6 +165,11 @@ class BackwardProducts {
       acc.for_each([&](int i, int x, Vec& dp) __attribute__((always_inline)) {
         dp = load(weights + (r + i) * kTileRows + x * kLanes) * (dp - load(delta + x * kLanes));
       });
+      if (has_slopes) {
+        acc.for_each([&](int i, int x, Vec& dscore) __attribute__((always_inline)) {
+          dscore *= load(slopes + (r + i) * kTileRows + x * kLanes);
+        });
+      }
       if (isolated) clear_masked(tile.rows, keys, r, acc);
       Words::store_row_words(acc, dscore_rows + r * kRowWords);
       Words::store_key_words(acc, dscore_keys + words<Words>(r) * kTileRows);
@@ -195,6 +212,7 @@ class BackwardProducts {
   float* const weight_rows_;  // P^T in words of rows: [kVectorPanelKeys][kRowWords]
   float* const dscore_rows_;  // dS^T in words of rows, the same shape
   float* const dscore_keys_;  // dS^T in words of keys: [words of kVectorPanelKeys][kTileRows]
+  float* const slopes_;       // with a softcap, the derivative of S^T: [kVectorPanelKeys][kTileRows]
 };
 
 template <class Operands>

@@ -83,11 +83,10 @@ const KernelTable& select() {
 
 }  // namespace
 
-const Kernel& KernelTable::of(ElementType type, const AttentionShape& shape, const KeyMask& mask) const {
+const Kernel& KernelTable::of_float32(const AttentionShape& shape, const KeyMask& mask) const {
   // Below about 256 visible keys per row (or rows per key), packing for AMX costs more than it saves.
   // Measured crossover.
   constexpr int64_t kFewPairs = 256;
-  if (type != ElementType::kFloat32) return bfloat16;
   const int64_t pairs = visible_pairs(shape, mask);
   const bool few_keys = pairs < kFewPairs * shape.num_queries;
   const bool few_rows = pairs * shape.heads_per_group() < kFewPairs * shape.num_keys;

@@ -32,6 +32,7 @@ class ForwardProducts {
       : dim_(params.shape.head_dim),
         value_dim_(params.shape.value_dim),
         log2_scale_(params.softmax_scale * kLog2E),
+        softcap_(params.softmax_scale, params.softcap),
         width_(padded(words<Words>(dim_))),
         value_width_(padded(value_dim_)),
         q_(scratch.objects<float>(block_tiles * width_ * kTileRows)),
@@ -68,6 +69,7 @@ class ForwardProducts {
  protected:
   const int64_t dim_, value_dim_;
   const float log2_scale_;
+  const Softcap softcap_;
   const int64_t width_;  // of Q and K: padded(words of D)
   const int64_t value_width_;
   float* const q_;            // per row tile: Q^T, [width][kTileRows]
@@ -86,11 +88,16 @@ class ForwardProducts {
     const bool masked = needs_mask(tile, keys);
     float* const scores = scores_;
     const int64_t depth = words<Words>(dim_), stride = width_;
+    const Softcap softcap = softcap_;
 #pragma GCC unroll 8
     for (int x = 0; x < V; ++x) top[x] = splat(-kInfinity);
     for_row_groups(keys.num_keys(), [&]<int R>(int64_t r) __attribute__((always_inline)) {
       Accumulator<R, V> acc;
       multiply<Words, Order::kRowMajor>(k + r * stride, stride, q, kTileRows, depth, acc);
+      if (softcap.is_on()) {  // before the mask: -inf would become a finite score
+        acc.for_each([&](int, int, Vec& score)
+                         __attribute__((always_inline)) { score = softcap.tanh_of(score) * softcap.outer; });
+      }
       if (masked) {
         acc.for_each([&](int i, int x, Vec& score) __attribute__((always_inline)) {
           score = mask_scores(tile, keys.begin + r + i, keys.first_vec + x, score);

@@ -47,10 +47,18 @@ struct KernelTable {
   Kernel float32;
   Kernel sparse_float32;  // for masks where rows see few keys, or keys are seen by few rows
   Kernel bfloat16;
+  Kernel capped_float32;   // for scores with a softcap, which AMX engines do not apply
+  Kernel capped_bfloat16;  // the same
   void (*delta)(const DeltaParams&, int64_t first, int64_t last);  // for tokens [first, last)
 
-  // The kernel for a call, chosen by type, shape and mask.
-  const Kernel& of(ElementType type, const AttentionShape& shape, const KeyMask& mask) const;
+  // The kernel for a call, chosen by type, softcap, shape and mask.
+  template <class Params>
+  const Kernel& of(const Params& params) const {
+    const bool is_float32 = params.element_type == ElementType::kFloat32;
+    if (params.softcap != 0) return is_float32 ? capped_float32 : capped_bfloat16;
+    return is_float32 ? of_float32(params.shape, params.mask) : bfloat16;
+  }
+  const Kernel& of_float32(const AttentionShape& shape, const KeyMask& mask) const;
 };
 
 extern const KernelTable kBaselineTable;

@@ -116,7 +116,7 @@ const char* isa_name() {
 }
 
 void run_forward(const ForwardParams& params) {
-  const Kernel& kernel = selected_table().of(params.element_type, params.shape, params.mask);
+  const Kernel& kernel = selected_table().of(params);
   const Workload work = kernel.forward_workload(params, torch::stable::get_num_threads());
   run_tasks(work, [&](int64_t task, void* scratch) {
     kernel.forward_task(params, work.block_tiles, task, scratch);
@@ -124,7 +124,7 @@ void run_forward(const ForwardParams& params) {
 }
 
 void run_backward(const BackwardParams& params) {
-  const Kernel& kernel = selected_table().of(params.element_type, params.shape, params.mask);
+  const Kernel& kernel = selected_table().of(params);
   const Workload work = kernel.backward_workload(params);
   std::vector<ChunkTurns> turns(work.num_turns);
   kernel.init_turns(params, turns.data());

@@ -25,7 +25,8 @@ constexpr Kernel vector_kernel() {
 template <class Bf16Operands = Widened<BFloat16>>
 constexpr KernelTable vector_table(const char* name) {
   constexpr Kernel float32 = vector_kernel<Widened<Float32>>();
-  return {name, float32, float32, vector_kernel<Bf16Operands>(), attention_delta};
+  constexpr Kernel bfloat16 = vector_kernel<Bf16Operands>();
+  return {name, float32, float32, bfloat16, float32, bfloat16, attention_delta};
 }
 
 }  // namespace mls::cpu::MLS_VARIANT

@@ -64,11 +64,19 @@ constexpr Kernel tile_kernel() {
 
 }  // namespace amx
 
-const KernelTable kAmxTable = {"amx", amx::tile_kernel<amx::Float32>(),
+const KernelTable kAmxTable = {"amx",
+                               amx::tile_kernel<amx::Float32>(),
                                amx::vector_kernel<amx::Widened<amx::Float32>>(),
-                               amx::tile_kernel<amx::BFloat16>(), amx::attention_delta};
-const KernelTable kAmxTilesTable = {"amx_tiles", amx::tile_kernel<amx::Float32>(),
-                                    amx::tile_kernel<amx::Float32>(), amx::tile_kernel<amx::BFloat16>(),
+                               amx::tile_kernel<amx::BFloat16>(),
+                               amx::vector_kernel<amx::Widened<amx::Float32>>(),
+                               amx::vector_kernel<amx::Widened<amx::BFloat16>>(),
+                               amx::attention_delta};
+const KernelTable kAmxTilesTable = {"amx_tiles",
+                                    amx::tile_kernel<amx::Float32>(),
+                                    amx::tile_kernel<amx::Float32>(),
+                                    amx::tile_kernel<amx::BFloat16>(),
+                                    amx::vector_kernel<amx::Widened<amx::Float32>>(),
+                                    amx::vector_kernel<amx::Widened<amx::BFloat16>>(),
                                     amx::attention_delta};
 
 }  // namespace mls::cpu

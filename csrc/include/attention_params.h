@@ -54,6 +54,7 @@ struct ForwardParams {
   RowTensor<float> lse;
   KeyMask mask;
   float softmax_scale;
+  float softcap;    // c in c * tanh(scaled score / c); 0: none
   bool accumulate;  // (out, lse) hold a partial result to merge with; otherwise they are uninitialised
   TokenTensor<uint16_t> rounded_out;  // final output in the inputs' type, if requested; out is then null
 };
@@ -66,6 +67,7 @@ struct BackwardParams {
   TokenTensor<float> dq, dk, dv;
   KeyMask mask;
   float softmax_scale;
+  float softcap;    // as forward
   bool accumulate;  // add to dq, dk and dv; otherwise they are uninitialised (on CUDA see cuda/run.h)
   // Final gradients in the inputs' type. If one is given, its fp32 counterpart is null.
   TokenTensor<uint16_t> rounded_dq, rounded_dk, rounded_dv;

@@ -23,6 +23,7 @@ from megatron_lightseq.attention.inputs import (
     Masks,
     autocast_inputs,
     check_sink,
+    check_softcap,
     masks_of,
 )
 from megatron_lightseq.attention.plan import Plan
@@ -54,6 +55,7 @@ def dist_attention(
     kernel: str | Kernel = "auto",
     overlap: bool = True,
     invariant_chunk: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention over a sequence that is cut over the ranks of ``group`` (DistFlashAttn, arXiv 2310.03294).
 
@@ -85,6 +87,7 @@ def dist_attention(
         invariant_chunk: tokens per chunk of a grid over the sequence that fixes the order of all sums
             (schedule/joins.py). Outputs and gradients are then bit for bit the same for every number of ranks, layout
             and method whose parts are whole chunks, one rank included. None: sums follow the schedule.
+        softcap: c in c * tanh(score / c), which bounds the scaled scores (Gemma 2); None: scores as they are.
 
     Under ``torch.autocast``, q, k and v are cast to its dtype first, as in torch's scaled_dot_product_attention.
 
@@ -103,6 +106,7 @@ def dist_attention(
         "kernel": kernel,
         "overlap": overlap,
         "invariant_chunk": invariant_chunk,
+        "softcap": softcap,
     }
     if group is None:
         return DistAttention(None, **settings)(q, k, v, softmax_scale, mask=mask)
@@ -129,6 +133,7 @@ class DistAttention:
         kernel: str | Kernel = "auto",
         overlap: bool = True,
         invariant_chunk: int | None = None,
+        softcap: float | None = None,
         stats: AttentionStats | None = None,
         network: Network | None = None,
         schedules: SchedulePair | None = None,
@@ -157,6 +162,7 @@ class DistAttention:
             )
         self.stats = AttentionStats() if stats is None else stats
         self.mask: MaskArgument = Mask.causal() if mask is None else mask
+        check_softcap(softcap)
         methods = _methods_of(method)
         for given in {} if methods is None else methods.values():
             _check_method(given, self.layout, kernel)
@@ -175,8 +181,9 @@ class DistAttention:
             runtime=runtime,
             agreement=self._agreement,
             chunk=_checked_chunk(invariant_chunk, methods),
+            softcap=softcap,
         )
-        self._kernel = kernel
+        self._kernel, self._softcap = kernel, softcap
         self._plans: OrderedDict[tuple[Inputs, Masks], Plan] = OrderedDict()
         self._unsettled: dict[tuple[Inputs, Masks], Callable[[], None]] = {}
         """Checks of prepared plans that have not been used yet."""
@@ -316,7 +323,7 @@ class DistAttention:
     def _plan_for(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskArgument | None) -> Plan:
         inputs = Inputs.of(q, k, v)
         if self._last is None or self._last[0] != inputs:
-            self._last = inputs, resolve_kernel(self._kernel, q, k, v)
+            self._last = inputs, resolve_kernel(self._kernel, q, k, v, self._softcap)
         key = self._keep(inputs, masks_of(self.mask if mask is None else mask, q.shape[1]), self._last[1])
         if key in self._unsettled:
             self._unsettled.pop(key)()

@@ -6,6 +6,7 @@ queries and keys, Dv = head dim of values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -119,6 +120,18 @@ def check_sink(sink: Tensor | None, q: Tensor) -> None:
                 got=f"a sink {tuple(sink.shape)} on {sink.device} for q {tuple(q.shape)} on {q.device}",
                 rule="a sink has one logit for each query head, on q's device",
                 remedy=f"Give a tensor of shape ({q.shape[2]},)",
+            )
+        )
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise :class:`ConfigError` unless ``softcap`` is None or a positive, finite number."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ConfigError(
+            explain(
+                got=f"softcap {softcap}",
+                rule="scores are bounded by a positive, finite number",
+                remedy="Leave it out for scores without a bound",
             )
         )
 

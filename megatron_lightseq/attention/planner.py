@@ -50,6 +50,8 @@ class Planner:
     agreement: Agreement
     chunk: int | None = None
     """Tokens of the grid that fixes the order of all sums (:mod:`schedule.joins`); None: the schedule's order."""
+    softcap: float | None = None
+    """Bound of the scores; the kernel has it already, methods without a kernel need it."""
 
     def plan(self, inputs: Inputs, mask: Masks, kernel: Kernel) -> tuple[Plan, Callable[[], None]]:
         """The plan for one kind of inputs and a mask, or one for each row.
@@ -112,7 +114,7 @@ class Planner:
             same = pair if pair.forward_method == method else SchedulePair.of(method, pair.problem)
             forward = same.schedule(Direction.FORWARD)
             forward_program, program = (self._bound(s, self.rank, inputs.device) for s in (forward, schedule))
-            return RowRun(forward_program, program, self.runtime)
+            return RowRun(forward_program, program, self.runtime, self.softcap)
         if size == 1 or self.runtime.transport is None:
             return TileRun(self._bound(schedule, self.rank, inputs.device), kernel, self.runtime)
         return self._head_run(size, schedule, inputs, kernel)

@@ -32,6 +32,8 @@ class RowRun:
     forward_program: BoundProgram
     backward_program: BoundProgram
     runtime: Runtime
+    softcap: float | None = None
+    """Bound of the scores, c in c * tanh(score / c); None: none."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """One ring of keys for full rows of scores, a softmax, one ring of values. Shapes as in :class:`plan.Run`."""
@@ -47,11 +49,14 @@ class RowRun:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One ring of keys to recompute the rows, then one ring of values and one of keys for the gradients."""
         acc, groups = accumulator_dtype(q.dtype), k.shape[2]
-        weights = _probabilities(self._scores(q, k, scale), lse.unflatten(1, (groups, -1)))
+        scores = self._scores(q, k, scale)
+        weights = _probabilities(scores, lse.unflatten(1, (groups, -1)))
         dq, dk, dv = (torch.empty(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
         dweights, rows = torch.zeros_like(weights), self._batch_rows
         self.runtime.run(self.backward_program, _ValueGradients.over(dout, v, weights, dweights, dv, rows))
         dscores = weights * (dweights - delta.unflatten(1, (groups, -1)).unsqueeze(-1)) * scale
+        if self.softcap is not None:  # masked scores are -inf, and their weights 0
+            dscores *= (1 - (scores / self.softcap).square()).masked_fill(scores.isneginf(), 0.0)
         self.runtime.run(self.backward_program, _KeyGradients.over(q, k, dscores, dq, dk, rows))
         return dq, dk, dv
 
@@ -62,7 +67,10 @@ class RowRun:
         shape = (batch, groups, heads // groups, tokens, num_keys)
         rows = torch.full(shape, float("-inf"), dtype=accumulator_dtype(q.dtype), device=q.device)
         self.runtime.run(self.forward_program, _Scores.over(q, k, rows, scale, self._batch_rows))
-        return rows
+        if self.softcap is None:
+            return rows
+        capped = self.softcap * torch.tanh(rows / self.softcap)
+        return capped.masked_fill(rows.isneginf(), float("-inf"))
 
     @property
     def _batch_rows(self) -> int:

@@ -17,10 +17,11 @@ def step_flops(config: PretrainConfig, vocab_size: int) -> float:
         vocab_size: rows of the output layer.
     """
     model, training = config.model, config.training
-    layer = _attention_weights(config) + _attention_products(config) + _mlp_weights(config)
+    attention = _attention_weights(config) + _attention_products(config)
+    layer = attention + _mlp_weights(config)
     output = model.hidden_size * vocab_size
     further_tokens = model.mtp_num_layers or 0
-    depth = 2 * model.hidden_size**2 + layer + output
+    depth = 2 * model.hidden_size**2 + attention + _mlp_weights_of(config, model.num_layers) + output
     tokens = training.seq_length * training.global_batch_size
     return 6.0 * tokens * (model.num_layers * layer + output + further_tokens * depth)
 
@@ -83,20 +84,28 @@ def _is_sliced(config: PretrainConfig, slice_tokens: int | None) -> bool:
 
 def _attention_products(config: PretrainConfig) -> float:
     """Multiplications per token of queries by keys and probabilities by values, averaged over positions and layers."""
-    model, length = config.model, config.training.seq_length
-    seen = length / 2
-    if model.window_size:
-        window = min(model.window_size[0] + 1, length)
-        in_windows = window - window**2 / (2 * length)
-        seen += (in_windows - seen) * model.num_window_layers / model.num_layers
+    model = config.model
+    layers = range(1, model.num_layers + 1)
+    seen = sum(_seen_keys(config, number) for number in layers) / model.num_layers
     return seen * model.num_attention_heads * (model.head_dim + model.value_head_dim)
+
+
+def _seen_keys(config: PretrainConfig, number: int) -> float:
+    """Keys that a query of a layer sees, averaged over positions."""
+    model, length = config.model, config.training.seq_length
+    if model.attention_chunk_size is not None and config.rope.is_in(number):
+        length = min(length, model.attention_chunk_size)
+    if not model.has_window(number):
+        return length / 2
+    window = min(model.window_size[0] + 1, length)
+    return window - window**2 / (2 * length)
 
 
 def _attention_weights(config: PretrainConfig) -> int:
     """Weights of the projections before and after the attention of one layer."""
     model = config.model
     heads, hidden = model.num_attention_heads, model.hidden_size
-    out = heads * model.value_head_dim * hidden
+    out = heads * model.value_head_dim * hidden * (2 if model.attention_output_gate else 1)
     if not model.multi_latent_attention:
         return out + hidden * (heads + 2 * model.query_groups) * model.head_dim
     queries = hidden * heads * model.head_dim
@@ -107,11 +116,17 @@ def _attention_weights(config: PretrainConfig) -> int:
     return queries + down + up + out
 
 
-def _mlp_weights(config: PretrainConfig) -> int:
+def _mlp_weights(config: PretrainConfig) -> float:
+    """Weights per token of a layer's MLP, averaged over layers."""
+    layers = range(1, config.model.num_layers + 1)
+    return sum(_mlp_weights_of(config, number) for number in layers) / config.model.num_layers
+
+
+def _mlp_weights_of(config: PretrainConfig, number: int) -> int:
     """Weights per token of one layer's MLP, or of its router and the experts that it chooses."""
-    matrices = (3 if config.model.swiglu else 2) * config.model.hidden_size
+    matrices = (3 if config.model.activation[1] else 2) * config.model.hidden_size
     experts = config.experts
-    if experts.num_experts is None:
+    if experts.num_experts is None or not experts.is_in(number):
         return matrices * config.model.ffn_size
     routed = experts.moe_router_topk * config.expert_ffn_size
     shared = experts.moe_shared_expert_intermediate_size or 0

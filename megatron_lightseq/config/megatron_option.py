@@ -145,7 +145,7 @@ SLICED_LOSS = Condition(text="with loss_tile_tokens", holds=_given("loss_tile_to
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 IN_LAUNCHER = "lightseq megatron-lm keeps it"
-ROUTING = f"Recipes route by the softmax of the router, without limits, groups or biases; {IN_LAUNCHER}"
+ROUTING = f"Recipes route every token, without capacities; {IN_LAUNCHER}"
 
 
 def row(names: str, reason: str = "", **columns: Any) -> Option:

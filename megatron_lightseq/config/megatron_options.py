@@ -49,7 +49,7 @@ ATTENTION: tuple[Option, ...] = (
     # Scores and masks.
     honoured("num_attention_heads num_query_groups", "read from the shapes of q, k and v", recipe="key"),
     honoured("kv_channels", "read from the shapes of q, k and v", recipe="key"),
-    honoured("softmax_scale", "scores are multiplied by it"),
+    honoured("softmax_scale", "scores are multiplied by it", recipe="key"),
     honoured(
         "softmax_type",
         "off-by-one and learnable add one logit per row, merged through its log-sum-exp; learnable ones are trained",
@@ -150,19 +150,19 @@ ATTENTION: tuple[Option, ...] = (
     honoured(
         "rope_type",
         "rotary embeddings are cut by the layout",
-        recipe=instead(f"Recipes use plain RoPE with latent attention; {IN_LAUNCHER}"),
+        recipe="key",
     ),
     honoured(
         "rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim",
         "rotary embeddings are cut by the layout",
+        recipe="key",
     ),
     honoured("mrope_section", "its embedding cuts itself by zigzag, and adopt_layout refuses other layouts"),
     honoured(
         "apply_rope_fusion", "it gets embeddings cut by the layout; with latent attention a call is refused"
     ),
-    outside(
-        "rotary_interleaved no_rope_freq fused_single_qkv_rope", "RoPE is applied to q and k before attention"
-    ),
+    outside("rotary_interleaved no_rope_freq", "RoPE is applied to q and k before attention", recipe="key"),
+    outside("fused_single_qkv_rope", "RoPE is applied to q and k before attention"),
     # Routing, which sees a rank's own tokens.
     honoured(
         "moe_router_load_balancing_type",
@@ -198,9 +198,9 @@ ATTENTION: tuple[Option, ...] = (
         "they place, weigh or mix the layers of multi-token prediction",
     ),
     outside("qk_layernorm", "it normalises q and k before attention", recipe="key"),
-    outside("qk_l2_norm", "it normalises q and k before attention"),
-    outside("attention_output_gate", "it acts on attention's output"),
-    outside("add_qkv_bias", "it is a bias of the QKV projection"),
+    outside("qk_l2_norm", "it normalises q and k before attention", recipe="key"),
+    outside("attention_output_gate", "it acts on attention's output", recipe="key"),
+    outside("add_qkv_bias", "it is a bias of the QKV projection", recipe="key"),
     outside("qk_clip_alpha qk_clip_threshold", "read with qk_clip only"),
     outside("masked_softmax_fusion", "Megatron's softmax is not used"),
     outside(
@@ -217,7 +217,7 @@ ATTENTION: tuple[Option, ...] = (
         "moe_permute_fusion_into_hybridep moe_router_quantile_balancing_ema",
         "they act on the layers around attention",
     ),
-    outside("moe_router_pre_softmax", "it acts on the layers around attention", recipe=instead(ROUTING)),
+    outside("moe_router_pre_softmax", "it acts on the layers around attention", recipe="key"),
     outside("autocast_dtype", "the dtype of autocast"),
     outside(
         "variable_seq_lengths", "it sizes the pipeline's transfers; attention makes a plan for each shape"

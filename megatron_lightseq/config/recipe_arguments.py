@@ -36,10 +36,9 @@ RECIPE: tuple[Option, ...] = (
             ),
             ("layernorm_epsilon", "Use norm_epsilon"),
             ("no_position_embedding", "Use position_embedding_type: rope or none"),
-            (
-                "use_rope_scaling rope_scaling_factor",
-                f"Recipes have plain RoPE: rotary_base and rotary_percent; {IN_LAUNCHER}",
-            ),
+            ("layernorm_zero_centered_gamma", "Use apply_layernorm_1p"),
+            ("quick_gelu", "Use quick_geglu, or activation_func: quick_gelu"),
+            ("openai_gelu", "Use activation_func: gelu_tanh with swiglu: false"),
             ("fp16", "Use bf16, which needs no loss scaling"),
             ("loss_scale initial_loss_scale", "Remove it: bf16 needs no loss scaling"),
             ("fp8_format", f"Recipes train in fp32 or bf16; {IN_LAUNCHER} for linear layers"),
@@ -59,19 +58,13 @@ RECIPE: tuple[Option, ...] = (
                 _FUSION,
             ),
             ("no_create_attention_mask_in_dataloader", "Remove it: attention masks are never materialised"),
-            ("squared_relu", f"Recipes have swiglu, and GELU with no-swiglu; {IN_LAUNCHER}"),
+            (
+                "hybrid_layer_pattern hybrid_override_pattern hybrid_attention_ratio mamba_state_dim mamba_num_groups",
+                f"In recipes every layer has attention; {IN_LAUNCHER}, on layout zigzag",
+            ),
             ("num_moe_experts", "Use num_experts"),
-            ("moe_layer_freq", f"In recipes every layer has experts; {IN_LAUNCHER}"),
-            (
-                "moe_pad_expert_input_to_capacity moe_router_score_function moe_router_enable_expert_bias "
-                "moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor",
-                ROUTING,
-            ),
+            ("moe_pad_expert_input_to_capacity moe_router_topk_limited_devices", ROUTING),
             ("moe_input_jitter_eps", f"Recipes route without noise; {IN_LAUNCHER}"),
-            (
-                "moe_z_loss_coeff",
-                f"Recipes have no z-loss; {IN_LAUNCHER}, with the same weight on any number of ranks",
-            ),
             ("moe_shared_expert_overlap", "Remove it: the shared expert runs before the others"),
             ("use_torch_fsdp2 use_megatron_fsdp", "Use use_distributed_optimizer"),
             ("data_parallel_size world_size", _RANKS),

@@ -136,15 +136,20 @@ def attention_shape(config: PretrainConfig) -> TensorShape:
 
 
 def main_mask(config: PretrainConfig) -> Mask:
-    """The mask of the layers with a sliding window, if there are any, else of all layers."""
-    size = config.model.window_size
-    return Mask.causal() & Mask.window(*size) if size else Mask.causal()
+    """The mask of the layers that see the fewest keys: a sliding window or chunks, if there are any."""
+    return _mask(config, window=bool(config.model.window_size), chunked=True)
 
 
 def layer_mask(config: PretrainConfig, number: int) -> Mask:
-    """The mask of a layer, counted from 1: Megatron exempts every window_attn_skip_freq-th layer from the window."""
-    skip = config.model.window_attn_skip_freq
-    return Mask.causal() if skip and number % skip == 0 else main_mask(config)
+    """The mask of a layer, counted from 1; a pattern may exempt it from the window, and lack of RoPE from chunks."""
+    return _mask(config, window=config.model.has_window(number), chunked=config.rope.is_in(number))
+
+
+def _mask(config: PretrainConfig, *, window: bool, chunked: bool) -> Mask:
+    mask, chunk = Mask.causal(), config.model.attention_chunk_size
+    if window:
+        mask &= Mask.window(*config.model.window_size)
+    return mask & Mask.chunked(chunk) if chunk is not None and chunked else mask
 
 
 def method_of_layer(config: PretrainConfig, number: int) -> str:

@@ -90,6 +90,8 @@ class Bound:
         return above and below
 
     def __str__(self) -> str:
+        if self.low == -math.inf:
+            return "a finite number"
         low = f"{'>' if self.open_low else '>='} {self.low:g}"
         if self.high == math.inf:
             return f"a finite number {low}"

@@ -167,6 +167,7 @@ def _kernel_refusal(c: PretrainConfig, device_type: str | None) -> str | None:
         v_head_dim=c.model.value_head_dim,
         has_window=bool(c.model.window_size),
         has_documents=c.data.packed,
+        has_softcap=c.model.attn_logit_softcapping is not None,
         layout=c.context.layout_name,
         cp_size=c.parallel.context_parallel_size,
     )
@@ -184,6 +185,7 @@ def _refused_kernel(c: PretrainConfig, reason: str) -> UnsupportedError:
     "window_size",
     "reset_attention_mask",
     "sft",
+    "attn_logit_softcapping",
     "cp_method",
     "cp_layout",
     "context_parallel_size",

@@ -5,6 +5,8 @@ A rule is a predicate named after what holds; the decorator carries its message.
 
 from __future__ import annotations
 
+import math
+
 from megatron_lightseq.config.rules import Bound, Machine, RuleSet, bound_rule
 from megatron_lightseq.config.sections import PretrainConfig
 
@@ -12,6 +14,7 @@ _COUNT = Bound(low=1)
 _NOT_NEGATIVE = Bound(low=0)
 _POSITIVE = Bound(low=0, open_low=True)
 _PROBABILITY = Bound(low=0, high=1)
+_ANY = Bound(low=-math.inf, open_low=True)
 
 BOUNDS = RuleSet(
     bound_rule(key, bound)
@@ -23,11 +26,19 @@ BOUNDS = RuleSet(
         "lr_decay_iters seq_length micro_batch_size global_batch_size train_iters "
         "eval_interval eval_iters log_interval vocab_size save_interval save_retain_interval save_keep_last "
         "q_lora_rank kv_lora_rank qk_head_dim "
-        "window_attn_skip_freq qk_pos_emb_head_dim v_head_dim mtp_num_layers num_experts moe_ffn_hidden_size "
+        "qk_pos_emb_head_dim v_head_dim mtp_num_layers num_experts moe_ffn_hidden_size attention_chunk_size "
+        "moe_router_num_groups moe_router_group_topk yarn_original_max_position_embeddings "
+        "rotary_base_local rotary_seq_len_interpolation_factor rope_scaling_factor yarn_rotary_scaling_factor "
+        "rotary_scaling_factor floor_scale "
         "moe_router_topk moe_shared_expert_intermediate_size expert_model_parallel_size expert_tensor_parallel_size",
         _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad num_workers mtp_loss_scaling_factor "
-        "moe_aux_loss_coeff load_iteration",
-        _POSITIVE: "norm_epsilon init_method_std lr adam_eps distributed_timeout_minutes exit_duration_in_mins",
+        "moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate yarn_mscale yarn_mscale_all_dim mscale "
+        "mscale_all_dim attn_scale load_iteration",
+        _POSITIVE: "norm_epsilon init_method_std lr adam_eps distributed_timeout_minutes exit_duration_in_mins "
+        "softmax_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping embedding_multiplier "
+        "activation_func_clamp_value moe_router_topk_scaling_factor yarn_beta_fast yarn_beta_slow beta_fast beta_slow",
+        _ANY: "glu_linear_offset",
+        Bound(low=2): "original_max_position_embeddings",
         _PROBABILITY: "attention_dropout hidden_dropout adam_beta1 adam_beta2",
         Bound(low=0, high=1, open_low=True, open_high=False): "rotary_percent",
         Bound(low=0, high=2**32): "seed",
@@ -75,7 +86,8 @@ def rotary_dimension_is_even(c: PretrainConfig, _: Machine) -> bool:
     """
     latent = c.model.multi_latent_attention
     rotated = (c.model.qk_pos_emb_head_dim if latent else c.model.head_dim) * c.model.rotary_percent
-    return c.model.position_embedding_type != "rope" or (int(rotated) >= 2 and rotated % 2 == 0)
+    rotates = c.model.position_embedding_type in ("rope", "yarn")
+    return not rotates or (int(rotated) >= 2 and rotated % 2 == 0)
 
 
 @MODEL.rule(

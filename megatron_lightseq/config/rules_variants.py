@@ -1,22 +1,14 @@
-"""Rules on model variants: sliding windows, latent attention, multi-token prediction, mixture of experts."""
+"""Rules on model variants: sliding windows, latent attention, multi-token prediction."""
 
 from __future__ import annotations
 
 from megatron_lightseq.config.rules import Machine, RuleSet
-from megatron_lightseq.config.sections import ExpertsConfig, ModelConfig, PretrainConfig
+from megatron_lightseq.config.sections import PretrainConfig
+from megatron_lightseq.config.sections_model import ModelConfig
 
-WINDOWS, LATENT, MULTI_TOKEN, EXPERTS = RuleSet(), RuleSet(), RuleSet(), RuleSet()
+WINDOWS, LATENT, MULTI_TOKEN = RuleSet(), RuleSet(), RuleSet()
 
 _LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
-_EXPERT_KEYS = (
-    "moe_ffn_hidden_size",
-    "moe_router_topk",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_token_dispatcher_type",
-    "moe_shared_expert_intermediate_size",
-    "moe_grouped_gemm",
-)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------
@@ -39,7 +31,7 @@ def window_is_causal(c: PretrainConfig, _: Machine) -> bool:
     remedy="Set window_size and a window_attn_skip_freq of 2 or more, or remove window_attn_skip_freq",
 )
 def skipped_windows_are_there(c: PretrainConfig, _: Machine) -> bool:
-    """window_attn_skip_freq exempts every n-th layer from window_size, which at least one layer must keep."""
+    """window_attn_skip_freq exempts layers from window_size, which at least one layer must keep."""
     return c.model.window_attn_skip_freq is None or c.model.num_window_layers > 0
 
 
@@ -152,149 +144,3 @@ def mtp_recomputes_uniformly(c: PretrainConfig, _: Machine) -> bool:
     if c.recompute.recompute_method is None or c.recompute.recompute_num_layers is None:
         return True  # this has its own rule
     return c.recompute.recompute_method == "uniform" and c.recompute.recompute_num_layers == 1
-
-
-# --- mixture of experts -----------------------------------------------------------------------------------------
-
-
-@EXPERTS.rule(
-    "num_experts",
-    *_EXPERT_KEYS,
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    remedy="Set num_experts, or remove the other keys",
-)
-def expert_keys_need_experts(c: PretrainConfig, _: Machine) -> bool:
-    """expert options require num_experts."""
-    sizes = (c.parallel.expert_model_parallel_size, c.parallel.expert_tensor_parallel_size)
-    return c.experts.num_experts is not None or (c.experts == ExpertsConfig() and sizes == (1, None))
-
-
-@EXPERTS.rule(
-    "moe_router_topk",
-    "num_experts",
-    remedy="Use a moe_router_topk of at most {num_experts}",
-)
-def topk_is_within_experts(c: PretrainConfig, _: Machine) -> bool:
-    """a token is routed to moe_router_topk different experts."""
-    return c.experts.num_experts is None or c.experts.moe_router_topk <= c.experts.num_experts
-
-
-@EXPERTS.rule(
-    "num_experts",
-    "expert_model_parallel_size",
-    remedy="Use a num_experts that is a multiple of {expert_model_parallel_size}",
-)
-def experts_divide_by_expert_parallel(c: PretrainConfig, _: Machine) -> bool:
-    """num_experts must be a multiple of expert_model_parallel_size, because every rank holds whole experts."""
-    experts = c.experts.num_experts
-    return experts is None or experts % c.parallel.expert_model_parallel_size == 0
-
-
-@EXPERTS.rule(
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    needs="world_size",
-    remedy="Lower expert_model_parallel_size, or start more ranks",
-)
-def world_size_holds_experts(c: PretrainConfig, m: Machine) -> bool:
-    """the world size must be a multiple of expert tensor (null: tensor) * expert model * pipeline parallel sizes."""
-    if c.experts.num_experts is None or (m.world_size or 0) % c.parallel.model_parallel_size:
-        return True  # the latter has its own rule
-    return (m.world_size or 0) % c.parallel.expert_parallel_size == 0
-
-
-@EXPERTS.rule(
-    "expert_tensor_parallel_size",
-    "tensor_model_parallel_size",
-    "expert_model_parallel_size",
-    remedy="Set expert_tensor_parallel_size to null, or expert_model_parallel_size to 2 or more",
-)
-def expert_copies_are_replicas(c: PretrainConfig, _: Machine) -> bool:
-    """tensor parallel ranks that hold copies of an expert must be registered as its replicas, which Megatron's layers
-    do only with expert_model_parallel_size > 1; otherwise the copies would drift apart.
-    """
-    same = c.parallel.expert_tensor_size == c.parallel.tensor_model_parallel_size
-    return c.experts.num_experts is None or same or c.parallel.expert_model_parallel_size > 1
-
-
-@EXPERTS.rule(
-    "num_experts",
-    "tensor_model_parallel_size",
-    "sequence_parallel",
-    remedy="Set sequence_parallel to true",
-)
-def experts_need_sequence_parallel(c: PretrainConfig, _: Machine) -> bool:
-    """with tensor parallelism, the router sees every token exactly once only if sequence_parallel is on."""
-    cut = c.parallel.tensor_model_parallel_size == 1 or c.parallel.sequence_parallel
-    return c.experts.num_experts is None or cut
-
-
-@EXPERTS.rule(
-    "moe_ffn_hidden_size",
-    "ffn_hidden_size",
-    "expert_tensor_parallel_size",
-    "tensor_model_parallel_size",
-    remedy="Change moe_ffn_hidden_size to such a multiple",
-)
-def experts_divide_by_tensor_parallel(c: PretrainConfig, _: Machine) -> bool:
-    """the width of an expert (moe_ffn_hidden_size, or ffn_hidden_size) must be a multiple of
-    expert_tensor_parallel_size (null: tensor_model_parallel_size).
-    """
-    return c.experts.num_experts is None or c.expert_ffn_size % c.parallel.expert_tensor_size == 0
-
-
-@EXPERTS.rule(
-    "moe_shared_expert_intermediate_size",
-    "tensor_model_parallel_size",
-    remedy="Use a moe_shared_expert_intermediate_size that is a multiple of {tensor_model_parallel_size}",
-)
-def shared_expert_divides_by_tensor_parallel(c: PretrainConfig, _: Machine) -> bool:
-    """the width of the shared expert must be a multiple of tensor_model_parallel_size."""
-    width = c.experts.moe_shared_expert_intermediate_size
-    return width is None or width % c.parallel.tensor_model_parallel_size == 0
-
-
-@EXPERTS.rule(
-    "num_experts",
-    "add_bias_linear",
-    remedy="Set add_bias_linear to false",
-)
-def experts_have_no_bias(c: PretrainConfig, _: Machine) -> bool:
-    """experts do not have biases."""
-    return c.experts.num_experts is None or not c.model.add_bias_linear
-
-
-@EXPERTS.rule(
-    "moe_aux_loss_coeff",
-    "moe_router_load_balancing_type",
-    remedy="Set moe_router_load_balancing_type to aux_loss or seq_aux_loss, or moe_aux_loss_coeff to 0",
-)
-def aux_loss_has_a_type(c: PretrainConfig, _: Machine) -> bool:
-    """moe_aux_loss_coeff weights a load balancing loss, which moe_router_load_balancing_type none lacks."""
-    return c.experts.moe_aux_loss_coeff == 0 or c.experts.moe_router_load_balancing_type != "none"
-
-
-@EXPERTS.rule(
-    "moe_grouped_gemm",
-    "num_experts",
-    needs="has_transformer_engine",
-    remedy="Set moe_grouped_gemm to false, or install transformer_engine on a machine with GPUs",
-)
-def grouped_gemm_needs_transformer_engine(c: PretrainConfig, m: Machine) -> bool:
-    """the grouped GEMM over local experts comes from Transformer Engine, which is not available."""
-    return not c.experts.moe_grouped_gemm or m.has_transformer_engine is not False
-
-
-@EXPERTS.rule(
-    "num_experts",
-    "recompute_granularity",
-    "recompute_modules",
-    remedy="Remove mlp from recompute_modules, or use full recompute",
-)
-def experts_are_not_recomputed_as_mlp(c: PretrainConfig, _: Machine) -> bool:
-    """Megatron ignores selective recompute of mlp in layers with experts."""
-    asked = c.recompute.recompute_granularity == "selective" and "mlp" in c.recompute.recompute_modules
-    return c.experts.num_experts is None or not asked

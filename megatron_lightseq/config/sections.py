@@ -15,145 +15,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_lightseq.config.choices import CPKernel, CPLayout, CPMethod, default_layout, sized_name
+from megatron_lightseq.config.sections_experts import ExpertsConfig
+from megatron_lightseq.config.sections_model import ModelConfig
+from megatron_lightseq.config.sections_rope import RopeConfig
 from megatron_lightseq.schedule import Network
 
-PositionEmbedding = Literal["rope", "learned_absolute", "none"]
-SoftmaxType = Literal["vanilla", "off-by-one", "learnable"]
-Normalization = Literal["RMSNorm", "LayerNorm"]
 Backend = Literal["auto", "nccl", "gloo"]
 CPCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
-LoadBalancing = Literal["none", "aux_loss", "seq_aux_loss"]
-TokenDispatcher = Literal["alltoall", "allgather"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp"]
 LRDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 TokenizerType = Literal["byte", "hf", "null"]
 Progress = Literal["auto", "live", "plain", "off"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """A decoder-only transformer."""
-
-    num_layers: int = 4
-    """Number of transformer layers."""
-    hidden_size: int = 256
-    """Width of the residual stream."""
-    ffn_hidden_size: int | None = None
-    """Width of the MLP; null: 4 * hidden_size, or with swiglu 8/3 * hidden_size rounded down to a multiple of 64."""
-    num_attention_heads: int = 8
-    """Number of query heads."""
-    num_query_groups: int | None = None
-    """Number of key/value heads (GQA); null: one per query head (MHA), 1: multi-query."""
-    kv_channels: int | None = None
-    """Dimension of one head; null: hidden_size / num_attention_heads."""
-    max_position_embeddings: int | None = None
-    """Longest sequence that the position embedding supports; null: seq_length."""
-    position_embedding_type: PositionEmbedding = "rope"
-    """How the model is told about positions."""
-    rotary_base: float = 10000.0
-    """Base period of RoPE."""
-    rotary_percent: float = 1.0
-    """Fraction of each head's dimensions that RoPE is applied to."""
-    normalization: Normalization = "RMSNorm"
-    """Normalisation used in every layer."""
-    norm_epsilon: float = 1e-5
-    """Epsilon that normalisation layers add to the variance."""
-    swiglu: bool = True
-    """Use a gated MLP with SiLU (false: a plain MLP with GELU)."""
-    untie_embeddings_and_output_weights: bool = False
-    """Give the output layer its own weights instead of sharing the embedding's."""
-    add_bias_linear: bool = False
-    """Add biases to all linear layers (Megatron-LM's --disable-bias-linear is --no-add-bias-linear)."""
-    qk_layernorm: bool = False
-    """Normalise queries and keys per head before attention."""
-    window_size: tuple[int, ...] = ()
-    """Sliding window: tokens back and ahead that a query sees, e.g. [1023, 0]; empty: all earlier tokens."""
-    window_attn_skip_freq: int | None = None
-    """With window_size: every n-th layer sees all earlier tokens instead; null: no layer does."""
-    softmax_type: SoftmaxType = "vanilla"
-    """off-by-one: add a logit of 0 to every softmax row; learnable: one trained logit per head (attention sinks)."""
-    attention_dropout: float = 0.0
-    """Dropout on attention probabilities; must be 0 unless cp_method is megatron."""
-    hidden_dropout: float = 0.0
-    """Dropout on the residual stream."""
-    init_method_std: float = 0.02
-    """Standard deviation of the normal distribution that weights are drawn from."""
-    make_vocab_size_divisible_by: int = 128
-    """Pad the vocabulary to a multiple of this number and of tensor_model_parallel_size."""
-    multi_latent_attention: bool = False
-    """Multi-latent attention (MLA): project keys and values from a latent vector; RoPE uses separate dimensions."""
-    q_lora_rank: int | None = None
-    """With MLA: width of the latent vector of queries; null: project queries directly."""
-    kv_lora_rank: int = 32
-    """With MLA: width of the latent vector of keys and values."""
-    qk_head_dim: int = 128
-    """With MLA: dimensions of each head's queries and keys without RoPE."""
-    qk_pos_emb_head_dim: int = 64
-    """With MLA: dimensions of each head's queries and keys with RoPE; all heads share this part of the keys."""
-    v_head_dim: int = 128
-    """With MLA: dimension of each head's values."""
-    mtp_num_layers: int | None = None
-    """Multi-token prediction (MTP): number of layers that each predict one more token ahead; null: none."""
-    mtp_loss_scaling_factor: float = 0.1
-    """With MTP: weight of the mean MTP loss, which is added to the next-token loss."""
-
-    @property
-    def num_window_layers(self) -> int:
-        """Number of layers with a sliding window."""
-        if not self.window_size:
-            return 0
-        skipped = self.num_layers // self.window_attn_skip_freq if self.window_attn_skip_freq else 0
-        return self.num_layers - skipped
-
-    @property
-    def head_dim(self) -> int:
-        """Dimension of one query or key head, after defaults."""
-        if self.multi_latent_attention:
-            return self.qk_head_dim + self.qk_pos_emb_head_dim
-        if self.kv_channels is not None:
-            return self.kv_channels
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def value_head_dim(self) -> int:
-        """Dimension of one value head, after defaults."""
-        return self.v_head_dim if self.multi_latent_attention else self.head_dim
-
-    @property
-    def query_groups(self) -> int:
-        """Number of key/value heads, after defaults."""
-        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
-
-    @property
-    def ffn_size(self) -> int:
-        """Width of the MLP, after defaults (the same arithmetic as in Megatron-LM)."""
-        if self.ffn_hidden_size is not None:
-            return self.ffn_hidden_size
-        if self.swiglu:
-            return max(64, int(4 * self.hidden_size * 2 / 3) // 64 * 64)
-        return 4 * self.hidden_size
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertsConfig:
-    """A mixture of experts (MoE), which replaces the MLP of every layer."""
-
-    num_experts: int | None = None
-    """Number of experts per layer; null: no experts, one MLP for all tokens."""
-    moe_ffn_hidden_size: int | None = None
-    """Width of each expert; null: ffn_hidden_size."""
-    moe_router_topk: int = 2
-    """Number of experts that each token is routed to."""
-    moe_router_load_balancing_type: LoadBalancing = "aux_loss"
-    """How the load of experts is balanced: by a loss over the micro-batch, by a loss over each sequence, or not."""
-    moe_aux_loss_coeff: float = 0.0
-    """Weight of the load balancing loss; 0: none."""
-    moe_token_dispatcher_type: TokenDispatcher = "alltoall"
-    """How tokens are sent to the ranks that hold their experts."""
-    moe_shared_expert_intermediate_size: int | None = None
-    """Width of a shared expert that every token is routed to; null: no shared expert."""
-    moe_grouped_gemm: bool = False
-    """Compute all local experts in one grouped GEMM; needs Transformer Engine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -412,6 +284,7 @@ class PretrainConfig:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     context: ContextParallelConfig = field(default_factory=ContextParallelConfig)
@@ -433,6 +306,11 @@ class PretrainConfig:
         """Tokens of a sequence as the model sees it: the rows of packed micro-batches are joined into one."""
         joined = self.data.packed and self.context.cp_method != "megatron"
         return self.training.seq_length * (self.training.micro_batch_size if joined else 1)
+
+    @property
+    def mla_rope_type(self) -> str:
+        """Which RoPE multi-latent attention has, after defaults."""
+        return self.rope.rope_type or ("rope" if self.rope.rotary_scaling_factor == 1 else "yarn")
 
     @property
     def recomputes_single_layers(self) -> bool:

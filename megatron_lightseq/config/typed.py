@@ -13,6 +13,7 @@ import yaml
 
 from megatron_lightseq.config.choices import DerivedChoices
 from megatron_lightseq.config.flat import field_of_key, from_flat, section_of_key, section_types, to_flat
+from megatron_lightseq.config.layer_pattern import LayerPattern, parse_pattern
 from megatron_lightseq.config.names import nearest
 from megatron_lightseq.config.strict_yaml import Entry, dump_scalar, parse_scalar
 from megatron_lightseq.errors import explain
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 _LOADER = "lightseq-strict-yaml"
+_PLURAL = {int: "integers", float: "numbers"}
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -57,6 +59,11 @@ def is_list(key: str) -> bool:
     return get_origin(_annotations()[key]) is tuple
 
 
+def is_pattern(key: str) -> bool:
+    """Whether a key takes a pattern over layers: a number, a list, or a text that stands for one of them."""
+    return set(get_args(LayerPattern)) <= set(_alternatives(_annotations()[key]))
+
+
 def takes_null(key: str) -> bool:
     """Whether a key may be null."""
     return NoneType in _alternatives(key_type(key))
@@ -77,9 +84,11 @@ def describe(key: str) -> str:
     annotation = key_type(key)
     if is_list(key):
         (item, _) = get_args(annotation)
-        if item is int:
-            return "a list of integers"
+        if item in _PLURAL:
+            return f"a list of {_PLURAL[item]}"
         return f"a list of {' | '.join(get_args(item)) if get_origin(item) is Literal else _WORDS[item]}"
+    if is_pattern(key):
+        return "an integer, or a list of 0 and 1" + (", or null" if takes_null(key) else "")
     parts = [part for part in _alternatives(annotation) if part is not NoneType]
     words = [
         f"one of {', '.join(get_args(part))}" if get_origin(part) is Literal else _WORDS[part]
@@ -167,7 +176,10 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 def _understood(key: str, value: Any) -> Any:
     """A raw value as one of the key's type; raises ValueError or YAMLError if it cannot be one."""
     if is_list(key):
-        return _as_integers(value) if get_args(_annotations()[key])[0] is int else _as_list(value)
+        item = get_args(_annotations()[key])[0]
+        return _as_numbers(value, item) if item in _PLURAL else _as_list(value)
+    if is_pattern(key):
+        return _as_pattern(key, value)
     if value is None and "null" in choices(key):  # the word null is one of its choices
         return "null"
     if isinstance(value, str) and not choices(key) and str not in _alternatives(key_type(key)):
@@ -185,11 +197,24 @@ def _as_list(value: Any) -> Any:
     return [dump_scalar(item) if type(item) in (int, float) else item for item in items]
 
 
-def _as_integers(value: Any) -> list[int]:
-    """A list of integers; flags may also be written as in Megatron-LM, `1023,0` or `(1023, 0)`."""
+def _as_numbers(value: Any, item: type) -> list[Any]:
+    """A list of numbers; flags may also be written as in Megatron-LM, `1023,0` or `(1023, 0)`."""
     items = value if isinstance(value, list | tuple) else [value]
-    texts = [part for item in items for part in str(item).strip("()[] ").split(",")]
-    return [int(text) for text in texts if text.strip() or len(texts) > 1]
+    texts = [part for each in items for part in str(each).strip("()[] ").split(",")]
+    return [item(text) for text in texts if text.strip() or len(texts) > 1]
+
+
+def _as_pattern(key: str, value: Any) -> LayerPattern | None:
+    """A pattern over layers from a number, a list, or Megatron-LM's way to write one, `([0]+[1]*26)`."""
+    if value is None or (isinstance(value, str) and value.strip() == "null"):
+        if not takes_null(key):
+            raise ValueError("null")
+        return None
+    if isinstance(value, list | tuple):
+        value = dump_scalar(list(value))
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(value)
+    return value if isinstance(value, int) else parse_pattern(value)
 
 
 def _wrong_type(key: str, entry: Entry) -> str:
@@ -205,7 +230,7 @@ def _example(key: str) -> str:
     if default is None:
         part = _alternatives(key_type(key))[0]
         return {int: "1", float: "1.0", str: "name"}.get(part) or choices(key)[0]
-    if is_list(key) and get_args(_annotations()[key])[0] is int:
+    if is_list(key) and get_args(_annotations()[key])[0] in _PLURAL:
         return "[1, 0]"
     return dump_scalar(list(default) if isinstance(default, tuple) else default)
 

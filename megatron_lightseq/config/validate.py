@@ -5,19 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_lightseq.config.rules import Machine, Rule, RuleSet, find_violations, report
+from megatron_lightseq.config.rules_attention import ACTIVATIONS, LAYERS, SCORES
 from megatron_lightseq.config.rules_context import CONTEXT
+from megatron_lightseq.config.rules_experts import EXPERTS
 from megatron_lightseq.config.rules_model import BOUNDS, MODEL
 from megatron_lightseq.config.rules_packed import PACKED
 from megatron_lightseq.config.rules_parallel import PARALLEL
+from megatron_lightseq.config.rules_rope import ROPE
 from megatron_lightseq.config.rules_run import BATCH, CHECKPOINT, DATA, RECOMPUTE
-from megatron_lightseq.config.rules_variants import EXPERTS, LATENT, MULTI_TOKEN, WINDOWS
+from megatron_lightseq.config.rules_variants import LATENT, MULTI_TOKEN, WINDOWS
 from megatron_lightseq.config.sections import PretrainConfig
 
 CONTEXT_RULES: tuple[RuleSet, ...] = (CONTEXT,)
 """For programs that bring their own model, data and checkpoints."""
 DATA_RULES: tuple[RuleSet, ...] = (DATA,)
 """For programs that only prepare data."""
-TRAINING_RULES = (MODEL, WINDOWS, LATENT, MULTI_TOKEN, EXPERTS, PARALLEL, CONTEXT, RECOMPUTE, BATCH, PACKED)
+TRAINING_RULES = (
+    MODEL,
+    ACTIVATIONS,
+    LAYERS,
+    WINDOWS,
+    ROPE,
+    SCORES,
+    LATENT,
+    MULTI_TOKEN,
+    EXPERTS,
+    PARALLEL,
+    CONTEXT,
+    RECOMPUTE,
+    BATCH,
+    PACKED,
+)
 """For programs that bring their own data and checkpoints."""
 ALL_RULES = (*TRAINING_RULES, *DATA_RULES, CHECKPOINT)
 

@@ -45,6 +45,7 @@ class CpuKernel:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool,
+        softcap: float = 0.0,
     ) -> None:
         """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
@@ -53,9 +54,8 @@ class CpuKernel:
             RuntimeError: a shape, dtype, device or stride breaks the rule that the message names.
         """
         load_extension()
-        torch.ops.mls.attention_forward(
-            q, k, v, out, lse, mask.band_lo, mask.band_hi, mask.key_ranges, softmax_scale, accumulate
-        )
+        keys = (mask.band_lo, mask.band_hi, mask.key_ranges)
+        torch.ops.mls.attention_forward(q, k, v, out, lse, *keys, softmax_scale, accumulate, softcap=softcap)
 
     def backward(
         self,
@@ -72,6 +72,7 @@ class CpuKernel:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool = True,
+        softcap: float = 0.0,
     ) -> None:
         """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
@@ -82,4 +83,4 @@ class CpuKernel:
         load_extension()
         tensors = (dout, q, k, v, lse, delta, dq, dk, dv)
         keys = (mask.band_lo, mask.band_hi, mask.key_ranges)
-        torch.ops.mls.attention_backward(*tensors, *keys, softmax_scale, accumulate)
+        torch.ops.mls.attention_backward(*tensors, *keys, softmax_scale, accumulate, softcap=softcap)

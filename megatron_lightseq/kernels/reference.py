@@ -39,10 +39,11 @@ class ReferenceKernel:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool,
+        softcap: float = 0.0,
     ) -> None:
         """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`."""
         seen = visible(mask, q.shape[0], k.shape[0], q.device)
-        scores_BGRQK = _scores(q, k, seen, softmax_scale)
+        scores_BGRQK = _scores(q, k, seen, softmax_scale, softcap)
         lse_BGRQ = scores_BGRQK.logsumexp(-1)
         weights = _probabilities(scores_BGRQK, lse_BGRQ, seen)
         out_QBHD = sum_over_seen("bgrqk,kbgd->qbgrd", weights, v.to(weights.dtype), seen).flatten(2, 3)
@@ -68,15 +69,20 @@ class ReferenceKernel:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool = True,
+        softcap: float = 0.0,
     ) -> None:
         """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`."""
         groups, acc = k.shape[2], accumulator_dtype(q.dtype)
         q_grouped, dout_grouped = _grouped(q, groups), _grouped(dout, groups)
         seen = visible(mask, q.shape[0], k.shape[0], q.device)
-        scores = _scores(q, k, seen, softmax_scale)
+        scores = _scores(q, k, seen, softmax_scale, softcap)
         weights = _probabilities(scores, lse.unflatten(1, (groups, -1)), seen)
         dweights = torch.einsum("qbgrd,kbgd->bgrqk", dout_grouped, v.to(acc))
         dscores = weights * (dweights - delta.unflatten(1, (groups, -1)).unsqueeze(-1)) * softmax_scale
+        if softcap:
+            dscores = dscores * (
+                1 - (scores / softcap).square()
+            )  # the derivative of softcap * tanh(score / softcap)
         dscores = dscores.masked_fill(~seen, 0.0)  # dweights may not be finite there
         gradients = (
             sum_over_seen("bgrqk,kbgd->qbgrd", dscores, k.to(acc), seen).flatten(2, 3),
@@ -92,10 +98,12 @@ def _grouped(x_QBHD: Tensor, groups: int) -> Tensor:
     return x_QBHD.to(accumulator_dtype(x_QBHD.dtype)).unflatten(2, (groups, -1))
 
 
-def _scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float) -> Tensor:
-    """Scaled scores (B, G, R, Q, K), -inf where masked."""
+def _scores(q: Tensor, k: Tensor, seen: Tensor, softmax_scale: float, softcap: float) -> Tensor:
+    """Scaled scores (B, G, R, Q, K), bounded by the softcap unless it is 0, -inf where masked."""
     acc = accumulator_dtype(q.dtype)
     scores = torch.einsum("qbgrd,kbgd->bgrqk", _grouped(q, k.shape[2]), k.to(acc)) * softmax_scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     return scores.masked_fill(~seen, float("-inf"))
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import warnings
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -99,13 +100,45 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def refusal_of(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+@dataclass(slots=True)
+class SoftcappedKernel:
+    """A kernel whose scores are bounded by a softcap c, to c * tanh(score / c), after they are scaled."""
+
+    kernel: Any
+    """A :class:`Kernel` that takes ``softcap``, as its :class:`~.specs.KernelSpec` says."""
+    softcap: float
+    name: str
+    """The kernel's, with the softcap: ranks compare it."""
+    rounds_results: bool
+
+    @staticmethod
+    def of(kernel: Kernel, softcap: float) -> SoftcappedKernel:
+        """The kernel with this softcap."""
+        return SoftcappedKernel(
+            kernel, softcap, f"{kernel.name} with softcap {softcap!r}", kernel.rounds_results
+        )
+
+    def unsupported(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """As the kernel says."""
+        return self.kernel.unsupported(q, k, v)
+
+    def forward(self, *tensors: Tensor, **options: Any) -> None:
+        """As of :class:`Kernel`."""
+        self.kernel.forward(*tensors, **options, softcap=self.softcap)
+
+    def backward(self, *tensors: Tensor, **options: Any) -> None:
+        """As of :class:`Kernel`."""
+        self.kernel.backward(*tensors, **options, softcap=self.softcap)
+
+
+def refusal_of(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor, *, softcap: bool = False) -> str | None:
     """Why a spec excludes these inputs, as a clause about "it" (the kernel), or None."""
     reason = spec.refusal(
         device_type=q.device.type,
         dtype=dtype_name(q.dtype),
         head_dim=q.shape[-1],
         v_head_dim=v.shape[-1],
+        has_softcap=softcap,
     )
     if reason is not None:
         return reason
@@ -115,16 +148,23 @@ def refusal_of(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def resolve_kernel(kernel: str | Kernel, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
+def resolve_kernel(
+    kernel: str | Kernel, q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None
+) -> Kernel:
     """The kernel of that name, or with ``auto`` the first that takes these inputs; a kernel object is returned as is.
+
+    With a softcap the kernel is wrapped, so that it applies the softcap to its scores.
 
     Raises:
         UnsupportedError: no kernel has that name, or the one named cannot take these inputs.
     """
-    if not isinstance(kernel, str):
-        return kernel
+    chosen = _named(kernel, q, k, v, softcap is not None) if isinstance(kernel, str) else kernel
+    return chosen if softcap is None else SoftcappedKernel.of(chosen, softcap)
+
+
+def _named(kernel: str, q: Tensor, k: Tensor, v: Tensor, softcap: bool) -> Kernel:
     if kernel == AUTO:
-        return _first_supported(q, k, v)
+        return _first_supported(q, k, v, softcap)
     if kernel not in KERNELS:
         near = difflib.get_close_matches(kernel, kernel_names(), n=1)
         raise UnsupportedError(
@@ -135,7 +175,7 @@ def resolve_kernel(kernel: str | Kernel, q: Tensor, k: Tensor, v: Tensor) -> Ker
             )
         )
     chosen = _load(KERNELS[kernel])
-    reason = chosen.unsupported(q, k, v)
+    reason = refusal_of(KERNELS[kernel], q, k, v, softcap=softcap) or chosen.unsupported(q, k, v)
     if reason is not None:
         raise _refused(kernel, reason, q, k, v)
     return chosen
@@ -147,14 +187,14 @@ def _load(spec: KernelSpec) -> Kernel:
     return kernel
 
 
-def _first_supported(q: Tensor, k: Tensor, v: Tensor) -> Kernel:
+def _first_supported(q: Tensor, k: Tensor, v: Tensor, softcap: bool) -> Kernel:
     """The kernel that ``auto`` selects; warns if only the reference is left and its score matrix is large."""
     reasons: dict[str, str] = {}
     for spec in KERNELS.values():
         if not spec.in_auto:
             continue
         candidate = _load(spec)
-        reason = candidate.unsupported(q, k, v)
+        reason = refusal_of(spec, q, k, v, softcap=softcap) or candidate.unsupported(q, k, v)
         if reason is None:
             if spec.name == "reference" and q.shape[0] >= LONG_FOR_REFERENCE:
                 _warn_of_square_scores(q, reasons)

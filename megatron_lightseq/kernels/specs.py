@@ -121,6 +121,8 @@ class KernelSpec:
     """Files and folders that hold it, relative to the repository."""
     devices: tuple[DeviceSupport, ...]
     masks: MaskSupport = MaskSupport()
+    softcap: bool = False
+    """Whether scores may be bounded by a softcap."""
     in_auto: bool = True
     """Whether ``auto`` may choose it; the others run only when asked for by name."""
     package: str | None = None
@@ -146,6 +148,7 @@ class KernelSpec:
         v_head_dim: int | None = None,
         has_window: bool = False,
         has_documents: bool = False,
+        has_softcap: bool = False,
         layout: str | None = None,
         cp_size: int = 1,
     ) -> str | None:
@@ -158,6 +161,7 @@ class KernelSpec:
             v_head_dim: elements of a value per head; None: as ``head_dim``.
             has_window: whether the mask has a sliding window.
             has_documents: whether the mask has packed documents.
+            has_softcap: whether scores are bounded by a softcap.
             layout: name of the layout; None: not known.
             cp_size: number of context-parallel ranks.
         """
@@ -169,6 +173,8 @@ class KernelSpec:
         reasons = [support.refusal(dtype, head_dim, v_head_dim) for support in fitting]
         if all(reasons):
             return reasons[0]
+        if has_softcap and not self.softcap:
+            return "it does not bound scores by a softcap"
         return self.masks.refusal(
             has_window=has_window, has_documents=has_documents, layout=layout, cp_size=cp_size
         )
@@ -199,6 +205,7 @@ _SPECS = (
         implementation="megatron_lightseq.kernels.cpu:CpuKernel",
         sources=("csrc/cpu", "kernels/cpu.py"),
         devices=(DeviceSupport(device_type="cpu", dtypes=("float32", "bfloat16")),),
+        softcap=True,
     ),
     KernelSpec(
         name="reference",
@@ -208,6 +215,7 @@ _SPECS = (
         devices=(
             DeviceSupport(device_type=ANY_DEVICE, dtypes=("float64", "float32", "bfloat16", "float16")),
         ),
+        softcap=True,
     ),
     KernelSpec(
         name="flash_attn",

@@ -33,6 +33,7 @@ from megatron_lightseq.megatron.options import (
     replaced_fields,
 )
 from megatron_lightseq.megatron.packed import shard_of
+from megatron_lightseq.megatron.score_settings import ScoreSettings
 from megatron_lightseq.schedule import Network
 from megatron_lightseq.transport.group import rank_in
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 
+MAX_LENGTHS = 4
+"""Sequence lengths whose factors of queries a layer keeps."""
 MAX_SHARED_ATTENTIONS = 16
 """Attentions, each with its plans and receive buffers, that layers with the same settings keep: one for each mask and
 method of a model, and one for all packed sequences."""
@@ -72,6 +75,8 @@ class CoreAttentionSettings:
     """The network that method ``auto`` simulates; None for its default."""
     resolved: ResolvedAttention | None = None
     """Methods and schedules that were worked out at the start; None: layers work them out from their inputs."""
+    scores: ScoreSettings = field(default_factory=ScoreSettings)
+    """Softcap, chunks and temperature tuning."""
     keep_on_recompute: bool = True
     """Keep (out, lse) across activation recomputation instead of running attention again."""
     stats: AttentionStats = field(default_factory=AttentionStats)
@@ -114,6 +119,7 @@ class CoreAttentionSettings:
                 kernel=self.kernel,
                 overlap=self.overlap,
                 invariant_chunk=self.invariant_chunk,
+                softcap=self.scores.softcap,
                 network=self.network,
                 schedules=schedules,
                 stats=self.stats,
@@ -183,6 +189,8 @@ class LightSeqCoreAttention(MegatronModule):
         self.tensor_group = _tensor_parallel_group(groups)
         self.softmax_offset = _softmax_offset(config, self.tensor_group)
         self.window = _window(config, layer_number)
+        self.has_rope = not _entry(getattr(config, "no_rope_freq", None), layer_number)
+        self._query_scales: BoundedCache[Any, torch.Tensor | None] = BoundedCache(MAX_LENGTHS)
         self.layout_adopted = False
         """Set by :func:`megatron_lightseq.megatron.adopt_layout`: batches and RoPE follow this layout."""
         if settings.keep_on_recompute:
@@ -234,10 +242,11 @@ class LightSeqCoreAttention(MegatronModule):
         if packed_seq_params is None:
             mask = self._mask(mask_type, attention_mask)
         else:
+            self.settings.scores.check_packed()
             mask = self._packed_mask(mask_type, attention_mask, packed_seq_params, len(query))
             query, key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
         attention = self.settings.attention(self.group, mask, self.method, self.layer_number)
-        out = self._attend(attention, mask, query, key, value)
+        out = self._attend(attention, mask, self._scaled(query), key, value)
         return out.reshape(*out.shape[:2], -1)
 
     def _attend(
@@ -287,7 +296,20 @@ class LightSeqCoreAttention(MegatronModule):
         mask = Mask.causal() if causal else Mask.full()
         if hidden is not None:
             mask &= self.settings.mask_of(hidden, self.layout, self.group, causal=causal)
-        return mask if self.window is None else mask & self.window
+        mask = mask if self.window is None else mask & self.window
+        return self.settings.scores.restrict(mask, has_rope=self.has_rope)
+
+    def _scaled(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries (S, B, H, D) times the factors of their positions, where temperature tuning asks for it."""
+        length = len(query) * self.layout.cp_size
+
+        def factors() -> torch.Tensor | None:
+            rank = 0 if self.group is None else self.group.rank()
+            positions = torch.tensor(self.layout.positions(rank, length), device=query.device)
+            return self.settings.scores.query_scale(positions, has_rope=self.has_rope)
+
+        scale = self._query_scales.get((length, query.device), factors)
+        return query if scale is None else (query * scale[:, None, None, None]).to(query.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -350,13 +372,18 @@ def _comm_type(
     return configured[layer_number - 1] if isinstance(configured, list) else given
 
 
+def _entry(pattern: list[int] | None, layer_number: int) -> bool:
+    """A pattern's entry of a layer; layers of multi-token prediction, which follow the others, are like the last."""
+    return bool(pattern and pattern[min(layer_number, len(pattern)) - 1])
+
+
 def _window(config: TransformerConfig, layer_number: int) -> Mask | None:
     """This layer's sliding window; Megatron writes (left, right), with -1 for an unbounded side."""
     size = getattr(config, "window_size", None)
     skip = getattr(config, "window_attn_skip_freq", None)
-    if not size or (
-        skip is not None and not transformer_utils.is_layer_window_attention(size, skip, layer_number)
-    ):
+    if isinstance(skip, int) and not transformer_utils.is_layer_window_attention(size, skip, layer_number):
+        return None
+    if not size or (isinstance(skip, list) and not _entry(skip, layer_number)):
         return None
     left, right = (None if side < 0 else side for side in size)
     return Mask.window(left, right)

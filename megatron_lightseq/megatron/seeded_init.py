@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_lightseq.megatron.layer import ChoosingTransformerLayer
 
 Init = Callable[[torch.Tensor], torch.Tensor]
 
@@ -78,8 +80,8 @@ class WeightNames:
         return self
 
 
-class NamedTransformerLayer(TransformerLayer):
-    """A TransformerLayer that names its layer number while its weights are drawn."""
+class NamedTransformerLayer(ChoosingTransformerLayer):
+    """A layer that names its layer number while its weights are drawn."""
 
     def __init__(
         self,

@@ -13,12 +13,14 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_mlp_module_spec,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -30,11 +32,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.config import ContextParallelConfig, PretrainConfig
+from megatron_lightseq.config.layer_pattern import LayerPattern, spelled_out
 from megatron_lightseq.config.resolved import ResolvedAttention, resolve_attention
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
 from megatron_lightseq.megatron.fixes.latent_attention import LatentDotProductAttention
+from megatron_lightseq.megatron.layer import (
+    ChoosingSelfAttention,
+    ChoosingTransformerLayer,
+    LayerChoices,
+    QueryKeyL2Norm,
+)
 from megatron_lightseq.megatron.rope import allow_any_number_of_ranks
+from megatron_lightseq.megatron.score_settings import ScoreSettings
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -77,7 +87,7 @@ def gpt_layer_spec(
             keep_attention_on_recompute = config.recompute.keep_attention_on_recompute
     context = context or ContextParallelConfig()
     allow_any_number_of_ranks()
-    spec = _megatron_layer_spec(config)
+    spec = _with_choices(_megatron_layer_spec(config), config)
     if context.cp_method == "megatron":
         return _with_latent_baseline(spec)
     keep = True if keep_attention_on_recompute is None else keep_attention_on_recompute
@@ -91,6 +101,7 @@ def gpt_layer_spec(
         invariant_chunk=context.cp_invariant,
         network=context.network,
         resolved=resolved,
+        scores=_scores(config),
         keep_on_recompute=keep,
         stats=AttentionStats() if stats is None else stats,
     )
@@ -131,6 +142,7 @@ def _layer_options(config: TransformerConfig | PretrainConfig) -> dict[str, Any]
         return {
             "normalization": config.model.normalization,
             "qk_layernorm": config.model.qk_layernorm,
+            "qk_l2_norm": config.model.qk_l2_norm,
             "num_experts": config.experts.num_experts,
             "moe_grouped_gemm": config.experts.moe_grouped_gemm,
             "multi_latent_attention": config.model.multi_latent_attention,
@@ -142,6 +154,70 @@ def _layer_options(config: TransformerConfig | PretrainConfig) -> dict[str, Any]
         "moe_grouped_gemm": config.moe_grouped_gemm,
         "multi_latent_attention": config.multi_latent_attention,
     }
+
+
+def _with_choices(spec: ModuleSpec, config: TransformerConfig | PretrainConfig) -> ModuleSpec:
+    """A layer that chooses its parts by its number, if the configuration asks for it; else the same specification."""
+    if isinstance(config, PretrainConfig):
+        choices = _choices(config)
+        spec = _with_attention_choices(spec, config)
+    else:
+        freq, experts = getattr(config, "moe_layer_freq", 1), getattr(config, "num_moe_experts", None)
+        pattern = tuple(freq) if isinstance(freq, list) else freq
+        choices = _dense_layers(pattern, config.num_layers) if experts else LayerChoices()
+    if choices == LayerChoices():
+        return spec
+    return replace(spec, module=ChoosingTransformerLayer, params={**spec.params, "choices": choices})
+
+
+def _choices(config: PretrainConfig) -> LayerChoices:
+    model = config.model
+    dense = LayerChoices()
+    if config.experts.num_experts is not None:
+        dense = _dense_layers(config.experts.moe_layer_freq, model.num_layers)
+    rotated = tuple(config.rope.is_in(number) for number in range(1, model.num_layers + 1))
+    return replace(
+        dense,
+        normalises_qk=rotated if model.qk_l2_norm else (),
+        norm_after_attention=model.post_self_attn_layernorm,
+        norm_after_mlp=model.post_mlp_layernorm,
+    )
+
+
+def _dense_layers(pattern: LayerPattern, num_layers: int) -> LayerChoices:
+    """The choice between experts and a plain MLP; none where every layer has experts."""
+    has_experts = tuple(map(bool, spelled_out(pattern, num_layers)))
+    if all(has_experts):
+        return LayerChoices()
+    return LayerChoices(
+        dense_mlp=get_mlp_module_spec(use_te=use_transformer_engine()), has_experts=has_experts
+    )
+
+
+def _with_attention_choices(spec: ModuleSpec, config: PretrainConfig) -> ModuleSpec:
+    """Attention with two rotary embeddings, with an output gate or with L2 norms; else the same specification."""
+    model, attention = config.model, spec.submodules.self_attention
+    local = config.rope.rotary_base_local is not None
+    if not local and not model.attention_output_gate and not model.qk_l2_norm:
+        return spec
+    layers = range(1, model.num_layers + 1) if local else ()
+    params = {**attention.params, "has_window": tuple(model.has_window(number) for number in layers)}
+    parts = attention.submodules
+    if model.qk_l2_norm:
+        parts = replace(parts, q_layernorm=QueryKeyL2Norm, k_layernorm=QueryKeyL2Norm)
+    attention = replace(attention, module=ChoosingSelfAttention, params=params, submodules=parts)
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
+
+
+def _scores(config: TransformerConfig | PretrainConfig) -> ScoreSettings:
+    """What attention does with scores and queries that TransformerConfig has no fields for."""
+    if not isinstance(config, PretrainConfig):
+        return ScoreSettings()
+    model = config.model
+    tuned = (model.attn_scale, model.floor_scale) if model.attn_temperature_tuning else None
+    return ScoreSettings(
+        softcap=model.attn_logit_softcapping, chunk=model.attention_chunk_size, temperature=tuned
+    )
 
 
 def mtp_block_spec(layer: ModuleSpec, num_layers: int) -> MultiTokenPredictionBlockSubmodules:

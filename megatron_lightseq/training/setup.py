@@ -33,11 +33,12 @@ from megatron_lightseq.megatron.batch import adopt_layout
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
 from megatron_lightseq.megatron.fixes.apply import fix_gradients
 from megatron_lightseq.megatron.fixes.experts import with_invariant_experts
-from megatron_lightseq.megatron.fixes.torch_norms import allow_sequence_parallel
+from megatron_lightseq.megatron.fixes.torch_norms import extend_torch_norms
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
 from megatron_lightseq.megatron.sequence_slices import compute_in_slices
 from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec
 from megatron_lightseq.training.machine import this_machine
+from megatron_lightseq.training.model_parts import finish_model
 from megatron_lightseq.training.parallel_groups import ProcessGroups
 from megatron_lightseq.training.translate import optimizer_config, transformer_config, virtual_stages
 from megatron_lightseq.transport.group import rank_in
@@ -179,8 +180,8 @@ def _gloo_groups_needed() -> bool:
 def pad_vocab_size(config: PretrainConfig, vocab_size: int) -> int:
     """The smallest multiple of ``make_vocab_size_divisible_by`` (and of TP) that holds the vocabulary.
 
-    Megatron-LM pads to a multiple of ``make_vocab_size_divisible_by * TP``. Padding takes part in the softmax, so there
-    the loss depends on TP. Here it does not, as long as TP divides ``make_vocab_size_divisible_by``.
+    In Megatron-LM, padding takes part in the softmax, and the loss depends on it. Here it does not
+    (:func:`megatron_lightseq.megatron.logits.finish_logits`).
     """
     multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple
@@ -214,8 +215,8 @@ def build_training(
     sizes = ParallelSizes.of(config, dist.get_world_size())
     groups.check(sizes)
     collection = ProcessGroupCollection.use_mpu_process_groups()
-    if config.parallel.sequence_parallel:
-        allow_sequence_parallel()
+    if config.parallel.sequence_parallel or config.model.apply_layernorm_1p:
+        extend_torch_norms()
     _seed_dropout(config, groups, collection)
     names = weight_names or WeightNames(config.training.seed)
     model_config = transformer_config(config, names)
@@ -224,7 +225,9 @@ def build_training(
     spec = layer_spec or gpt_layer_spec(config, stats=stats, resolved=resolved.attention)
     spec = _named_layers(spec, names)
     models = [
-        build_model(config, model_config, spec, padded_vocab_size, vp_stage).to(model_device())
+        build_model(config, model_config, spec, padded_vocab_size, vp_stage, num_tokens=vocab_size).to(
+            model_device()
+        )
         for vp_stage in ([None] if virtual_stages(config) is None else range(virtual_stages(config) or 0))
     ]
     layout = _adopt_layout(config, models)
@@ -266,6 +269,8 @@ def build_model(
     spec: ModuleSpec,
     vocab_size: int,
     vp_stage: int | None = None,
+    *,
+    num_tokens: int | None = None,
 ) -> GPTModel:
     """One chunk of the model, on torch's default device.
 
@@ -275,6 +280,7 @@ def build_model(
         spec: of one layer.
         vocab_size: after padding.
         vp_stage: virtual pipeline stage; None without interleaving.
+        num_tokens: the vocabulary before padding; default: there is no padding.
     """
     model = config.model
     is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -289,11 +295,15 @@ def build_model(
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        rope_scaling=config.rope.use_rope_scaling,
+        rope_scaling_factor=config.rope.rope_scaling_factor,
+        seq_len_interpolation_factor=config.rope.rotary_seq_len_interpolation_factor,
         mtp_block_spec=mtp_block_spec(spec, model.mtp_num_layers)
         if model.mtp_num_layers and is_last
         else None,
         vp_stage=vp_stage,
     )
+    finish_model(config, built, vocab_size if num_tokens is None else num_tokens)
     compute_in_slices(
         built,
         config.recompute.mlp_tile_tokens,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,58 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.config.layer_pattern import spelled_out
 from megatron_lightseq.megatron.seeded_init import WeightNames
+from megatron_lightseq.training.model_parts import rope_attributes
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """As Megatron's, which is compiled when it is first called."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """As Megatron's, which is compiled when it is first called."""
+    return torch.nn.functional.relu(x).square()
+
+
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+    "relu": torch.nn.functional.relu,
+    "quick_gelu": quick_gelu,
+    "squared_relu": squared_relu,
+}
+"""What the words of `activation_func` stand for."""
+LATENT_ROPE = (
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+"""Keys of YaRN with latent attention, which Megatron's MLATransformerConfig has too."""
+ROUTING = (
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
+    "moe_router_bias_update_rate",
+    "moe_router_dtype",
+    "moe_apply_probs_on_input",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_token_dispatcher_type",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_grouped_gemm",
+)
+"""Keys of experts that Megatron's TransformerConfig has under the same names."""
 
 
 def virtual_stages(config: PretrainConfig) -> int | None:
@@ -36,7 +89,7 @@ def transformer_config(config: PretrainConfig, names: WeightNames | None = None)
     fused = torch.cuda.is_available()
     selective = recompute.recompute_granularity == "selective"
     kind = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
-    return kind(
+    made = kind(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_size,
@@ -45,12 +98,12 @@ def transformer_config(config: PretrainConfig, names: WeightNames | None = None)
         kv_channels=model.head_dim,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.swiglu,
-        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        layernorm_zero_centered_gamma=model.apply_layernorm_1p,
         add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
-        window_size=model.window_size or None,
-        window_attn_skip_freq=model.window_attn_skip_freq,
+        softmax_scale=model.score_scale,
+        attention_output_gate=model.attention_output_gate,
         softmax_type=model.softmax_type,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
@@ -77,16 +130,50 @@ def transformer_config(config: PretrainConfig, names: WeightNames | None = None)
         recompute_method=recompute.recompute_method,
         recompute_num_layers=recompute.recompute_num_layers,
         recompute_modules=list(recompute.recompute_modules) if selective else None,
-        bias_activation_fusion=fused,
+        **_activation(config, fused=fused),
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        **_layers(config),
         **_latent(config),
         **_multi_token(config),
         **_experts(config),
     )
+    for name, value in rope_attributes(config).items():
+        setattr(made, name, value)
+    return made
+
+
+def _activation(config: PretrainConfig, *, fused: bool) -> dict[str, Any]:
+    """The MLP's activation. Of Megatron's fusions only that of plain swiglu is used: others approximate or refuse."""
+    model = config.model
+    name, gated = model.activation
+    plain = model.glu_linear_offset == 0 and model.activation_func_clamp_value is None
+    return {
+        "gated_linear_unit": gated,
+        "activation_func": ACTIVATIONS[name],
+        "glu_linear_offset": model.glu_linear_offset,
+        "activation_func_clamp_value": model.activation_func_clamp_value,
+        "bias_activation_fusion": fused and name == "silu" and gated and plain,
+    }
+
+
+def _layers(config: PretrainConfig) -> dict[str, Any]:
+    """Windows and RoPE by layer; layers of multi-token prediction, which follow the others, are like the last one."""
+    model, rope, extra = config.model, config.rope, config.model.mtp_num_layers or 0
+    skip, without = model.window_attn_skip_freq, rope.no_rope_freq
+    if isinstance(skip, tuple):
+        skip = (*skip, *skip[-1:] * extra)
+    found: dict[str, Any] = {
+        "window_size": model.window_size or None,
+        "window_attn_skip_freq": list(skip) if isinstance(skip, tuple) else skip,
+        "rotary_interleaved": rope.rotary_interleaved,
+    }
+    if without is not None:
+        found["no_rope_freq"] = spelled_out(without, model.num_layers, every=-1)
+    return found
 
 
 def _latent(config: PretrainConfig) -> dict[str, Any]:
@@ -100,9 +187,9 @@ def _latent(config: PretrainConfig) -> dict[str, Any]:
         "qk_head_dim": model.qk_head_dim,
         "qk_pos_emb_head_dim": model.qk_pos_emb_head_dim,
         "v_head_dim": model.v_head_dim,
-        "rope_type": "rope",
+        "rope_type": config.mla_rope_type,
         "rotary_base": model.rotary_base,
-        "rotary_scaling_factor": 1.0,
+        **{name: getattr(config.rope, name) for name in LATENT_ROPE},
     }
 
 
@@ -120,17 +207,14 @@ def _experts(config: PretrainConfig) -> dict[str, Any]:
     experts, parallel = config.experts, config.parallel
     if experts.num_experts is None:
         return {}
+    pre_softmax, freq = experts.moe_router_pre_softmax, experts.moe_layer_freq
     return {
         "num_moe_experts": experts.num_experts,
         "moe_ffn_hidden_size": config.expert_ffn_size,
-        "moe_router_topk": experts.moe_router_topk,
         # With one expert, a softmax over the chosen experts is always 1, and the router would not learn.
-        "moe_router_pre_softmax": experts.moe_router_topk == 1,
-        "moe_router_load_balancing_type": experts.moe_router_load_balancing_type,
-        "moe_aux_loss_coeff": experts.moe_aux_loss_coeff,
-        "moe_token_dispatcher_type": experts.moe_token_dispatcher_type,
-        "moe_shared_expert_intermediate_size": experts.moe_shared_expert_intermediate_size,
-        "moe_grouped_gemm": experts.moe_grouped_gemm,
+        "moe_router_pre_softmax": experts.moe_router_topk == 1 if pre_softmax is None else pre_softmax,
+        "moe_layer_freq": list(freq) if isinstance(freq, tuple) else freq,
+        **{name: getattr(experts, name) for name in ROUTING},
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
     }

@@ -25,7 +25,15 @@ from megatron_lightseq.config import (
 from megatron_lightseq.config.names import MEGATRON_SPELLINGS, nearest
 from megatron_lightseq.config.sections import ModelConfig
 from megatron_lightseq.config.strict_yaml import MAX_BYTES, dump_scalar, parse_scalar
-from megatron_lightseq.config.typed import choices, field_docstrings, is_list, key_types, parser, takes_null
+from megatron_lightseq.config.typed import (
+    choices,
+    field_docstrings,
+    is_list,
+    is_pattern,
+    key_types,
+    parser,
+    takes_null,
+)
 from megatron_lightseq.errors import ConfigError
 
 
@@ -332,7 +340,12 @@ def _values(key: str) -> st.SearchStrategy[Any]:
         item = st.sampled_from(known[key]) if key in known else _TEXT
         if key == "window_size":
             item = st.integers()
+        if key.startswith("longrope"):
+            item = st.floats(allow_nan=False)
         return st.lists(item, max_size=4).map(tuple)
+    if is_pattern(key):
+        pattern = st.integers() | st.lists(st.integers(0, 1), max_size=4).map(tuple)
+        return st.none() | pattern if takes_null(key) else pattern
     if choices(key):
         options: list[Any] = [*choices(key), *([None] if takes_null(key) else [])]
         return st.sampled_from(options)

@@ -16,6 +16,12 @@ from megatron_lightseq.errors import ConfigError
 
 GOOD = with_values(PretrainConfig(), data_path=("corpus",))
 
+YARN = {
+    "position_embedding_type": "yarn",
+    "yarn_rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 1024,
+}
+
 CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
     # rule: (values, machine, what the message must say)
     "hidden_size_divides_by_heads": (
@@ -30,6 +36,23 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
     ),
     "rotary_dimension_is_even": ({"kv_channels": 31}, Machine(), "Use an even head dimension"),
     "positions_reach_seq_length": ({"max_position_embeddings": 4095}, Machine(), "at least 4096"),
+    "activation_is_named_once": ({"squared_relu": True}, Machine(), "set swiglu to false"),
+    "gate_options_need_a_gate": (
+        {"swiglu": False, "activation_func_clamp_value": 7.0},
+        Machine(),
+        "Use a gated MLP",
+    ),
+    "window_pattern_fits": (
+        {"window_size": (8, 0), "window_attn_skip_freq": (1, 0)},
+        Machine(),
+        "4 entries of 0 or 1",
+    ),
+    "no_rope_pattern_fits": ({"no_rope_freq": 0}, Machine(), "Write a number of 1 or more"),
+    "expert_pattern_fits": (
+        {"num_experts": 4, "moe_layer_freq": (0, 1, 2, 1)},
+        Machine(),
+        "moe_layer_freq [0, 1, 2, 1]",
+    ),
     "window_is_causal": ({"window_size": (8, 1)}, Machine(), "Write, for example, window_size: [1023, 0]"),
     "skipped_windows_are_there": (
         {"window_size": (8, 0), "window_attn_skip_freq": 1},
@@ -40,6 +63,69 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         {"softmax_type": "learnable", "cp_method": "megatron", "tensor_model_parallel_size": 2},
         Machine(has_transformer_engine=False),
         "Set tensor_model_parallel_size to 1, or choose another cp_method",
+    ),
+    "rope_keys_need_rope": (
+        {"position_embedding_type": "none", "no_rope_freq": 2},
+        Machine(),
+        "Set position_embedding_type to rope",
+    ),
+    "yarn_keys_need_yarn": ({"yarn_beta_fast": 16.0}, Machine(), "Set position_embedding_type to yarn"),
+    "yarn_knows_its_context": (
+        {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0},
+        Machine(),
+        "and yarn_original_max_position_embeddings",
+    ),
+    "yarn_scales_are_given_together": ({**YARN, "yarn_mscale": 1.0}, Machine(), "Set both, or neither"),
+    "yarn_rotates_halves": ({**YARN, "rotary_interleaved": True}, Machine(), "rotary_interleaved to false"),
+    "rope_is_scaled_once": ({**YARN, "use_rope_scaling": True}, Machine(), "Keep one of them"),
+    "rope_scaling_factor_is_used": ({"rope_scaling_factor": 32.0}, Machine(), "use_rope_scaling to true"),
+    "local_base_has_windows": ({"rotary_base_local": 10000.0}, Machine(), "Set window_size"),
+    "latent_attention_scales_with_yarn": (
+        {"multi_latent_attention": True, "use_rope_scaling": True},
+        Machine(),
+        "scale with rotary_scaling_factor",
+    ),
+    "latent_rope_needs_latent_attention": ({"mscale": 0.7}, Machine(), "with the yarn_* keys"),
+    "latent_yarn_extends": (
+        {"multi_latent_attention": True, "rope_type": "yarn"},
+        Machine(),
+        "Set rotary_scaling_factor above 1",
+    ),
+    "original_context_is_used": (
+        {"original_max_position_embeddings": 2048},
+        Machine(),
+        "Set rope_type to longrope",
+    ),
+    "longrope_has_factors": ({"rope_type": "longrope"}, Machine(), "longrope with both lists"),
+    "longrope_factors_fit": (
+        {"rope_type": "longrope", "longrope_short_factor": (1.0,), "longrope_long_factor": (1.0,) * 16},
+        Machine(),
+        "one positive number for each pair",
+    ),
+    "scores_are_scaled_once": (
+        {"softmax_scale": 0.1, "query_pre_attn_scalar": 100.0},
+        Machine(),
+        "Keep one of them",
+    ),
+    "queries_are_normalised_once": (
+        {"qk_layernorm": True, "qk_l2_norm": True},
+        Machine(),
+        "Keep one of them",
+    ),
+    "latent_attention_is_plain": (
+        {"multi_latent_attention": True, "add_qkv_bias": True},
+        Machine(),
+        "or multi_latent_attention",
+    ),
+    "temperature_needs_layers_without_rope": (
+        {"attn_temperature_tuning": True},
+        Machine(),
+        "attn_temperature_tuning and no_rope_freq",
+    ),
+    "megatrons_scores_are_plain": (
+        {"cp_method": "megatron", "attn_logit_softcapping": 50.0},
+        Machine(),
+        "Choose another cp_method",
     ),
     "latent_keys_need_latent_attention": (
         {"kv_lora_rank": 16},
@@ -128,10 +214,45 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "a moe_shared_expert_intermediate_size that is a multiple of 2",
     ),
-    "experts_have_no_bias": (
-        {"num_experts": 4, "add_bias_linear": True},
+    "expert_biases_are_added_once": (
+        {"num_experts": 4, "add_bias_linear": True, "moe_shared_expert_intermediate_size": 64},
         Machine(),
         "Set add_bias_linear to false",
+    ),
+    "some_layer_has_experts": (
+        {"num_experts": 4, "moe_layer_freq": (0, 0, 0, 0)},
+        Machine(),
+        "Put a 1 into moe_layer_freq",
+    ),
+    "single_expert_has_a_weight": (
+        {"num_experts": 4, "moe_router_topk": 1, "moe_router_pre_softmax": False},
+        Machine(),
+        "Set moe_router_pre_softmax to null or true",
+    ),
+    "expert_groups_are_limited": (
+        {"num_experts": 4, "moe_router_num_groups": 2},
+        Machine(),
+        "Set both, or neither",
+    ),
+    "expert_groups_hold_the_chosen": (
+        {"num_experts": 4, "moe_router_num_groups": 3, "moe_router_group_topk": 1},
+        Machine(),
+        "Use groups that divide num_experts",
+    ),
+    "expert_bias_needs_sigmoid": (
+        {"num_experts": 4, "moe_router_enable_expert_bias": True},
+        Machine(),
+        "true with sigmoid scores",
+    ),
+    "input_has_one_weight": (
+        {"num_experts": 4, "moe_apply_probs_on_input": True},
+        Machine(),
+        "Set moe_router_topk to 1",
+    ),
+    "shared_gate_has_an_expert": (
+        {"num_experts": 4, "moe_shared_expert_gate": True},
+        Machine(),
+        "Set moe_shared_expert_intermediate_size",
     ),
     "aux_loss_has_a_type": (
         {"num_experts": 4, "moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "none"},
@@ -422,7 +543,8 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
 
 def _bounds_case(rule: Rule) -> tuple[dict[str, Any], str]:
     (key,) = rule.keys
-    return {key: -1}, f"{key} -1: {key} must be "
+    value = float("nan") if key == "glu_linear_offset" else -1  # which may have either sign
+    return {key: value}, f"{key} {value}: {key} must be "
 
 
 def test_every_rule_has_a_case_and_every_case_a_rule() -> None:
@@ -543,7 +665,7 @@ KERNEL_REFUSALS: dict[str, tuple[dict[str, Any], Machine, str]] = {
         {"cp_kernel": "cpu", "distributed_backend": "nccl"},
         Machine(),
         "cp_kernel cpu, bf16 false, kv_channels null, window_size [], reset_attention_mask false, sft false, "
-        "cp_method lightseq, cp_layout auto, "
+        "attn_logit_softcapping null, cp_method lightseq, cp_layout auto, "
         "context_parallel_size 1, distributed_backend nccl: kernel cpu: it takes tensors on the CPU only",
     ),
     "a head dim": ({"cp_kernel": "cuda", "bf16": True, "kv_channels": 48}, Machine(), "not 48"),

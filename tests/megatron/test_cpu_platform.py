@@ -168,15 +168,15 @@ def test_norms_may_be_marked_without_the_platform() -> None:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from megatron_lightseq.megatron.fixes.torch_norms import allow_sequence_parallel
+    from megatron_lightseq.megatron.fixes.torch_norms import extend_torch_norms
 
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
     config.sequence_parallel = True
     with pytest.raises(AssertionError, match="sequence parallel not supported"):
         WrappedTorchNorm(config, 8)
-    undo = allow_sequence_parallel()
+    undo = extend_torch_norms()
     try:
-        allow_sequence_parallel()()  # already allowed: nothing to do or undo
+        extend_torch_norms()()  # already allowed: nothing to do or undo
         assert all(parameter.sequence_parallel for parameter in WrappedTorchNorm(config, 8).parameters())
     finally:
         undo()

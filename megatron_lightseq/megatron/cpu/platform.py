@@ -110,7 +110,7 @@ def activate() -> None:
         for owner, attribute, value in _attribute_patches():
             _replace(owner, attribute, value)
         _undo.append(
-            importlib.import_module("megatron_lightseq.megatron.fixes.torch_norms").allow_sequence_parallel()
+            importlib.import_module("megatron_lightseq.megatron.fixes.torch_norms").extend_torch_norms()
         )
     except BaseException:
         deactivate()

@@ -42,6 +42,18 @@ class NamedExperts(SequentialMLP):
         """``others``: arguments that newer versions have."""
         with weight_names.building_experts(pg_collection.ep.rank() * num_local_experts):
             super().__init__(num_local_experts, config, submodules, pg_collection=pg_collection, **others)
+        for expert in self.local_experts if config.add_bias_linear else ():
+            expert.linear_fc2.register_forward_hook(_own_memory)
+
+
+def _own_memory(module: torch.nn.Module, args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """A forward hook: the output as a tensor of its own.
+
+    Megatron adds the bias to it in place (transformer/mlp.py), which autograd refuses on one tensor-parallel rank,
+    where it is a view that a custom function has returned.
+    """
+    del module, args
+    return output[0].clone(), output[1]
 
 
 def with_invariant_experts(layer: ModuleSpec, names: WeightNames) -> ModuleSpec:

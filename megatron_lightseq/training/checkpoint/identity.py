@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from megatron_lightseq.config import PretrainConfig
+from megatron_lightseq.config.sections_experts import ExpertsConfig
+from megatron_lightseq.config.sections_model import ModelConfig
+from megatron_lightseq.config.sections_rope import RopeConfig
 from megatron_lightseq.training.setup import Training
 
-ROTARY_KEYS = ("rotary_base", "rotary_percent")
+ROTARY_KEYS = (
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    *(key.name for key in fields(RopeConfig) if key.name not in ("rotary_interleaved", "no_rope_freq")),
+)
 """RoPE's parameters, which may change when a run starts from the weights only (context extension)."""
 
 
@@ -26,7 +35,8 @@ def model_identity(config: PretrainConfig, padded_vocab_size: int) -> dict[str, 
     }
     keys = (
         "position_embedding_type",
-        *ROTARY_KEYS,
+        "rotary_base",
+        "rotary_percent",
         "normalization",
         "norm_epsilon",
         "swiglu",
@@ -44,9 +54,8 @@ def model_identity(config: PretrainConfig, padded_vocab_size: int) -> dict[str, 
 def _variants(config: PretrainConfig) -> dict[str, Any]:
     """What a plain decoder does not have, left out where a model does not have it either."""
     model, experts = config.model, config.experts
-    found: dict[str, Any] = {}
-    if model.softmax_type != "vanilla":
-        found["softmax_type"] = model.softmax_type
+    found = _unusual(config.rope, RopeConfig(), tuple(key.name for key in fields(RopeConfig)))
+    found |= _unusual(model, ModelConfig(), _FUNCTION_KEYS)
     if model.multi_latent_attention:
         keys = ("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
         found.update({key: getattr(model, key) for key in (*keys, "v_head_dim")})
@@ -54,20 +63,61 @@ def _variants(config: PretrainConfig) -> dict[str, Any]:
         found["mtp_num_layers"] = model.mtp_num_layers
     if experts.num_experts is not None:
         found |= {"num_experts": experts.num_experts, "moe_ffn_hidden_size": config.expert_ffn_size}
+        found |= _unusual(experts, ExpertsConfig(), _ROUTING_KEYS)
         routed = ("moe_router_topk", "moe_shared_expert_intermediate_size", "moe_grouped_gemm")
         found.update({key: getattr(experts, key) for key in routed})
     return found
 
 
+def _unusual(section: Any, default: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of a section whose values are not the defaults, as a checkpoint's manifest stores them."""
+    values = {key: getattr(section, key) for key in keys if getattr(section, key) != getattr(default, key)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+_FUNCTION_KEYS = (
+    "softmax_type",
+    "apply_layernorm_1p",
+    "post_self_attn_layernorm",
+    "post_mlp_layernorm",
+    "squared_relu",
+    "quick_geglu",
+    "gated_linear_unit",
+    "activation_func",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
+    "add_qkv_bias",
+    "qk_l2_norm",
+    "softmax_scale",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_output_gate",
+    "embedding_multiplier",
+)
+_ROUTING_KEYS = (
+    "moe_layer_freq",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
+    "moe_apply_probs_on_input",
+    "moe_shared_expert_gate",
+)
+
+
 def attention_identity(config: PretrainConfig) -> dict[str, Any]:
-    """What changes the model's function without touching its weights, and may change between runs: the window."""
+    """What changes the model's function but not its weights, and may change between runs: what a query sees."""
     model = config.model
-    if not model.window_size:
-        return {"window_size": None, "window_attn_skip_freq": None}
-    return {
-        "window_size": list(model.window_size),
-        "window_attn_skip_freq": model.window_attn_skip_freq,
-    }
+    extras = ("attention_chunk_size", "attn_temperature_tuning", "attn_scale", "floor_scale")
+    found: dict[str, Any] = {"window_size": None, "window_attn_skip_freq": None}
+    if model.window_size:
+        freq = model.window_attn_skip_freq
+        found["window_size"] = list(model.window_size)
+        found["window_attn_skip_freq"] = list(freq) if isinstance(freq, tuple) else freq
+    return {**found, **dict.fromkeys(extras), **_unusual(model, ModelConfig(), extras)}
 
 
 def optimizer_identity(config: PretrainConfig) -> dict[str, Any]:
