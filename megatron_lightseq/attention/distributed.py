@@ -227,7 +227,11 @@ class DistAttention:
             ConfigError: there was no call yet, and ``like`` is not given; or the mask does not fit.
             LayoutError, UnsupportedError: as for a call.
         """
-        last = self._last if like is None else (Inputs.of(*like), resolve_kernel(self._kernel, *like))
+        last = (
+            self._last
+            if like is None
+            else (Inputs.of(*like), resolve_kernel(self._kernel, *like, self._softcap))
+        )
         if last is None:
             raise ConfigError(
                 explain(
