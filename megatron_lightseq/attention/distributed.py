@@ -61,12 +61,11 @@ def dist_attention(
 
     Collective: every rank of the group calls it with its own shards, and every rank calls backward on the result,
     in the same order as the other ranks. A rank that skips a call leaves its peers waiting until the group's
-    timeout, when they raise :class:`TransportError` (over NCCL, torch's watchdog ends the process). This includes a
-    rank whose loss does not depend on its output: give it a zero gradient instead of skipping its backward.
+    timeout, when they raise :class:`TransportError` (over NCCL, torch's watchdog ends the process). A rank whose loss
+    does not depend on its output gives it a zero gradient instead of skipping its backward.
 
-    The first call with new settings or shapes compares a fingerprint of the whole plan across ranks, so ranks that
-    disagree stop with a message instead of computing a wrong result. Shapes may change from call to call, on all
-    ranks together.
+    The first call with new settings or shapes compares the whole plan across ranks, and ranks that disagree stop with
+    a message. Shapes may change from call to call, on all ranks together.
 
     Args:
         q: (S, B, H, D), this rank's queries; fp32, bf16, fp16 or fp64, if the kernel supports it.
@@ -100,14 +99,8 @@ def dist_attention(
         UnsupportedError: an unknown method or kernel, or one that does not take these inputs.
         TransportError: the ranks disagree, or a peer was lost or did not make the same calls.
     """
-    settings: dict[str, Any] = {
-        "layout": layout,
-        "method": method,
-        "kernel": kernel,
-        "overlap": overlap,
-        "invariant_chunk": invariant_chunk,
-        "softcap": softcap,
-    }
+    settings: dict[str, Any] = {"layout": layout, "method": method, "kernel": kernel, "overlap": overlap}
+    settings |= {"invariant_chunk": invariant_chunk, "softcap": softcap}
     if group is None:
         return DistAttention(None, **settings)(q, k, v, softmax_scale, mask=mask)
     known = _ATTENTIONS.setdefault(group, {})

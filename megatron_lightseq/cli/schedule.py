@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     sys.stdout.write(f"{schedule}\n\n{figures(schedule, shape)}\n")
     if options.png is not None:
-        from megatron_lightseq.plots import draw_schedule
+        from megatron_lightseq.training.reporting.plots import draw_schedule
 
         draw_schedule(schedule, options.png)
         sys.stdout.write(f"drawn in        {options.png}\n")

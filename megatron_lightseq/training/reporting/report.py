@@ -202,7 +202,7 @@ def _summarise(
 def _write(
     folder: Path, attention: ResolvedAttention | None, summary: Summary, history: list[Any]
 ) -> list[tuple[str, Path]]:
-    from megatron_lightseq.plots import draw_loss, draw_schedule
+    from megatron_lightseq.training.reporting.plots import draw_loss, draw_schedule
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY_NAME).write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
