@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -20,3 +21,11 @@ else:  # No timed tests: shared machines stall, and hypothesis would call that a
 def _stop_rank_processes() -> Iterator[None]:
     yield
     close_pool()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hang_up() -> Iterator[None]:
+    """Tests send SIGHUP to processes that they start, which would ignore it if this one was started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
