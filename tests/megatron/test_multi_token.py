@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,3 +125,17 @@ def test_further_tokens_are_learned_alike_and_megatrons_roll_would_not_do() -> N
 def test_plain_models_have_no_such_loss() -> None:
     (_, mtp_losses), *_ = on_ranks(1, _trained, {"mtp_num_layers": None})
     assert mtp_losses == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("per_token", "stages", "refused"), [(True, 2, True), (True, 1, False), (False, 2, False)]
+)
+def test_a_gradient_that_depends_on_the_stages_is_refused(
+    per_token: bool, stages: int, refused: bool
+) -> None:
+    """With Megatron-Core 0.18 and 0.19; 0.16.1 computes it correctly."""
+    from megatron_lightseq.megatron.multi_token import _refuse_stages
+
+    config = SimpleNamespace(calculate_per_token_loss=per_token, pipeline_model_parallel_size=stages)
+    with pytest.raises(UnsupportedError, match="one pipeline stage") if refused else nullcontext():
+        _refuse_stages(config)
