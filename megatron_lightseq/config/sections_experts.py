@@ -23,8 +23,7 @@ class ExpertsConfig:
     num_experts: int | None = None
     """Number of experts per layer; null: no experts, one MLP for all tokens."""
     moe_layer_freq: LayerPattern = 1
-    """Layers with experts: the first of every n, or a list with 1 for each layer that has them and 0 for each that
-    has a plain MLP, which may be written ([0]+[1]*26)."""
+    """Layers with experts: the first of every n, or a list with 1 for experts and 0 for a plain MLP: ([0]+[1]*26)."""
     moe_ffn_hidden_size: int | None = None
     """Width of each expert; null: ffn_hidden_size."""
     moe_router_topk: int = 2

@@ -90,13 +90,11 @@ class ModelConfig:
     window_size: tuple[int, ...] = ()
     """Sliding window: tokens back and ahead that a query sees, e.g. [1023, 0]; empty: all earlier tokens."""
     window_attn_skip_freq: LayerPattern | None = None
-    """With window_size: every n-th layer sees all earlier tokens instead, or a list with 1 for each layer that has the
-    window and 0 for each that has not, which may be written ([1]*5+[0])*2; null: all layers have it."""
+    """With window_size: every n-th layer has none, or a list with 1 for a window and 0 for none; null: all have it."""
     attention_chunk_size: int | None = None
     """Attention within chunks of this many tokens, in the layers that have RoPE (Llama 4); null: off."""
     attn_temperature_tuning: bool = False
-    """With no_rope_freq: scale queries at position i of layers without RoPE by
-    1 + attn_scale * log(1 + floor((i + 1) / floor_scale)) (Llama 4)."""
+    """Llama 4: scale queries without RoPE by 1 + attn_scale * log(1 + floor((position + 1) / floor_scale))."""
     attn_scale: float = 0.1
     """With attn_temperature_tuning: how much the scale grows."""
     floor_scale: float = 8192.0

@@ -44,8 +44,7 @@ class RopeConfig:
     yarn_correction_range_round_to_int: bool = True
     """With yarn: round the dimensions between which frequencies are mixed."""
     rope_type: RopeType | None = None
-    """longrope: scale by longrope_short_factor or longrope_long_factor; with MLA also rope or yarn; null: rope, but
-    with MLA and a rotary_scaling_factor yarn."""
+    """longrope: scale by longrope_*_factor; with MLA also rope or yarn; null: rope, yarn by rotary_scaling_factor."""
     rotary_scaling_factor: float = 1.0
     """With MLA and YaRN: how many times the context is extended."""
     original_max_position_embeddings: int = 4096

@@ -75,6 +75,7 @@ class ForwardParams(ctypes.Structure):
         *[(name, StridedTensor) for name in ("q", "k", "v", "out", "lse")],
         ("mask", Mask),
         ("softmax_scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("accumulate", ctypes.c_bool),
         ("rounded_out", StridedTensor),
     ]
@@ -87,6 +88,7 @@ class BackwardParams(ctypes.Structure):
         *[(name, StridedTensor) for name in ("dout", "q", "k", "v", "lse", "delta", "dq", "dk", "dv")],
         ("mask", Mask),
         ("softmax_scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("accumulate", ctypes.c_bool),
         *[(name, StridedTensor) for name in ("rounded_dq", "rounded_dk", "rounded_dv")],
     ]
@@ -256,6 +258,7 @@ class Emulator:
                 _strided(lse),
                 _mask(mask, q.shape[0], k.shape[0]),
                 softmax_scale,
+                0.0,  # no softcap
                 accumulate,
                 _rounded(out),
             ),
@@ -310,6 +313,7 @@ class Emulator:
             *[_sums(x) for x in written],
             _mask(mask, q.shape[0], k.shape[0]),
             softmax_scale,
+            0.0,  # no softcap
             accumulate,
             *[_rounded(x) for x in written],
         )

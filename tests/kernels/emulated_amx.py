@@ -106,6 +106,7 @@ class EmulatedAmxKernel:
             _strided(lse),
             _mask(mask, q.shape[0], k.shape[0]),
             softmax_scale,
+            0.0,  # no softcap
             accumulate,
             *rounded,
         )
@@ -135,6 +136,7 @@ class EmulatedAmxKernel:
             *sums,
             _mask(mask, q.shape[0], k.shape[0]),
             softmax_scale,
+            0.0,  # no softcap
             accumulate,
             *rounded,
         )

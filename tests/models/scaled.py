@@ -48,6 +48,10 @@ def scaled(config: PretrainConfig, *, seq_length: int = 96, **overrides: Any) ->
         values["floor_scale"] = max(1.0, model.floor_scale * shrink)
     if model.max_position_embeddings is not None:
         values["max_position_embeddings"] = max(seq_length, int(model.max_position_embeddings * shrink))
+    if rope.rope_type == "longrope":
+        values["original_max_position_embeddings"] = max(
+            2, int(rope.original_max_position_embeddings * shrink)
+        )
     if rope.yarn_original_max_position_embeddings is not None:
         values["yarn_original_max_position_embeddings"] = max(
             16, int(rope.yarn_original_max_position_embeddings * shrink)

@@ -103,7 +103,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn": ("gpt_oss_20b", {"yarn_rotary_scaling_factor": 2.0}),
     "clamp": ("gpt_oss_20b", {"activation_func_clamp_value": 0.05}),
     "offset": ("gpt_oss_20b", {"glu_linear_offset": 0.0}),
-    "longrope": ("longrope", {"original_max_position_embeddings": 2048}),
+    "longrope": ("longrope", {"original_max_position_embeddings": 6}),
     "gate": ("gated", {"attention_output_gate": False}),
     "layer frequency": ("gated", {"moe_layer_freq": (0, 1)}),
     "groups": ("gated", {"moe_router_num_groups": None, "moe_router_group_topk": None}),
