@@ -100,9 +100,7 @@ class ProgramStep:
 
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """A region of a result that must be initialised (out = 0, lse = -inf, gradients = 0) because no kernel call
-    overwrites it.
-    """
+    """A region of a result to initialise (out = 0, lse = -inf, gradients = 0): no kernel call overwrites it."""
 
     payload: Payload
     part: Operand
@@ -121,8 +119,7 @@ class Program:
     blanks: tuple[Blank, ...] = ()
     """Regions to initialise before anything is accumulated into them or they are returned."""
     batch_rows: int = 1
-    """Rows that have masks of their own: the shard is theirs, one after the other, and no operand crosses from one
-    to the next."""
+    """Rows with separate masks, one after the other in the shard; no operand crosses from one to the next."""
     joins: Joins | None = None
     """How results are joined so that their bits do not depend on the number of ranks; None: in any order."""
 
@@ -423,8 +420,7 @@ class _Written:
 def _mark_fresh(
     steps: list[ProgramStep], flow: Dataflow, shard_length: int, batch_rows: int
 ) -> tuple[list[ProgramStep], tuple[Blank, ...]]:
-    """Find the calls that may overwrite their results, and the regions that must be blank because no such call
-    comes first.
+    """Find the calls that may overwrite their results, and the regions that must be blank as no such call comes first.
 
     A result is sent whole, including chunks in which the calls found no work; ``validate`` guarantees that it is not
     updated after the send.
