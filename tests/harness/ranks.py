@@ -21,7 +21,9 @@ from typing import Any
 START_TIMEOUT_S = 120.0
 DEFAULT_TIMEOUT_S = 120.0
 MAX_THREADS = 60
-"""Of a worker between two calls."""
+"""Of a worker between two calls, before it looks for garbage."""
+TOO_MANY_THREADS = 300
+"""Of a worker between two calls: something keeps its groups, and it is replaced."""
 
 
 class RankError(AssertionError):
@@ -56,12 +58,14 @@ def _serve(pipe: Connection) -> None:
 
 
 def _free_groups() -> None:
-    """Free destroyed groups that belong to cycles of garbage, such as models.
-
-    Each keeps three threads, one of which wakes up a hundred times a second: a few hundred groups keep a core busy.
-    """
-    if len(os.listdir("/proc/self/task")) > MAX_THREADS:
+    """Free destroyed groups that belong to cycles of garbage, such as models."""
+    if _num_threads("self") > MAX_THREADS:
         gc.collect()
+
+
+def _num_threads(process: int | str) -> int:
+    """Each group of gloo has three, and one of them wakes up a hundred times a second: hundreds keep a core busy."""
+    return len(os.listdir(f"/proc/{process}/task"))
 
 
 class RankPool:
@@ -84,7 +88,10 @@ class RankPool:
             pipes = [pipe for _, pipe in self._workers[:world_size]]
             for rank, pipe in enumerate(pipes):
                 pipe.send((rank, world_size, store_file, function, args))
-            return self._collect(pipes, timeout_s)
+            results = self._collect(pipes, timeout_s)
+        if any(_num_threads(process.pid) > TOO_MANY_THREADS for process, _ in self._workers):
+            self.close()
+        return results
 
     def _collect(self, pipes: list[Connection], timeout_s: float) -> list[Any]:
         results: dict[int, Any] = {}
