@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_lightseq.training.job import launcher
+from megatron_lightseq.training.job.failure import Failure
 from tests.packaging.fakes import ROOT
 
 LAUNCHER = str(ROOT / "scripts" / "launch_ranks.py")
@@ -179,3 +183,22 @@ def test_attempts_that_get_further_are_restarted(tmp_path: Path) -> None:
     printed, _ = run.communicate(timeout=300)
     assert len(list(tmp_path.glob("attempt-*"))) == 4, printed
     assert "not restarted again" not in printed
+
+
+def test_a_culprit_that_ends_after_its_victims_is_still_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun stops it once a victim has ended, and knows of no other failure."""
+    said: list[str] = []
+    failure = Failure(rank=1, step=4, phase="train", error="ValueError: x")
+    monkeypatch.setattr(launcher, "_say", said.append)
+    monkeypatch.setattr(launcher._Agent, "last", SimpleNamespace(failure=failure))
+    for statuses in ({0: 3}, {0: 3, 1: -signal.SIGTERM}):
+        failures = {rank: _ended(rank, status) for rank, status in statuses.items()}
+        assert launcher._failed(ChildFailedError("run", failures)) == 1
+    failures = {0: _ended(0, 3), 1: _ended(1, -signal.SIGKILL)}
+    assert launcher._failed(ChildFailedError("run", failures)) == 128 + signal.SIGKILL
+    cause = "error: rank 1 failed at step 4 (train): ValueError: x"
+    assert said == [f"{cause}; exit code 1", f"{cause}; exit code 1", f"{cause}; signal 9"]
+
+
+def _ended(rank: int, status: int) -> ProcessFailure:
+    return ProcessFailure(local_rank=rank, pid=1, exitcode=status, error_file="")

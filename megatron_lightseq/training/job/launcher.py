@@ -36,6 +36,8 @@ ATTEMPTS_WITHOUT_PROGRESS = 3
 _STOP_SIGNALS = ("SIGTERM", "SIGINT")
 """What torchrun hands on to the ranks; the signals in :data:`_LIKE_SIGTERM` become SIGTERM first."""
 _LIKE_SIGTERM = (signal.SIGHUP, signal.SIGUSR1)
+_BECAUSE_OF_ANOTHER = (EXIT_PEER_FAILED, -signal.SIGTERM)
+"""Exit statuses of ranks that ended because another one failed."""
 _ELASTIC_LOGGER = "torch.distributed.elastic.multiprocessing.api"
 
 
@@ -155,20 +157,22 @@ def _stopped(stopped: SignalException, num_killed: int) -> int:
 
 
 def _failed(failed: ChildFailedError) -> int:
-    rank, first = failed.get_first_failure()
     known = None if _Agent.last is None else _Agent.last.failure
     if known is None:
-        rank, first = _culprit(failed.failures) or (rank, first)
-        _say(f"error: rank {rank} failed first, with {_how(first.exitcode)}; see its messages above")
+        rank, first = _culprit(failed.failures) or failed.get_first_failure()
+        status = first.exitcode
+        _say(f"error: rank {rank} failed first, with {_how(status)}; see its messages above")
     else:
-        first = failed.failures.get(known.rank, first)
-        _say(f"error: {known}; {_how(first.exitcode)}")
-    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+        own = failed.failures.get(known.rank)
+        # A rank that ends slowly after its error is stopped by torchrun once another one has ended because of it.
+        status = own.exitcode if own is not None and own.exitcode not in _BECAUSE_OF_ANOTHER else 1
+        _say(f"error: {known}; {_how(status)}")
+    return status if status > 0 else 128 - status
 
 
 def _culprit(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure] | None:
     """The first to fail among those that did not end because of another rank."""
-    own = {r: f for r, f in failures.items() if f.exitcode not in (EXIT_PEER_FAILED, -signal.SIGTERM)}
+    own = {r: f for r, f in failures.items() if f.exitcode not in _BECAUSE_OF_ANOTHER}
     return min(own.items(), key=lambda item: item[1].timestamp, default=None)
 
 
