@@ -192,4 +192,7 @@ def test_launched_ranks_leave_the_store_together(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", str(rank))
     assert run([]) == 0
-    assert events == ["follow" if rank else "lead", ("store", {"rank": rank, "world_size": 2})]
+    assert events == [
+        "follow" if rank else "lead",
+        ("store", {"rank": rank, "world_size": 2, "store_host": 0}),
+    ]
