@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -234,7 +235,9 @@ def test_doctor_survives_broken_extensions(
 
 
 def test_doctor_sees_working_extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    examine()  # imports Megatron, which remembers whether apex is there, without the stand-in
+    importlib.import_module(
+        "megatron_lightseq.megatron.spec"
+    )  # Megatron looks for apex once: before the stand-in
     (tmp_path / "apex.py").write_text("__version__ = '9.9'")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert by_name(examine())["apex"] == Finding(what="apex", verdict="ok", found="9.9")
