@@ -12,6 +12,7 @@ from megatron_lightseq.config.load import from_entries
 from megatron_lightseq.config.strict_yaml import Entry, dump_scalar
 from megatron_lightseq.config.validate import TRAINING_RULES, validate
 from megatron_lightseq.convert.families.family import Family, Keys
+from megatron_lightseq.convert.families.rope import write_rope
 from megatron_lightseq.convert.families.table import family_of
 from megatron_lightseq.convert.fields import Fields
 from megatron_lightseq.errors import UnsupportedError, explain
@@ -104,40 +105,44 @@ def recipe_text(config: PretrainConfig, comment: str) -> str:
 def updated(carried: Mapping[str, Any], trained: PretrainConfig, origin: str) -> dict[str, Any]:
     """The config.json of a trained model: as it was carried, with what the run has changed.
 
+    RoPE and the longest sequence are written anew if the run has changed them. What is written is then read as an
+    import reads it, so that nothing can get lost.
+
     Raises:
         UnsupportedError: the run has changed something that cannot be written back.
     """
-    imported = to_flat(_checked(keys_of(carried, origin, carried), origin))
-    now = to_flat(trained)
-    model_keys = [
-        key
-        for key, section in section_of_key().items()
-        if section in ("model", "experts", "rope") and key not in _OF_TRAINING.split()
-    ]
-    changed = [key for key in model_keys if imported[key] != now[key]]
     found = {**carried, "torch_dtype": "bfloat16" if trained.training.bf16 else "float32"}
     found.pop("dtype", None)
     found.pop("auto_map", None)  # code that is not carried
-    for key in changed:
-        if key == "max_position_embeddings":
-            found["max_position_embeddings"] = now[key] or trained.training.seq_length
-        elif key == "rotary_base":
-            _set_theta(found, now[key])
-        else:
-            raise UnsupportedError(
-                explain(
-                    got=f"{key} {imported[key]!r} in {origin} and {now[key]!r} in the run",
-                    rule="config.json is written back with rotary_base and max_position_embeddings changed only",
-                    remedy=f"Give a config.json that says it with --like FOLDER, or train with {key} as it was",
-                )
+    changed = _changed(found, trained, origin)
+    if "max_position_embeddings" in changed:
+        found["max_position_embeddings"] = (
+            trained.model.max_position_embeddings or trained.training.seq_length
+        )
+    if set(changed) & _of_rope():
+        write_rope(found, trained)
+    left = _changed(found, trained, origin)
+    for key, (imported, now) in left.items():
+        raise UnsupportedError(
+            explain(
+                got=f"{key} {imported!r} in {origin} and {now!r} in the run",
+                rule="config.json is written back with RoPE and max_position_embeddings changed only",
+                remedy=f"Give a config.json that says it with --like FOLDER, or train with {key} as it was",
             )
+        )
     return found
 
 
-def _set_theta(found: dict[str, Any], base: float) -> None:
-    theta = int(base) if base == int(base) else base
-    if found.get("rope_parameters") is not None:
-        found["rope_parameters"] = {**found["rope_parameters"], "rope_theta": theta}
-        found.pop("rope_theta", None)
-    else:
-        found["rope_theta"] = theta
+def _changed(fields: Mapping[str, Any], trained: PretrainConfig, origin: str) -> dict[str, tuple[Any, Any]]:
+    """Keys of the model in which a run differs from config.json: their values there and here."""
+    imported, now = to_flat(_checked(keys_of(fields, origin, fields), origin)), to_flat(trained)
+    now["max_position_embeddings"] = now["max_position_embeddings"] or now["seq_length"]
+    of_model = {key for key, section in section_of_key().items() if section in ("model", "experts", "rope")}
+    keys = of_model - set(_OF_TRAINING.split())
+    return {key: (imported[key], now[key]) for key in sorted(keys) if imported[key] != now[key]}
+
+
+def _of_rope() -> set[str]:
+    """Keys that :func:`write_rope` writes."""
+    of_section = {key for key, section in section_of_key().items() if section == "rope"}
+    return {*of_section, "rotary_base", "position_embedding_type"}

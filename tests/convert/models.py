@@ -28,11 +28,27 @@ _BASE: dict[str, Any] = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SCALINGS: dict[str, dict[str, Any]] = {
+    "llama3": {"rope_type": "llama3", "rope_theta": 1e5, "factor": 32.0, **_LLAMA3},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32},
+}
+"""RoPE's parameters as config.json has them."""
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
+    **{
+        f"llama {kind}": ("llama", {"head_dim": 16, "rope_parameters": part})
+        for kind, part in SCALINGS.items()
+    },
     "mistral": ("mistral", {"sliding_window": 20, "head_dim": 8}),
     "mistral full": ("mistral", {"sliding_window": None, "head_dim": 8}),
+    "qwen2": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
+    ),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3 windows": (
         "qwen3",
@@ -48,6 +64,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
+    "phi3 longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 3.0, 4.0],
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"use_sliding_window": True, "sliding_window": 20, "no_rope_layer_interval": 2}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, **_EXPERTS}),
 }
@@ -67,6 +98,12 @@ def make(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **chang
             torch.nn.init.normal_(parameter, mean, 0.2)
     model.eval().save_pretrained(folder)
     return model
+
+
+def load(folder: Path) -> Any:
+    """A model that was saved."""
+    load_saved = quiet_transformers().AutoModelForCausalLM.from_pretrained
+    return load_saved(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 def logits_of(model: Any) -> torch.Tensor:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from megatron_lightseq.cli import run
 from megatron_lightseq.convert.exporting import export_hf
 from megatron_lightseq.convert.importing import import_hf
-from megatron_lightseq.convert.recipe import recipe_of
 from megatron_lightseq.errors import CheckpointError, ConfigError, LightSeqError, UnsupportedError
 from tests.convert.models import make
 
@@ -132,6 +131,20 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[LightSeqError], str]] = {
         UnsupportedError,
         r"low_freq_factor 2\.0",
     ),
+    "yarn with one of two scales": (
+        lambda x: _config(
+            x,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+                "mscale": 0.7,
+            },
+        ),
+        UnsupportedError,
+        r"mscale and mscale_all_dim .*0\.7.*both",
+    ),
     "a text for a number": (lambda x: _config(x, hidden_size="64"), ConfigError, "hidden_size '64'.*whole"),
     "heads that do not divide": (
         lambda x: _config(x, num_key_value_heads=3),
@@ -244,14 +257,3 @@ def test_a_damaged_checkpoint_is_not_exported(copy: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=f"{data.name} is damaged"):
         export_hf(tmp_path / "out", tmp_path / "back")
     assert not (tmp_path / "back").exists()
-
-
-def test_what_recipes_cannot_say_is_refused_by_the_name_of_the_key(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    from megatron_lightseq.config.flat import section_of_key
-
-    scaled = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    if "rotary_seq_len_interpolation_factor" in section_of_key():
-        pytest.skip("recipes can say linear scaling")
-    with pytest.raises(UnsupportedError, match=r"rotary_seq_len_interpolation_factor: 2\.0"):
-        recipe_of({**config, "rope_parameters": scaled}, "config.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,11 +64,43 @@ def test_a_wrong_mapping_changes_the_logits(mutate: Callable[[Tensors], None], t
     assert (found - expected).abs().max() > 1000 * TOLERANCE * expected.abs().max()
 
 
-def test_another_base_of_rope_changes_the_logits(tmp_path: Path) -> None:
-    expected = logits_of(make("llama", tmp_path / "model"))
+def _other_base(part: dict[str, Any]) -> None:
+    part["rope_theta"] *= 2
+
+
+def _unscaled(part: dict[str, Any]) -> None:
+    base = part["rope_theta"]
+    part.clear()
+    part |= {"rope_type": "default", "rope_theta": base}
+
+
+def _other_factor(part: dict[str, Any]) -> None:
+    part["factor"] *= 2
+
+
+def _other_length(part: dict[str, Any]) -> None:
+    part["original_max_position_embeddings"] *= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "mutate"),
+    [
+        ("llama", _other_base),
+        ("llama llama3", _unscaled),
+        ("llama linear", _unscaled),
+        ("llama linear", _other_factor),
+        ("llama yarn", _unscaled),
+        ("llama yarn", _other_factor),
+        ("llama yarn", _other_length),
+    ],
+)
+def test_another_rope_changes_the_logits(
+    kind: str, mutate: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    expected = logits_of(make(kind, tmp_path / "model"))
     path = tmp_path / "model/config.json"
     config = json.loads(path.read_text())
-    config["rope_parameters"]["rope_theta"] = 20000.0
+    mutate(config["rope_parameters"])
     path.write_text(json.dumps(config))
     import_hf(tmp_path / "model", save=tmp_path / "checkpoints", recipe=tmp_path / "recipe.yaml")
     (found,) = run_ranks(1, logits, str(tmp_path / "recipe.yaml"), [], tokens())

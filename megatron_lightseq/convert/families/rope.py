@@ -1,10 +1,12 @@
-"""RoPE and its scalings, from config.json to recipe keys."""
+"""RoPE and its scalings, from config.json to recipe keys and back."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.convert.families.family import Keys
 from megatron_lightseq.convert.fields import Fields
 
@@ -56,31 +58,49 @@ def parameters_to_keys(
 
 
 def _yarn(part: Fields, fields: Fields) -> Keys:
+    factor = part.real("factor")
     keys: Keys = {
         "position_embedding_type": "yarn",
-        "yarn_rotary_scaling_factor": part.real("factor"),
+        "yarn_rotary_scaling_factor": factor,
         "yarn_original_max_position_embeddings": _original_length(part, fields),
         "yarn_beta_fast": part.real("beta_fast", 32.0),
         "yarn_beta_slow": part.real("beta_slow", 1.0),
     }
-    if "mscale" in part and "mscale_all_dim" in part:
-        keys |= {"yarn_mscale": part.real("mscale"), "yarn_mscale_all_dim": part.real("mscale_all_dim")}
+    mscale, all_dim = _mscales(part)
+    if all_dim:
+        keys |= {"yarn_mscale": mscale, "yarn_mscale_all_dim": all_dim}
     if not _takes_false(part, "truncate"):
         keys["yarn_correction_range_round_to_int"] = False
-    _expect_attention_factor(part, 0.1 * math.log(keys["yarn_rotary_scaling_factor"]) + 1.0)
+    _expect_attention_factor(part, _yarn_scale(factor, mscale) / _yarn_scale(factor, all_dim))
     return keys
 
 
 def _latent_yarn(part: Fields, fields: Fields) -> Keys:
+    factor = part.real("factor")
+    mscale, all_dim = _mscales(part)
+    _expect_attention_factor(part, _yarn_scale(factor, mscale) / _yarn_scale(factor, all_dim))
     return {
         "rope_type": "yarn",
-        "rotary_scaling_factor": part.real("factor"),
+        "rotary_scaling_factor": factor,
         "original_max_position_embeddings": _original_length(part, fields),
         "beta_fast": part.real("beta_fast", 32.0),
         "beta_slow": part.real("beta_slow", 1.0),
-        "mscale": part.real("mscale", 1.0),
-        "mscale_all_dim": part.real("mscale_all_dim", 0.0),
+        "mscale": mscale,
+        "mscale_all_dim": all_dim,
     }
+
+
+def _mscales(part: Fields) -> tuple[float, float]:
+    """Weights of the logarithm in YaRN's scale and in its divisor; transformers wants both or uses neither."""
+    mscale, all_dim = part.real("mscale", 0.0), part.real("mscale_all_dim", 0.0)
+    if bool(mscale) != bool(all_dim):
+        given = {"mscale": mscale, "mscale_all_dim": all_dim}
+        raise part.refusal("mscale and mscale_all_dim", given, "both of them scale YaRN, or neither")
+    return (mscale, all_dim) if mscale else (1.0, 0.0)
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _longrope(part: Fields, fields: Fields) -> Keys:
@@ -113,3 +133,76 @@ def _expect_attention_factor(part: Fields, usual: float) -> None:
     given = part.real("attention_factor", usual)
     if not math.isclose(given, usual, rel_tol=1e-6):
         raise part.refusal("attention_factor", given, f"recipes compute it from the other numbers: {usual}")
+
+
+# ---- and back -------------------------------------------------------------------------------------------------
+
+
+def write_rope(found: dict[str, Any], config: PretrainConfig) -> None:
+    """Say in the fields of a config.json, in the form in which it has them, which RoPE a run has trained with."""
+    parameters, local = _parameters(config), config.rope.rotary_base_local
+    old = found.get("rope_parameters")
+    if old is None:
+        found["rope_theta"] = parameters.pop("rope_theta")
+        found["rope_scaling"] = None if parameters == {"rope_type": "default"} else parameters
+        if local is not None:
+            found["rope_local_base_freq"] = _shown(local)
+        return
+    found.pop("rope_theta", None)
+    if local is None:
+        found["rope_parameters"] = _with_fraction(parameters, old)
+    else:
+        short = {"rope_type": "default", "rope_theta": _shown(local)}
+        found["rope_parameters"] = {"full_attention": parameters, "sliding_attention": short}
+
+
+def _parameters(config: PretrainConfig) -> dict[str, Any]:
+    """RoPE's parameters as transformers names them."""
+    model, rope = config.model, config.rope
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": _shown(model.rotary_base)}
+    if model.position_embedding_type == "yarn":
+        found |= {
+            "rope_type": "yarn",
+            "factor": rope.yarn_rotary_scaling_factor,
+            "original_max_position_embeddings": rope.yarn_original_max_position_embeddings,
+            **_yarn_parameters(rope.yarn_beta_fast, rope.yarn_beta_slow),
+        }
+        if rope.yarn_mscale_all_dim:
+            found |= {"mscale": rope.yarn_mscale or 1.0, "mscale_all_dim": rope.yarn_mscale_all_dim}
+        if not rope.yarn_correction_range_round_to_int:
+            found["truncate"] = False
+    elif model.multi_latent_attention and config.mla_rope_type == "yarn":
+        found |= {
+            "rope_type": "yarn",
+            "factor": rope.rotary_scaling_factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+            **_yarn_parameters(rope.beta_fast, rope.beta_slow),
+        }
+        if rope.mscale_all_dim:
+            found |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
+    elif rope.use_rope_scaling:
+        found |= {"rope_type": "llama3", "factor": rope.rope_scaling_factor, **_LLAMA3}
+    elif rope.rotary_seq_len_interpolation_factor is not None:
+        found |= {"rope_type": "linear", "factor": rope.rotary_seq_len_interpolation_factor}
+    elif rope.rope_type == "longrope":
+        found |= {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+            "short_factor": list(rope.longrope_short_factor),
+            "long_factor": list(rope.longrope_long_factor),
+        }
+    return found
+
+
+def _yarn_parameters(beta_fast: float, beta_slow: float) -> dict[str, float]:
+    return {"beta_fast": beta_fast, "beta_slow": beta_slow}
+
+
+def _with_fraction(parameters: dict[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """With the fraction of each head that is rotated, which a run does not change."""
+    name = "partial_rotary_factor"
+    return {**parameters, name: old[name]} if old.get(name) is not None else parameters
+
+
+def _shown(number: float) -> float:
+    return int(number) if number == int(number) else number
