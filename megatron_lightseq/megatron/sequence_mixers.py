@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from types import FunctionType
 
 import torch
 
@@ -26,12 +30,16 @@ ZIGZAG_FUNCTIONS = frozenset(
         "_redo_attention_load_balancing",
         "tensor_a2a_cp2hp",
         "tensor_a2a_hp2cp",
+        "build_zigzag_cp_local_positions",
+        "build_zigzag_allgather_cp_key_reorder",
         "get_batch_on_this_cp_rank",
     }
 )
-"""What Megatron cuts or reorders tokens by zigzag with; layers whose methods use one of them are found by it."""
+"""What Megatron cuts or reorders tokens by zigzag with. Layers are found by it that use one, or call what uses one."""
 _STATE_SPACE_LAYER = re.compile(r"Mixer$|^GatedDelta")
 """Classes of ``megatron.core.ssm`` that mix tokens, in versions that cannot do so over several ranks as well."""
+_KNOWN_PACKAGES = frozenset({"torch", "megatron_lightseq", *sys.stdlib_module_names})
+"""Packages whose functions are not searched."""
 
 
 def other_mixers(model: torch.nn.Module) -> Counter[str]:
@@ -47,14 +55,64 @@ def other_mixers(model: torch.nn.Module) -> Counter[str]:
     return found
 
 
+@cache
 def _reorders(kind: type) -> bool:
-    for base in kind.__mro__:
-        if base.__module__.startswith("megatron.core.ssm") and _STATE_SPACE_LAYER.search(base.__name__):
+    """Whether a class, one that it derives from, or a function that they call reorders tokens by zigzag."""
+    if any(
+        base.__module__.startswith("megatron.core.ssm") and _STATE_SPACE_LAYER.search(base.__name__)
+        for base in kind.__mro__
+    ):
+        return True
+    seen: set[FunctionType | type] = set()
+    waiting = list(_functions_of(kind))
+    while waiting:
+        function = waiting.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        names = code_names(function.__code__)
+        if not ZIGZAG_FUNCTIONS.isdisjoint(names):
             return True
-        functions = (inspect.unwrap(member) for member in vars(base).values() if inspect.isfunction(member))
-        if any(not ZIGZAG_FUNCTIONS.isdisjoint(code_names(function.__code__)) for function in functions):
-            return True
+        for used in _globals_of(function, names):
+            waiting += _followed(used, seen)
     return False
+
+
+def _functions_of(kind: type) -> Iterator[FunctionType]:
+    """The methods of a class and of the classes that it derives from, but for torch's."""
+    for base in kind.__mro__:
+        if _is_known(base.__module__):
+            continue
+        for member in vars(base).values():
+            wrapped = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            function = inspect.unwrap(wrapped) if callable(wrapped) else None
+            if isinstance(function, FunctionType):
+                yield function
+
+
+def _globals_of(function: FunctionType, names: set[str]) -> Iterator[object]:
+    """What the names in a function's code stand for, in its module or in modules that it has imported."""
+    for name in names:
+        used = function.__globals__.get(name)
+        if inspect.ismodule(used) and not _is_known(used.__name__):
+            yield from (vars(used).get(attribute) for attribute in names)
+        yield used
+
+
+def _followed(used: object, seen: set[FunctionType | type]) -> Iterator[FunctionType]:
+    """The functions behind a global name: itself, or the methods of a class that is no module."""
+    if inspect.isclass(used) and not issubclass(used, torch.nn.Module) and used not in seen:
+        seen.add(used)
+        yield from _functions_of(used)
+    elif inspect.isroutine(used):
+        function = inspect.unwrap(used)
+        if isinstance(function, FunctionType) and not _is_known(function.__module__):
+            yield function
+
+
+def _is_known(module: str) -> bool:
+    """Whether code is part of torch or Python, which know nothing of zigzag."""
+    return module.split(".", 1)[0] in _KNOWN_PACKAGES
 
 
 def check_other_mixers(model: torch.nn.Module, layout: SequenceLayout) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +30,33 @@ class Reordering(torch.nn.Module):
         return [_undo_attention_load_balancing(part) for part in x]
 
 
+def restore_order(x: Any) -> Any:
+    return _undo_attention_load_balancing(x)
+
+
+class Restorer:
+    """An object that reorders for a layer, as Megatron's MambaContextParallel does."""
+
+    def __call__(self, x: Any) -> Any:
+        return restore_order(x)
+
+
+class Indirect(torch.nn.Module):
+    """A user's layer, in which an object that it makes calls a function that reorders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.restore = Restorer()
+
+
+class Static(torch.nn.Module):
+    """A user's layer that reorders in a static method."""
+
+    @staticmethod
+    def restored(x: Any) -> Any:
+        return restore_order(x)
+
+
 MambaMixer = stand_in("MambaMixer", "megatron.core.ssm.mamba_mixer")
 LAYERS = {
     "MambaMixer": MambaMixer,
@@ -36,6 +64,8 @@ LAYERS = {
     "GatedDeltaNet": stand_in("GatedDeltaNet", "megatron.core.ssm.gated_delta_net"),
     "GatedDeltaProductMixer": stand_in("GatedDeltaProductMixer", "megatron.core.ssm.gated_delta_product"),
     "Reordering": Reordering,
+    "Indirect": Indirect,
+    "Static": Static,
 }
 
 
@@ -80,8 +110,12 @@ def test_one_rank_is_told_which_layers_are_not_ours(caplog: pytest.LogCaptureFix
 def test_megatrons_own_layers_are_known() -> None:
     """Detected by their source, because importing them needs packages that are not installed."""
     import megatron.core
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet
     from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
     from megatron_lightseq.megatron.fixes.rebind import code_names
     from megatron_lightseq.megatron.sequence_mixers import ZIGZAG_FUNCTIONS, _reorders
@@ -89,7 +123,29 @@ def test_megatrons_own_layers_are_known() -> None:
     source = Path(megatron.core.__path__[0]) / "ssm" / "mamba_mixer.py"
     names = code_names(compile(source.read_text(), "mamba_mixer.py", "exec"))
     assert "MambaContextParallel" in names & ZIGZAG_FUNCTIONS
-    assert not any(map(_reorders, (SelfAttention, MoELayer, torch.nn.Linear)))
+    assert _reorders(GatedDeltaNet)
+    harmless = GPTModel, SelfAttention, MLASelfAttention, MoELayer, MultiTokenPredictionBlock, torch.nn.Linear
+    assert not any(map(_reorders, harmless))
+
+
+def megatrons_delta_net(config: Any) -> torch.nn.Module:
+    """A layer of Megatron's own class, which asks for packages before it builds anything."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.ssm import gated_delta_net
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    parts = gated_delta_net.GatedDeltaNetSubmodules(
+        in_proj=ColumnParallelLinear, out_norm=torch.nn.Identity, out_proj=RowParallelLinear
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with (
+        mock.patch.object(gated_delta_net, "HAVE_FLA", True),
+        mock.patch("torch.cuda.current_device", lambda: "cpu"),
+    ):
+        layer: torch.nn.Module = gated_delta_net.GatedDeltaNet(
+            config, parts, layer_number=2, pg_collection=groups
+        )
+    return layer
 
 
 def _mixed_model(method: str, layer: str) -> str:
@@ -105,6 +161,8 @@ def _mixed_model(method: str, layer: str) -> str:
     if layer == "attention":
         second.core_attention = DotProductAttention.__new__(DotProductAttention)
         torch.nn.Module.__init__(second.core_attention)
+    elif layer == "GatedDeltaNet":
+        model.decoder.layers[1].self_attention = megatrons_delta_net(model.config)
     else:
         model.decoder.layers[1].self_attention = LAYERS[layer]()
     try:
@@ -117,7 +175,12 @@ def _mixed_model(method: str, layer: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("layer", "named"), [("MambaMixer", "MambaMixer"), ("attention", "DotProductAttention")]
+    ("layer", "named"),
+    [
+        ("MambaMixer", "MambaMixer"),
+        ("GatedDeltaNet", "GatedDeltaNet"),
+        ("attention", "DotProductAttention"),
+    ],
 )
 def test_adopting_a_layout_refuses_a_hybrid_model(layer: str, named: str) -> None:
     for message in on_ranks(2, _mixed_model, "lightseq", layer):
