@@ -140,7 +140,7 @@ def megatrons_delta_net(config: Any) -> torch.nn.Module:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with (
         mock.patch.object(gated_delta_net, "HAVE_FLA", True),
-        mock.patch("torch.cuda.current_device", lambda: "cpu"),
+        mock.patch("torch.cuda.current_device", return_value="cpu"),
     ):
         layer: torch.nn.Module = gated_delta_net.GatedDeltaNet(
             config, parts, layer_number=2, pg_collection=groups
