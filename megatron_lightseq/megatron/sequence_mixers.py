@@ -11,7 +11,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from types import FunctionType
 
 import torch
@@ -55,7 +54,6 @@ def other_mixers(model: torch.nn.Module) -> Counter[str]:
     return found
 
 
-@cache
 def _reorders(kind: type) -> bool:
     """Whether a class, one that it derives from, or a function that they call reorders tokens by zigzag."""
     if any(
