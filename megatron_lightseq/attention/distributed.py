@@ -35,7 +35,7 @@ from megatron_lightseq.kernels.registry import Kernel, resolve_kernel
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import Direction, Method, Network, SchedulePair, resolve_method
-from megatron_lightseq.transport import connect
+from megatron_lightseq.transport import connect, pool_of
 from megatron_lightseq.transport.group import Group, rank_in, size_of
 
 MethodArgument = str | Method | tuple[str | Method, str | Method]
@@ -163,6 +163,7 @@ class DistAttention:
             transport=connect(group) if group is not None and size > 1 else None,
             overlap=overlap,
             stats=self.stats,
+            buffers=pool_of(group),
         )
         self._agreement = Agreement(runtime.transport, f"{_shown(methods)} on {self.layout}")
         self._planner = Planner(

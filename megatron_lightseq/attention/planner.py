@@ -132,6 +132,7 @@ class Planner:
             transport=SubTransport(whole, groups.ring) if len(groups.ring) > 1 else None,
             overlap=self.runtime.overlap,
             stats=self.runtime.stats,
+            buffers=self.runtime.buffers,
         )
         program = self._bound(schedule, groups.ring.index(self.rank), inputs.device)
         return HeadRun(

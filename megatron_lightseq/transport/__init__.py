@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch.distributed as dist
 
 from megatron_lightseq.transport.all_to_all import all_to_all
@@ -21,6 +23,7 @@ __all__ = [
     "Transport",
     "all_to_all",
     "connect",
+    "pool_of",
     "run_loopback",
 ]
 
@@ -31,3 +34,17 @@ def connect(group: Group) -> Transport:
         return LoopbackTransport(group)
     assert isinstance(group, dist.ProcessGroup), type(group)
     return P2PTransport(group)
+
+
+def pool_of(group: Group | None) -> BufferPool:
+    """The pool of all attention over a group: layers run one after another, so one layer's buffers serve them all.
+
+    A pool of its own for None, a group of one rank that receives nothing.
+    """
+    if group is None:
+        return BufferPool()
+    return _POOLS.setdefault(group, BufferPool())
+
+
+_POOLS: weakref.WeakKeyDictionary[Group, BufferPool] = weakref.WeakKeyDictionary()
+"""Dropped with the group."""

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-_Key = tuple[int, torch.device]
+_Key = tuple[int, torch.device, int]
 
 CLASSES_PER_OCTAVE = 8
 """Block sizes between a number of bytes and its double: at most an eighth of a block is unused."""
@@ -17,7 +17,7 @@ SMALLEST_BLOCK = 512
 
 
 class BufferPool:
-    """Free blocks of memory by size and device. A pool serves one stream of calls; it is not thread-safe.
+    """Free blocks of memory by size, device and CUDA stream. It is not thread-safe.
 
     Free blocks never hold more bytes than were in use at one time: sequence lengths and masks may change with every
     call, and memory stays flat. The blocks of the sizes that have not been used for longest are dropped first.
@@ -47,14 +47,15 @@ class BufferPool:
             block = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         size = storage.nbytes()
         self._used_bytes -= size
-        self._free.setdefault((size, tensor.device), []).append(block)
-        self._free.move_to_end((size, tensor.device))
+        key = _key(size, tensor.device)
+        self._free.setdefault(key, []).append(block)
+        self._free.move_to_end(key)
         self._free_bytes += size
         while self._free_bytes > self._most_used_bytes:
             self._drop_oldest()
 
     def _block(self, size: int, device: torch.device) -> Tensor:
-        free = self._free.get((size, device))
+        free = self._free.get(_key(size, device))
         self._used_bytes += size
         self._most_used_bytes = max(self._most_used_bytes, self._used_bytes)
         if free:
@@ -72,6 +73,12 @@ class BufferPool:
             self._free_bytes -= key[0]
         if not blocks:
             del self._free[key]
+
+
+def _key(size: int, device: torch.device) -> _Key:
+    """What a block may be used again for: work on another stream might still read it."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return size, device, stream
 
 
 def _block_size(num_bytes: int) -> int:

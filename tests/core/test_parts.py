@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_lightseq.attention import DistAttention
 from megatron_lightseq.attention.stash import AttentionStash
 from megatron_lightseq.config.sizes import ParallelSizes
 from megatron_lightseq.errors import ConfigError, LightSeqError
 from megatron_lightseq.kernels.merge import merge_into
 from megatron_lightseq.kernels.registry import LONG_FOR_REFERENCE, resolve_kernel
 from megatron_lightseq.training.parallel_groups import ProcessGroups
-from megatron_lightseq.transport import BufferPool
+from megatron_lightseq.transport import BufferPool, LoopbackGroup, pool_of, run_loopback
 
 
 def test_merging_is_softmax_over_the_union() -> None:
@@ -90,6 +91,24 @@ def test_free_blocks_never_hold_more_than_was_in_use() -> None:
         for tensor in tensors:
             pool.give(tensor)
         assert pool.free_bytes <= 2 * 10_000 * 4 * 9 / 8
+
+
+def test_layers_share_receive_buffers() -> None:
+    """Memory for transfers does not grow with the number of layers, as it would if every layer had a pool."""
+
+    def held_bytes(num_layers: int) -> list[int]:
+        def one_rank(group: LoopbackGroup) -> int:
+            hidden = torch.randn(32, 1, 2, 8, requires_grad=True)
+            for _ in range(num_layers):
+                hidden = DistAttention(group=group, method="lightseq")(hidden, hidden, hidden)
+            hidden.sum().backward()
+            return pool_of(group).free_bytes
+
+        return run_loopback(4, one_rank)
+
+    one, three = held_bytes(1), held_bytes(3)
+    assert min(one) > 0
+    assert three == one
 
 
 def test_buffers_born_in_inference_mode_can_be_written_later() -> None:
