@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -83,6 +83,41 @@ def shard_batch(
         setattr(shard, _LAYOUT_ATTRIBUTE, layout)
         shards[name] = shard
     return shards
+
+
+class Shard(NamedTuple):
+    """Says of a batch that it was cut when it was read."""
+
+    layout: SequenceLayout
+    rank: int
+
+
+def adopt_shard(
+    batch: Mapping[str, torch.Tensor | None], cut: Shard, layout: SequenceLayout, rank: int
+) -> dict[str, torch.Tensor | None]:
+    """A batch that holds only this rank's tokens, as :func:`shard_batch` returns it.
+
+    Args:
+        batch: entries of :data:`TOKEN_ENTRIES`, each (B, local tokens); None entries are passed on.
+        cut: what the batch says of itself.
+        layout: how attention expects the sequence to be cut.
+        rank: this context-parallel rank.
+
+    Raises:
+        LayoutError: the batch was cut by another layout, or for another rank.
+    """
+    if cut != (layout, rank):
+        raise LayoutError(
+            explain(
+                got=f"a batch cut by {cut.layout} for rank {cut.rank}, on rank {rank} of attention on {layout}",
+                rule="data and attention must agree, or queries would silently see future tokens",
+                remedy="Give the loader the layout of the model and this rank, or whole sequences",
+            )
+        )
+    for tensor in batch.values():
+        if tensor is not None:
+            setattr(tensor, _LAYOUT_ATTRIBUTE, layout)
+    return dict(batch)
 
 
 def _check_rows(batch: Mapping[str, torch.Tensor | None]) -> None:

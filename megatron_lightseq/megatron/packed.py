@@ -37,7 +37,8 @@ class PackedShard:
         packing: the documents of the whole sequence.
         layout: which rank holds which tokens.
         rank: this context-parallel rank.
-        positions: (tokens,) int64, the whole sequence's positions; None: they restart with every document.
+        positions: (tokens,) int64, the whole sequence's positions, or (local tokens,), this rank's; None: they restart
+            with every document.
     """
 
     def __init__(
@@ -45,10 +46,14 @@ class PackedShard:
     ) -> None:
         self.packing = packing
         packing.check_tokens(packing.tokens)
-        whole = packing.positions() if positions is None else positions.cpu()
-        self.positions: Tensor = layout.shard(whole, rank, 0)
+        at = local_positions(layout, rank, packing.tokens)
+        if positions is None:
+            positions = packing.positions(at)
+        elif len(positions) == packing.tokens:
+            positions = layout.shard(positions, rank, 0)
+        self.positions: Tensor = positions.cpu()
         """(local tokens,) int64, on the host."""
-        self.lasts: Tensor = layout.shard(packing.lasts(), rank, 0)
+        self.lasts: Tensor = packing.lasts(at)
         """(local tokens,) bool, on the host: whether no token of the same document follows."""
         self._masks: dict[tuple[bool, Mask | None], Mask] = {}
 
@@ -70,6 +75,17 @@ class PackedShard:
         ], index
 
 
+def local_positions(layout: SequenceLayout, rank: int, tokens: int) -> Tensor:
+    """(local tokens,) int64, on the host: the places of a rank's tokens in a sequence of ``tokens`` tokens.
+
+    Raises:
+        LayoutError: the tokens do not divide among the ranks.
+    """
+    layout.check_length(tokens)
+    chunks = (layout.chunk_positions(chunk, tokens) for chunk in layout.chunks_of(rank))
+    return torch.cat([torch.arange(each.start, each.stop, each.step) for each in chunks])
+
+
 def packed_seq_params(
     packing: Packing,
     layout: SequenceLayout,
@@ -84,7 +100,8 @@ def packed_seq_params(
         packing: the documents of the micro-batch.
         layout: what :func:`adopt_layout` returned.
         rank: this context-parallel rank.
-        positions: (tokens,) or (B, S) int64, positions for RoPE; None: they restart with every document.
+        positions: (tokens,) or (B, S) int64, positions for RoPE, or (local tokens,), those of this rank; None: they
+            restart with every document.
         device: where Megatron's own tensors are put.
 
     Returns:

@@ -103,13 +103,23 @@ class Packing:
                 )
             )
 
-    def positions(self) -> Tensor:
-        """(tokens,) int64: the position of every token within its document."""
-        borders = torch.tensor(self.cu_seqlens)
-        return torch.arange(self.tokens) - torch.repeat_interleave(borders[:-1], borders.diff())
+    def positions(self, at: Tensor | None = None) -> Tensor:
+        """(N,) int64: the positions of tokens within their documents.
 
-    def lasts(self) -> Tensor:
-        """(tokens,) bool: true where the document does not go on with the next token, and for padding."""
+        Args:
+            at: (N,) int64, the places of the tokens in the sequence; None: all of them.
+        """
+        at = torch.arange(self.tokens) if at is None else at
         borders = torch.tensor(self.cu_seqlens)
-        left = torch.repeat_interleave(borders[:-1] + torch.tensor(self.lengths), borders.diff())
-        return torch.arange(self.tokens) >= left - 1
+        return at - borders[torch.searchsorted(borders, at, right=True) - 1]
+
+    def lasts(self, at: Tensor | None = None) -> Tensor:
+        """(N,) bool: true where the document does not go on with the next token, and for padding.
+
+        Args:
+            at: (N,) int64, the places of the tokens in the sequence; None: all of them.
+        """
+        at = torch.arange(self.tokens) if at is None else at
+        borders = torch.tensor(self.cu_seqlens)
+        ends = borders[:-1] + torch.tensor(self.lengths)
+        return at >= ends[torch.searchsorted(borders, at, right=True) - 1] - 1

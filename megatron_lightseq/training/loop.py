@@ -21,7 +21,8 @@ from megatron_lightseq.training.checkpoint.lineage import Lineage
 from megatron_lightseq.training.checkpoint.random_state import restore_random_state
 from megatron_lightseq.training.checkpoint.save_load import Position, load_checkpoint, save_checkpoint
 from megatron_lightseq.training.data.datasets import Corpora, Datasets, build_datasets
-from megatron_lightseq.training.data.loaders import DataShare, train_iterator, valid_iterator
+from megatron_lightseq.training.data.loaders import train_iterator, valid_iterator
+from megatron_lightseq.training.data.rows import DataShare
 from megatron_lightseq.training.job.failure import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
 from megatron_lightseq.training.job.join import Job
 from megatron_lightseq.training.job.signals import StopRequest
@@ -145,7 +146,13 @@ class Loop:
         return int(largest.item())
 
     def _share(self) -> DataShare:
-        return DataShare(rank=rank_in(self._training.groups.dp), size=self._training.sizes.data)
+        groups = self._training.groups
+        return DataShare(
+            rank=rank_in(groups.dp),
+            size=self._training.sizes.data,
+            layout=self._training.layout,
+            cp_rank=rank_in(groups.cp),
+        )
 
     def _make_progress(self) -> Progress:
         first, steps = self._position.iteration, self._config.training.train_iters

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_lightseq.config.choices import MEGATRON
 from megatron_lightseq.errors import DataError, explain
-from megatron_lightseq.megatron.packed import PackedShard, packed_seq_params, shard_of
+from megatron_lightseq.megatron.packed import PackedShard, local_positions, packed_seq_params, shard_of
 from megatron_lightseq.megatron.packing import Packing
 from megatron_lightseq.training.setup import Training
 from megatron_lightseq.transport.group import rank_in
@@ -50,7 +50,7 @@ def documents_of(training: Training, batch: Mapping[str, Any]) -> Documents:
 
     Args:
         training: the run.
-        batch: whole sequences; ``packing`` is that of all rows, joined.
+        batch: whole sequences, or this rank's tokens; ``packing`` is that of all rows, joined.
 
     Raises:
         DataError: the data is packed, and the batch does not say how.
@@ -72,8 +72,9 @@ def documents_of(training: Training, batch: Mapping[str, Any]) -> Documents:
     packing.check_tokens(rows * length)
     if config.context.cp_method == MEGATRON:
         return Documents(hidden=hidden_keys(packing, rows, length).to(training.device))
-    rank, restarts = rank_in(training.groups.cp), config.data.restarts_positions
-    positions = None if restarts else torch.arange(length).repeat(rows)
+    rank, positions = rank_in(training.groups.cp), None
+    if not config.data.restarts_positions:
+        positions = local_positions(training.layout, rank, packing.tokens) % length
     params = packed_seq_params(packing, training.layout, rank, positions=positions, device=training.device)
     return Documents(params=params, shard=shard_of(params, training.layout, rank))
 

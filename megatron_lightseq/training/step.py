@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_lightseq.megatron.batch import shard_batch
+from megatron_lightseq.megatron.batch import adopt_shard, shard_batch
 from megatron_lightseq.training.auxiliary_losses import (
     clear_trackers,
     from_last_stage,
@@ -34,10 +34,12 @@ from megatron_lightseq.transport.group import rank_in, size_of
 
 Batch = Mapping[str, Any]
 """``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each (micro_batch_size, seq_length); and
-of packed data, ``packing``, the :class:`~megatron_lightseq.megatron.packing.Packing` of its rows, joined."""
+of packed data, ``packing``, the :class:`~megatron_lightseq.megatron.packing.Packing` of its rows, joined. With
+``shard``, a :class:`~megatron_lightseq.megatron.batch.Shard`, tensors hold this rank's tokens only, and those of packed
+data are (1, local tokens)."""
 DataIterators = Iterator[Batch] | Sequence[Iterator[Batch]]
 """One iterator, or one per model chunk of an interleaved pipeline, whose chunks read the same batches independently.
-All ranks of a data parallel replica read the same whole sequences, which are cut here."""
+All ranks of a data parallel replica read the same sequences: whole, to be cut here, or each its own tokens."""
 
 _MODEL_INPUTS = ("tokens", "position_ids")
 _LOSS_INPUTS = ("labels", "loss_mask")
@@ -80,7 +82,7 @@ def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
 
     Args:
         training: from :func:`build_training`.
-        data_iterators: whole sequences for this data-parallel rank, ``num_microbatches`` of them.
+        data_iterators: micro-batches for this data-parallel rank, ``num_microbatches`` of them.
     """
     for chunk in training.chunks:
         chunk.train()
@@ -175,14 +177,12 @@ def _forward_step(
     model = gpt_model(chunk)
     embeds = model.pre_process or model.mtp_process
     wanted = (*(_MODEL_INPUTS if embeds else ()), *(_LOSS_INPUTS if model.post_process else ()))
-    whole: dict[str, torch.Tensor | None] = {}
+    shard: dict[str, torch.Tensor | None] = {}
     documents = Documents()
     if wanted or training.config.data.packed:  # else stages in the middle receive hidden states only
         batch = next(iterator)
-        whole = {name: batch[name].to(training.device, non_blocking=True) for name in wanted}
         documents = documents_of(training, batch)
-    whole = documents.joined(whole)
-    shard = shard_batch(whole, training.layout, rank_in(training.groups.cp))
+        shard = _shard(training, batch, wanted, documents)
     # The model's own loss mask serves multi-token prediction only.
     extras = {"loss_mask": documents.within(shard["loss_mask"])} if model.mtp_process else {}
     if documents.params is not None:
@@ -194,13 +194,26 @@ def _forward_step(
         labels=shard.get("labels"),
         **extras,
     )
-    return output, partial(_loss, training, shard.get("loss_mask"), whole.get("loss_mask"))
+    return output, partial(_loss, training, shard.get("loss_mask"))
+
+
+def _shard(
+    training: Training, batch: Batch, wanted: Sequence[str], documents: Documents
+) -> dict[str, torch.Tensor | None]:
+    """The wanted entries of a micro-batch on the device, cut for this rank if they are not yet."""
+    given: dict[str, torch.Tensor | None] = {
+        name: batch[name].to(training.device, non_blocking=True) for name in wanted
+    }
+    given = documents.joined(given)
+    rank, cut = rank_in(training.groups.cp), batch.get("shard")
+    if cut is not None:
+        return adopt_shard(given, cut, training.layout, rank)
+    return shard_batch(given, training.layout, rank)
 
 
 def _loss(
     training: Training,
     loss_mask: torch.Tensor | None,
-    whole_mask: torch.Tensor | None,
     token_losses: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Megatron's ``loss_func``: (loss to differentiate, its divisor, report).
@@ -208,15 +221,13 @@ def _loss(
     Args:
         training: its configuration says which average is wanted.
         loss_mask: (B, S), for this rank's tokens; 0 where a token does not count.
-        whole_mask: (B, seq_length), for the whole sequences, which every rank has read.
         token_losses: (B, S).
 
     Returns:
         The sum of this rank's losses, the divisor (int), and [numerator, denominator, tokens] in fp64, to be summed
         over micro-batches and over data- and context-parallel ranks.
     """
-    assert loss_mask is not None
-    assert whole_mask is not None  # only the last stage gets here, and it has read both
+    assert loss_mask is not None  # only the last stage gets here, and it has read it
     loss_sum = (token_losses.float() * loss_mask).sum()
     tokens = loss_mask.sum()
     if training.config.training.calculate_per_token_loss:
@@ -225,7 +236,10 @@ def _loss(
     # Megatron divides by the tokens, the micro-batches, and the data and context parallel ranks. The latter hold parts
     # of one micro-batch, whose losses are added, not averaged.
     cp_size = size_of(training.groups.cp)
-    all_tokens = whole_mask.sum().clamp(min=1)
+    all_tokens = tokens.clone()
+    if cp_size > 1:
+        dist.all_reduce(all_tokens, group=training.groups.cp)
+    all_tokens.clamp_(min=1)
     mean_share = loss_sum.detach() / all_tokens
     report = torch.stack([mean_share, torch.full_like(mean_share, 1 / cp_size), tokens]).double()
     return loss_sum * cp_size, all_tokens.int(), report

@@ -18,8 +18,9 @@ from megatron_lightseq.training.data.datasets import (
     open_corpora,
     split_blend,
 )
-from megatron_lightseq.training.data.loaders import DataShare, ShareSampler, train_iterator, valid_iterator
+from megatron_lightseq.training.data.loaders import ShareSampler, train_iterator, valid_iterator
 from megatron_lightseq.training.data.prepare import prepare
+from megatron_lightseq.training.data.rows import DataShare
 from megatron_lightseq.training.data.sources import find_files
 from megatron_lightseq.training.data.tokenizers import ByteTokenizer
 from tests.data.corpora import config_for, make_corpus, write_texts

@@ -14,7 +14,8 @@ from megatron_lightseq.errors import ConfigError, DataError
 from megatron_lightseq.training.data.best_fit import best_fit
 from megatron_lightseq.training.data.corpus import check_index, read_facts
 from megatron_lightseq.training.data.datasets import build_datasets, open_corpora
-from megatron_lightseq.training.data.loaders import DataShare, train_iterator, valid_iterator
+from megatron_lightseq.training.data.loaders import train_iterator, valid_iterator
+from megatron_lightseq.training.data.rows import DataShare
 from tests.data.corpora import config_for
 
 EOD = 256

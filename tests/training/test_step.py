@@ -15,9 +15,9 @@ def graphs_of_training_and_evaluation() -> tuple[list[bool], list[bool]]:
 
     loss, found = step._loss, []
 
-    def recorded(training: Any, mask: Any, whole_mask: Any, token_losses: Any) -> Any:
+    def recorded(training: Any, mask: Any, token_losses: Any) -> Any:
         found.append(token_losses.requires_grad)
-        return loss(training, mask, whole_mask, token_losses)
+        return loss(training, mask, token_losses)
 
     step._loss = recorded
     try:

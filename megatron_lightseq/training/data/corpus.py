@@ -65,6 +65,13 @@ class CorpusFacts:
     """
     packs: int = 0
     """Number of packs."""
+    end_tokens: int = 0
+    """Occurrences of the end-of-document token. As many as documents: one ends each, and none is inside of one."""
+
+    @property
+    def ends_are_borders(self) -> bool:
+        """Whether the lengths in the index say where end-of-document tokens are."""
+        return not self.pack_length and self.end_tokens == self.documents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +207,8 @@ def read_facts(prefix: Path | str) -> CorpusFacts | None:
         return None
     try:
         facts = CorpusFacts(**json.loads(path.read_text(encoding="utf-8")))
-        if not (isinstance(facts.entropy, float) and isinstance(facts.vocab_size, int)):
+        numbers = facts.vocab_size, facts.end_tokens
+        if not (isinstance(facts.entropy, float) and all(isinstance(number, int) for number in numbers)):
             raise TypeError("wrong types")
         if not 0 <= facts.entropy < math.inf:
             raise ValueError("entropy out of range")

@@ -65,14 +65,11 @@ class Corpora:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Datasets:
-    """Result of `build_datasets`; items are dicts of `tokens`, `labels`, `position_ids` (int64, (seq_length,)) and
-    `loss_mask` (fp32, (seq_length,))."""
+    """Result of `build_datasets`: samples, of which :mod:`~megatron_lightseq.training.data.loaders` reads parts."""
 
     train: Any
     valid: Any | None
     """None if `eval_interval` is null."""
-    eod: int
-    """The end-of-document token."""
 
 
 def open_corpora(config: PretrainConfig) -> Corpora:
@@ -140,6 +137,11 @@ def build_datasets(config: PretrainConfig, corpora: Corpora) -> Datasets:
         eod_mask_loss=config.data.eod_mask_loss,
         create_attention_mask=False,
         model_vocab_size=corpora.vocab_size,
+        ends_are_borders=frozenset(
+            prefix
+            for prefix, facts in zip(corpora.prefixes, corpora.facts, strict=True)
+            if facts is not None and facts.ends_are_borders
+        ),
     )
     evaluates = config.training.eval_interval is not None
     assert dataset_config.split_matrix is not None
@@ -153,7 +155,7 @@ def build_datasets(config: PretrainConfig, corpora: Corpora) -> Datasets:
     for dataset in (train, valid):
         if isinstance(dataset, BlendedDataset):
             check_blend(dataset)
-    return Datasets(train=train, valid=valid, eod=corpora.tokenizer.eod)
+    return Datasets(train=train, valid=valid)
 
 
 def _check_tokenizer(prefix: str, facts: CorpusFacts, tokenizer: Tokenizer) -> None:

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from torch.utils.data import DataLoader
 
 from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.megatron.batch import Shard
 from megatron_lightseq.megatron.packing import Packing
 from megatron_lightseq.training.data.datasets import Datasets
+from megatron_lightseq.training.data.rows import DataShare, part_of
 
 Batch = dict[str, Any]
-"""Tensors, and ``packing`` of packed data: the documents of all rows, joined."""
-
-KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-"""Tensors of a batch, (micro_batch_size, seq_length): whole sequences."""
-DOCUMENTS = "documents"
-"""Key of a sample that was packed when the corpus was prepared: the length of each of its documents."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataShare:
-    """Which part of each global batch a rank reads: the same for all tensor, pipeline and context parallel ranks."""
-
-    rank: int = 0
-    """Data parallel rank."""
-    size: int = 1
-    """Number of data parallel ranks."""
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.rank < self.size, f"data parallel rank {self.rank} of {self.size}"
+"""Tensors; ``packing`` of packed data, the documents of all rows, joined; and ``shard`` where a rank holds a part."""
 
 
 class ShareSampler:
@@ -77,18 +62,18 @@ def train_iterator(
                 remedy="Remove the index cache, which belongs to another run",
             )
         )
-    return _iterate(config, datasets, datasets.train, share, first=consumed_samples, last=needed)
+    return _iterate(config, datasets.train, share, first=consumed_samples, last=needed)
 
 
 def valid_iterator(config: PretrainConfig, datasets: Datasets, share: DataShare) -> Iterator[Batch]:
     """The `eval_iters` validation batches: the same at every evaluation, so that losses are comparable."""
     assert datasets.valid is not None, "eval_interval is null: there is no validation data"
     needed = config.training.eval_iters * config.training.global_batch_size
-    return _iterate(config, datasets, datasets.valid, share, first=0, last=needed)
+    return _iterate(config, datasets.valid, share, first=0, last=needed)
 
 
 def _iterate(
-    config: PretrainConfig, datasets: Datasets, dataset: Any, share: DataShare, *, first: int, last: int
+    config: PretrainConfig, dataset: Any, share: DataShare, *, first: int, last: int
 ) -> Iterator[Batch]:
     sampler = ShareSampler(
         num_samples=last,
@@ -100,45 +85,104 @@ def _iterate(
     # run makes one more iterator, so all of its dropout masks would differ.
     generator = torch.Generator().manual_seed(config.training.seed)
     loader = DataLoader(
-        dataset,
+        MicroBatches.of(config, dataset, share),
         batch_sampler=sampler,
         num_workers=config.data.num_workers,
         generator=generator,
-        collate_fn=Collator.of(config, datasets),
+        collate_fn=_as_it_is,
     )
     return iter(loader)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Collator:
-    """Stacks samples, and finds the documents in them; drops the keys that only a blend adds."""
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
-    eod: int
-    """The token that ends a document, in samples that do not say where their documents end."""
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatches(torch.utils.data.Dataset[Batch]):
+    """The micro-batches of a rank, of which it reads the tokens that it holds."""
+
+    dataset: Any
+    """Ours, or Megatron's blend of several."""
+    share: DataShare
+    length: int
+    """Tokens of a row."""
+    joins_rows: bool
+    """Whether the rows of a micro-batch are cut as one sequence."""
     packs: bool
     """Whether documents do not attend to one another."""
     restarts_positions: bool
     """Whether positions are counted within documents."""
 
     @staticmethod
-    def of(config: PretrainConfig, datasets: Datasets) -> Collator:
-        """What a run does with its samples."""
-        data = config.data
-        return Collator(eod=datasets.eod, packs=data.packed, restarts_positions=data.restarts_positions)
+    def of(config: PretrainConfig, dataset: Any, share: DataShare) -> MicroBatches:
+        """What a run reads."""
+        data, length = config.data, config.training.seq_length
+        return MicroBatches(
+            dataset=dataset,
+            share=share,
+            length=length,
+            joins_rows=config.joined_seq_length > length,
+            packs=data.packed,
+            restarts_positions=data.restarts_positions,
+        )
 
-    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
-        """A batch of :data:`KEYS`, (B, S); of packed data also ``packing``, with its mask made."""
-        batch: Batch = default_collate([{key: sample[key] for key in KEYS} for sample in samples])
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        """A micro-batch; torch's DataLoader calls this with the numbers of its samples.
+
+        Returns:
+            ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each (B, local tokens), or
+            (1, local tokens) of joined rows. Of packed data also ``packing``, with its mask made; and over
+            context-parallel ranks ``shard``, which layout and rank the tensors are cut for.
+        """
+        held = self._held(len(numbers))
+        sources = [_source(self.dataset, number) for number in numbers]
+        rows = [
+            source.read(number, positions) for (source, number), positions in zip(sources, held, strict=True)
+        ]
+        join = torch.cat if self.joins_rows else torch.stack
+        batch: Batch = {
+            name: join([torch.from_numpy(getattr(row, name)) for row in rows])
+            for name in ("tokens", "labels", "loss_mask")
+        }
+        at = [_numbers(positions) for positions in held]
         if self.packs or self.restarts_positions:
-            rows = [self._documents(sample) for sample in samples]
+            documents = [source.documents(number) for source, number in sources]
             if self.restarts_positions:
-                batch["position_ids"] = torch.stack([row.positions() for row in rows])
+                at = [row.positions(places) for row, places in zip(documents, at, strict=True)]
             if self.packs:
-                batch["packing"] = Packing.joined(rows)
+                batch["packing"] = Packing.joined(documents)
                 batch["packing"].mask  # noqa: B018 - made here, ahead of the step
+        batch["position_ids"] = join(at)
+        if self.joins_rows:
+            batch = {name: x[None] if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        if self.share.layout.cp_size > 1:
+            batch["shard"] = Shard(self.share.layout, self.share.cp_rank)
         return batch
 
-    def _documents(self, sample: dict[str, Any]) -> Packing:
-        if DOCUMENTS in sample:
-            return Packing.of_documents(sample[DOCUMENTS], len(sample["tokens"]))
-        return Packing.of_tokens(sample["tokens"], self.eod)
+    def _held(self, rows: int) -> list[list[range]]:
+        """For each row of a micro-batch, the positions of this rank's tokens in it."""
+        if not self.joins_rows:
+            return [self.share.positions(self.length)] * rows
+        whole = self.share.positions(rows * self.length)
+        starts = range(0, rows * self.length, self.length)
+        return [
+            [
+                range(part.start - start, part.stop - start, part.step)
+                for part, _ in (part_of(each, start, start + self.length) for each in whole)
+            ]
+            for start in starts
+        ]
+
+
+def _source(dataset: Any, number: int) -> tuple[Any, int]:
+    """The dataset that a sample comes from, and its number there."""
+    if not isinstance(dataset, BlendedDataset):
+        return dataset, number
+    return dataset.datasets[dataset.dataset_index[number]], int(dataset.dataset_sample_index[number])
+
+
+def _numbers(positions: Sequence[range]) -> torch.Tensor:
+    """(local tokens,) int64: ranges as numbers."""
+    parts = [torch.arange(each.start, each.stop, each.step) for each in positions]
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])

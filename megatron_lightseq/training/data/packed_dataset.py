@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,16 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.megatron.packing import Packing
 from megatron_lightseq.training.data.checked_dataset import CheckedGPTDatasetConfig
+from megatron_lightseq.training.data.rows import Row, Stretch, tokens_and_labels
 
 
 class PackedDataset(MegatronDataset):
     """Packs of a corpus, in another order in every epoch.
 
-    A sample has ``tokens``, ``labels``, ``position_ids`` (int64, (seq_length,)), ``loss_mask`` (fp32, (seq_length,))
-    and ``documents``, the lengths of its documents; what follows them is padding. The loss is that of answers, and of
-    the end of each: never of a prompt, of padding, or of another document's first token.
+    What follows the documents of a pack is padding. The loss is that of answers, and of the end of each: never of a
+    prompt, of padding, or of another document's first token.
     """
 
     config: CheckedGPTDatasetConfig
@@ -51,47 +53,72 @@ class PackedDataset(MegatronDataset):
     def __len__(self) -> int:
         return len(self.indices) if self.num_samples is None else int(self.num_samples)
 
+    def read(self, number: int, positions: Sequence[range]) -> Row:
+        """What a rank holds of a sample: its tokens at some positions, and what follows from them.
+
+        Raises:
+            DataError: the pack does not fit, or the rank's tokens have an id that the model does not know.
+        """
+        pack, stretches = self._pack(number)
+        tokens, labels = tokens_and_labels(self.dataset, stretches, positions, fill=self.config.tokenizer.eod)
+        self._check(pack, stretches, tokens, labels)
+        at = np.concatenate([np.arange(each.start, each.stop, each.step) for each in (range(0), *positions)])
+        return Row(tokens, labels, self._is_learned(stretches, at.astype(np.int64) + 1))
+
+    def documents(self, number: int) -> Packing:
+        """The documents of a sample, each of a prompt and an answer, and padding behind them."""
+        _, stretches = self._pack(number)
+        lengths = [one.length + two.length for one, two in zip(stretches[0::2], stretches[1::2], strict=True)]
+        return Packing.of_documents(lengths, self.config.sequence_length)
+
     def __getitem__(self, idx: int) -> dict[str, Any]:
-        epoch, at = divmod(idx, len(self.indices))
+        """A whole sample."""
+        length = self.config.sequence_length
+        row = self.read(idx, [range(length)])
+        return {
+            "tokens": torch.from_numpy(row.tokens),
+            "labels": torch.from_numpy(row.labels),
+            "loss_mask": torch.from_numpy(row.loss_mask),
+            "position_ids": torch.arange(length),
+        }
+
+    def _pack(self, number: int) -> tuple[int, list[Stretch]]:
+        """The pack of a sample: prompt, answer, prompt, answer, ..."""
+        epoch, at = divmod(number, len(self.indices))
         if self._order is None or self._order[0] != epoch:
             drawn = np.random.default_rng([self.config.random_seed, epoch]).permutation(len(self.indices))
             self._order = epoch, drawn
         pack = int(self.indices[self._order[1][at]])
-        first, end = self.dataset.document_indices[pack : pack + 2]
-        parts = [np.asarray(self.dataset.get(number)) for number in range(int(first), int(end))]
-        return self._sample(pack, parts)
+        first, end = self.dataset.document_indices[pack : pack + 2].tolist()
+        lengths = self.dataset.sequence_lengths
+        return pack, [Stretch(part, 0, int(lengths[part])) for part in range(first, end)]
 
-    def _sample(self, pack: int, parts: list[npt.NDArray[np.integer[Any]]]) -> dict[str, Any]:
-        """One pack, from prompt, answer, prompt, answer, ..."""
-        length, eod = self.config.sequence_length, self.config.tokenizer.eod
-        documents = [
-            len(prompt) + len(answer) for prompt, answer in zip(parts[0::2], parts[1::2], strict=True)
-        ]
-        text = np.concatenate(parts).astype(np.int64)
-        self._check(pack, text)
-        tokens = np.full(length + 1, eod, dtype=np.int64)
-        tokens[: len(text)] = text
-        answers = np.zeros(length + 1, dtype=np.float32)
-        starts = np.cumsum([0, *map(len, parts)])
-        for start, stop in zip(starts[1::2], starts[2::2], strict=True):
-            answers[start:stop] = 1
-        answers[np.cumsum([0, *documents])[:-1]] = 0  # nothing of the same document predicts its first token
-        return {
-            "tokens": torch.from_numpy(tokens[:-1]),
-            "labels": torch.from_numpy(tokens[1:]),
-            "loss_mask": torch.from_numpy(answers[1:]),
-            "position_ids": torch.arange(length),
-            "documents": documents,
-        }
+    def _is_learned(self, stretches: Sequence[Stretch], at: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """For labels at some positions of the text: 1 for answers, but not where a document begins."""
+        starts = np.cumsum([0, *(stretch.length for stretch in stretches)])
+        part = np.searchsorted(starts, at, side="right") - 1
+        in_answer = part % 2 == 1
+        # Nothing of the same document predicts its first token, which belongs to the answer if there is no prompt.
+        begins = at == starts[part - part % 2]
+        learned: npt.NDArray[np.float32] = (in_answer & ~begins).astype(np.float32)
+        return learned
 
-    def _check(self, pack: int, text: npt.NDArray[np.int64]) -> None:
+    def _check(
+        self,
+        pack: int,
+        stretches: Sequence[Stretch],
+        tokens: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+    ) -> None:
         limit, length = self.config.model_vocab_size, self.config.sequence_length
-        if 0 < len(text) <= length and 0 <= text.min() <= text.max() < limit:
+        total = sum(stretch.length for stretch in stretches)
+        ids = np.concatenate([tokens, labels])
+        if 0 < total <= length and (not len(ids) or 0 <= ids.min() <= ids.max() < limit):
             return
         raise DataError(
             explain(
-                got=f"pack {pack} of {self.dataset.path_prefix} has {len(text)} tokens with ids up to "
-                f"{text.max(initial=0)}",
+                got=f"pack {pack} of {self.dataset.path_prefix} has {total} tokens with ids up to "
+                f"{ids.max(initial=0)}",
                 rule=f"packs hold up to {length} tokens, whose ids are below the vocabulary's {limit}",
                 remedy="Prepare the corpus again with `lightseq prepare-data --pack`",
             )

@@ -169,6 +169,7 @@ def prepare(
             idx_bytes=file_of(staged, "idx").stat().st_size,
             pack_length=pack_length or 0,
             packs=0 if marks is None else len(marks) - 1,
+            end_tokens=int(written.frequency[tokenizer.eod]) if tokenizer.eod < len(written.frequency) else 0,
         )
         write_facts(file_of(staged, "json"), facts)
         _publish(staged, prefix)
