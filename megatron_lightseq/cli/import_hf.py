@@ -1,4 +1,4 @@
-"""`lightseq import-hf FOLDER --recipe out.yaml --save CHECKPOINTS`."""
+"""`lightseq import-hf MODEL --recipe out.yaml --save CHECKPOINTS`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "source",
         type=Path,
-        metavar="FOLDER",
-        help="folder with config.json and safetensors files, as save_pretrained writes it",
+        metavar="MODEL",
+        help="folder with config.json and safetensors files, as save_pretrained writes it, or a GGUF file (llama, "
+        "qwen2, qwen3, qwen3moe), whose weights are dequantised",
     )
     made.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="recipe to write (YAML)")
     made.add_argument(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.convert.gguf_files import GgufFile
 from megatron_lightseq.convert.mapping import TIED_OUTPUT, Mapped, check_source, map_entries
 from megatron_lightseq.convert.recipe import names_of, recipe_of, recipe_text
 from megatron_lightseq.convert.safetensors_files import HuggingFaceFolder
@@ -45,7 +46,7 @@ def import_hf(
     """Turn a Hugging Face model into a checkpoint and a recipe.
 
     Args:
-        source: a folder as ``save_pretrained`` writes it, or an opened source.
+        source: a folder as ``save_pretrained`` writes it, a GGUF file, or an opened source.
         save: folder of checkpoints to write; it must not hold any.
         recipe: YAML file to write; it loads the checkpoint.
         dtype: ``float32`` or ``bfloat16``, to convert to; default: as the files are.
@@ -56,7 +57,7 @@ def import_hf(
         UnsupportedError: a family, field or dtype that cannot be converted.
         CheckpointError: a file is missing, damaged or of another model; nothing half-written is left.
     """
-    opened = HuggingFaceFolder(source) if isinstance(source, Path) else source
+    opened = _opened(source) if isinstance(source, Path) else source
     _check_targets(save, recipe)
     config = recipe_of(opened.config, opened.origin, ignored_fields)
     vocab_size = config.data.vocab_size
@@ -71,6 +72,10 @@ def import_hf(
         config = with_values(config, bf16=wanted is torch.bfloat16)
         skeleton = skeleton_of(config, vocab_size)  # with the dtype that is now known
         return _write(opened, skeleton, mapped, config, save, recipe, wanted)
+
+
+def _opened(path: Path) -> Source:
+    return GgufFile(path) if path.is_file() or path.suffix == ".gguf" else HuggingFaceFolder(path)
 
 
 def _write(

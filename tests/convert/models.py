@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "mistral": ("mistral", {"sliding_window": 20, "head_dim": 8}),
     "mistral full": ("mistral", {"sliding_window": None, "head_dim": 8}),
+    "qwen2 full": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
@@ -100,10 +101,10 @@ def make(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **chang
     return model
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, **options: Any) -> Any:
     """A model that was saved."""
     load_saved = quiet_transformers().AutoModelForCausalLM.from_pretrained
-    return load_saved(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    return load_saved(folder, attn_implementation="eager", dtype=torch.float32, **options).eval()
 
 
 def logits_of(model: Any) -> torch.Tensor:
