@@ -23,7 +23,7 @@ from megatron_lightseq.errors import ConfigError, LayoutError, explain
 from megatron_lightseq.layout import LAYOUTS, SequenceLayout
 from megatron_lightseq.megatron.bounded_cache import BoundedCache
 from megatron_lightseq.megatron.core_attention import LightSeqCoreAttention
-from megatron_lightseq.megatron.fixes.apply import fix_gradients
+from megatron_lightseq.megatron.fixes.apply import fix_model
 from megatron_lightseq.megatron.multi_token import adopt_rolls
 from megatron_lightseq.megatron.packed import given_params, shard_of
 from megatron_lightseq.megatron.rope import adopt_rotary
@@ -173,7 +173,7 @@ def adopt_layout(
     them. Without context parallelism none of this changes anything.
 
     It also fixes gradients that Megatron computes incorrectly on several ranks:
-    :func:`megatron_lightseq.megatron.fixes.apply.fix_gradients`.
+    :func:`megatron_lightseq.megatron.fixes.apply.fix_model`.
 
     Args:
         model: the model, or its chunks on this pipeline rank.
@@ -205,7 +205,7 @@ def adopt_layout(
     for attention in attentions:
         attention.layout_adopted = True
     for chunk in chunks:
-        fix_gradients(chunk)
+        fix_model(chunk)
     return layout
 
 

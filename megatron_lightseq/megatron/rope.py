@@ -27,6 +27,15 @@ MAX_LENGTHS = 4
 """Sequence lengths whose angles a rotary module keeps, 4 bytes per local token and rotary dimension each."""
 
 
+def forget_angles() -> None:
+    """Empty the caches of Megatron's rotary modules.
+
+    They belong to the classes, so that they keep the modules of models that are gone, and their process groups.
+    """
+    for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
+        rotary.forward.cache_clear()
+
+
 class LayoutRotaryEmbedding(torch.nn.Module):
     """One of Megatron's rotary modules, with angles that follow a :class:`SequenceLayout`.
 

@@ -31,7 +31,7 @@ from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.batch import adopt_layout
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
-from megatron_lightseq.megatron.fixes.apply import fix_gradients
+from megatron_lightseq.megatron.fixes.apply import fix_model
 from megatron_lightseq.megatron.fixes.experts import with_invariant_experts
 from megatron_lightseq.megatron.fixes.torch_norms import extend_torch_norms
 from megatron_lightseq.megatron.seeded_init import NamedTransformerLayer, WeightNames
@@ -318,7 +318,7 @@ def _adopt_layout(config: PretrainConfig, models: list[GPTModel]) -> SequenceLay
     if config.context.cp_method != "megatron":
         return adopt_layout(models, packed=config.data.packed)
     for model in models:
-        fix_gradients(model)
+        fix_model(model)
     return SequenceLayout.zigzag(cp_size) if cp_size > 1 else SequenceLayout.contiguous(1)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -60,6 +61,9 @@ def _serve(pipe: Connection) -> None:
 def _free_groups() -> None:
     """Free destroyed groups that belong to cycles of garbage, such as models."""
     if _num_threads("self") > MAX_THREADS:
+        rope = sys.modules.get("megatron_lightseq.megatron.rope")
+        if rope is not None:
+            rope.forget_angles()
         gc.collect()
 
 

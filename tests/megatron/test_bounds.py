@@ -153,3 +153,34 @@ def _growth(steps: int) -> float:
 
 def test_training_steps_of_many_lengths_and_masks_do_not_grow() -> None:
     assert max(on_ranks(2, _growth, MANY)) <= 0.01
+
+
+def _threads_after_steps(experts: bool) -> list[int]:
+    """Of this rank: gloo's groups have three each."""
+    import gc
+    import os
+
+    import torch.distributed as dist
+
+    from megatron_lightseq.megatron.cpu import platform as cpu_platform
+    from megatron_lightseq.megatron.rope import forget_angles
+    from megatron_lightseq.tools.verify.parity import configure, run_step
+
+    if not torch.cuda.is_available():
+        cpu_platform.activate()
+    config = configure({"num_experts": 4, "moe_aux_loss_coeff": 0.1} if experts else {}, {})
+    counts = []
+    for _ in range(3):
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        run_step(config)
+        forget_angles()
+        gc.collect()
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_model_that_is_gone_leaves_no_groups(experts: bool) -> None:
+    ((first, second, third),) = on_ranks(1, _threads_after_steps, experts)
+    assert first == second == third

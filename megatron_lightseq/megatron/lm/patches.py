@@ -21,7 +21,7 @@ from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.megatron.batch import adopt_layout, shard_batch
 from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
-from megatron_lightseq.megatron.fixes.apply import fix_gradients
+from megatron_lightseq.megatron.fixes.apply import fix_model
 from megatron_lightseq.megatron.lm import cpu, patch_points
 from megatron_lightseq.megatron.lm.options import LmOptions, add_flags, options_from_flags
 from megatron_lightseq.megatron.lm.patch_points import PatchPoint, Replacements
@@ -233,7 +233,7 @@ class Patches:
         if attentions:
             adopt_layout(model)
         else:  # a pipeline stage that holds only the embedding or the output layer
-            fix_gradients(model)
+            fix_model(model)
 
     def _wrap_model(self, original: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(original)

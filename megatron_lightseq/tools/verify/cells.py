@@ -120,6 +120,7 @@ _EXPERTS = {
 _ALL_EXPERTS = {**_EXPERTS, "moe_router_topk": 4}
 _ONE_OF_FOUR = {**_EXPERTS, "moe_router_load_balancing_type": "seq_aux_loss", "moe_router_topk": 1}
 _BY_SEQUENCE = {**_EXPERTS, "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.5}
+_Z_LOSS = {**_EXPERTS, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.5}
 _TWO_SEQUENCES = {"micro_batch_size": 2}
 _SHARED_EXPERT = {**_EXPERTS, "moe_shared_expert_intermediate_size": 32}
 _EP2 = {"expert_model_parallel_size": 2}
@@ -226,6 +227,13 @@ CELLS: tuple[Cell, ...] = (
         "experts, loss by sequence, micro-batches of 2, cp2 lightseq",
         {**_TWO_SEQUENCES, **_cp(2, "lightseq")},
         _BY_SEQUENCE,
+    ),
+    _cell("experts, z-loss, cp2 lightseq", _cp(2, "lightseq"), _Z_LOSS),
+    _cell("experts, z-loss, tp2 sp ep2 cp2 ring", {**_TP2_SP, **_EP2, **_cp(2, "ring")}, _Z_LOSS),
+    _cell(
+        "experts, z-loss, loss averaged per micro-batch, pp2 cp2 lightseq",
+        {**_PP2, **_cp(2, "lightseq")},
+        {**_Z_LOSS, **_MEAN_PER_BATCH},
     ),
     _cell("shared expert tp2 sp ep2 cp2 lightseq", {**_TP2_SP, **_EP2, **_cp(2, "lightseq")}, _SHARED_EXPERT),
     *(_cell(f"latent cp2 {method}", _cp(2, method), LATENT) for method in _METHODS),

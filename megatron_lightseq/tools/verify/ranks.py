@@ -6,6 +6,7 @@ form a process group and dissolve it afterwards; the others wait for the next an
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import time
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
+from megatron_lightseq.megatron.rope import forget_angles
 from megatron_lightseq.tools.verify.cells import Cell, Tolerance, Values
 from megatron_lightseq.tools.verify.parity import (
     TrainedStep,
@@ -130,11 +132,18 @@ class Verification:
             return run_step(config, **more)
         finally:
             dist.destroy_process_group()
+            _free_groups()
 
     def _errors(self, index: int, cell: Cell) -> list[str]:
         """Errors that other ranks reported."""
         keys = [f"error {index} {rank}" for rank in range(1, cell.world_size)]
         return [self.store.get(key).decode() for key in keys if self.store.check([key])]
+
+
+def _free_groups() -> None:
+    """Free the model of a cell, whose objects refer to each other, and the threads of its process groups with it."""
+    forget_angles()
+    gc.collect()
 
 
 def _first_line(error: BaseException) -> str:
