@@ -73,10 +73,10 @@ def exit_statuses(words: list[str], folder: Path) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def be_busy() -> None:
-    """Never returns."""
-    while True:
-        sum(range(10_000))
+def be_busy(parent: int) -> None:
+    """Keep a core busy as long as the process ``parent`` lives."""
+    while os.getppid() == parent:
+        sum(range(100_000))
 
 
 def run_all(runs: int, folder: Path) -> Counter[tuple[str, int]]:
@@ -108,7 +108,7 @@ def main() -> int:
     import megatron_lightseq.training.loop  # noqa: F401 - imported once, before ranks are forked
 
     context = get_context("spawn")
-    busy = [context.Process(target=be_busy, daemon=True) for _ in range(options.busy)]
+    busy = [context.Process(target=be_busy, args=(os.getpid(),), daemon=True) for _ in range(options.busy)]
     for process in busy:
         process.start()
     began = time.monotonic()
