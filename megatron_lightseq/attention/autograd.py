@@ -24,7 +24,7 @@ class AttentionFunction(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         sink: Tensor | None,
-        kept: tuple[Tensor, Tensor] | None,
+        kept: tuple[Tensor, ...] | None,
         plan: Plan,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ class AttentionFunction(torch.autograd.Function):
         if kept is not None:
             out, lse = (result.view_as(result) for result in kept)
         else:
-            with _without_autocast(q.device):
+            with without_autocast(q.device):
                 out, lse = plan.run_forward(q, k, v, scale)
             plan.stats.forwards += 1
             if sink is not None:
@@ -47,7 +47,7 @@ class AttentionFunction(torch.autograd.Function):
     @torch.compiler.disable
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse, sink = ctx.saved_tensors
-        with _without_autocast(q.device):
+        with without_autocast(q.device):
             dq, dk, dv = ctx.plan.run_backward(dout.contiguous(), q, k, v, out, lse, ctx.scale)
         return dq, dk, dv, _sink_gradient(sink, dout, out, lse), None, None, None
 
@@ -73,7 +73,7 @@ class LearnedScale(torch.autograd.Function):
         return dq, gradient.reshape(ctx.shape).to(ctx.device, ctx.dtype), None
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Kernels choose their precision themselves: products in plain torch would be computed in autocast's dtype."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()

@@ -157,7 +157,7 @@ _RULES: tuple[tuple[str, Callable[[Tensor, Tensor, Tensor], bool]], ...] = (
 )
 
 
-def _check_kind(name: str, x: Tensor) -> None:
+def check_kind(name: str, x: Tensor) -> None:
     """Raise :class:`UnsupportedError` unless ``x`` is an ordinary tensor, with its values in memory on this rank."""
     if hasattr(x, "device_mesh"):
         kind, remedy = "a DTensor", f"Give this rank's shard, {name}.to_local()"
@@ -182,7 +182,7 @@ def _check_kind(name: str, x: Tensor) -> None:
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_kind(name, x)
+        check_kind(name, x)
     for rule, holds in _RULES:
         if not holds(q, k, v):
             shown = ", ".join(

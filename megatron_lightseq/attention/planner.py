@@ -72,9 +72,7 @@ class Planner:
         sizes = [pair.method(direction).ulysses_size(self.layout.cp_size) for direction in Direction]
         plan = [str(pair.schedule(direction)) for direction in Direction]
         texts = [*plan, f"heads over {sizes}", kernel.name, inputs.describe(), f"joined by {self.chunk}"]
-        settle = self.agreement.start(
-            "\n".join(texts), f"{_shortened(shown(mask))} mask, {inputs.describe()}"
-        )
+        settle = self.agreement.start("\n".join(texts), f"{shortened(shown(mask))} mask, {inputs.describe()}")
         forward, backward = (self._run(pair, direction, inputs, kernel) for direction in Direction)
         return Plan(forward, backward, self.runtime.stats), settle
 
@@ -185,6 +183,6 @@ def shown(mask: Masks) -> str:
     return str(mask) if isinstance(mask, Mask) else " | row: ".join(map(str, mask))
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """The text, or its beginning where it is long: masks name the borders of all documents."""
     return text if len(text) <= 60 else f"{text[:57]}..."

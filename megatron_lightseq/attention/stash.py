@@ -24,16 +24,21 @@ class AttentionStash:
     """
 
     def __init__(self) -> None:
-        self._kept: deque[tuple[Tensor, Tensor]] = deque()
+        self._kept: deque[tuple[Tensor, ...]] = deque()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def push(self, out: Tensor, lse: Tensor) -> None:
-        """Keep the result of a forward: out (S, B, H, Dv) and lse (B, H, S), detached from the graph."""
-        self._kept.append((out.detach(), lse.detach()))
+    def push(self, out: Tensor, *others: Tensor) -> None:
+        """Keep the result of a forward, detached from the graph.
 
-    def pop(self, q_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        Args:
+            out: (S, B, H, Dv).
+            others: what else its backward pass needs: lse (B, H, S), or what linear attention keeps.
+        """
+        self._kept.append(tuple(x.detach() for x in (out, *others)))
+
+    def pop(self, q_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Take the oldest result.
 
         Args:

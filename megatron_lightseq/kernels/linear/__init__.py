@@ -1,0 +1,1 @@
+"""Kernels of linear attention: each computes pieces of one rank's tokens, without communication."""
