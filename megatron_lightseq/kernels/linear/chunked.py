@@ -16,6 +16,7 @@ from megatron_lightseq.kernels.linear.blocks import (
 )
 from megatron_lightseq.kernels.linear.contract import Fold, Gradients, Part, StateMap, act, apply
 from megatron_lightseq.kernels.linear.specs import LINEAR_KERNELS
+from megatron_lightseq.kernels.registry import accumulator_dtype
 
 _Solved = tuple[Tensor, Tensor] | None
 
@@ -94,7 +95,7 @@ def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _gradient_blocks(dout: Tensor, part: Part) -> Tensor:
-    return blocks_of(dout, part.piece)
+    return blocks_of(dout.to(accumulator_dtype(part.v.dtype)), part.piece)
 
 
 def _effective(rows: QuerySide, side: KeySide) -> Tensor:

@@ -91,8 +91,9 @@ class Part:
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Part:
         """The same part of other inputs."""
-        settings = {"piece": self.piece, "scale": self.scale, "heads": self.heads}
-        return Part.of(tensors, documents=self.documents, **settings)
+        return Part.of(
+            tensors, piece=self.piece, scale=self.scale, documents=self.documents, heads=self.heads
+        )
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
