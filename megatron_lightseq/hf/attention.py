@@ -75,8 +75,9 @@ def lightseq_attention(
         query, key, value: (B, H, S, D), (B, G, S, D) and (B, G, S, Dv).
         attention_mask: None; masks are in the plan.
         scaling: factor of the scores; default 1 / sqrt(D).
-        dropout, softcap: not supported.
+        dropout: not supported.
         sliding_window: tokens that a query of this layer sees, itself among them.
+        softcap: bound of the scores (Gemma 2).
         s_aux: (H,), logits of sinks.
         is_causal: default that of the layer.
         lightseq: the plan of the batch.
@@ -91,19 +92,20 @@ def lightseq_attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _refuse(
-        {"softcap": softcap, "dropout": dropout or None, "attention_mask": attention_mask}
+        {"dropout": dropout or None, "attention_mask": attention_mask}
         | {"is_causal=False": None if causal else True}
         | {name: value for name, value in others.items() if name not in _HARMLESS and value is not False}
     )
     shard = _plan(lightseq, query, key)
     mask = shard.sequences.mask(sliding_window, _chunk_of(module))
+    attention = shard.attention(softcap)
     q, k, v = (x.permute(2, 0, 1, 3) for x in (query, key, value))
     run = current_run()
     if run is not None and run.replaying:
         kept = run.stash.pop(tuple(q.shape))
-        out = shard.attention.reattach(q, k, v, kept, scaling, s_aux, mask)
+        out = attention.reattach(q, k, v, kept, scaling, s_aux, mask)
     else:
-        out, lse = shard.attention.forward_with_lse(q, k, v, scaling, s_aux, mask)
+        out, lse = attention.forward_with_lse(q, k, v, scaling, s_aux, mask)
         if run is not None:
             run.stash.push(out, lse)
     return out.permute(1, 0, 2, 3).contiguous(), None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ PLAN = "lightseq"
 class Shard:
     """What the attention layers of a model must know about a batch that was cut."""
 
-    attention: DistAttention
+    attention: Callable[[float | None], DistAttention]
+    """The attention whose scores have a given softcap."""
     sequences: Sequences
     length: int
     """Tokens of this rank's shard of a sequence."""
@@ -85,10 +86,18 @@ class ContextParallel:
         self._multiple_of = math.lcm(self.layout.num_chunks, pad_to_multiple_of or 1)
         self.stats = AttentionStats()
         """Counts of forwards and bytes of all models that use this group."""
-        self._attention = DistAttention(
-            group, layout=self.layout, method=method, kernel=kernel, overlap=overlap, stats=self.stats
-        )
+        self._settings: dict[str, Any] = {"method": method, "kernel": kernel, "overlap": overlap}
+        self._attentions: dict[float | None, DistAttention] = {}
+        self.attention()  # refuses settings that do not fit together
         self._transport = connect(group) if group is not None and self.size > 1 and check_batches else None
+
+    def attention(self, softcap: float | None = None) -> DistAttention:
+        """The attention of all layers whose scores have this softcap (Gemma 2; None: no softcap); made once."""
+        if softcap not in self._attentions:
+            self._attentions[softcap] = DistAttention(
+                self.group, layout=self.layout, softcap=softcap, stats=self.stats, **self._settings
+            )
+        return self._attentions[softcap]
 
     def check(self, model: torch.nn.Module) -> None:
         """Refuse a model whose result would be another one with its sequence cut.
@@ -144,7 +153,7 @@ class ContextParallel:
         }
         if "shift_labels" in local:
             local["labels"] = local["shift_labels"]  # models compute a loss only where there are labels
-        shard = Shard(self._attention, sequences, local["position_ids"].shape[1])
+        shard = Shard(self.attention, sequences, local["position_ids"].shape[1])
         return {**sequences.others, **local, "use_cache": False, PLAN: shard}
 
     def num_targets(self, batch: Mapping[str, Any]) -> int:

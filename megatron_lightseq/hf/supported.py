@@ -123,11 +123,6 @@ def _growing_rope(model: Any, config: Any) -> str | None:
     return f"rope_type {', '.join(kinds)}" if kinds else None
 
 
-def _softcap(model: Any, config: Any) -> str | None:
-    cap = getattr(config, "attn_logit_softcapping", None)
-    return f"attn_logit_softcapping {cap}" if cap else None
-
-
 def _dropout(model: Any, config: Any) -> str | None:
     for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
         if getattr(config, name, 0):
@@ -154,11 +149,6 @@ _ALWAYS = (
         f"model.set_attn_implementation({IMPLEMENTATION!r})",
     ),
     Rule(_bidirectional, "attention is causal"),
-    Rule(
-        _softcap,
-        "no kernel here caps scores",
-        "Set attn_logit_softcapping=None if the model allows it, or train it without context parallelism",
-    ),
     Rule(
         _dropout,
         "no kernel here drops attention weights",

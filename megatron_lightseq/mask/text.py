@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_lightseq.errors import ConfigError, explain
@@ -20,6 +21,9 @@ _RUN = re.compile(r"(?P<first>\d+):(?:none|(?P<start>[^.]+)\.\.(?P<stop>[^.]+))"
 # --- writing -----------------------------------------------------------------------------------------------
 
 
+@lru_cache(
+    maxsize=16
+)  # plans of both directions name their mask, and those of many documents take milliseconds
 def written(terms: Terms, length: int | None, chunk: int | None) -> str:
     """The shortest known text for a mask."""
     if not terms:

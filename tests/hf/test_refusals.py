@@ -61,10 +61,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tiny.model("llama", "sdpa"),
         r"LlamaForCausalLM with attn_implementation='sdpa': .* ",
     ),
-    "softcap": (
-        lambda: tiny.model("gemma2", "lightseq", attn_logit_softcapping=50.0),
-        "attn_logit_softcapping 50.0: no kernel here caps scores. Set attn_logit_softcapping=None",
-    ),
     "dropout": (
         lambda: tiny.model("llama", "lightseq", attention_dropout=0.1),
         "attention_dropout 0.1: no kernel here drops",
@@ -105,10 +101,6 @@ REMEDIES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "implementation": (
         lambda: tiny.model("llama", "sdpa"),
         lambda model: model.set_attn_implementation("lightseq"),
-    ),
-    "softcap": (
-        lambda: tiny.model("gemma2", "lightseq", attn_logit_softcapping=50.0),
-        lambda model: setattr(model.config, "attn_logit_softcapping", None),
     ),
     "dropout": (
         lambda: tiny.model("llama", "lightseq", attention_dropout=0.1),
@@ -161,7 +153,6 @@ def test_a_batch_that_was_not_cut_is_refused_and_generation_has_a_remedy() -> No
 @pytest.mark.parametrize(
     ("others", "name"),
     [
-        ({"softcap": 30.0}, "softcap"),
         ({"dropout": 0.1}, "dropout"),
         ({"is_causal": False}, "is_causal=False"),
         ({"attention_mask": torch.ones(1, 1, 2, 2)}, "attention_mask"),

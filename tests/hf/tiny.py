@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {"head_dim": 24}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
-    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": WINDOW, "attn_logit_softcapping": None}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": WINDOW, "attn_logit_softcapping": 0.5}),
     "gemma3": (
         "Gemma3",
         {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
