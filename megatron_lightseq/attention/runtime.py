@@ -1,4 +1,4 @@
-"""The interpreter of programs: one loop for every method, both directions and every transport.
+"""The interpreter of schedules: one loop for every method, tiles and states, both directions and every transport.
 
 A step starts its transfers, runs its kernel calls while they travel, waits for them, and takes in what arrived. The
 program says which calls and transfers there are, a *pass* (forward or backward) says what a transfer carries and
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -18,7 +19,7 @@ from megatron_lightseq.attention.passes import Bundle, Pass
 from megatron_lightseq.attention.results import Shard, cut, results_of
 from megatron_lightseq.attention.stats import AttentionStats
 from megatron_lightseq.kernels.tile_mask import TileMask
-from megatron_lightseq.schedule import Payload, Program
+from megatron_lightseq.schedule import Direction, Payload, Program
 from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS
 from megatron_lightseq.schedule.program import OWN, Operand, ProgramStep, Span, Transfer
 from megatron_lightseq.transport import BufferPool, Message, Pending, Transport
@@ -53,9 +54,41 @@ class BoundProgram:
         return BoundProgram(replace(program, steps=tuple(steps)), tuple(masks))
 
 
+class Parcel(NamedTuple):
+    """One end of a transfer: the tensors that one message each carries."""
+
+    peer: int
+    tag: int
+    """Number of the transfer among those of an execution: equal at both ends and unique."""
+    what: str
+    """Describes it in error messages."""
+    bundle: Bundle
+
+
+class Steps(Protocol):
+    """One execution of a schedule on one rank: what it sends, receives and computes in each step."""
+
+    direction: Direction
+
+    def __len__(self) -> int:
+        """The number of steps."""
+
+    def outgoing(self, t: int) -> list[Parcel]:
+        """What is sent in step t."""
+
+    def incoming(self, t: int) -> list[Parcel]:
+        """Buffers for what is received in step t."""
+
+    def compute(self, t: int) -> None:
+        """What is computed in step t, while transfers travel."""
+
+    def take_in(self, t: int, outgoing: list[Parcel], incoming: list[Parcel]) -> None:
+        """Use what has arrived in step t, and free what has been sent."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Runtime:
-    """Runs programs: a rank's transport, receive buffers and counts."""
+    """Executes schedules: a rank's transport, receive buffers and counts."""
 
     transport: Transport | None
     """None for a single rank, which has nothing to transfer."""
@@ -70,44 +103,87 @@ class Runtime:
         Raises:
             TransportError: a transfer failed; the message names the peer, the payload and the step.
         """
-        _Execution(self, bound, data).run()
+        steps = _TileSteps(bound, data, self.buffers)
+        steps.begin()
+        self.execute(steps)
+        steps.end()
+
+    def execute(self, steps: Steps) -> None:
+        """The only loop over steps, of tiles and of states.
+
+        Raises:
+            TransportError: a transfer failed; the message names the peer, the payload and the step.
+        """
+        for t in range(len(steps)):
+            outgoing, incoming = steps.outgoing(t), steps.incoming(t)
+            pending = self._start(f"{steps.direction} step {t}", outgoing, incoming)
+            if not self.overlap:
+                self._wait(pending)
+            steps.compute(t)
+            if self.overlap:
+                self._wait(pending)
+            steps.take_in(t, outgoing, incoming)
+
+    def _start(self, where: str, outgoing: list[Parcel], incoming: list[Parcel]) -> Pending | None:
+        if not outgoing and not incoming:
+            return None
+        assert self.transport is not None, "a single rank has no transfers"
+        sends, receives = _messages(outgoing, where), _messages(incoming, where)
+        self.stats.bytes_sent += sum(message.tensor.nbytes for message in sends)
+        self.stats.bytes_received += sum(message.tensor.nbytes for message in receives)
+        return self.transport.start(sends, receives)
+
+    def _wait(self, pending: Pending | None) -> None:
+        if pending is None:
+            return
+        began = time.perf_counter()
+        pending.wait()
+        self.stats.exposed_seconds += time.perf_counter() - began
 
 
-class _Execution:
-    """One execution of one program: the loop, and the received inputs that are in use."""
+class _TileSteps:
+    """One execution of one program: the received inputs that are in use, and the results."""
 
-    def __init__(self, runtime: Runtime, bound: BoundProgram, data: Pass) -> None:
-        self._runtime = runtime
+    def __init__(self, bound: BoundProgram, data: Pass, buffers: BufferPool) -> None:
         self._bound = bound
-        self._dataflow = DATAFLOW[bound.program.direction]
-        self._shard = Shard(bound.program, data, runtime.buffers)
+        self.direction = bound.program.direction
+        self._dataflow = DATAFLOW[self.direction]
+        self._shard = Shard(bound.program, data, buffers)
         self._results = results_of(self._shard)
         self._received: dict[_Key, Bundle] = {}
 
-    def run(self) -> None:
+    def __len__(self) -> int:
+        return len(self._bound.program.steps)
+
+    def begin(self) -> None:
         self._results.begin()
-        for t, (step, masks) in enumerate(zip(self._bound.program.steps, self._bound.masks, strict=True)):
-            self._run_step(t, step, masks)
+
+    def end(self) -> None:
         self._results.end()
 
-    def _run_step(self, t: int, step: ProgramStep, masks: tuple[TileMask, ...]) -> None:
-        outgoing = [(transfer, self._outgoing(transfer)) for transfer in step.sends]
-        incoming = [(transfer, self._incoming(transfer)) for transfer in step.receives]
-        pending = self._start(t, outgoing, incoming)
-        if not self._runtime.overlap:
-            self._wait(pending)
-        for call, mask in zip(step.calls, masks, strict=True):
+    def outgoing(self, t: int) -> list[Parcel]:
+        return [_parcel(transfer, self._outgoing(transfer)) for transfer in self._step(t).sends]
+
+    def incoming(self, t: int) -> list[Parcel]:
+        return [_parcel(transfer, self._incoming(transfer)) for transfer in self._step(t).receives]
+
+    def compute(self, t: int) -> None:
+        for call, mask in zip(self._step(t).calls, self._bound.masks[t], strict=True):
             q_side = self._input(self._dataflow.q_input, call.q)
             self._results.compute(call, mask, q_side, self._input(self._dataflow.k_input, call.k))
-        if self._runtime.overlap:
-            self._wait(pending)
-        for transfer, bundle in incoming:
-            self._arrive(transfer, bundle)
-        for transfer, bundle in outgoing:
+
+    def take_in(self, t: int, outgoing: list[Parcel], incoming: list[Parcel]) -> None:
+        step = self._step(t)
+        for transfer, parcel in zip(step.receives, incoming, strict=True):
+            self._arrive(transfer, parcel.bundle)
+        for transfer, parcel in zip(step.sends, outgoing, strict=True):
             if transfer.payload in RESULTS:
-                self._shard.release(bundle)
+                self._shard.release(parcel.bundle)
         for key in step.last_uses:
             self._shard.release(self._received.pop(key))
+
+    def _step(self, t: int) -> ProgramStep:
+        return self._bound.program.steps[t]
 
     def _outgoing(self, transfer: Transfer) -> Bundle:
         if transfer.payload in RESULTS:
@@ -126,23 +202,6 @@ class _Execution:
         else:
             self._received[transfer.payload, transfer.span] = bundle
 
-    def _start(self, t: int, outgoing: list[_Parcel], incoming: list[_Parcel]) -> Pending | None:
-        if not outgoing and not incoming:
-            return None
-        assert self._runtime.transport is not None, "a single rank's program has no transfers"
-        where = f"{self._bound.program.direction} step {t}"
-        sends, receives = _messages(outgoing, where), _messages(incoming, where)
-        self._runtime.stats.bytes_sent += sum(message.tensor.nbytes for message in sends)
-        self._runtime.stats.bytes_received += sum(message.tensor.nbytes for message in receives)
-        return self._runtime.transport.start(sends, receives)
-
-    def _wait(self, pending: Pending | None) -> None:
-        if pending is None:
-            return
-        began = time.perf_counter()
-        pending.wait()
-        self._runtime.stats.exposed_seconds += time.perf_counter() - began
-
     def _input(self, payload: Payload, operand: Operand) -> Bundle:
         if operand.store is OWN:
             return self._shard.own(payload, operand.start, operand.stop)
@@ -150,18 +209,21 @@ class _Execution:
 
 
 _Key = tuple[Payload, Span]
-_Parcel = tuple[Transfer, Bundle]
 
 
-def _messages(parcels: list[_Parcel], where: str) -> list[Message]:
+def _parcel(transfer: Transfer, bundle: Bundle) -> Parcel:
+    return Parcel(transfer.peer, transfer.tag, str(transfer), bundle)
+
+
+def _messages(parcels: list[Parcel], where: str) -> list[Message]:
     """One message per tensor. Tokens are the last dimension of statistics, so parts of them are made contiguous."""
     return [
         Message(
-            peer=transfer.peer,
+            peer=parcel.peer,
             tensor=tensor.contiguous(),
-            tag=transfer.tag * _MAX_BUNDLE + index,
-            what=f"{transfer} ({where})",
+            tag=parcel.tag * _MAX_BUNDLE + index,
+            what=f"{parcel.what} ({where})",
         )
-        for transfer, bundle in parcels
-        for index, tensor in enumerate(bundle)
+        for parcel in parcels
+        for index, tensor in enumerate(parcel.bundle)
     ]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lightseq.cli.scans import TRANSITIONS, scan_text
 from megatron_lightseq.errors import ConfigError, explain
 from megatron_lightseq.layout import LAYOUTS, SequenceLayout
 from megatron_lightseq.mask import Mask
@@ -22,6 +23,7 @@ from megatron_lightseq.schedule import (
     resolve_method,
     simulate,
 )
+from megatron_lightseq.schedule.scan_place import SCANS
 from megatron_lightseq.tools.lengths import DISTRIBUTIONS, draw
 
 TOKENS_PER_RANK = 8192
@@ -32,6 +34,10 @@ def run(arguments: Sequence[str]) -> int:
     """Print a schedule and its figures; also draw it on request."""
     options = _parser().parse_args(arguments)
     _check(options)
+    if options.scan is not None:
+        mask, seq_length = _masked_sequence(options)
+        sys.stdout.write(scan_text(options, mask, seq_length))
+        return 0
     shape = TensorShape(
         num_heads=options.heads,
         num_query_groups=options.groups or options.heads,
@@ -134,9 +140,21 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(method_forms())}; auto ranks them all (default: lightseq)",
     )
     made.add_argument(
+        "--scan",
+        choices=("auto", *SCANS),
+        help="print how the states of linear attention travel, instead of tiles (m2: what chunk 2 does to a state, "
+        "s0-2: the state behind chunks 0 to 2, s0-1*m2: a fold of both); auto ranks all scans",
+    )
+    made.add_argument(
+        "--transition",
+        choices=tuple(TRANSITIONS),
+        default="matrix",
+        help="with --scan: what tokens multiply a state by (default: matrix, as the delta rule does)",
+    )
+    made.add_argument(
         "--network",
         default="nvlink+100gbps",
-        help=f"with --method auto: one of {', '.join(NETWORKS)}, or values such as link=450GB/s,latency=5us,"
+        help=f"with --method auto or --scan: one of {', '.join(NETWORKS)}, or values such as link=450GB/s,latency=5us,"
         "ranks_per_node=8,nic=50GB/s,nic_latency=10us (default: nvlink+100gbps)",
     )
     made.add_argument(

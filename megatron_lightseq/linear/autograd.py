@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megatron_lightseq.attention.autograd import without_autocast
 from megatron_lightseq.kernels.linear.contract import StateMap
-from megatron_lightseq.linear.exchange import follow, receive_state
+from megatron_lightseq.linear.exchange import ScanSteps, follow
 from megatron_lightseq.linear.plan import LinearPlan
 from megatron_lightseq.schedule import Direction
 
@@ -39,7 +40,7 @@ class LinearFunction(torch.autograd.Function):
         else:
             with without_autocast(q.device):
                 out, states, transitions = _run_forward(plan, tensors)
-            plan.stats.forwards += 1
+            plan.runtime.stats.forwards += 1
         ctx.save_for_backward(*tensors, states, transitions)
         ctx.plan = plan
         ctx.mark_non_differentiable(states, transitions)
@@ -57,23 +58,41 @@ class LinearFunction(torch.autograd.Function):
 
 def _run_forward(plan: LinearPlan, tensors: tuple[Tensor | None, ...]) -> Kept:
     kernel, parts = plan.kernel, [(at, plan.part(tensors, *at)) for at in plan.parts]
-    done: list[tuple[StateMap, Any]] = []
+    summaries: dict[int, tuple[StateMap, Any]] = {}
+    inner: dict[int, Any] = {}
 
-    def summaries() -> list[StateMap]:
-        done.extend(kernel.summarise(part) for _, part in parts)
-        return [summary for summary, _ in done]
+    def summarise(index: int) -> StateMap:
+        if index not in summaries:
+            summaries[index] = kernel.summarise(parts[index][1])
+        return summaries[index][0]
 
-    state = receive_state(plan, Direction.FORWARD, summaries)
-    first = parts[0][1].v
+    def compute_inner(index: int) -> Any:
+        summarise(index)
+        return kernel.inner(parts[index][1], summaries[index][1])
+
+    def meanwhile() -> None:
+        inner.update((index, compute_inner(index)) for index in range(len(parts))[:PARTS_AHEAD])
+
+    steps = ScanSteps(plan, Direction.FORWARD, lambda: _joined(map(summarise, range(len(parts)))), meanwhile)
+    plan.runtime.execute(steps)
+    state, first = steps.result, parts[0][1].v
     out = first.new_empty(*plan.inputs.q_shape[:2], plan.inputs.heads, first.shape[3])
     states, transitions = [], []
     for index, ((start, stop, _), part) in enumerate(parts):
-        summary, kept = done[index] if done else kernel.summarise(part)
-        entering, state = follow(summary, state, Direction.FORWARD)
-        out[start:stop] = kernel.outer(part, kernel.inner(part, kept), entering)
+        entering, state = follow(summarise(index), state, Direction.FORWARD)
+        ready = inner.pop(index) if index in inner else compute_inner(index)
+        out[start:stop] = kernel.outer(part, ready, entering)
         states.append(entering)
-        transitions.append(summary.transition)
+        transitions.append(summaries.pop(index)[0].transition)
     return out, torch.cat(states), torch.cat(transitions)
+
+
+PARTS_AHEAD = 4
+"""Parts of about 1024 tokens that are computed while states travel: more would be memory that grows with the shard."""
+
+
+def _joined(maps: Iterable[StateMap]) -> StateMap:
+    return StateMap(*(torch.cat(parts) for parts in zip(*maps, strict=True)))
 
 
 def _run_backward(
@@ -82,20 +101,27 @@ def _run_backward(
     kernel, parts = plan.kernel, [(at, plan.part(tensors, *at)) for at in plan.parts]
     sizes = [part.pieces for _, part in parts]
     entering, maps = states.split(sizes), transitions.split(sizes)
+    gradient: Tensor | None = None
 
-    def summaries() -> list[StateMap]:
-        gives = (kernel.summarise_backward(part, dout[start:stop]) for (start, stop, _), part in parts)
-        return [StateMap(*pair) for pair in zip(maps, gives, strict=True)]
+    def own() -> StateMap:
+        gives = [kernel.summarise_backward(part, dout[start:stop]) for (start, stop, _), part in parts]
+        return StateMap(transitions, torch.cat(gives))
 
-    gradient = receive_state(plan, Direction.BACKWARD, summaries)
+    def arrived() -> Tensor:
+        """Called by the last part's kernel, behind all of its work that needs no gradient from other ranks."""
+        steps = ScanSteps(plan, Direction.BACKWARD, own)
+        plan.runtime.execute(steps)
+        return steps.result
+
     found = [None if x is None else torch.empty_like(x) for x in tensors]
     for index in reversed(range(len(parts))):
         (start, stop, _), part = parts[index]
 
         def fold(gives: Tensor, transition: Tensor = maps[index]) -> Tensor:
             nonlocal gradient
-            behind, gradient = follow(StateMap(transition, gives), gradient, Direction.BACKWARD)
-            return behind
+            behind = arrived() if gradient is None else gradient
+            reached, gradient = follow(StateMap(transition, gives), behind, Direction.BACKWARD)
+            return reached
 
         gradients = kernel.backward(part, dout[start:stop], entering[index], fold)
         for whole, grad in zip(found, gradients, strict=True):

@@ -16,15 +16,22 @@ from torch import Tensor
 from megatron_lightseq.attention.agreement import Agreement
 from megatron_lightseq.attention.inputs import MaskArgument, Masks, autocast_inputs, masks_of
 from megatron_lightseq.attention.planner import shortened, shown
+from megatron_lightseq.attention.runtime import Runtime
 from megatron_lightseq.attention.stats import AttentionStats
 from megatron_lightseq.kernels.linear.contract import LinearKernel, Part
 from megatron_lightseq.kernels.linear.registry import resolve_linear_kernel
+from megatron_lightseq.kernels.specs import AUTO
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.linear.autograd import Kept, LinearFunction
-from megatron_lightseq.linear.inputs import LinearInputs, checked_scale, contiguous_layout
+from megatron_lightseq.linear.grid import grid_piece, parts_of, pieces_of
+from megatron_lightseq.linear.inputs import LinearInputs, checked_scale, checked_scan, contiguous_layout
 from megatron_lightseq.linear.plan import LinearPlan
-from megatron_lightseq.linear.visible import packings_of
+from megatron_lightseq.linear.visible import common_documents, packings_of
 from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule import Direction, Network
+from megatron_lightseq.schedule.scan import Scan
+from megatron_lightseq.schedule.scan_choose import rank_scans
+from megatron_lightseq.schedule.scan_place import build_scan
 from megatron_lightseq.transport import connect
 from megatron_lightseq.transport.group import Group, rank_in, size_of
 
@@ -50,7 +57,10 @@ def dist_linear_attention(
     mask: MaskArgument | None = None,
     scale: float | None = None,
     normalize: bool = False,
+    scan: str = "ring",
+    invariant: bool = True,
     kernel: str | LinearKernel = "auto",
+    overlap: bool = True,
 ) -> Tensor:
     """Causal linear attention over a sequence that is cut over the ranks of ``group``.
 
@@ -68,7 +78,7 @@ def dist_linear_attention(
     Collective: as for :func:`megatron_lightseq.dist_attention`.
 
     Output and input gradients are the same bits for every number of ranks whose shards are whole pieces of a grid that
-    depends on the sequence's length alone (linear/grid.py), with kernels ``torch`` and ``reference``.
+    depends on the sequence's length alone (linear/grid.py), and for every scan.
 
     Args:
         q: (S, B, H, K), this rank's queries; fp32, bf16, fp16 or fp64.
@@ -84,8 +94,13 @@ def dist_linear_attention(
         scale: positive factor of the output; default K ** -0.5.
         normalize: divide by the sum of the weights scale * (q_i . k_j), as linear attention with positive feature maps
             does.
+        scan: how states travel: a name in ``schedule.scan_place.SCANS``, or ``auto`` for the one that is predicted to
+            be the fastest. ``ring`` sends the fewest bytes: one state to the next rank.
+        invariant: False to let other scans than the ring send one map for a whole shard in place of one for each of
+            its pieces: fewer bytes, and bits that depend on the number of ranks and the scan.
         kernel: one of ``kernels.linear.specs.linear_kernel_names()``, or a LinearKernel; ``auto`` is the first that
             supports the inputs.
+        overlap: compute what needs no state while states travel.
 
     Under ``torch.autocast``, q, k and v are cast to its dtype first. States and gates are computed in fp32, or in fp64
     for fp64 inputs.
@@ -100,12 +115,19 @@ def dist_linear_attention(
         TransportError: the ranks disagree, or a peer was lost or did not make the same calls.
     """
     gates: dict[str, Any] = {"log_decay": log_decay, "beta": beta, "mask": mask, "scale": scale}
+    settings: dict[str, Any] = {
+        "layout": layout,
+        "normalize": normalize,
+        "scan": scan,
+        "invariant": invariant,
+    }
+    settings |= {"kernel": kernel, "overlap": overlap}
     if group is None:
-        return DistLinearAttention(None, layout=layout, kernel=kernel, normalize=normalize)(q, k, v, **gates)
+        return DistLinearAttention(None, **settings)(q, k, v, **gates)
     known = _ATTENTIONS.setdefault(group, {})
-    key = (layout, kernel, normalize)
+    key = tuple(settings.values())
     if key not in known:
-        known[key] = DistLinearAttention(group, layout=layout, kernel=kernel, normalize=normalize)
+        known[key] = DistLinearAttention(group, **settings)
     return known[key](q, k, v, **gates)
 
 
@@ -122,21 +144,29 @@ class DistLinearAttention:
         layout: str | SequenceLayout = "contiguous",
         mask: MaskArgument | None = None,
         normalize: bool = False,
+        scan: str = "ring",
+        invariant: bool = True,
         kernel: str | LinearKernel = "auto",
+        overlap: bool = True,
         stats: AttentionStats | None = None,
+        network: Network | None = None,
     ) -> None:
-        """Arguments as for :func:`dist_linear_attention`, and one more.
+        """Arguments as for :func:`dist_linear_attention`, and two more.
 
         Args:
             stats: where to count; default a new one.
+            network: what ``scan="auto"`` predicts with, and what says how many ranks a node has; default NVLink within
+                nodes of 8 and 100 Gbps between them.
         """
         size = size_of(group)
         self.layout = contiguous_layout(layout, size)
         self.mask: MaskArgument = Mask.causal() if mask is None else mask
         self.stats = AttentionStats() if stats is None else stats
         self._rank, self._normalize, self._kernel = rank_in(group), normalize, kernel
-        self._transport = connect(group) if group is not None and size > 1 else None
-        self._agreement = Agreement(self._transport, f"linear attention on {self.layout}")
+        self._scan, self._invariant, self._network = checked_scan(scan), invariant, network
+        transport = connect(group) if group is not None and size > 1 else None
+        self._runtime = Runtime(transport=transport, overlap=overlap, stats=self.stats)
+        self._agreement = Agreement(transport, f"linear attention on {self.layout}, scan {scan}")
         self._plans: OrderedDict[Any, LinearPlan] = OrderedDict()
 
     def __call__(
@@ -237,19 +267,42 @@ class DistLinearAttention:
 
     def _planned(self, inputs: LinearInputs, masks: Masks, scale: float, kernel: LinearKernel) -> LinearPlan:
         """A new plan, compared with those of the other ranks."""
-        packings = packings_of(masks, inputs.q_shape[0] * self.layout.cp_size)
+        seq_length = inputs.q_shape[0] * self.layout.cp_size
+        self.layout.check_length(seq_length)
+        packings = packings_of(masks, seq_length)
+        scans = self._scans(inputs, common_documents(packings), seq_length)
         facts = f"{inputs.describe()}, scale {scale!r}, kernel {kernel.name}"
-        self._agreement.check(f"{facts}, {shown(masks)}", f"{shortened(shown(masks))} mask, {facts}")
+        texts = [facts, shown(masks), *map(str, scans.values()), f"invariant {self._invariant}"]
+        self._agreement.check("\n".join(texts), f"{shortened(shown(masks))} mask, {facts}")
         return LinearPlan.of(
             inputs,
             scale=scale,
             rank=self._rank,
-            layout=self.layout,
             packings=packings,
+            scans=scans,
             kernel=kernel,
-            transport=self._transport,
-            stats=self.stats,
+            runtime=self._runtime,
+            invariant=self._invariant,
         )
+
+    def _scans(self, inputs: LinearInputs, mask: Mask, seq_length: int) -> dict[Direction, Scan]:
+        """The scans of both directions, for documents that all rows have in common."""
+        method = self._scan
+        if method == AUTO:
+            pieces = pieces_of(parts_of(inputs.q_shape[0], grid_piece(seq_length)))
+            shape = inputs.state_shape(pieces if self._invariant else None)
+            method = rank_scans(self.layout, mask, seq_length, shape, self._network)[0][1]
+        return {
+            direction: build_scan(
+                method,
+                self.layout,
+                mask=mask,
+                direction=direction,
+                seq_length=seq_length,
+                network=self._network,
+            )
+            for direction in Direction
+        }
 
 
 def _normalised(out: Tensor) -> Tensor:

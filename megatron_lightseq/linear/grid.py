@@ -6,6 +6,8 @@ ranks whose shards are whole pieces. Standard library only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 LONGEST_PIECE = 512
 """Tokens. A state is kept for each piece: fewer tokens take more memory, and more tokens make fewer pieces to share."""
 _SHORTEST_PIECE = 32
@@ -43,3 +45,8 @@ def parts_of(shard_length: int, piece: int, longest: int = 2 * LONGEST_PIECE) ->
     step = max(1, longest // piece) * piece
     parts = [(start, min(start + step, whole), piece) for start in range(0, whole, step)]
     return parts + ([(whole, shard_length, shard_length - whole)] if whole < shard_length else [])
+
+
+def pieces_of(parts: Iterable[tuple[int, int, int]]) -> int:
+    """How many pieces parts are made of."""
+    return sum((stop - start) // piece for start, stop, piece in parts)

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from megatron_lightseq.attention.inputs import check_kind
 from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError, explain
+from megatron_lightseq.kernels.registry import accumulator_dtype
+from megatron_lightseq.kernels.specs import AUTO
 from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.schedule.scan_choose import StateShape
+from megatron_lightseq.schedule.scan_place import SCANS
 
 _REMEDY = (
     "Give local shards: q (S, B, H, K), k (S, B, G, K), v (S, B, G, V), log_decay (S, B, H) or (S, B, H, K), "
@@ -64,6 +68,32 @@ class LinearInputs:
     def heads(self) -> int:
         """H: of the output and of the states."""
         return max(self._shape(i)[2] for i in range(3))
+
+    @property
+    def transition(self) -> tuple[int, int]:
+        """The last dimensions of what a run of tokens multiplies a state by: a number, a diagonal or a matrix."""
+        key_dim, log_decay = self.q_shape[3], self.shapes[3]
+        if self.shapes[4] is not None:
+            return key_dim, key_dim
+        return (key_dim if log_decay is not None and len(log_decay) == 4 else 1), 1
+
+    def state_shape(self, pieces: int | None) -> StateShape:
+        """The shape in the form that scans use.
+
+        Args:
+            pieces: maps that the map of one rank is made of; None if it is one.
+        """
+        dtype = self.dtypes[2]
+        assert dtype is not None, "v has a dtype"
+        return StateShape(
+            batch=self.q_shape[1],
+            heads=self.heads,
+            key_dim=self.q_shape[3],
+            value_dim=self.v_shape[3],
+            transition=None if self.shapes[4] is not None else self.transition[0],
+            pieces=pieces,
+            element_bytes=accumulator_dtype(dtype).itemsize,
+        )
 
     def _shape(self, index: int) -> tuple[int, ...]:
         shape = self.shapes[index]
@@ -141,6 +171,23 @@ def checked_scale(scale: float | None, key_dim: int) -> float:
             )
         )
     return value
+
+
+def checked_scan(scan: str) -> str:
+    """The name of a scan, or ``auto``.
+
+    Raises:
+        UnsupportedError: there is no such scan.
+    """
+    if scan not in (AUTO, *SCANS):
+        raise UnsupportedError(
+            explain(
+                got=f"scan {scan!r}",
+                rule=f"states travel by one of {', '.join(SCANS)}, or by the fastest of them, {AUTO}",
+                remedy="Choose one of these names",
+            )
+        )
+    return scan
 
 
 def contiguous_layout(layout: str | SequenceLayout, size: int) -> SequenceLayout:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_lightseq.attention.stats import AttentionStats
+from megatron_lightseq.attention.runtime import Runtime
 from megatron_lightseq.kernels.linear.contract import Documents, LinearKernel, Part
 from megatron_lightseq.kernels.registry import accumulator_dtype
-from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.linear.grid import grid_piece, parts_of
+from megatron_lightseq.linear.grid import grid_piece, parts_of, pieces_of
 from megatron_lightseq.linear.inputs import LinearInputs
 from megatron_lightseq.linear.visible import Packing, documents_of
-from megatron_lightseq.transport import Transport
+from megatron_lightseq.schedule import Direction
+from megatron_lightseq.schedule.scan import Scan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,15 +26,16 @@ class LinearPlan:
     inputs: LinearInputs
     scale: float
     kernel: LinearKernel
-    transport: Transport | None
-    """None for a single rank."""
-    stats: AttentionStats
+    runtime: Runtime
+    """Executes the scans over the group."""
+    scans: Mapping[Direction, Scan]
+    """How states, and their gradients, go from rank to rank."""
+    invariant: bool
+    """Whether the maps of pieces travel one by one, so that every scan gives the same bits."""
     documents: Documents | None
     """Of the rank's tokens; None for one document."""
     parts: tuple[tuple[int, int, int], ...]
     """(start, stop, tokens of a piece), as of :func:`.grid.parts_of`."""
-    crossed: tuple[bool, ...]
-    """Whether a document goes on behind each border: ``crossed[r]`` before the first token of rank r."""
 
     @staticmethod
     def of(
@@ -42,39 +43,38 @@ class LinearPlan:
         *,
         scale: float,
         rank: int,
-        layout: SequenceLayout,
         packings: Sequence[Packing],
+        scans: Mapping[Direction, Scan],
         kernel: LinearKernel,
-        transport: Transport | None,
-        stats: AttentionStats,
+        runtime: Runtime,
+        invariant: bool,
     ) -> LinearPlan:
         """The plan of one rank.
 
         Args:
             inputs: their facts.
-            scale: factor of the output.
             rank: its number in the group.
-            layout: contiguous, over the group.
             packings: the documents of each row, or of all rows.
-            kernel: computes the parts.
-            transport: connects the group.
-            stats: where to count.
+            scale, scans, kernel, runtime, invariant: as in the attributes.
         """
-        tokens, size = inputs.q_shape[0], layout.cp_size
-        seq_length = tokens * size
+        tokens = inputs.q_shape[0]
+        seq_length = scans[Direction.FORWARD].seq_length
         positions = range(rank * tokens, (rank + 1) * tokens)
-        borders = [at * tokens for at in range(size)]
         return LinearPlan(
             rank=rank,
             inputs=inputs,
             scale=scale,
             kernel=kernel,
-            transport=transport,
-            stats=stats,
+            runtime=runtime,
+            scans=scans,
+            invariant=invariant,
             documents=documents_of(packings, positions, inputs.device),
             parts=tuple(parts_of(tokens, grid_piece(seq_length))),
-            crossed=tuple(any(packing.start(at) < at for packing in packings) for at in borders),
         )
+
+    def maps_of(self, chunks: int) -> int:
+        """The maps that the MAP of a run of ranks' chunks is made of."""
+        return pieces_of(self.parts) * chunks if self.invariant else 1
 
     def part(self, tensors: Sequence[Tensor | None], start: int, stop: int, piece: int) -> Part:
         """Some tokens of q, k, v, log_decay and beta."""

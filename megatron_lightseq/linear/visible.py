@@ -96,6 +96,12 @@ def packings_of(masks: Masks, seq_length: int) -> tuple[Packing, ...]:
     return tuple(Packing.of(mask, seq_length) for mask in rows)
 
 
+def common_documents(packings: Sequence[Packing]) -> Mask:
+    """Documents that begin in every row: a state crosses every other border in one row at least."""
+    borders = set(packings[0].borders).intersection(*(packing.borders for packing in packings[1:]))
+    return Mask.causal() if len(borders) == 2 else Mask.documents(sorted(borders))
+
+
 def documents_of(packings: Sequence[Packing], positions: range, device: torch.device) -> Documents | None:
     """The documents of a shard's tokens; None if every row is one document."""
     if all(packing.is_plain for packing in packings):

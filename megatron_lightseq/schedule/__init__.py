@@ -20,6 +20,9 @@ from megatron_lightseq.schedule.network import NETWORKS, Device, Network
 from megatron_lightseq.schedule.pair import SchedulePair
 from megatron_lightseq.schedule.problem import Problem
 from megatron_lightseq.schedule.program import Program, compile_program
+from megatron_lightseq.schedule.scan import Scan
+from megatron_lightseq.schedule.scan_choose import StateShape, rank_scans, simulate_scan
+from megatron_lightseq.schedule.scan_place import SCANS, build_scan
 from megatron_lightseq.schedule.schedule import Schedule
 from megatron_lightseq.schedule.shape import TensorShape
 from megatron_lightseq.schedule.simulate import Costs, Simulation, simulate
@@ -27,6 +30,7 @@ from megatron_lightseq.schedule.simulate import Costs, Simulation, simulate
 __all__ = [
     "METHODS",
     "NETWORKS",
+    "SCANS",
     "Choice",
     "Chooser",
     "Costs",
@@ -39,24 +43,29 @@ __all__ = [
     "Placement",
     "Problem",
     "Program",
+    "Scan",
     "Schedule",
     "SchedulePair",
     "Simulation",
     "SizedForm",
+    "StateShape",
     "Step",
     "TensorShape",
     "Tile",
     "build",
+    "build_scan",
     "compile_program",
     "default_layouts",
     "mesh",
     "method_forms",
     "method_names",
     "rank_methods",
+    "rank_scans",
     "reason",
     "register",
     "resolve_method",
     "simulate",
+    "simulate_scan",
     "solve",
     "usp",
 ]

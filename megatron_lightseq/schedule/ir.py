@@ -36,6 +36,10 @@ class Payload(StrEnum):
     """Backward result: gradient of the queries, sent to their owner and added there."""
     DKV = "dkv"
     """Backward result: gradient of keys and values, sent to their owner and added there."""
+    MAP = "m"
+    """Of linear attention: what a run of chunks does to any state that enters it (:mod:`schedule.scan`)."""
+    STATE = "s"
+    """Of linear attention: the state behind a run of chunks in which a document begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,9 @@ DATAFLOW = {
     Direction.BACKWARD: Dataflow(Payload.QDO, Payload.KV, Payload.DQ, Payload.DKV),
 }
 RESULTS = frozenset({Payload.OUT, Payload.DQ, Payload.DKV})
+OF_STATES = frozenset({Payload.MAP, Payload.STATE})
+"""Payloads of scans; the others are made of tokens."""
+OF_TOKENS = tuple(payload for payload in Payload if payload not in OF_STATES)
 
 
 class Tile(NamedTuple):
@@ -127,3 +134,56 @@ class Step:
 
 Placement = list[list[list[Tile]]]
 """``placement[step][rank]`` are the tiles that the rank computes at that step. The placement IS the algorithm."""
+
+
+class Item(NamedTuple):
+    """What a rank knows of a run of chunks, in linear attention: its MAP, or the STATE behind it.
+
+    Text form: ``m2``, or with the first and last of several chunks ``s0-3``.
+    """
+
+    payload: Payload
+    chunk: int
+    chunks: int = 1
+    """Number of adjacent chunks."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last chunk."""
+        return self.chunk + self.chunks
+
+    def __str__(self) -> str:
+        return f"{self.payload}{chunks_text(self.chunk, self.chunks)}"
+
+
+class Fold(NamedTuple):
+    """A rank joins what it knows of two adjacent runs. Text form: ``s0-1*m2``.
+
+    ``earlier`` is the one that a state reaches first, which in the backward direction is the one behind. The result is
+    of the kind of ``earlier``, over both runs.
+    """
+
+    earlier: Item
+    later: Item
+
+    @property
+    def result(self) -> Item:
+        """What the rank knows afterwards."""
+        first = min(self.earlier.chunk, self.later.chunk)
+        return Item(self.earlier.payload, first, self.earlier.chunks + self.later.chunks)
+
+    def __str__(self) -> str:
+        return f"{self.earlier}*{self.later}"
+
+
+@dataclass(frozen=True, slots=True)
+class ScanStep:
+    """``folds[rank]`` are computed, in order, while ``moves`` travel; what arrives can be used in the next step."""
+
+    folds: tuple[tuple[Fold, ...], ...]
+    moves: tuple[Move, ...] = ()
+
+
+def item_of(move: Move) -> Item:
+    """What a move of a scan carries."""
+    return Item(move.payload, move.chunk, move.chunks)

@@ -11,7 +11,7 @@ from functools import cached_property
 from megatron_lightseq.errors import ScheduleError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
-from megatron_lightseq.schedule.ir import Direction, Move, Payload, Step, Tile
+from megatron_lightseq.schedule.ir import OF_TOKENS, Direction, Move, Payload, Step, Tile
 from megatron_lightseq.schedule.problem import TileAreas, areas_of, work_of
 from megatron_lightseq.schedule.validate import find_fault
 
@@ -19,7 +19,7 @@ _HEADER = re.compile(
     r"(?P<method>\S+) (?P<direction>forward|backward) (?P<layout>\S+) (?P<mask>\S+) (?P<seq_length>\d+) tokens"
 )
 _TILE = re.compile(r"q(\d+)(?:-(\d+))?k(\d+)(?:-(\d+))?")
-_MOVE = re.compile(rf"({'|'.join(Payload)})(\d+)(?:-(\d+))?:(\d+)>(\d+)")
+_MOVE = re.compile(rf"({'|'.join(OF_TOKENS)})(\d+)(?:-(\d+))?:(\d+)>(\d+)")
 _CELL = rf"(-|{_TILE.pattern}(\+{_TILE.pattern})*)"
 _STEP = re.compile(rf"step (?P<number>\d+) *\|(?P<tiles>( +{_CELL})+) *\|(?P<moves>( {_MOVE.pattern})*)")
 

@@ -7,10 +7,11 @@ long the transfers of a step take is computed in network.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megatron_lightseq.schedule.ir import Payload, Step
+from megatron_lightseq.schedule.ir import OF_TOKENS, Payload, Step
 from megatron_lightseq.schedule.network import Network, transfer_times
 from megatron_lightseq.schedule.problem import TileAreas
 from megatron_lightseq.schedule.schedule import Schedule
@@ -109,17 +110,42 @@ def simulate(
     costs, shape = costs or Costs(), shape or TensorShape()
     size = profile.cp_size
     pair_s = costs.seconds_per_pair if costs.seconds_per_pair is not None else 1.0 / profile.shard_length**2
-    per_token = {payload: shape.bytes_per_token(payload) for payload in Payload}
+    per_token = {payload: shape.bytes_per_token(payload) for payload in OF_TOKENS}
+    moments = (
+        Moment(
+            tuple(count * pair_s for count in pairs),
+            tuple((src, dst, tokens * per_token[payload]) for payload, src, dst, tokens in transfers),
+        )
+        for pairs, transfers in profile.steps
+    )
+    return play(moments, size, costs.network, costs.overlap)
 
+
+class Moment(NamedTuple):
+    """One step, in seconds and bytes."""
+
+    work_s: tuple[float, ...]
+    """By rank."""
+    messages: tuple[tuple[int, int, int], ...]
+    """(source, destination, bytes)."""
+
+
+def play(moments: Iterable[Moment], size: int, network: Network | None, overlap: bool = True) -> Simulation:
+    """The clock of every prediction: a rank begins a step when it finished the one before, and has what was sent to it.
+
+    Args:
+        moments: the steps.
+        size: ranks.
+        network: what messages travel over; None if they are free.
+        overlap: whether messages travel while the ranks work.
+    """
     clock, compute = [0.0] * size, [0.0] * size
     sent, received = [0] * size, [0] * size
     rows = []
-    for pairs, transfers in profile.steps:
-        work = [count * pair_s for count in pairs]
+    for work, messages in moments:
         computed = [start + seconds for start, seconds in zip(clock, work, strict=True)]
-        messages = [(src, dst, tokens * per_token[payload]) for payload, src, dst, tokens in transfers]
-        ready = clock if costs.overlap else computed
-        arrived = transfer_times(messages, ready, costs.network) if costs.network else list(ready)
+        ready = clock if overlap else computed
+        arrived = transfer_times(messages, ready, network) if network else list(ready)
         rows.append(tuple(zip(clock, computed, arrived, strict=True)))
         for src, dst, num_bytes in messages:
             sent[src] += num_bytes

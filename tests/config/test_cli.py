@@ -17,6 +17,7 @@ from megatron_lightseq.cli import COMMANDS, run
 from megatron_lightseq.cli.doctor import EXTRAS, REQUIRED, Finding, examine, probed
 from megatron_lightseq.errors import CheckpointError, ConfigError
 from megatron_lightseq.schedule import Schedule
+from megatron_lightseq.schedule.scan import Scan
 
 HEAVY = "{'torch', 'numpy', 'megatron', 'jsonargparse', 'rich', 'matplotlib'}"
 
@@ -301,3 +302,17 @@ def test_a_probe_that_raises_becomes_a_problem() -> None:
         "problem",
         "RuntimeError: driver too old",
     )
+
+
+def test_scans_are_printed_ranked_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scan.png"
+    shape = ["--cp", "4", "--heads", "2", "--head-dim", "128", "--transition", "number"]
+    assert run(["schedule", "--scan", "ring", *shape, "--png", str(path)]) == 0
+    text, figures = capsys.readouterr().out.split("\n\n")
+    scan = Scan.parse(text)
+    assert (scan.method, len(scan.steps)) == ("ring", 5)
+    assert scan.fingerprint in figures
+    assert "0.00 to 0.12 MiB, 0.38 MiB in total" in figures  # three states of 2 x 128 x 128 fp32 numbers
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert run(["schedule", "--scan", "auto", "--cp", "16"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["two_level", "ring"]

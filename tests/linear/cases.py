@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -72,6 +74,7 @@ def one_rank(
     dout: Tensor,
     mask: Mask | list[Mask],
     kernel: str | LinearKernel = "torch",
+    **settings: Any,
 ) -> list[Tensor]:
     """A rank's output and gradients."""
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
@@ -82,7 +85,7 @@ def one_rank(
     assert k is not None
     assert v is not None
     out = mls.dist_linear_attention(
-        q, k, v, log_decay=log_decay, beta=beta, group=group, mask=mask, kernel=kernel
+        q, k, v, log_decay=log_decay, beta=beta, group=group, mask=mask, kernel=kernel, **settings
     )
     grads = torch.autograd.grad(out, [x for x in leaves if x is not None], layout.shard(dout, rank, 0))
     return [out.detach(), *grads]
@@ -94,10 +97,11 @@ def attended(
     dout: Tensor,
     mask: Mask | list[Mask] | None = None,
     kernel: str | LinearKernel = "torch",
+    **settings: Any,
 ) -> list[Tensor]:
     """The whole output and gradients, computed by ``size`` ranks."""
     mask = Mask.causal() if mask is None else mask
-    parts = run_loopback(size, lambda group: one_rank(group, tensors, dout, mask, kernel))
+    parts = run_loopback(size, lambda group: one_rank(group, tensors, dout, mask, kernel, **settings))
     layout = mls.SequenceLayout.contiguous(size)
     return [layout.unshard(list(shards), 0) for shards in zip(*parts, strict=True)]
 

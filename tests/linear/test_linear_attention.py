@@ -8,9 +8,14 @@ from torch import Tensor
 
 import megatron_lightseq as mls
 from megatron_lightseq.errors import ConfigError, LayoutError, TransportError, UnsupportedError
+from megatron_lightseq.kernels.linear.chunked import TorchLinearKernel
+from megatron_lightseq.kernels.linear.contract import Part
 from megatron_lightseq.linear import DistLinearAttention
 from megatron_lightseq.linear.grid import grid_piece, parts_of
 from megatron_lightseq.mask import Mask
+from megatron_lightseq.schedule import Direction
+from megatron_lightseq.schedule.scan_choose import StateShape, simulate_scan
+from megatron_lightseq.schedule.scan_place import SCANS, build_scan
 from megatron_lightseq.transport import run_loopback
 from tests.linear.cases import FAMILIES, attended, error, expected, inputs
 
@@ -150,21 +155,87 @@ def test_a_kept_result_is_not_computed_again(size: int) -> None:
     assert all(run_loopback(size, one))
 
 
-def test_a_state_is_all_that_travels() -> None:
-    sent = {}
-    for tokens in (64, 256):
-        tensors, dout = inputs("gdn", 4 * tokens)
+@pytest.mark.parametrize("scan", SCANS)
+def test_bits_do_not_depend_on_the_scan(scan: str) -> None:
+    for family in ("scalar", "vector", "gdn"):
+        tensors, dout = inputs(family, 1536, dtype=torch.float32)
+        mask = [Mask.documents([0, 7, 700, 1300, 1536]), Mask.causal()]
+        one = attended(1, tensors, dout, mask)
+        for size in (3, 8):
+            assert all(map(torch.equal, one, attended(size, tensors, dout, mask, scan=scan))), size
 
-        def one(group: Any, tensors: list[Tensor | None] = tensors, dout: Tensor = dout) -> int:
-            attention = DistLinearAttention(group)
-            layout = mls.SequenceLayout.contiguous(4)
-            q, k, v, g, b = (layout.shard(x, group.rank(), 0).clone().requires_grad_() for x in tensors)
-            attention(q, k, v, log_decay=g, beta=b).backward(layout.shard(dout, group.rank(), 0))
-            return attention.stats.bytes_sent
 
-        sent[tokens] = run_loopback(4, one)
-    state = 2 * 2 * 5 * 4 * 8
-    assert sent[64] == sent[256] == [state, 2 * state, 2 * state, state]
+@pytest.mark.parametrize("scan", [*SCANS, "auto"])
+@pytest.mark.parametrize("family", ["scalar", "kda"])
+def test_scans_of_whole_shards_are_exact(scan: str, family: str) -> None:
+    tensors, dout = inputs(family, 448)
+    want = attended(1, tensors, dout)
+    for size in (2, 7):
+        assert error(attended(size, tensors, dout, scan=scan, invariant=False, overlap=False), want) <= 1e-12
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("family", ["scalar", "vector", "gdn"])
+@pytest.mark.parametrize("invariant", [True, False])
+def test_bytes_are_those_of_the_schedule(scan: str, family: str, invariant: bool) -> None:
+    tensors, dout = inputs(family, 8 * 96)
+    layout = mls.SequenceLayout.contiguous(8)
+
+    def one(group: Any) -> tuple[int, int]:
+        attention = DistLinearAttention(group, scan=scan, invariant=invariant)
+        q, k, v, g, b = (None if x is None else layout.shard(x, group.rank(), 0).clone() for x in tensors)
+        assert q is not None
+        out = attention(q.requires_grad_(), k, v, log_decay=g, beta=b)
+        out.backward(layout.shard(dout, group.rank(), 0))
+        return attention.stats.bytes_sent, attention.stats.bytes_received
+
+    pieces = 96 // grid_piece(8 * 96) if invariant else None
+    transition = {"scalar": 1, "vector": 5, "gdn": None}[family]
+    shape = StateShape(
+        batch=2, heads=2, key_dim=5, value_dim=4, transition=transition, pieces=pieces, element_bytes=8
+    )
+    played = [
+        simulate_scan(build_scan(scan, layout, direction=direction, seq_length=8 * 96), shape)
+        for direction in Direction
+    ]
+    sent = [sum(direction.bytes_sent[rank] for direction in played) for rank in range(8)]
+    received = [sum(direction.bytes_received[rank] for direction in played) for rank in range(8)]
+    assert run_loopback(8, one) == list(zip(sent, received, strict=True))
+
+
+def test_work_without_states_is_done_while_they_travel() -> None:
+    tensors, _ = inputs("gdn", 192)
+    layout = mls.SequenceLayout.contiguous(2)
+    order: list[str] = []
+
+    class Recorded(TorchLinearKernel):
+        def inner(self, part: Part, kept: Any) -> Any:
+            order.append("inner")
+            return super().inner(part, kept)
+
+    def one(group: Any) -> None:
+        attention = DistLinearAttention(group, kernel=Recorded() if group.rank() else "torch")
+        q, k, v, g, b = (layout.shard(x, group.rank(), 0) for x in tensors)
+        transport = attention._runtime.transport
+        assert transport is not None
+        started = transport.start
+
+        def start(sends: Any, receives: Any) -> Any:
+            pending = started(sends, receives)
+
+            class Waited:
+                def wait(self) -> None:
+                    if group.rank() and receives:
+                        order.append("arrived")
+                    pending.wait()
+
+            return Waited()
+
+        transport.start = start  # type: ignore[method-assign]
+        attention(q, k, v, log_decay=g, beta=b)
+
+    run_loopback(2, one)
+    assert order == ["inner", "arrived"]
 
 
 def _of(**changes: Any) -> dict[str, Any]:
@@ -209,6 +280,11 @@ def test_windows_that_hold_every_document_are_causal() -> None:
     assert error([alone], [want]) < 1e-15
 
 
+def test_unknown_scans_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="states travel by one of ring"):
+        mls.dist_linear_attention(**_of(scan="rings"))
+
+
 @pytest.mark.parametrize("kernel", ["torhc", "nothing"])
 def test_unknown_kernels_are_refused(kernel: str) -> None:
     with pytest.raises(UnsupportedError, match="the kernels are auto, "):
@@ -226,7 +302,9 @@ def test_layouts_without_adjacent_tokens_are_refused() -> None:
     mls.dist_linear_attention(**_of(layout="zigzag"))  # of one rank, all layouts are the same
 
 
-@pytest.mark.parametrize("change", [{"scale": 2.0}, {"mask": Mask.documents([0, 24])}, {"beta": None}])
+@pytest.mark.parametrize(
+    "change", [{"scale": 2.0}, {"mask": Mask.documents([0, 24])}, {"beta": None}, {"scan": "doubling"}]
+)
 def test_ranks_that_disagree_stop_with_words(change: dict[str, Any]) -> None:
     def one(group: Any) -> None:
         with pytest.raises(TransportError, match=r"rank\(s\) \[[01]\] plan something else"):
