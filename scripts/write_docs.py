@@ -80,7 +80,7 @@ def flags(*sections: str) -> str:
     for section in sections:
         for key, text in field_docstrings(section_types()[section]).items():
             default = dump_scalar(list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key])
-            meaning = f"{text} *({describe(key)})*"
+            meaning = f"{' '.join(text.split())} *({describe(key)})*"
             rows.append([f"`--{key.replace('_', '-')}`", f"`{default}`", meaning])
     return markdown_table(["flag", "default", "meaning"], rows)
 

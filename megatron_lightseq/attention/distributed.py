@@ -56,6 +56,7 @@ def dist_attention(
     overlap: bool = True,
     invariant_chunk: int | None = None,
     softcap: float | None = None,
+    verify_transport: bool = False,
 ) -> Tensor:
     """Attention over a sequence that is cut over the ranks of ``group`` (DistFlashAttn, arXiv 2310.03294).
 
@@ -87,6 +88,7 @@ def dist_attention(
             (schedule/joins.py). Outputs and gradients are then bit for bit the same for every number of ranks, layout
             and method whose parts are whole chunks, one rank included. None: sums follow the schedule.
         softcap: c in c * tanh(score / c), which bounds the scaled scores (Gemma 2); None: scores as they are.
+        verify_transport: send a checksum with every message and compare it on arrival (transport/checked.py).
 
     Under ``torch.autocast``, q, k and v are cast to its dtype first, as in torch's scaled_dot_product_attention.
 
@@ -97,10 +99,12 @@ def dist_attention(
         ConfigError: shapes, dtypes or devices do not fit together.
         LayoutError: the layout is not for this group, or the sequence does not divide among the ranks.
         UnsupportedError: an unknown method or kernel, or one that does not take these inputs.
-        TransportError: the ranks disagree, or a peer was lost or did not make the same calls.
+        TransportError: the ranks disagree, a peer was lost or did not make the same calls, or, with verify_transport, a
+            message was changed on its way.
     """
     settings: dict[str, Any] = {"layout": layout, "method": method, "kernel": kernel, "overlap": overlap}
     settings |= {"invariant_chunk": invariant_chunk, "softcap": softcap}
+    settings["verify_transport"] = verify_transport
     if group is None:
         return DistAttention(None, **settings)(q, k, v, softmax_scale, mask=mask)
     known = _ATTENTIONS.setdefault(group, {})
@@ -127,6 +131,7 @@ class DistAttention:
         overlap: bool = True,
         invariant_chunk: int | None = None,
         softcap: float | None = None,
+        verify_transport: bool = False,
         stats: AttentionStats | None = None,
         network: Network | None = None,
         schedules: SchedulePair | None = None,
@@ -160,7 +165,7 @@ class DistAttention:
         for given in {} if methods is None else methods.values():
             _check_method(given, self.layout, kernel)
         runtime = Runtime(
-            transport=connect(group) if group is not None and size > 1 else None,
+            transport=connect(group, verify=verify_transport) if group is not None and size > 1 else None,
             overlap=overlap,
             stats=self.stats,
             buffers=pool_of(group),

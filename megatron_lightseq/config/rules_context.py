@@ -111,6 +111,16 @@ def invariant_attention_is_ours(c: PretrainConfig, _: Machine) -> bool:
     return c.context.cp_invariant is None or (follows and kernel in ("auto", *REPEATING_KERNELS))
 
 
+@CONTEXT.rule(
+    "cp_verify_transport",
+    "cp_method",
+    remedy="Set cp_verify_transport to false, or cp_method to one of this package's",
+)
+def verified_transport_is_ours(c: PretrainConfig, _: Machine) -> bool:
+    """cp_verify_transport adds checksums to this package's messages; Megatron's own attention sends none of them."""
+    return not c.context.cp_verify_transport or c.context.cp_method != "megatron"
+
+
 @CONTEXT.check("cp_invariant", "seq_length", "context_parallel_size", "cp_method", "cp_layout")
 def invariant_chunks_divide_the_sequence(c: PretrainConfig, _: Machine) -> None:
     """Every part of a shard must be made of whole chunks of the grid."""

@@ -16,6 +16,7 @@ from typing import Literal
 
 from megatron_lightseq.config.choices import CPKernel, CPLayout, CPMethod, default_layout, sized_name
 from megatron_lightseq.config.sections_experts import ExpertsConfig
+from megatron_lightseq.config.sections_health import HealthConfig
 from megatron_lightseq.config.sections_model import ModelConfig
 from megatron_lightseq.config.sections_rope import RopeConfig
 from megatron_lightseq.schedule import Network
@@ -101,6 +102,9 @@ class ContextParallelConfig:
     """Attention kernel."""
     cp_invariant: int | None = None
     """Tokens per chunk of a grid that makes attention bit for bit the same for every CP size and method; null: off."""
+
+    cp_verify_transport: bool = False
+    """Compare a checksum of every message of attention, to find bits that were flipped on their way; on GPUs slow."""
 
     @property
     def method_name(self) -> str:
@@ -223,6 +227,9 @@ class DataConfig:
     sft: bool = False
     """Fine-tune on prompts and answers that `lightseq prepare-data --pack` has packed: the loss is that of answers."""
 
+    verify_data: bool = False
+    """Before training, hash the data and compare it with what `prepare-data` recorded; ranks divide the files."""
+
     @property
     def packed(self) -> bool:
         """Whether the documents of a sequence do not attend to one another."""
@@ -261,6 +268,8 @@ class CheckpointConfig:
     """Load only the weights and start at step 0; RoPE's base and fraction may then differ from the checkpoint's."""
     strict_load: bool = False
     """Fail if the newest checkpoint is damaged, instead of falling back to the previous one."""
+    data_may_change: bool = False
+    """Resume although corpus, mixture or tokenizer are not those of the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,6 +302,7 @@ class PretrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property

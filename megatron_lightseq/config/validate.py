@@ -8,6 +8,7 @@ from megatron_lightseq.config.rules import Machine, Rule, RuleSet, find_violatio
 from megatron_lightseq.config.rules_attention import ACTIVATIONS, LAYERS, SCORES
 from megatron_lightseq.config.rules_context import CONTEXT
 from megatron_lightseq.config.rules_experts import EXPERTS
+from megatron_lightseq.config.rules_health import HEALTH
 from megatron_lightseq.config.rules_model import BOUNDS, MODEL
 from megatron_lightseq.config.rules_packed import PACKED
 from megatron_lightseq.config.rules_parallel import PARALLEL
@@ -37,7 +38,7 @@ TRAINING_RULES = (
     PACKED,
 )
 """For programs that bring their own data and checkpoints."""
-ALL_RULES = (*TRAINING_RULES, *DATA_RULES, CHECKPOINT)
+ALL_RULES = (*TRAINING_RULES, *DATA_RULES, CHECKPOINT, HEALTH)
 
 
 def rules() -> tuple[Rule, ...]:

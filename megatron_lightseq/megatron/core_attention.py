@@ -71,6 +71,8 @@ class CoreAttentionSettings:
     """Transfer the next step's inputs while this step's tiles are computed."""
     invariant_chunk: int | None = None
     """Tokens per chunk of the grid that fixes the order of all sums; None for the order of the schedule."""
+    verify_transport: bool = False
+    """Compare a checksum of every message."""
     network: Network | None = None
     """The network that method ``auto`` simulates; None for its default."""
     resolved: ResolvedAttention | None = None
@@ -120,6 +122,7 @@ class CoreAttentionSettings:
                 overlap=self.overlap,
                 invariant_chunk=self.invariant_chunk,
                 softcap=self.scores.softcap,
+                verify_transport=self.verify_transport,
                 network=self.network,
                 schedules=schedules,
                 stats=self.stats,

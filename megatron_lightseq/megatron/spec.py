@@ -99,6 +99,7 @@ def gpt_layer_spec(
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
         invariant_chunk=context.cp_invariant,
+        verify_transport=context.cp_verify_transport,
         network=context.network,
         resolved=resolved,
         scores=_scores(config),

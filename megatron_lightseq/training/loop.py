@@ -13,16 +13,30 @@ import torch.distributed as dist
 
 from megatron_lightseq.config import CheckpointConfig, PretrainConfig, ResolvedConfig
 from megatron_lightseq.config.accounting import step_flops
-from megatron_lightseq.errors import LightSeqError, explain
+from megatron_lightseq.errors import CheckpointError
 from megatron_lightseq.training.checkpoint.companions import take_over
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
 from megatron_lightseq.training.checkpoint.folder_lock import FolderLock
+from megatron_lightseq.training.checkpoint.health_marks import (
+    FAILURES_OF_A_SUSPECT,
+    mark_healthy,
+    record_failure,
+)
 from megatron_lightseq.training.checkpoint.lineage import Lineage
 from megatron_lightseq.training.checkpoint.random_state import restore_random_state
-from megatron_lightseq.training.checkpoint.save_load import Position, load_checkpoint, save_checkpoint
+from megatron_lightseq.training.checkpoint.save_load import (
+    Position,
+    Resumed,
+    RunRecord,
+    load_checkpoint,
+    save_checkpoint,
+)
 from megatron_lightseq.training.data.datasets import Corpora, Datasets, build_datasets
 from megatron_lightseq.training.data.loaders import train_iterator, valid_iterator
 from megatron_lightseq.training.data.rows import DataShare
+from megatron_lightseq.training.health.guard import ROLLBACK, STOP, WARN, Fault, StepGuard
+from megatron_lightseq.training.health.judge import LossWindow
+from megatron_lightseq.training.health.weights import check_replicas
 from megatron_lightseq.training.job.failure import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
 from megatron_lightseq.training.job.join import Job
 from megatron_lightseq.training.job.signals import StopRequest
@@ -31,7 +45,7 @@ from megatron_lightseq.training.reporting.metrics import MetricsLog, TrainMetric
 from megatron_lightseq.training.reporting.progress import Progress, Stopwatch, choose_display, duration
 from megatron_lightseq.training.reporting.report import Outcome, header
 from megatron_lightseq.training.setup import Training, build_training
-from megatron_lightseq.training.step import StepResult, evaluate, train_step
+from megatron_lightseq.training.step import StepResult, evaluate
 from megatron_lightseq.transport.group import rank_in
 
 RUNNING, OUT_OF_TIME, ASKED_TO_STOP = range(3)
@@ -56,10 +70,16 @@ class Loop:
         self._saved_at: int | None = None
         """The step whose state was saved last."""
         self._flops = step_flops(training.config, training.padded_vocab_size)
+        self._guard = StepGuard(training)
+        self._bad_steps = 0
+        """In a row."""
+        self._on_trial: Path | None = None
+        """The checkpoint of this run's folder that the next step starts from, until that step was good."""
+        self._iterators: list[Iterator[Any]] = []
 
     def run(self) -> Outcome:
         """Load, train, evaluate, save."""
-        iterators, datasets = self._prepare()
+        datasets = self._prepare()
         steps = self._config.training.train_iters
         progress = self._make_progress()
         log = self._make_log()
@@ -68,13 +88,15 @@ class Loop:
             progress.table(header(self._training, self._corpora, self._job))
             if self._resumed_from:
                 progress.note(f"resumed from {self._checkpoint} at step {self._resumed_from}")
-            for step in range(self._position.iteration + 1, steps + 1):
-                self._one_step(step, iterators, progress, log)
+            while self._position.iteration < steps and why == RUNNING:
+                step = self._position.iteration + 1
+                fault = self._one_step(step, progress, log)
+                if fault is not None and not self._go_on_after(fault, step, datasets, progress, log):
+                    continue
+                self._compare_copies_if_due(step)
                 self._evaluate_if_due(step, datasets, progress, log)
                 self._save_if_due(step, progress)
                 why = self._agree_to_stop()
-                if why != RUNNING:
-                    break
             seconds = time.perf_counter() - began
             self._save_at_end(progress)
         finally:
@@ -94,20 +116,19 @@ class Loop:
 
     # ---- before the first step --------------------------------------------------------------------------------
 
-    def _prepare(self) -> tuple[list[Iterator[Any]], Datasets]:
-        config = self._config
-        random = None
-        datasets = build_datasets(config, self._corpora)
+    def _prepare(self) -> Datasets:
+        datasets = build_datasets(self._config, self._corpora)
         folder = self._own_folder()
         if folder is not None:
             self._lock = folder.lock()
             folder.clean()
         restarted = self._largest(self._job.launch.attempt) > 0  # each machine counts its own restarts
         settings = self._load_settings(restarted)
+        random = None
         if settings.load is not None:
-            resumed = load_checkpoint(self._training, Path(settings.load), settings)
+            resumed = self._load(settings)
             self._position, random = resumed.position, resumed.random
-            self._resumed_from, self._checkpoint = resumed.position.iteration, resumed.folder
+            self._resumed_from = resumed.position.iteration
             if not settings.finetune:
                 self._lineage = resumed.lineage.continued(resumed.position.iteration)
         if folder is not None:
@@ -115,13 +136,32 @@ class Loop:
             folder.start(self._lineage)
             if settings.load is not None:
                 take_over(Path(settings.load), folder.root)
-        iterators = [
-            train_iterator(config, datasets, self._share(), consumed_samples=self._position.consumed_samples)
+        self._start_reading(datasets, random)
+        return datasets
+
+    def _load(self, settings: CheckpointConfig, *, healthy: bool = False) -> Resumed:
+        """Restore the training state and what steps are judged by; neither the position nor random states."""
+        assert settings.load is not None
+        root = Path(settings.load)
+        resumed = load_checkpoint(
+            self._training, root, settings, corpus=self._corpora.identity, healthy=healthy
+        )
+        self._checkpoint = resumed.folder
+        self._guard.window = LossWindow(resumed.losses)
+        own = self._config.checkpoint.save
+        in_own_folder = own is not None and Path(own).resolve() == root.resolve()
+        self._on_trial = resumed.folder if in_own_folder and not settings.finetune else None
+        return resumed
+
+    def _start_reading(self, datasets: Datasets, random: dict[str, Any] | None) -> None:
+        """Iterators from the present position on, then the random states that belong there."""
+        consumed = self._position.consumed_samples
+        self._iterators = [
+            train_iterator(self._config, datasets, self._share(), consumed_samples=consumed)
             for _ in self._training.chunks
         ]
         if random is not None:
             restore_random_state(random)
-        return iterators, datasets
 
     def _load_settings(self, restarted: bool) -> CheckpointConfig:
         """What to load; after a restart by torchrun, everything that this run has saved so far."""
@@ -132,7 +172,17 @@ class Loop:
             saved = restarted and folder is not None and bool(folder.of_this_run())
         if not self._largest(int(saved)):
             return settings
-        return CheckpointConfig(save=settings.save, load=settings.save, strict_load=settings.strict_load)
+        return self._own_checkpoints()
+
+    def _own_checkpoints(self) -> CheckpointConfig:
+        """To load what this run has saved."""
+        settings = self._config.checkpoint
+        return CheckpointConfig(
+            save=settings.save,
+            load=settings.save,
+            strict_load=settings.strict_load,
+            data_may_change=settings.data_may_change,
+        )
 
     def _own_folder(self) -> CheckpointDirectory | None:
         """The folder to save in, on the rank that looks after it; else None."""
@@ -176,21 +226,91 @@ class Loop:
 
     # ---- steps ------------------------------------------------------------------------------------------------
 
-    def _one_step(
-        self, step: int, iterators: list[Iterator[Any]], progress: Progress, log: MetricsLog
-    ) -> None:
+    def _one_step(self, step: int, progress: Progress, log: MetricsLog) -> Fault | None:
         self._job.channel.enter(step, TRAIN)
         watch = Stopwatch()
         exposed = self._training.attention_stats.exposed_seconds
-        result = train_step(self._training, iterators)
+        result, fault = self._guard.step(step, self._iterators)
         seconds = watch.lap()
         exposed = self._training.attention_stats.exposed_seconds - exposed
         batch = self._config.training.global_batch_size
         self._position = Position(iteration=step, consumed_samples=self._position.consumed_samples + batch)
-        _check_finite(step, result)
+        if fault is None:
+            self._bad_steps = 0
+            self._end_trial()
         metrics = self._measure(result, seconds, exposed)
         log.write(metrics)
         progress.step(metrics)
+        return fault
+
+    def _end_trial(self) -> None:
+        """A step was good: so is the checkpoint that it started from."""
+        if self._on_trial is not None and self._job.launch.rank == 0:
+            mark_healthy(self._on_trial)
+        self._on_trial = None
+
+    def _compare_copies_if_due(self, step: int) -> None:
+        interval = self._config.health.check_weight_hash_across_dp_replicas_interval
+        if interval is not None and step % interval == 0:
+            check_replicas(self._training, step)
+
+    # ---- bad steps --------------------------------------------------------------------------------------------
+
+    def _go_on_after(
+        self, fault: Fault, step: int, datasets: Datasets, progress: Progress, log: MetricsLog
+    ) -> bool:
+        """Do what the configuration says about a bad step; whether the run goes on behind it.
+
+        Otherwise the run has gone back to an earlier checkpoint, because the one it had started from is spoiled.
+
+        Raises:
+            LightSeqError: the run ends with this step.
+        """
+        progress.note(f"WARNING: {fault.text}")
+        if fault.action == WARN:
+            return True
+        failures = self._record_failure()
+        self._bad_steps += 1
+        if failures >= FAILURES_OF_A_SUSPECT:
+            self._fall_back(fault, datasets, progress, log)
+            return False
+        if fault.action == STOP or self._bad_steps > self._config.health.max_bad_steps:
+            raise fault.error()
+        if fault.action == ROLLBACK:
+            self._roll_back(fault, progress)
+        progress.note(f"step {step} is left out: its batch is skipped")
+        return True
+
+    def _record_failure(self) -> int:
+        """How often the step after the checkpoint that it started from was bad; 0 if that one was good before."""
+        count = 0
+        if self._on_trial is not None and self._job.launch.rank == 0:
+            count = record_failure(self._on_trial)
+        self._on_trial = None
+        return self._largest(count)
+
+    def _roll_back(self, fault: Fault, progress: Progress) -> None:
+        """Take the state of the newest healthy checkpoint, keep the position, and save, so that a restart finds it."""
+        try:
+            resumed = self._load(self._own_checkpoints(), healthy=True)
+        except CheckpointError as error:
+            raise fault.error() from error
+        if resumed.random is not None:
+            restore_random_state(resumed.random)
+        progress.note(f"rolled back to the weights of {resumed.folder}")
+        self._save(progress)
+
+    def _fall_back(self, fault: Fault, datasets: Datasets, progress: Progress, log: MetricsLog) -> None:
+        """Start again from the checkpoint before one whose next step has failed twice."""
+        try:
+            resumed = self._load(self._own_checkpoints())
+        except CheckpointError as error:
+            raise fault.error() from error
+        self._position = resumed.position
+        self._saved_at, self._bad_steps = None, 0
+        self._start_reading(datasets, resumed.random)
+        log.rewind(resumed.position.iteration)
+        progress.note(f"resumed from {resumed.folder} at step {resumed.position.iteration}")
 
     def _measure(self, result: StepResult, seconds: float, exposed_seconds: float) -> TrainMetrics:
         training = self._config.training
@@ -241,7 +361,11 @@ class Loop:
         self._job.channel.enter(self._position.iteration, SAVE)
         watch = Stopwatch()
         root = Path(self._config.checkpoint.save)
-        self._checkpoint = save_checkpoint(self._training, root, self._position, self._lineage)
+        record = RunRecord(
+            lineage=self._lineage, corpus=self._corpora.identity, losses=self._guard.window.losses
+        )
+        self._checkpoint = save_checkpoint(self._training, root, self._position, record)
+        self._on_trial = self._checkpoint
         self._saved_at = self._position.iteration
         progress.note(f"saved {self._checkpoint} in {duration(watch.lap())}")
 
@@ -277,14 +401,3 @@ def peak_memory(device: torch.device) -> int:
 
 def _deadline(minutes: float | None) -> float:
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
-
-
-def _check_finite(step: int, result: StepResult) -> None:
-    if not math.isfinite(result.loss) or not (result.skipped or math.isfinite(result.grad_norm)):
-        raise LightSeqError(
-            explain(
-                got=f"loss {result.loss} at step {step} (grad norm {result.grad_norm})",
-                rule="loss and gradients must be finite; the run stops before spoiled weights are saved",
-                remedy="Lower lr or raise lr_warmup_iters, and --load the last checkpoint",
-            )
-        )

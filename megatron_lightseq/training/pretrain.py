@@ -53,13 +53,15 @@ def pretrain(config: PretrainConfig, checked: Machine) -> int:
 
 
 def _run(resolved: ResolvedConfig, stop: StopRequest) -> None:
-    from megatron_lightseq.training.data.datasets import open_corpora
+    from megatron_lightseq.training.data.datasets import open_corpora, verify_contents
     from megatron_lightseq.training.job.join import join
     from megatron_lightseq.training.loop import build_loop
     from megatron_lightseq.training.reporting.report import finish
 
     corpora = open_corpora(resolved.config)
     with join(resolved, corpora.fingerprint) as job:
+        if resolved.config.data.verify_data:
+            verify_contents(corpora, part=job.launch.rank, num_parts=job.launch.world_size)
         outcome = build_loop(job, resolved, corpora, stop).run()
         if job.launch.rank == 0:
             sys.stdout.writelines(line + "\n" for line in finish(resolved, corpora, outcome))

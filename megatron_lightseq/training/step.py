@@ -11,6 +11,7 @@ divisor of the sums is the same on all ranks:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_lightseq.megatron.batch import adopt_shard, shard_batch
@@ -58,7 +60,7 @@ class StepResult:
     learning_rate: float
     """Learning rate of this step."""
     skipped: bool
-    """Whether the optimizer skipped the step because gradients were not finite."""
+    """Whether the weights were left as they were, because loss or gradients were bad."""
     mtp_loss: float | None = None
     """With multi-token prediction: its mean loss before its weight; every micro-batch counts the same."""
     load_balancing_loss: float | None = None
@@ -77,33 +79,82 @@ class EvalResult:
     """Whether all batches were evaluated."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What one global batch has given before the weights are updated; the same on every rank."""
+
+    loss: float
+    """Mean loss in nats per token, over the global batch."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    num_tokens: int
+    """Unmasked tokens of the global batch."""
+    mtp_loss: float | None = None
+    load_balancing_loss: float | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradients are numbers that an update can use."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
 def train_step(training: Training, data_iterators: DataIterators) -> StepResult:
-    """Forward, backward and update on one global batch. Collective over all ranks.
+    """Forward, backward and update on one global batch; without the update if they are not finite. Collective.
 
     Args:
         training: from :func:`build_training`.
         data_iterators: micro-batches for this data-parallel rank, ``num_microbatches`` of them.
     """
+    measured = compute_gradients(training, data_iterators)
+    return finish_step(training, measured, update=measured.is_finite)
+
+
+def compute_gradients(training: Training, data_iterators: DataIterators) -> Measured:
+    """Forward and backward on one global batch: gradients summed over ranks, and their norm. Collective."""
     for chunk in training.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
     clear_trackers()
     reports = _run_schedule(training, data_iterators, training.num_microbatches, forward_only=False)
-    learning_rate = training.optimizer.param_groups[0]["lr"]
-    updated, grad_norm, _ = training.optimizer.step()
-    if updated:
-        training.scheduler.step(increment=1)
+    overflow = training.optimizer.prepare_grads()
+    grad_norm = training.optimizer.get_grad_norm()
     loss, num_tokens = _reduce(training, reports)
-    return StepResult(
+    return Measured(
         loss=loss,
-        grad_norm=float(grad_norm if grad_norm is not None else 0.0),
+        grad_norm=math.inf if overflow else float(grad_norm),
         num_tokens=num_tokens,
-        learning_rate=float(learning_rate),
-        skipped=not updated,
         mtp_loss=mtp_loss(training),
         load_balancing_loss=load_balancing_loss(training),
     )
+
+
+def finish_step(training: Training, measured: Measured, *, update: bool) -> StepResult:
+    """Clip the gradients that were computed last, and update weights and learning rate, unless the step is left out."""
+    learning_rate = float(training.optimizer.param_groups[0]["lr"])
+    if update:
+        _clip(training, measured.grad_norm)
+        update = bool(training.optimizer.step_with_ready_grads())
+    if update:
+        training.scheduler.step(increment=1)
+    return StepResult(
+        loss=measured.loss,
+        grad_norm=measured.grad_norm,
+        num_tokens=measured.num_tokens,
+        learning_rate=learning_rate,
+        skipped=not update,
+        mtp_loss=measured.mtp_loss,
+        load_balancing_loss=measured.load_balancing_loss,
+    )
+
+
+def _clip(training: Training, grad_norm: float) -> None:
+    """As Megatron's ``optimizer.step`` does between the two calls that are made here separately."""
+    limit = training.config.optimizer.clip_grad
+    for optimizer in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
+        parameters = [] if getattr(optimizer, "is_stub_optimizer", False) else optimizer.get_parameters()
+        if limit > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=grad_norm)
 
 
 def evaluate(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_lightseq.transport.all_to_all import all_to_all
 from megatron_lightseq.transport.base import Message, Pending, Transport
 from megatron_lightseq.transport.buffers import BufferPool
+from megatron_lightseq.transport.checked import CheckedTransport
 from megatron_lightseq.transport.group import Group
 from megatron_lightseq.transport.loopback import LoopbackGroup, LoopbackTransport, run_loopback
 from megatron_lightseq.transport.p2p import P2PTransport
@@ -28,12 +29,15 @@ __all__ = [
 ]
 
 
-def connect(group: Group) -> Transport:
-    """The transport for a group."""
+def connect(group: Group, *, verify: bool = False) -> Transport:
+    """The transport for a group; with ``verify``, one that compares a checksum of every message."""
+    transport: Transport
     if isinstance(group, LoopbackGroup):
-        return LoopbackTransport(group)
-    assert isinstance(group, dist.ProcessGroup), type(group)
-    return P2PTransport(group)
+        transport = LoopbackTransport(group)
+    else:
+        assert isinstance(group, dist.ProcessGroup), type(group)
+        transport = P2PTransport(group)
+    return CheckedTransport(transport) if verify else transport
 
 
 def pool_of(group: Group | None) -> BufferPool:

@@ -392,6 +392,16 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "cp_invariant 64, cp_method auto, cp_kernel auto: cp_invariant fixes the order of all sums",
     ),
+    "rollback_needs_checkpoints": (
+        {"on_loss_spike": "rollback", "save": "runs/a"},
+        Machine(),
+        "rollback returns to a checkpoint that this run has saved on its way",
+    ),
+    "verified_transport_is_ours": (
+        {"cp_verify_transport": True, "cp_method": "megatron"},
+        Machine(),
+        "cp_verify_transport adds checksums to this package's messages",
+    ),
     "invariant_chunks_divide_the_sequence": (
         {"cp_invariant": 1024, "seq_length": 4096, "context_parallel_size": 4},
         Machine(),

@@ -22,7 +22,7 @@ from megatron_lightseq.training.data.corpus import (
     length_histogram,
     read_facts,
 )
-from megatron_lightseq.training.data.datasets import build_datasets, open_corpora
+from megatron_lightseq.training.data.datasets import build_datasets, open_corpora, verify_contents
 from megatron_lightseq.training.data.safe_cache import load_index_cache, safe_index_caches, save_index_cache
 from tests.data.corpora import config_for, make_corpus
 
@@ -289,6 +289,40 @@ def test_a_header_with_another_size_is_refused(shape: tuple[int, ...], text: str
         stream.write(np.arange(100).tobytes())
     with pytest.raises(DataError, match=text):
         load_index_cache(tmp_path / "a.npy")
+
+
+def test_a_cache_whose_content_was_changed_is_refused(tmp_path: Path) -> None:
+    """Zeros point to existing samples, all to the same: such a run trained to a loss of 0."""
+    path = tmp_path / "a.npy"
+    save_index_cache(path, np.arange(100))
+    sound = path.read_bytes()
+    zeros = sound[:-800] + bytes(800)
+    for changed in (zeros, sound[:-1] + b"\1"):
+        path.write_bytes(changed)
+        with pytest.raises(
+            DataError, match=r"a\.npy is not what was written, or lost its hash.*Remove the folder"
+        ):
+            load_index_cache(path)
+    path.write_bytes(sound)
+    assert load_index_cache(path)[-1] == 99
+    Path(f"{path}.xxh3").unlink()
+    with pytest.raises(DataError, match="lost its hash"):
+        load_index_cache(path)
+
+
+def test_a_changed_bin_file_is_found_where_the_run_asks_for_it(tmp_path: Path) -> None:
+    prefix, _ = make_corpus(tmp_path)
+    corpora = open_corpora(config_for(str(prefix)))
+    verify_contents(corpora, part=0, num_parts=1)
+    content = bytearray(prefix.with_suffix(".bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    prefix.with_suffix(".bin").write_bytes(content)
+    verify_contents(corpora, part=1, num_parts=2)  # another rank's file
+    with pytest.raises(DataError, match=r"corpus\.bin is damaged, its hash is"):
+        verify_contents(corpora, part=0, num_parts=2)
+    prefix.with_suffix(".json").unlink()
+    with pytest.raises(DataError, match="has no recorded hash"):
+        verify_contents(corpora, part=0, num_parts=1)
 
 
 def test_archive_is_refused(tmp_path: Path) -> None:

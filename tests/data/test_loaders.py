@@ -21,6 +21,7 @@ from megatron_lightseq.training.data.datasets import (
 from megatron_lightseq.training.data.loaders import ShareSampler, train_iterator, valid_iterator
 from megatron_lightseq.training.data.prepare import prepare
 from megatron_lightseq.training.data.rows import DataShare
+from megatron_lightseq.training.data.safe_cache import save_index_cache
 from megatron_lightseq.training.data.sources import find_files
 from megatron_lightseq.training.data.tokenizers import ByteTokenizer
 from tests.data.corpora import config_for, make_corpus, write_texts
@@ -62,8 +63,8 @@ def test_batches_hold_whole_shifted_sequences_of_the_corpus(
     batches = list(train_iterator(config, built[1], DataShare()))
     assert len(batches) == 12 * 2
     for batch in batches:
-        assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}
-        assert all(tensor.shape == (2, 32) for tensor in batch.values())
+        assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids", "origin"}
+        assert all(tensor.shape == (2, 32) for name, tensor in batch.items() if name != "origin")
         assert {batch[key].dtype for key in ("tokens", "labels", "position_ids")} == {torch.int64}
         assert batch["loss_mask"].dtype == torch.float32
         assert batch["loss_mask"].eq(1).all()
@@ -305,7 +306,7 @@ def test_a_cache_that_points_elsewhere_is_named(name: str, tmp_path: Path) -> No
     corpora, _ = open_and_build(config)
     kind, change, text = CACHES[name]
     (path,) = corpora.cache.glob(f"*-{kind}_index.npy")
-    np.save(path, change(np.load(path)).astype(np.load(path).dtype))
+    save_index_cache(path, change(np.load(path)).astype(np.load(path).dtype))
     with pytest.raises(DataError, match=rf"the index cache in .* is wrong: {text}.*Remove that folder"):
         list(train_iterator(config, open_and_build(config)[1], DataShare()))
 
@@ -315,7 +316,7 @@ def test_a_sample_of_another_length_is_refused_whether_shorter_or_longer(tmp_pat
     config = config_for(str(prefix), split="1,0,0")
     corpora, _ = open_and_build(config)
     (path,) = corpora.cache.glob("*-sample_index.npy")
-    np.save(path, shifted(np.load(path)).astype(np.load(path).dtype))
+    save_index_cache(path, shifted(np.load(path)).astype(np.load(path).dtype))
     train = open_and_build(config)[1].train
     for number in range(len(train)):
         with pytest.raises(DataError, match=rf"sample {number} does not have 32 tokens"):
@@ -331,7 +332,7 @@ def test_a_blend_that_points_elsewhere_is_named(kind: str, text: str, tmp_path: 
     results = run_ranks(1, _build_and_read, paths, cache)
     assert len(results[0][0]) == 48
     (path,) = Path(cache).glob(f"*/*train-{kind}_index.npy")
-    np.save(path, np.load(path) + 1000)
+    save_index_cache(path, np.load(path) + 1000)
     config = config_for(*paths, eval_interval=5, eval_iters=2, data_cache_path=cache)
     with pytest.raises(DataError, match=text):
         open_and_build(config)

@@ -45,6 +45,7 @@ def test_the_keys_are_frozen() -> None:
         "cp_overlap",
         "cp_kernel",
         "cp_invariant",
+        "cp_verify_transport",
         "keep_attention_on_recompute",
         "mlp_tile_tokens",
         "loss_tile_tokens",

@@ -55,6 +55,7 @@ def core_attention_settings(
         kernel=context.cp_kernel,
         overlap=context.cp_overlap,
         invariant_chunk=context.cp_invariant,
+        verify_transport=context.cp_verify_transport,
         network=context.network,
         resolved=resolved,
         keep_on_recompute=options.keep_attention_on_recompute,

@@ -67,6 +67,10 @@ class Manifest:
     """The configuration keys that determine the form of the optimizer state."""
     data: Mapping[str, Any]
     """The configuration keys that determine the order of the training samples."""
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    """What the run reads: corpus, mixture and tokenizer; empty if the program that trains did not say."""
+    losses: tuple[float, ...] = ()
+    """Of the last good steps, which the next one is judged by."""
     world: Mapping[str, int]
     """Sizes of the parallel groups that saved the checkpoint."""
     config_fingerprint: str
@@ -93,7 +97,8 @@ class Manifest:
         for entry in files:
             check_relative(entry.name)
         lineage = Lineage.of_json(content.pop("lineage"))
-        return cls(files=files, lineage=lineage, **content)
+        losses = tuple(float(loss) for loss in content.pop("losses", ()))
+        return cls(files=files, lineage=lineage, losses=losses, **content)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

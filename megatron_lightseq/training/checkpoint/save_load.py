@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from megatron_lightseq.errors import CheckpointError, explain
 from megatron_lightseq.training.checkpoint.directory import (
     CheckpointDirectory,
     fsync_files,
-    iteration_of,
     write_durably,
 )
+from megatron_lightseq.training.checkpoint.find import find_checkpoint, from_rank_0
+from megatron_lightseq.training.checkpoint.finite import check_finite
 from megatron_lightseq.training.checkpoint.identity import (
     ROTARY_KEYS,
     attention_identity,
@@ -72,6 +73,17 @@ class Position:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """What a checkpoint says about the run that saves it, in addition to its state."""
+
+    lineage: Lineage = field(default_factory=Lineage)
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    """Corpus, mixture and tokenizer, by name; empty: not known."""
+    losses: tuple[float, ...] = ()
+    """Of the last good steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Resumed:
     """What loading a checkpoint returns, in addition to the state that it restores."""
 
@@ -79,6 +91,8 @@ class Resumed:
     position: Position
     lineage: Lineage
     """The run that saved the checkpoint."""
+    losses: tuple[float, ...]
+    """Of the good steps before it; empty for a new run."""
     random: dict[str, Any] | None
     """For :func:`~megatron_lightseq.training.checkpoint.random_state.restore_random_state`, once iterators are made."""
 
@@ -87,7 +101,7 @@ class Resumed:
 
 
 def save_checkpoint(
-    training: Training, root: Path, position: Position, lineage: Lineage | None = None
+    training: Training, root: Path, position: Position, record: RunRecord | None = None
 ) -> Path:
     """Save everything that the next step depends on; returns the new checkpoint's folder under ``root``.
 
@@ -97,14 +111,15 @@ def save_checkpoint(
         training: what to save.
         root: folder of checkpoints.
         position: how far the run has come.
-        lineage: the run; default: one without a name.
+        record: what the checkpoint says about the run; default: nothing.
 
     Raises:
-        CheckpointError: a rank could not write; older checkpoints are untouched.
+        CheckpointError: a rank could not write, or holds numbers that are not finite; older checkpoints are untouched.
     """
+    check_finite(training)
     directory = CheckpointDirectory(root=root)
     rank = dist.get_rank()
-    folder = Path(_from_rank_0(str(directory.begin(position.iteration)) if rank == 0 else None))
+    folder = Path(from_rank_0(str(directory.begin(position.iteration)) if rank == 0 else None))
     try:
         with parameters_in_place(training):
             dist_checkpointing.save(
@@ -134,10 +149,10 @@ def save_checkpoint(
     final = ""
     if rank == 0:
         files = tuple(sorted((record for part in gathered for record in part), key=lambda r: r.name))
-        final = str(directory.commit(folder, _manifest(training, position, lineage or Lineage(), files)))
+        final = str(directory.commit(folder, _manifest(training, position, record or RunRecord(), files)))
         settings = training.config.checkpoint
         directory.prune(keep_last=settings.save_keep_last, retain_interval=settings.save_retain_interval)
-    return Path(_from_rank_0(final))
+    return Path(from_rank_0(final))
 
 
 def _state(training: Training, *, is_loading: bool, optimizer: bool) -> dict[str, Any]:
@@ -169,12 +184,14 @@ def _random_name(rank: int) -> str:
 
 
 def _manifest(
-    training: Training, position: Position, lineage: Lineage, files: tuple[FileRecord, ...]
+    training: Training, position: Position, record: RunRecord, files: tuple[FileRecord, ...]
 ) -> Manifest:
     return Manifest(
         iteration=position.iteration,
         consumed_samples=position.consumed_samples,
-        lineage=lineage,
+        lineage=record.lineage,
+        corpus=record.corpus,
+        losses=record.losses,
         model={
             **model_identity(training.config, training.padded_vocab_size),
             **attention_identity(training.config),
@@ -191,22 +208,34 @@ def _manifest(
 # ---- loading --------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(training: Training, root: Path, settings: CheckpointConfig | None = None) -> Resumed:
+def load_checkpoint(
+    training: Training,
+    root: Path,
+    settings: CheckpointConfig | None = None,
+    *,
+    corpus: Mapping[str, Any] | None = None,
+    healthy: bool = False,
+) -> Resumed:
     """Restore ``training`` from the newest intact checkpoint under ``root``.
 
     Args:
         training: what to restore.
         root: folder of checkpoints.
         settings: what to load of them; default: as the configuration of ``training`` says.
+        corpus: what this run reads, as in :class:`RunRecord`; default: not compared.
+        healthy: consider only checkpoints after which a step was good.
 
     Raises:
-        CheckpointError: there is no intact checkpoint, it is of another model or optimizer, it holds anything but data,
-            or, with ``strict_load``, the newest one is damaged.
+        CheckpointError: there is no intact checkpoint, it is of another model, optimizer or corpus, it holds anything
+            but data, or, with ``strict_load``, the newest one is damaged.
     """
     settings = settings or training.config.checkpoint
-    folder, manifest = find_checkpoint(root, strict=settings.strict_load, iteration=settings.load_iteration)
+    folder, manifest = find_checkpoint(
+        root, strict=settings.strict_load, iteration=settings.load_iteration, healthy=healthy
+    )
     _check_model(training, settings, manifest, folder)
     if not settings.finetune:
+        _check_corpus(settings, manifest, corpus or {}, folder)
         _warn_of_other_order(manifest, data_identity(training.config), folder)
     with_optimizer = not (settings.no_load_optim or settings.finetune)
     if with_optimizer:
@@ -226,6 +255,7 @@ def load_checkpoint(training: Training, root: Path, settings: CheckpointConfig |
     if with_optimizer:
         _warn_of_other_schedule(state["scheduler"], training.scheduler.state_dict(), folder)
         load_optimizer_state(training.optimizer, state["optimizer"])
+        training.scheduler.num_steps = 0  # Megatron adds the loaded number to it
         training.scheduler.load_state_dict(state["scheduler"])
     else:
         training.optimizer.reload_model_params()
@@ -235,76 +265,9 @@ def load_checkpoint(training: Training, root: Path, settings: CheckpointConfig |
         folder=folder,
         position=start if settings.finetune else saved,
         lineage=manifest.lineage,
+        losses=() if settings.finetune else manifest.losses,
         random=_read_random(training, settings, folder, manifest),
     )
-
-
-def find_checkpoint(root: Path, *, strict: bool, iteration: int | None = None) -> tuple[Path, Manifest]:
-    """The newest checkpoint under ``root`` whose files all match its manifest. Collective. Writes nothing.
-
-    The ranks divide the files among them and hash them. A damaged checkpoint is skipped with a warning that names the
-    file, or refused if ``strict``. Checkpoints of other runs than the one that saved last are not considered, unless
-    ``iteration`` asks for one.
-    """
-    directory = CheckpointDirectory(root=root)
-    found, present = _from_rank_0(_choices(directory, iteration) if dist.get_rank() == 0 else None)
-    for folder in map(Path, found):
-        manifest, problems = _verify(folder)
-        if manifest is not None and not problems:
-            return folder, manifest
-        damage = explain(
-            got=f"checkpoint {folder.name}: {'; '.join(problems)}",
-            rule="every file of a checkpoint must match its manifest",
-            remedy=f"--load-iteration takes any of {present}"
-            if iteration is not None
-            else "Remove --strict-load to fall back to the previous one"
-            if strict
-            else "Falling back to the previous one",
-        )
-        if strict or iteration is not None:
-            raise CheckpointError(damage)
-        if dist.get_rank() == 0:
-            logger.warning(damage)
-    raise _not_found(root, iteration, present)
-
-
-def _choices(directory: CheckpointDirectory, iteration: int | None) -> tuple[list[str], list[int]]:
-    """The folders to try, in order, and the steps of all checkpoints."""
-    present = directory.iterations()
-    if iteration is None:
-        return [str(path) for path in directory.candidates()], present
-    return [str(directory.at(iteration))] if iteration in present else [], present
-
-
-def _not_found(root: Path, iteration: int | None, present: list[int]) -> CheckpointError:
-    if iteration is not None:
-        got, remedy = f"no checkpoint of step {iteration} in {root}", "Check the path"
-        rule = "--load-iteration must be the step of a checkpoint in the folder that --load names"
-    else:
-        got, remedy = (
-            f"no intact checkpoint in {root}",
-            "Check the path, or remove --load to start from scratch",
-        )
-        rule = "--load must name a folder that a run has saved a checkpoint to"
-    if present:
-        remedy = f"The folder has checkpoints of the steps {present}: choose one with --load-iteration"
-    return CheckpointError(explain(got=got, rule=rule, remedy=remedy))
-
-
-def _verify(folder: Path) -> tuple[Manifest | None, list[str]]:
-    """A checkpoint's manifest and everything that is wrong with its files, the same on every rank."""
-    manifest: Manifest | None = None
-    own: list[str] = []
-    try:
-        manifest = Manifest.read(folder)
-        if manifest.iteration != iteration_of(folder):
-            own.append(f"manifest.json is of iteration {manifest.iteration}")
-        own += manifest.problems(folder, part=dist.get_rank(), num_parts=dist.get_world_size())
-    except (CheckpointError, OSError) as error:
-        own.append(str(error))
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, own)
-    return manifest, sorted({problem for part in gathered for problem in part})
 
 
 def _check_model(training: Training, settings: CheckpointConfig, manifest: Manifest, folder: Path) -> None:
@@ -324,6 +287,25 @@ def _check_model(training: Training, settings: CheckpointConfig, manifest: Manif
         logger.warning(
             "%s: %s: training continues with the values of this run", folder.name, ", ".join(changed)
         )
+
+
+def _check_corpus(
+    settings: CheckpointConfig, manifest: Manifest, own: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuse to continue on other data: the position in the data would mean something else, or nothing."""
+    shared = [key for key in own if key in manifest.corpus]
+    found = differences(*({key: known[key] for key in shared} for known in (manifest.corpus, own)))
+    if found and not settings.data_may_change:
+        raise CheckpointError(
+            explain(
+                got=f"checkpoint {folder}: {found}",
+                rule="a run continues with the corpus, the mixture and the tokenizer that it began with",
+                remedy="Use these, continue on other data with --data-may-change, or start from the weights with "
+                "--finetune",
+            )
+        )
+    if found and dist.get_rank() == 0:
+        logger.warning("%s: %s: training continues on other data", folder.name, found)
 
 
 def _check_has_optimizer(manifest: Manifest, folder: Path) -> None:
@@ -405,9 +387,3 @@ def _read_random(
     with no_code_execution():
         state: dict[str, Any] = torch.load(folder / _random_name(dist.get_rank()))
     return state
-
-
-def _from_rank_0(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

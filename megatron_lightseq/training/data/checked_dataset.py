@@ -56,7 +56,7 @@ class CheckedGPTDataset(GPTDataset):
         loss_mask = np.ones(len(tokens), dtype=np.float32)
         if self.config.eod_mask_loss:
             loss_mask[tokens == self.config.tokenizer.eod] = 0
-        return Row(tokens, labels, loss_mask)
+        return Row(tokens, labels, loss_mask, tuple(stretches))
 
     def documents(self, number: int) -> Packing:
         """The documents of a sample, each of which ends with the end-of-document token, but maybe the last.

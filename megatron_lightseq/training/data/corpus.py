@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.training.file_hash import hash_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -67,6 +68,8 @@ class CorpusFacts:
     """Number of packs."""
     end_tokens: int = 0
     """Occurrences of the end-of-document token. As many as documents: one ends each, and none is inside of one."""
+    bin_hash: str = ""
+    """XXH3 of the `.bin` file; empty in facts that an older version has written."""
 
     @property
     def ends_are_borders(self) -> bool:
@@ -243,6 +246,21 @@ def check_facts(prefix: Path | str, facts: CorpusFacts, index: Index) -> None:
                     remedy=_PREPARE,
                 )
             )
+
+
+def verify_content(prefix: Path | str) -> None:
+    """Read the whole `.bin` file; raises DataError unless it is the one that prepare-data has written."""
+    facts, data = read_facts(prefix), file_of(prefix, "bin")
+    if facts is None or not facts.bin_hash:
+        raise DataError(
+            explain(
+                got=f"{prefix} has no recorded hash",
+                rule="verify_data compares the data with what prepare-data has recorded",
+                remedy=f"{_PREPARE}, or set verify_data to false",
+            )
+        )
+    found = hash_file(data)
+    _require(found == facts.bin_hash, data, f"its hash is {found}", f"prepare-data wrote {facts.bin_hash}")
 
 
 def write_facts(path: Path, facts: CorpusFacts) -> None:

@@ -24,8 +24,9 @@ from megatron_lightseq.training.data.corpus import (
     check_index,
     content_digest,
     read_facts,
+    verify_content,
 )
-from megatron_lightseq.training.data.safe_cache import safe_index_caches
+from megatron_lightseq.training.data.safe_cache import CACHE_FORMAT, safe_index_caches
 from megatron_lightseq.training.data.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -62,6 +63,15 @@ class Corpora:
             digest.update(index.lengths.tobytes() if facts is None else facts.content.encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share for one to continue on the data of the other, by name, for JSON."""
+        return {
+            "corpus": self.fingerprint,
+            "mixture": None if self.weights is None else list(self.weights),
+            "tokenizer": dict(self.tokenizer.unique_identifiers),
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Datasets:
@@ -84,7 +94,8 @@ def open_corpora(config: PretrainConfig) -> Corpora:
             check_facts(prefix, known, index)
         _check_packing(prefix, known, config)
         _check_splits(prefix, index, config)
-    digest = hashlib.sha256("".join(map(content_digest, prefixes)).encode()).hexdigest()[:16]
+    contents = f"caches {CACHE_FORMAT} of {''.join(map(content_digest, prefixes))}"
+    digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     folder = config.data.data_cache_path or str(Path(prefixes[0]).parent / "cache")
     return Corpora(
         tokenizer=tokenizer,
@@ -95,6 +106,12 @@ def open_corpora(config: PretrainConfig) -> Corpora:
         cache=Path(folder) / digest,
         vocab_size=_vocabulary(config, tokenizer),
     )
+
+
+def verify_contents(corpora: Corpora, *, part: int, num_parts: int) -> None:
+    """Hash this rank's share of the data files; raises DataError for one that is not what prepare-data wrote."""
+    for prefix in corpora.prefixes[part::num_parts]:
+        verify_content(prefix)
 
 
 def split_blend(data_path: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[float, ...] | None]:

@@ -132,8 +132,9 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
 
         Returns:
             ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each (B, local tokens), or
-            (1, local tokens) of joined rows. Of packed data also ``packing``, with its mask made; and over
-            context-parallel ranks ``shard``, which layout and rank the tensors are cut for.
+            (1, local tokens) of joined rows; and ``origin``, which says where the rows come from. Of packed data also
+            ``packing``, with its mask made; and over context-parallel ranks ``shard``, which layout and rank the
+            tensors are cut for.
         """
         held = self._held(len(numbers))
         sources = [_source(self.dataset, number) for number in numbers]
@@ -154,6 +155,7 @@ class MicroBatches(torch.utils.data.Dataset[Batch]):
                 batch["packing"] = Packing.joined(documents)
                 batch["packing"].mask  # noqa: B018 - made here, ahead of the step
         batch["position_ids"] = join(at)
+        batch["origin"] = repr([(number, row.stretches) for number, row in zip(numbers, rows, strict=True)])
         if self.joins_rows:
             batch = {name: x[None] if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
         if self.share.layout.cp_size > 1:

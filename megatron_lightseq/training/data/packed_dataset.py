@@ -63,7 +63,8 @@ class PackedDataset(MegatronDataset):
         tokens, labels = tokens_and_labels(self.dataset, stretches, positions, fill=self.config.tokenizer.eod)
         self._check(pack, stretches, tokens, labels)
         at = np.concatenate([np.arange(each.start, each.stop, each.step) for each in (range(0), *positions)])
-        return Row(tokens, labels, self._is_learned(stretches, at.astype(np.int64) + 1))
+        learned = self._is_learned(stretches, at.astype(np.int64) + 1)
+        return Row(tokens, labels, learned, tuple(stretches))
 
     def documents(self, number: int) -> Packing:
         """The documents of a sample, each of a prompt and an answer, and padding behind them."""

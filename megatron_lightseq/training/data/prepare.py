@@ -34,6 +34,7 @@ from megatron_lightseq.training.data.corpus import (
 from megatron_lightseq.training.data.documents import Document, ReadCounts, ReadOptions, read_documents
 from megatron_lightseq.training.data.sources import SourceFile
 from megatron_lightseq.training.data.tokenizers import Tokenizer, Tokens
+from megatron_lightseq.training.file_hash import hash_file
 
 FORMAT = 2
 """Incremented when the same inputs give other files than before."""
@@ -166,6 +167,7 @@ def prepare(
             skipped=counts.skipped,
             skipped_records=counts.skipped_records,
             bin_bytes=file_of(staged, "bin").stat().st_size,
+            bin_hash=hash_file(file_of(staged, "bin")),
             idx_bytes=file_of(staged, "idx").stat().st_size,
             pack_length=pack_length or 0,
             packs=0 if marks is None else len(marks) - 1,

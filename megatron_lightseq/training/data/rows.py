@@ -33,6 +33,8 @@ class Row:
     tokens: Ids
     labels: Ids
     loss_mask: npt.NDArray[np.float32]
+    stretches: tuple[Stretch, ...]
+    """Of the whole row, which all ranks that hold a part of it must agree on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

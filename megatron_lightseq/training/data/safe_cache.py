@@ -3,8 +3,8 @@
 Megatron-Core 0.16.1 reads its caches with `numpy.load(..., allow_pickle=True)`, which executes code from a prepared
 `.npy` file, and writes them in place, so that an interrupted run leaves an incomplete one. Both use the name `numpy` in
 two of its modules. Inside :func:`safe_index_caches` that name is a view of numpy whose `load` refuses pickles, foreign
-types, wrong sizes and negative indexes, and whose `save` writes to a temporary file and renames it. Upstream fixed this
-after 0.16.1; with such a version nothing changes.
+types, wrong sizes, negative indexes and changed contents, and whose `save` writes to a temporary file and renames it.
+Upstream stopped reading pickles after 0.16.1; the other checks remain.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from typing import Any
 import numpy as np
 
 from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.training.file_hash import hash_file
+
+CACHE_FORMAT = 2
+"""Part of the name of cache folders; caches of format 1 had no hashes."""
+_HASH_SUFFIX = ".xxh3"
 
 
 def load_index_cache(file: str | Path, mmap_mode: Any = "r", **_: Any) -> np.ndarray[Any, Any]:
@@ -43,16 +48,28 @@ def load_index_cache(file: str | Path, mmap_mode: Any = "r", **_: Any) -> np.nda
         )
     if array.size and array.min() < 0:
         raise _refused(file, f"holds the index {array.min()}")
+    if not _has_recorded_hash(Path(file)):
+        raise _refused(file, "is not what was written, or lost its hash")
     return array
 
 
+def _has_recorded_hash(path: Path) -> bool:
+    try:
+        return Path(f"{path}{_HASH_SUFFIX}").read_text(encoding="ascii") == hash_file(path)
+    except (OSError, ValueError):
+        return False
+
+
 def save_index_cache(file: str | Path, array: np.ndarray[Any, Any], **_: Any) -> None:
-    """Write an array of indexes atomically."""
+    """Write an array of indexes atomically, after a file with its hash."""
     temporary = Path(f"{file}.tmp-{os.getpid()}")
     with temporary.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
         stream.flush()
         os.fsync(stream.fileno())
+    hashed = Path(f"{temporary}{_HASH_SUFFIX}")
+    hashed.write_text(hash_file(temporary), encoding="ascii")
+    hashed.replace(f"{file}{_HASH_SUFFIX}")
     temporary.replace(file)
 
 

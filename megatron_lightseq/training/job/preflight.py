@@ -13,15 +13,19 @@ import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from megatron.core import __version__ as megatron_version
 
+import megatron_lightseq
 from megatron_lightseq import __version__
 from megatron_lightseq.config import PretrainConfig, to_flat
 from megatron_lightseq.errors import ConfigError, PeerFailureError, explain
+from megatron_lightseq.training.file_hash import hash_file
 
 _VERDICT = "preflight/verdict"
 
@@ -42,6 +46,16 @@ def describe(config: PretrainConfig, **more: str) -> dict[str, str]:
         **more,
     }
     return facts | {key: json.dumps(value, default=str) for key, value in to_flat(config).items()}
+
+
+def source_hash() -> str:
+    """Short hash of this package's files: an installation that was edited on one host is another version."""
+    root = Path(megatron_lightseq.__file__).parent
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".so"))
+    hashed = xxhash.xxh3_64()
+    for path in files:
+        hashed.update(f"{path.relative_to(root)} {hash_file(path)}".encode())
+    return hashed.hexdigest()
 
 
 def agree(

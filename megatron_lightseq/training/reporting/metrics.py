@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -38,7 +38,7 @@ class TrainMetrics:
     host, and this is always 0."""
     consumed_samples: int
     skipped: bool
-    """Whether the optimizer skipped the step because gradients were not finite."""
+    """Whether the weights were left as they were, because loss or gradients were bad."""
     mtp_loss: float | None = None
     """With multi-token prediction: its mean loss in nats per token, before its weight."""
     load_balancing_loss: float | None = None
@@ -65,16 +65,23 @@ class MetricsLog:
     def __init__(self, *, folder: Path | None, tensorboard: Path | None, resumed_step: int = 0) -> None:
         """Without ``folder``, only TensorBoard's files are written, if ``tensorboard`` is given."""
         self.path = None if folder is None else folder / METRICS_NAME
-        self._stream = None
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _forget_after(self.path, resumed_step)
-            self._stream = self.path.open("a", encoding="utf-8", buffering=1)
+        self._stream: TextIO | None = None
+        self.rewind(resumed_step)
         self._writer: Any = None
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after a step; the run has gone back to it."""
+        if self.path is None:
+            return
+        if self._stream is not None:
+            self._stream.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _forget_after(self.path, step)
+        self._stream = self.path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, metrics: Metrics) -> None:
         """Append one step or evaluation."""
