@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import shutil
 import warnings
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from megatron_lightseq.errors import LightSeqError
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
 from megatron_lightseq.training.checkpoint.lineage import Lineage
 from tests.harness.ranks import RankError, run_ranks
@@ -106,35 +104,3 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
         RankError, match=r"CheckpointError: --save .*/file: .*Choose a folder that this user may"
     ):
         run_ranks(1, looped, corpus, {"save": str(tmp_path / "file"), "train_iters": 10**6})
-
-
-def with_spoiled_gradients(corpus: str, root: str) -> str:
-    """The error of a run whose second step has NaN gradients but a finite loss."""
-    from dataclasses import replace
-
-    from megatron_lightseq.training import loop
-
-    train_step = loop.train_step
-    steps = iter((0.5, math.nan))
-    loop.train_step = lambda *args: replace(train_step(*args), grad_norm=next(steps))
-    try:
-        looped(corpus, {"save": root, "save_interval": 1})
-    except LightSeqError as error:
-        return str(error)
-    finally:
-        loop.train_step = train_step
-    raise AssertionError("the run went on")
-
-
-def test_spoiled_gradients_end_the_run_before_they_are_saved(corpus: str, tmp_path: Path) -> None:
-    message = run_ranks(1, with_spoiled_gradients, corpus, str(tmp_path))[0]
-    assert "at step 2 (grad norm nan): loss and gradients must be finite" in message
-    assert saved(tmp_path) == ["iter_0000001"]
-
-
-def test_a_step_that_the_optimizer_refused_goes_on() -> None:
-    from megatron_lightseq.training.loop import _check_finite
-    from megatron_lightseq.training.step import StepResult
-
-    refused = StepResult(loss=1.0, grad_norm=math.inf, num_tokens=1, learning_rate=0.1, skipped=True)
-    _check_finite(1, refused)
