@@ -392,11 +392,6 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "cp_invariant 64, cp_method auto, cp_kernel auto: cp_invariant fixes the order of all sums",
     ),
-    "rollback_needs_checkpoints": (
-        {"on_loss_spike": "rollback", "save": "runs/a"},
-        Machine(),
-        "rollback returns to a checkpoint that this run has saved on its way",
-    ),
     "verified_transport_is_ours": (
         {"cp_verify_transport": True, "cp_method": "megatron"},
         Machine(),
@@ -660,6 +655,11 @@ KERNEL_REFUSALS: dict[str, tuple[dict[str, Any], Machine, str]] = {
         {"window_size": (8, 0), "cp_kernel": "flash_attn", "context_parallel_size": 2, "bf16": True},
         Machine(),
         "it supports sliding windows on one context-parallel rank only, not on 2",
+    ),
+    "rollback_needs_checkpoints": (
+        {"on_loss_spike": "rollback", "save": "runs/a"},
+        Machine(),
+        "rollback returns to a checkpoint that this run has saved on its way",
     ),
     "documents": (
         {"cp_kernel": "flash_attn", "reset_attention_mask": True, "bf16": True},
