@@ -543,6 +543,11 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
     "load_iteration_needs_load": ({"load_iteration": 5}, Machine(), "Set load to a folder of checkpoints"),
     "resume_needs_save": ({"resume": "auto"}, Machine(), "Set save to a folder"),
     "finetune_needs_load": ({"finetune": True}, Machine(), "Set load to a checkpoint folder"),
+    "rollback_needs_checkpoints": (
+        {"on_loss_spike": "rollback", "save": "runs/a"},
+        Machine(),
+        "rollback returns to a checkpoint that this run has saved on its way",
+    ),
 }
 
 
@@ -655,11 +660,6 @@ KERNEL_REFUSALS: dict[str, tuple[dict[str, Any], Machine, str]] = {
         {"window_size": (8, 0), "cp_kernel": "flash_attn", "context_parallel_size": 2, "bf16": True},
         Machine(),
         "it supports sliding windows on one context-parallel rank only, not on 2",
-    ),
-    "rollback_needs_checkpoints": (
-        {"on_loss_spike": "rollback", "save": "runs/a"},
-        Machine(),
-        "rollback returns to a checkpoint that this run has saved on its way",
     ),
     "documents": (
         {"cp_kernel": "flash_attn", "reset_attention_mask": True, "bf16": True},
