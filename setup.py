@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,12 @@ def check_setuptools() -> None:
             f"megatron_lightseq: this environment has setuptools {setuptools.__version__}, and building needs "
             f"{OLDEST_SETUPTOOLS} or later. Run: python -m pip install --upgrade 'setuptools>={OLDEST_SETUPTOOLS}'"
         )
+
+
+def source_hash() -> str:
+    """Of csrc, by the package's own function; the package cannot be imported before it is built."""
+    functions = runpy.run_path(str(ROOT / "megatron_lightseq" / "kernels" / "source_hash.py"))
+    return str(functions["source_hash"](CSRC))
 
 
 def max_jobs() -> int:
@@ -134,6 +141,7 @@ class BuildKernels(build_ext):
         try:
             if nvcc:
                 self.add_cuda(extension, nvcc, cuda_sources)
+            self.write_source_hash(extension)
             self.compile_in_parallel()
             super().build_extensions()
         except subprocess.CalledProcessError as error:
@@ -146,6 +154,14 @@ class BuildKernels(build_ext):
             )
         cuda = f"CUDA ({';'.join(CUDA_ARCHS)})" if nvcc else f"no CUDA ({why_no_cuda(cuda_sources)})"
         print(f"megatron_lightseq: built the CPU kernel and the planner; {cuda}", file=sys.stderr)
+
+    def write_source_hash(self, extension: Extension) -> None:
+        """Add a source that says which sources are compiled; a module that is older than them refuses to run."""
+        path = Path(self.build_temp, "source_hash.cpp")
+        text = f'namespace mls {{ extern const char* const kSourceHash = "{source_hash()}"; }}\n'
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        extension.sources.append(str(path))
 
     def compile_in_parallel(self) -> None:
         """Compile here and hand the objects to the linker: setuptools itself compiles one source at a time."""

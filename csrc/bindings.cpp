@@ -20,6 +20,9 @@
 #endif
 
 namespace mls {
+
+extern const char* const kSourceHash;  // of which sources; setup.py writes the file that defines it
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -444,6 +447,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   if (module == nullptr) return nullptr;
   try {
     PyModule_AddStringConstant(module, "cpu_isa", mls::cpu::isa_name());
+    PyModule_AddStringConstant(module, "source_hash", mls::kSourceHash);
   } catch (const std::exception& error) {
     Py_DECREF(module);
     PyErr_SetString(PyExc_ImportError, error.what());

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.source_hash import source_hash
 
+SOURCES = Path(__file__).parents[2] / "csrc"
+"""Of the kernels; only in a checkout."""
 BUILD_COMMAND = "python setup.py build_ext --inplace"
 
 
@@ -26,6 +31,12 @@ def _import_extension() -> ModuleType | str:
         return "the compiled kernels (megatron_lightseq._C) have not been built"
     except ImportError as error:  # built for another torch or machine, or MLS_CPU_ISA names an absent variant
         return f"the compiled kernels (megatron_lightseq._C) cannot be loaded: {error}"
+    if SOURCES.is_dir() and getattr(module, "source_hash", None) != source_hash(SOURCES):
+        reason = (
+            "the compiled kernels (megatron_lightseq._C) were built from other sources than those in csrc"
+        )
+        logging.getLogger(__name__).warning("%s: they are not used (build them: %s)", reason, BUILD_COMMAND)
+        return reason
     _register_fakes()
     return module
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from megatron_lightseq.kernels import extension
 from megatron_lightseq.kernels.cpu import CpuKernel
 from megatron_lightseq.kernels.cuda import CudaKernel
 from megatron_lightseq.kernels.registry import Kernel
+from megatron_lightseq.kernels.source_hash import source_hash
 from megatron_lightseq.kernels.tile_mask import TileMask
 from tests.kernels.oracle import (
     NAMES,
@@ -324,6 +327,26 @@ def test_missing_extension_names_the_build_command(monkeypatch: pytest.MonkeyPat
         CudaKernel().forward(x, x, x, x, x[0], accumulate=False, **options)
     with pytest.raises(UnsupportedError, match=r"kernel 'cuda'.*have not been built"):
         CudaKernel().backward(x, x, x, x, x[0], x[0], x, x, x, **options)
+
+
+def test_kernels_older_than_their_sources_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = source_hash(extension.SOURCES)
+    assert extension.load_extension().source_hash == before
+    shutil.copytree(extension.SOURCES, tmp_path / "csrc")
+    assert source_hash(tmp_path / "csrc") == before
+    (tmp_path / "csrc" / "bindings.cpp").write_bytes(
+        extension.SOURCES.joinpath("bindings.cpp").read_bytes().replace(b"\n", b"\r\n")
+    )
+    assert source_hash(tmp_path / "csrc") == before, "a checkout on Windows"
+    (tmp_path / "csrc" / "bindings.cpp").rename(tmp_path / "csrc" / "other.cpp")
+    assert source_hash(tmp_path / "csrc") != before
+    monkeypatch.setattr(extension, "SOURCES", tmp_path / "csrc")
+    monkeypatch.setattr(extension, "_import_extension", extension._import_extension.__wrapped__)
+    x = torch.zeros(1, 1, 1, 8)
+    assert "built from other sources than those in csrc" in (KERNEL.unsupported(x, x, x) or "")
+    assert "not used" in caplog.text
 
 
 def test_unknown_variant_is_refused_by_name() -> None:
