@@ -61,6 +61,11 @@ class Fields:
             )
         return default
 
+    def given(self, name: str, default: Any) -> Any:
+        """The value of a field for which null means something else than its absence."""
+        self._read.add(name)
+        return self._values.get(name, default)
+
     def whole(self, name: str, default: Any = _MISSING) -> int:
         """A field that is a whole number."""
         value = self.take(name, default)

@@ -189,7 +189,7 @@ class GgufFile:
 
     @staticmethod
     def _dequantised(data: Any, kind: Any) -> torch.Tensor:
-        found = torch.from_numpy(_package().dequantize(data, kind))
+        found = torch.tensor(_package().dequantize(data, kind))
         return found.to(PLAIN.get(kind.name, torch.float32))
 
 

@@ -65,9 +65,10 @@ def import_hf(
     config = _with_tokenizer(config, opened, save, vocab_size)
     with single_process():
         skeleton = skeleton_of(config, vocab_size)
-        names = names_of(opened.config, opened.origin).names(config)
-        mapped = map_entries(skeleton.entries, names)
-        wanted = check_source(mapped, opened.tensors, None if dtype is None else DTYPES[dtype])
+        family = names_of(opened.config, opened.origin)
+        mapped = map_entries(skeleton.entries, family.names(config))
+        left_out = f"model.layers.{config.model.num_layers}." if family.extra_layers else None
+        wanted = check_source(mapped, opened.tensors, None if dtype is None else DTYPES[dtype], left_out)
         _check_tied(opened, mapped)
         config = with_values(config, bf16=wanted is torch.bfloat16)
         skeleton = skeleton_of(config, vocab_size)  # with the dtype that is now known
@@ -122,7 +123,7 @@ class _Supply:
         if self._last is None or self._last[0] is not one:
             self._last = None
             parts = [self._source.read(place.name, place.expert) for place in one.places]
-            whole = one.rule.form.join(parts).to(self._dtype)
+            whole = one.rule.form.join(parts).to(torch.float32 if one.rule.float32 else self._dtype)
             self._last = (one, list(whole.chunk(len(one.entry.pieces))))
         return self._last[1][number].contiguous()
 

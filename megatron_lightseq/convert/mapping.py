@@ -57,7 +57,10 @@ def map_entries(entries: tuple[Entry, ...], names: Names) -> list[Mapped]:
 
 
 def check_source(
-    mapped: list[Mapped], stored: Mapping[str, Stored], dtype: torch.dtype | None
+    mapped: list[Mapped],
+    stored: Mapping[str, Stored],
+    dtype: torch.dtype | None,
+    left_out: str | None = None,
 ) -> torch.dtype:
     """Check names, shapes and dtypes of everything that will be read.
 
@@ -65,6 +68,7 @@ def check_source(
         mapped: the model.
         stored: what the files say that they hold.
         dtype: to convert to; default: all tensors must have one.
+        left_out: prefix of tensors that the files may hold beside the model's.
 
     Returns:
         The dtype of the checkpoint.
@@ -83,6 +87,7 @@ def check_source(
             )
     used = {*wanted, TIED_OUTPUT}
     left = [name for name in stored if name not in used and not name.endswith(COMPUTED)]
+    left = [name for name in left if left_out is None or not name.startswith(left_out)]
     problems += [
         f"{name} in {stored[name].file} is no part of the model that config.json describes" for name in left
     ]
@@ -94,7 +99,8 @@ def check_source(
                 remedy="Download or save the model again, with the config.json that belongs to it",
             )
         )
-    return _common_dtype({name: stored[name] for name in wanted}, dtype)
+    in_float32 = {place.name for one in mapped if one.rule.float32 for place in one.places}
+    return _common_dtype({name: stored[name] for name in wanted if name not in in_float32}, dtype)
 
 
 def wanted_shapes(mapped: list[Mapped]) -> dict[str, tuple[int, ...]]:

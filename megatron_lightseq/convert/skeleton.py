@@ -114,6 +114,9 @@ def skeleton_of(config: PretrainConfig, padded_vocab_size: int) -> Skeleton:
             model = build_model(single, model_config, gpt_layer_spec(single), padded_vocab_size)
         if single.training.bf16:
             model = model.bfloat16()
+            for module in model.modules():
+                if getattr(module, "expert_bias", None) is not None:
+                    module.expert_bias = module.expert_bias.float()  # as Megatron's routers keep it
         state = {"model": model.sharded_state_dict(metadata={})}
     return Skeleton(state, tuple(_entries(state["model"])))
 

@@ -29,6 +29,14 @@ _BASE: dict[str, Any] = {
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+_LATENT = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
 SCALINGS: dict[str, dict[str, Any]] = {
     "llama3": {"rope_type": "llama3", "rope_theta": 1e5, "factor": 32.0, **_LLAMA3},
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
@@ -80,6 +88,49 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "smollm3": ("smollm3", {"use_sliding_window": True, "sliding_window": 20, "no_rope_layer_interval": 2}),
+    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 20, "query_pre_attn_scalar": 32, **_SOFTCAPS}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "sliding_window": 20,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.0,
+            "rope_parameters": {**SCALINGS["yarn"], "truncate": False},
+        },
+    ),
+    "glm4": ("glm4", {"head_dim": 16, "attention_bias": True}),
+    "glm4_moe": (
+        "glm4_moe",
+        {"head_dim": 16, "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 4, **_EXPERTS},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**_LATENT, "q_lora_rank": None, "n_routed_experts": 4, "first_k_dense_replace": 1, **_EXPERTS}
+        | {
+            "norm_topk_prob": False,
+            "rope_parameters": {**SCALINGS["yarn"], "mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {**_LATENT, "q_lora_rank": 24, "n_routed_experts": 8, "first_k_dense_replace": 2, **_EXPERTS}
+        | {"num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, **_EXPERTS}),
 }

@@ -24,6 +24,8 @@ class Rule:
     form: Form = SAME
     per_expert: bool = False
     """The tensors of the file have one more dimension, the first: all experts of the layer."""
+    float32: bool = False
+    """Kept in float32 beside weights of another dtype."""
 
 
 Names = Mapping[str, Rule]
@@ -40,6 +42,8 @@ class Family:
 
     keys: Callable[[Fields], Keys]
     names: Callable[[PretrainConfig], Names]
+    extra_layers: bool = False
+    """Files may hold layers after the last one, of multi-token prediction: left out, as in transformers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,13 @@ def layer_kinds(fields: Fields, usual: list[str]) -> list[str]:
     return kinds
 
 
+def alternating_windows(fields: Fields, default: int | None, every: int = 2) -> Keys:
+    """Windows in all layers but every n-th, where ``layer_types`` does not say otherwise."""
+    layers = fields.whole("num_hidden_layers")
+    usual = [SLIDING if i % every else FULL for i in range(1, layers + 1)]
+    return window_keys(fields.given("sliding_window", default), layer_kinds(fields, usual), fields)
+
+
 def qwen_window_keys(fields: Fields) -> Keys:
     """Windows of the later layers, from ``max_window_layers`` on, where ``use_sliding_window`` says so."""
     layers, window = fields.whole("num_hidden_layers"), fields.take("sliding_window", None)
@@ -172,6 +179,17 @@ def fused_mlp_names() -> Names:
     return in_layer(
         mlp__linear_fc1__weight="mlp.gate_up_proj.weight", mlp__linear_fc2__weight="mlp.down_proj.weight"
     )
+
+
+def shared_expert_names() -> Names:
+    """The expert that every token is routed to."""
+    return mlp_names("mlp.shared_experts.", "mlp.shared_experts.")
+
+
+def expert_bias_names() -> Names:
+    """What is added to scores when experts are chosen; both formats keep it in float32."""
+    theirs = THEIR_LAYER + "mlp.gate.e_score_correction_bias"
+    return {LAYER + "mlp.router.expert_bias": Rule((theirs,), float32=True)}
 
 
 def expert_names(

@@ -14,19 +14,20 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 """What Megatron-Core fixes of Llama 3's scaling; the factor is free."""
 
 
-def rope_keys(fields: Fields, *, theta: float = 10000.0, latent: bool = False) -> Keys:
+def rope_keys(fields: Fields, *, theta: float = 10000.0, partial: float = 1.0, latent: bool = False) -> Keys:
     """The keys of a model with one kind of RoPE.
 
     Args:
         fields: with ``rope_parameters``, or as before transformers 5 with ``rope_theta`` and ``rope_scaling``.
         theta: base of the family where the file does not say it.
+        partial: fraction of each head that is rotated, likewise.
         latent: whether attention is multi-latent, for which YaRN has keys of its own.
 
     Raises:
         UnsupportedError: a scaling that recipes cannot say.
     """
     base = fields.real("rope_theta", theta)
-    partial = fields.real("partial_rotary_factor", 1.0)
+    partial = fields.real("partial_rotary_factor", partial)
     old, new = fields.part("rope_scaling", {}), fields.part("rope_parameters", {})
     part = new if "rope_parameters" in fields else old
     return parameters_to_keys(part, fields, base, partial, latent=latent)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from megatron_lightseq.config.names import nearest
+from megatron_lightseq.convert.families.deepseek import DEEPSEEK
 from megatron_lightseq.convert.families.dense import DENSE
 from megatron_lightseq.convert.families.experts import EXPERTS
 from megatron_lightseq.convert.families.family import Family
+from megatron_lightseq.convert.families.gemma import GEMMA
+from megatron_lightseq.convert.families.glm import GLM
+from megatron_lightseq.convert.families.gpt_oss import GPT_OSS
 from megatron_lightseq.errors import UnsupportedError, explain
 
-FAMILIES: dict[str, Family] = {**DENSE, **EXPERTS}
+FAMILIES: dict[str, Family] = {**DENSE, **EXPERTS, **GEMMA, **GPT_OSS, **GLM, **DEEPSEEK}
 
 
 def family_of(model_type: object, origin: str) -> Family:
