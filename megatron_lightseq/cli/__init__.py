@@ -39,6 +39,9 @@ COMMANDS = {
     "pretrain": Command(
         "megatron_lightseq.cli.pretrain", "train a GPT model; start it with torchrun to use several ranks"
     ),
+    "eval": Command(
+        "megatron_lightseq.cli.evaluate", "the loss of a checkpoint by position; also on several ranks"
+    ),
     "prepare-data": Command("megatron_lightseq.cli.prepare_data", "turn text into a corpus of tokens"),
     "import-hf": Command(
         "megatron_lightseq.cli.import_hf", "turn a Hugging Face model into a checkpoint and a recipe"

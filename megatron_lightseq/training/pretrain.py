@@ -7,7 +7,7 @@ import faulthandler
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_lightseq.config import Machine, PretrainConfig, ResolvedConfig, resolve
@@ -19,16 +19,26 @@ from megatron_lightseq.training.job.signals import StopRequest, stop_on_signals
 _LEAVE_WITHIN_S = 30.0
 
 
-def pretrain(config: PretrainConfig, checked: Machine) -> int:
-    """Train as configured, together with the other ranks; returns the exit status.
+Body = Callable[[ResolvedConfig, StopRequest], None]
+"""What a rank does once its configuration is resolved."""
 
-    0: all steps are taken, or the run was stopped in order by a signal or a time limit, with a checkpoint if one was
-    asked for. 3: another rank failed, which the message on standard error names. This rank's own errors are raised.
+
+def pretrain(config: PretrainConfig, checked: Machine) -> int:
+    """Train as configured, together with the other ranks; see :func:`run_body`."""
+    return run_body(config, checked, _train)
+
+
+def run_body(config: PretrainConfig, checked: Machine, body: Body) -> int:
+    """Run ``body`` on this rank, with warnings of ours on standard error; returns the exit status.
+
+    0: it has ended, or was stopped in order by a signal or a time limit. 3: another rank failed, which the message on
+    standard error names. This rank's own errors are raised.
 
     Args:
         config: of the run.
         checked: the machine as far as it was known when the configuration's rules were checked; here they are checked
             against what was not known then.
+        body: joins the other ranks, and works with them.
 
     Raises:
         LightSeqError: this rank failed first; the subclass says in what.
@@ -41,7 +51,7 @@ def pretrain(config: PretrainConfig, checked: Machine) -> int:
     with stop_on_signals() as stop, _messages(rank):
         try:
             with _without_noise():
-                _run(resolved, stop)
+                body(resolved, stop)
         except PeerFailureError as error:
             _bound_exit(stop)
             sys.stderr.write(f"rank {rank}: {error}\n")
@@ -52,7 +62,8 @@ def pretrain(config: PretrainConfig, checked: Machine) -> int:
     return 0
 
 
-def _run(resolved: ResolvedConfig, stop: StopRequest) -> None:
+def _train(resolved: ResolvedConfig, stop: StopRequest) -> None:
+    """All steps, or the run was stopped in order; with a checkpoint if one was asked for."""
     from megatron_lightseq.training.data.datasets import open_corpora, verify_contents
     from megatron_lightseq.training.job.join import join
     from megatron_lightseq.training.loop import build_loop

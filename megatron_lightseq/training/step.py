@@ -43,8 +43,13 @@ DataIterators = Iterator[Batch] | Sequence[Iterator[Batch]]
 """One iterator, or one per model chunk of an interleaved pipeline, whose chunks read the same batches independently.
 All ranks of a data parallel replica read the same sequences: whole, to be cut here, or each its own tokens."""
 
+Given = Mapping[str, Any]
+"""This rank's tokens of a micro-batch."""
+Report = Callable[[Given, torch.Tensor], torch.Tensor]
+"""From a micro-batch on this rank (``loss_mask`` and ``position_ids``, (B, S)) and its losses (B, S) to a tensor."""
+
 _MODEL_INPUTS = ("tokens", "position_ids")
-_LOSS_INPUTS = ("labels", "loss_mask")
+_LOSS_INPUTS = ("labels", "loss_mask", "position_ids")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,21 +173,51 @@ def evaluate(
     ``interrupted`` is asked between batches and must give all ranks the same answer. If it is true, the remaining
     batches are left out.
     """
-    # Megatron's schedules build a graph even if they only run forward.
-    with torch.no_grad(), parameters_in_place(training):
-        for chunk in training.chunks:
-            chunk.eval()
-        reports: list[torch.Tensor] = []
-        complete = True
+    reports: list[torch.Tensor] = []
+    complete = True
+    with _evaluating(training):
         for batch in range(num_batches):
             complete = batch == 0 or not interrupted()
             if not complete:
                 break
             reports += _run_schedule(training, data_iterators, training.num_microbatches, forward_only=True)
-        for chunk in training.chunks:
-            chunk.train()
     loss, num_tokens = _reduce(training, reports)
     return EvalResult(loss=loss, num_tokens=num_tokens, complete=complete)
+
+
+def reports_of(
+    training: Training, data_iterators: DataIterators, num_batches: int, report: Report
+) -> list[torch.Tensor]:
+    """What ``report`` makes of every micro-batch on this rank, without gradients or dropout. Collective over all ranks.
+
+    Args:
+        training: from :func:`build_training`.
+        data_iterators: as for :func:`train_step`.
+        num_batches: global batches.
+        report: called where losses are computed: on the last pipeline stage.
+    """
+
+    def loss(given: Given, token_losses: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return token_losses.sum(), torch.ones((), dtype=torch.int), report(given, token_losses)
+
+    found: list[torch.Tensor] = []
+    with _evaluating(training):
+        for _ in range(num_batches):
+            found += _run_schedule(
+                training, data_iterators, training.num_microbatches, forward_only=True, loss=loss
+            )
+    return found
+
+
+@contextmanager
+def _evaluating(training: Training) -> Iterator[None]:
+    # Megatron's schedules build a graph even if they only run forward.
+    with torch.no_grad(), parameters_in_place(training):
+        for chunk in training.chunks:
+            chunk.eval()
+        yield
+        for chunk in training.chunks:
+            chunk.train()
 
 
 @contextmanager
@@ -202,14 +237,20 @@ def parameters_in_place(training: Training) -> Iterator[None]:
 
 
 def _run_schedule(
-    training: Training, data_iterators: DataIterators, num_microbatches: int, forward_only: bool
+    training: Training,
+    data_iterators: DataIterators,
+    num_microbatches: int,
+    *,
+    forward_only: bool,
+    loss: Callable[..., Any] | None = None,
 ) -> list[torch.Tensor]:
+    """Megatron's schedule; ``loss`` takes this rank's tensors and losses (B, S), default: see :func:`_loss`."""
     config, settings = training.config, training.config.training
     iterators = data_iterators
     if len(training.chunks) == 1 and isinstance(data_iterators, Sequence):
         iterators = data_iterators[0]
     reports: list[torch.Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, training),
+        forward_step_func=partial(_forward_step, training, loss or partial(_loss_of, training)),
         data_iterator=iterators,
         model=training.chunks if len(training.chunks) > 1 else training.chunks[0],
         num_microbatches=num_microbatches,
@@ -222,7 +263,7 @@ def _run_schedule(
 
 
 def _forward_step(
-    training: Training, iterator: Iterator[Batch], chunk: torch.nn.Module
+    training: Training, loss: Callable[..., Any], iterator: Iterator[Batch], chunk: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
     """Megatron's ``forward_step_func``: the chunk's output, and the function that turns it into a loss."""
     model = gpt_model(chunk)
@@ -245,7 +286,7 @@ def _forward_step(
         labels=shard.get("labels"),
         **extras,
     )
-    return output, partial(_loss, training, shard.get("loss_mask"))
+    return output, partial(loss, shard)
 
 
 def _shard(
@@ -260,6 +301,10 @@ def _shard(
     if cut is not None:
         return adopt_shard(given, cut, training.layout, rank)
     return shard_batch(given, training.layout, rank)
+
+
+def _loss_of(training: Training, given: Given, token_losses: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return _loss(training, given.get("loss_mask"), token_losses)
 
 
 def _loss(

@@ -157,8 +157,8 @@ def local_average_loss() -> Callable[[], None]:
 
     loss = step._loss
 
-    def local(training: Any, loss_mask: Any, whole_mask: Any, token_losses: Any) -> Any:
-        _, _, report = loss(training, loss_mask, whole_mask, token_losses)
+    def local(training: Any, loss_mask: Any, token_losses: Any) -> Any:
+        _, _, report = loss(training, loss_mask, token_losses)
         return (token_losses * loss_mask).sum(), loss_mask.sum().int(), report
 
     step._loss = local
