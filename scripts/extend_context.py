@@ -80,9 +80,12 @@ def shrink(model: Path, folder: Path, layers: int) -> None:
     import transformers
 
     loaded = load_theirs(model)
-    loaded.model.layers = loaded.model.layers[:layers]
-    loaded.config.num_hidden_layers = layers
-    loaded.save_pretrained(folder)
+    fields = loaded.config.to_dict() | {"num_hidden_layers": layers, "quantization_config": None}
+    config = type(loaded.config).from_dict(fields)
+    cut = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    wanted = cut.state_dict().keys()
+    cut.load_state_dict({name: tensor for name, tensor in loaded.state_dict().items() if name in wanted})
+    cut.save_pretrained(folder)
     where, options = _of_transformers(model)
     transformers.AutoTokenizer.from_pretrained(where, **options).save_pretrained(folder)
 

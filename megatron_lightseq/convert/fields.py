@@ -18,7 +18,8 @@ WITHOUT_EFFECT = frozenset({
     "return_dict", "return_dict_in_generate", "id2label", "label2id", "problem_type",
     "task_specific_params", "tokenizer_class", "prefix", "finetuning_task", "use_return_dict",
     "torchscript", "is_decoder", "is_encoder_decoder", "cross_attention_hidden_size", "unsloth_version",
-    "unsloth_fixed", "transformers.js_config", "is_llama_config", "initializer_range",
+    "_model_name_or_path", "unk_token_id", "unsloth_fixed", "transformers.js_config", "is_llama_config",
+    "initializer_range",
 })
 # fmt: on
 """Fields that say nothing about the function of a decoder, only about its use, its making or its storage."""
