@@ -43,23 +43,24 @@ def evaluate_checkpoint(
     """
     from megatron_lightseq.training.by_position import loss_by_position
     from megatron_lightseq.training.checkpoint.save_load import load_checkpoint
-    from megatron_lightseq.training.data.datasets import build_datasets, open_corpora
-    from megatron_lightseq.training.data.loaders import DataShare, valid_iterator
+    from megatron_lightseq.training.data.datasets import build_datasets, open_corpora, verify_contents
+    from megatron_lightseq.training.data.loaders import valid_iterator
     from megatron_lightseq.training.job.failure import EVALUATE, SET_UP
     from megatron_lightseq.training.job.join import join
+    from megatron_lightseq.training.loop import share_of
     from megatron_lightseq.training.setup import build_training
-    from megatron_lightseq.transport.group import rank_in
 
     config = resolved.config
     corpora = open_corpora(config)
     with join(resolved, corpora.fingerprint) as job:
+        if config.data.verify_data:
+            verify_contents(corpora, part=job.launch.rank, num_parts=job.launch.world_size)
         job.channel.enter(0, SET_UP)
         training = build_training(resolved, vocab_size=corpora.vocab_size)
         datasets = build_datasets(config, corpora)
         loaded = load_checkpoint(training, Path(config.checkpoint.load or ""))
         job.channel.enter(0, EVALUATE)
-        share = DataShare(rank=rank_in(training.groups.dp), size=training.sizes.data)
-        iterators = [valid_iterator(config, datasets, share) for _ in training.chunks]
+        iterators = [valid_iterator(config, datasets, share_of(training)) for _ in training.chunks]
         buckets = loss_by_position(training, iterators, config.training.eval_iters, num_buckets)
         if job.launch.rank == 0:
             tokens = sum(bucket.num_tokens for bucket in buckets)

@@ -157,7 +157,7 @@ class Loop:
         """Iterators from the present position on, then the random states that belong there."""
         consumed = self._position.consumed_samples
         self._iterators = [
-            train_iterator(self._config, datasets, self._share(), consumed_samples=consumed)
+            train_iterator(self._config, datasets, share_of(self._training), consumed_samples=consumed)
             for _ in self._training.chunks
         ]
         if random is not None:
@@ -194,15 +194,6 @@ class Loop:
         largest = torch.tensor(number, device=self._job.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
-
-    def _share(self) -> DataShare:
-        groups = self._training.groups
-        return DataShare(
-            rank=rank_in(groups.dp),
-            size=self._training.sizes.data,
-            layout=self._training.layout,
-            cp_rank=rank_in(groups.cp),
-        )
 
     def _make_progress(self) -> Progress:
         first, steps = self._position.iteration, self._config.training.train_iters
@@ -336,7 +327,9 @@ class Loop:
         if training.eval_interval is None or step % training.eval_interval:
             return
         self._job.channel.enter(step, EVALUATE)
-        iterators = [valid_iterator(self._config, datasets, self._share()) for _ in self._training.chunks]
+        iterators = [
+            valid_iterator(self._config, datasets, share_of(self._training)) for _ in self._training.chunks
+        ]
         result = evaluate(
             self._training, iterators, training.eval_iters, lambda: self._agree_to_stop() != RUNNING
         )
@@ -390,6 +383,17 @@ def build_loop(
     """Model, optimizer and loop for a configuration."""
     job.channel.enter(0, SET_UP)
     return Loop(job, build_training(config, vocab_size=corpora.vocab_size), corpora, stop)
+
+
+def share_of(training: Training) -> DataShare:
+    """Which part of the data this rank reads."""
+    groups = training.groups
+    return DataShare(
+        rank=rank_in(groups.dp),
+        size=training.sizes.data,
+        layout=training.layout,
+        cp_rank=rank_in(groups.cp),
+    )
 
 
 def peak_memory(device: torch.device) -> int:
