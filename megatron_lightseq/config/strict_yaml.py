@@ -3,7 +3,7 @@
 PyYAML reads YAML 1.1, where `off` is False, `1e-4` is a string, `010` is eight and `1:30` is ninety; it keeps the
 last of two equal keys, and expands aliases without limit. Here scalars follow the YAML 1.2 core schema, and what a
 flat configuration never needs is refused: duplicate keys, aliases, tags that build objects, deep nesting, several
-documents, files over 1 MB.
+documents, files over 100 kB or 1000 keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import yaml
 
 from megatron_lightseq.errors import ConfigError, explain
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000
+MAX_KEYS = 1000
 MAX_DEPTH = 4
 _TAG = "tag:yaml.org,2002:"
 _SCALARS: tuple[tuple[str, str, str], ...] = (
@@ -124,6 +125,10 @@ def _entries(loader: _Loader, name: str) -> dict[str, Entry]:
     if not isinstance(root, yaml.MappingNode):
         raise _RefusedError("the top level is not a mapping", root.start_mark)
     entries: dict[str, Entry] = {}
+    if len(root.value) > MAX_KEYS:
+        raise _RefusedError(
+            f"there are {len(root.value)} keys, and at most {MAX_KEYS} are read", root.start_mark
+        )
     for key_node, value_node in root.value:
         origin = f"{name} line {key_node.start_mark.line + 1}"
         key = _checked_key(loader.construct_object(key_node, deep=True), entries, origin)

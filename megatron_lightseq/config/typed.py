@@ -229,7 +229,7 @@ def _example(key: str) -> str:
     default = field_of_key(key).default
     if default is None:
         part = _alternatives(key_type(key))[0]
-        return {int: "1", float: "1.0", str: "name"}.get(part) or choices(key)[0]
+        return {int: "1", float: "1.0", str: "name"}.get(part) or next(iter(choices(key)), "[1, 0]")
     if is_list(key) and get_args(_annotations()[key])[0] in _PLURAL:
         return "[1, 0]"
     return dump_scalar(list(default) if isinstance(default, tuple) else default)

@@ -20,6 +20,7 @@ from megatron_lightseq.errors import CheckpointError, explain
 from megatron_lightseq.training.checkpoint.folder_lock import FolderLock
 from megatron_lightseq.training.checkpoint.lineage import Lineage
 from megatron_lightseq.training.checkpoint.manifest import MANIFEST_NAME, Manifest
+from megatron_lightseq.training.plain_files import read_plain_text
 
 LATEST_NAME = "latest"
 STARTED_NAME = "run_started"
@@ -49,7 +50,7 @@ class CheckpointDirectory:
     def line(self) -> Lineage | None:
         """The run that saved last in this folder; None if no file tells."""
         with contextlib.suppress(OSError, ValueError, CheckpointError):
-            newest = self.root / (self.root / LATEST_NAME).read_text(encoding="utf-8").strip()
+            newest = self.root / read_plain_text(self.root / LATEST_NAME).strip()
             iteration_of(newest)
             return Manifest.read(newest).lineage
         return self.started()
@@ -75,7 +76,7 @@ class CheckpointDirectory:
     def started(self) -> Lineage | None:
         """The run that began last in this folder."""
         try:
-            return Lineage.loads((self.root / STARTED_NAME).read_text(encoding="utf-8"))
+            return Lineage.loads(read_plain_text(self.root / STARTED_NAME))
         except (OSError, UnicodeDecodeError):
             return None
 

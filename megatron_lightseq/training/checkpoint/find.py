@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from megatron_lightseq.errors import CheckpointError, explain
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory, iteration_of
 from megatron_lightseq.training.checkpoint.health_marks import failures, is_healthy, is_suspect
-from megatron_lightseq.training.checkpoint.manifest import Manifest
+from megatron_lightseq.training.checkpoint.manifest import MANIFEST_NAME, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ def find_checkpoint(
     for folder in map(Path, found):
         manifest, problems = _verify(folder)
         if manifest is not None and not problems:
+            if dist.get_rank() == 0:
+                _warn_of_writers(folder, manifest)
             return folder, manifest
         damage = explain(
             got=f"checkpoint {folder.name}: {'; '.join(problems)}",
@@ -45,6 +48,16 @@ def find_checkpoint(
         if dist.get_rank() == 0:
             logger.warning(damage)
     raise _not_found(root, iteration, present)
+
+
+def _warn_of_writers(folder: Path, manifest: Manifest) -> None:
+    """Hashes in a manifest protect against damage, not against somebody who may rewrite both."""
+    paths = [folder, folder / MANIFEST_NAME, *(folder / record.name for record in manifest.files)]
+    writable = [path for path in paths if path.stat().st_mode & stat.S_IWOTH]
+    if writable:
+        logger.warning(
+            "%s can be written by every user of this machine: chmod -R o-w %s", writable[0], folder.parent
+        )
 
 
 def _choices(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from megatron_lightseq.training.plain_files import read_plain_text
+
 HEALTHY_NAME, FAILED_NAME = "healthy", "failed_next_steps"
 FAILURES_OF_A_SUSPECT = 2
 
@@ -38,7 +40,7 @@ def failures(folder: Path) -> int:
     if is_healthy(folder):
         return 0
     try:
-        return min(int((folder / FAILED_NAME).read_text(encoding="utf-8")[:8]), 1000)
+        return min(int(read_plain_text(folder / FAILED_NAME)[:8]), 1000)
     except (OSError, ValueError):
         return 0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_lightseq.errors import CheckpointError, explain
 from megatron_lightseq.training.checkpoint.lineage import Lineage
+from megatron_lightseq.training.plain_files import read_plain_text
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -95,7 +96,10 @@ class Manifest:
             raise ValueError(f"its format is not {FORMAT_VERSION}")
         files = tuple(FileRecord(**entry) for entry in content.pop("files"))
         for entry in files:
+            if not isinstance(entry.num_bytes, int) or not isinstance(entry.sha256, str):
+                raise ValueError(f"the record of {entry.name!r} has no size and hash")
             check_relative(entry.name)
+        _check_types(content)
         lineage = Lineage.of_json(content.pop("lineage"))
         losses = tuple(float(loss) for loss in content.pop("losses", ()))
         return cls(files=files, lineage=lineage, losses=losses, **content)
@@ -105,8 +109,8 @@ class Manifest:
         """Read a checkpoint's manifest. Raises CheckpointError, with the file's name, if it cannot be trusted."""
         path = folder / MANIFEST_NAME
         try:
-            return cls.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls.loads(read_plain_text(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 explain(
                     got=f"{path}: {type(error).__name__}: {error}",
@@ -119,6 +123,15 @@ class Manifest:
         """Damage found in this part of the files (file i belongs to part ``i % num_parts``)."""
         found = (record.problem(folder) for record in self.files[part::num_parts])
         return [text for text in found if text is not None]
+
+
+def _check_types(content: Mapping[str, Any]) -> None:
+    """A checksum shows that the text is as it was written, not that this package wrote it."""
+    kinds = {"iteration": int, "consumed_samples": int, "config_fingerprint": str}
+    kinds |= dict.fromkeys(("model", "optimizer", "data", "world", "versions", "corpus"), dict)
+    for name, kind in kinds.items():
+        if name in content and not isinstance(content[name], kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
 
 
 def check_relative(name: str) -> None:

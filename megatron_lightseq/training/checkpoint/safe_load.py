@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -24,6 +25,7 @@ from torch.serialization import _get_layout
 
 from megatron_lightseq.errors import CheckpointError, explain
 from megatron_lightseq.training.checkpoint.manifest import check_relative
+from megatron_lightseq.training.checkpoint.pickle_scan import MAX_BYTES, check_pickle
 
 _RECORDS: tuple[type, ...] = (
     dcp_filesystem._StorageInfo,
@@ -92,8 +94,10 @@ def load_metadata(stream: IO[bytes]) -> dcp_metadata.Metadata:
     points outside the checkpoint.
     """
     before = [dict(vars(record)) for record in _RECORDS]
+    data = stream.read(MAX_BYTES + 1)
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(stream.read())).load()
+        check_pickle(data)
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
     except CheckpointError:
         raise
     except Exception as error:
@@ -127,13 +131,51 @@ def _check_contents(metadata: Any) -> None:
     storage = metadata.storage_data
     if not isinstance(storage, dict) or not isinstance(metadata.state_dict_metadata, dict):
         raise _refusal(".metadata has no table of stored tensors")
-    for info in storage.values():
-        if not isinstance(info, dcp_filesystem._StorageInfo) or not isinstance(info.relative_path, str):
-            raise _refusal(".metadata has a storage entry of an unknown kind")
-        try:
-            check_relative(info.relative_path)
-        except ValueError as error:
-            raise _refusal(str(error)) from None
+    try:
+        for index, info in storage.items():
+            _check_storage(index, info)
+        for name, entry in metadata.state_dict_metadata.items():
+            _check_entry(name, entry)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _refusal(f".metadata: {error}") from error
+
+
+def _check_storage(index: Any, info: Any) -> None:
+    """Raises ValueError, TypeError or AttributeError unless an entry says where in which file something lies."""
+    if not isinstance(index, dcp_metadata.MetadataIndex) or not isinstance(index.fqn, str):
+        raise TypeError("a storage entry has no name")
+    if not isinstance(info, dcp_filesystem._StorageInfo) or not isinstance(info.relative_path, str):
+        raise TypeError("a storage entry is of an unknown kind")
+    check_relative(info.relative_path)
+    if not (_is_count(info.offset) and _is_count(info.length)):
+        raise ValueError(f"{index.fqn} lies at byte {info.offset!r}, {info.length!r} long")
+
+
+def _check_entry(name: Any, entry: Any) -> None:
+    """Raises ValueError, TypeError or AttributeError unless an entry describes bytes, or a tensor and its pieces."""
+    if not isinstance(name, str):
+        raise TypeError("an entry has no name")
+    if isinstance(entry, dcp_metadata.BytesStorageMetadata):
+        return
+    if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
+        raise TypeError(f"{name} is of an unknown kind")
+    if not isinstance(entry.properties, dcp_metadata.TensorProperties) or not isinstance(
+        entry.properties.dtype, torch.dtype
+    ):
+        raise TypeError(f"{name} has no dtype")
+    for chunk in entry.chunks:
+        if not isinstance(chunk, dcp_metadata.ChunkStorageMetadata):
+            raise TypeError(f"{name} has a piece of an unknown kind")
+        boxes = (chunk.offsets, chunk.sizes, entry.size)
+        if not all(isinstance(box, tuple) and all(map(_is_count, box)) for box in boxes):
+            raise ValueError(f"{name} has a piece whose place is no list of counts")
+        fits = all(start + size <= whole for start, size, whole in zip(*boxes, strict=True))
+        if not fits:
+            raise ValueError(f"{name} of shape {tuple(entry.size)} has a piece outside of it")
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 62
 
 
 def check_extra_state(state: Mapping[str, Any]) -> None:
@@ -169,6 +211,48 @@ def _refusal(got: str) -> CheckpointError:
     )
 
 
+class _FromEnd(io.RawIOBase):
+    """A stream that seeks from its end as it should: torch's view of a part of a file goes the other way."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        stream.seek(0, io.SEEK_END)
+        self._size = stream.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}[whence]
+        self._stream.seek(base + offset)
+        return self.tell()
+
+    def read(self, size: int = -1, /) -> bytes:
+        return bytes(self._stream.read(size))
+
+
+def _check_torch_file(source: Any) -> None:
+    """Raise ValueError or BadZipFile unless ``torch.load`` may read a file or stream: torch's unpickler has no bounds.
+
+    Files in the format before torch 1.6 are refused: nothing that can be loaded here has it.
+    """
+    if not hasattr(source, "read"):
+        with open(source, "rb") as stream:
+            return _check_torch_file(stream)
+    start = source.tell()
+    with zipfile.ZipFile(_FromEnd(source)) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed")
+            if entry.filename.endswith("data.pkl"):
+                check_pickle(archive.read(entry), has_storages=True)
+    source.seek(start)
+    return None
+
+
 @contextmanager
 def no_code_execution() -> Iterator[None]:
     """Restrict torch's checkpoint readers to plain data inside the block, for all callers.
@@ -181,8 +265,9 @@ def no_code_execution() -> Iterator[None]:
         kwargs.pop("pickle_module", None)
         kwargs["weights_only"] = True
         try:
+            _check_torch_file(args[0] if args else kwargs["f"])
             return unrestricted_load(*args, **kwargs)
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, ValueError, zipfile.BadZipFile) as error:
             raise _refusal(f"{_file_name(args)} holds an object that is not plain data") from error
 
     # `dump` is unchanged: a save may be running in another thread.

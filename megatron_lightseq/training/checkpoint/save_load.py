@@ -7,6 +7,7 @@ the parallelism is the same. Saving and loading are collective over all ranks, w
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 from collections.abc import Mapping
@@ -45,6 +46,7 @@ from megatron_lightseq.training.checkpoint.optimizer_state import (
     load_optimizer_state,
     sharded_optimizer_state,
 )
+from megatron_lightseq.training.checkpoint.pickle_scan import MAX_BYTES
 from megatron_lightseq.training.checkpoint.random_state import random_state
 from megatron_lightseq.training.checkpoint.safe_load import (
     check_extra_state,
@@ -54,6 +56,7 @@ from megatron_lightseq.training.checkpoint.safe_load import (
 from megatron_lightseq.training.checkpoint.sharded_files import PlainFileStrategy
 from megatron_lightseq.training.checkpoint.weights import RECIPE_NAME, causes, versions
 from megatron_lightseq.training.job.preflight import config_fingerprint
+from megatron_lightseq.training.plain_files import check_regular, read_plain
 from megatron_lightseq.training.setup import Training
 from megatron_lightseq.training.step import parameters_in_place
 
@@ -356,12 +359,14 @@ def _check_same(
 
 def _read_state(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
     """Megatron's load, without executing anything in the files."""
-    with (folder / ".metadata").open("rb") as stream:
-        load_metadata(stream)  # first on its own: an error inside the collective would be hard to find
     try:
+        # First on its own: an error inside the collective would be hard to find.
+        load_metadata(io.BytesIO(read_plain(folder / ".metadata", MAX_BYTES)))
         with no_code_execution():
             state: dict[str, Any] = dist_checkpointing.load(template, str(folder))
-    except (CheckpointException, KeyError, RuntimeError, AssertionError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # anything, where a table of contents does not fit the files
         raise CheckpointError(
             explain(
                 got=f"loading {folder}: {causes(error)}",
@@ -384,6 +389,25 @@ def _read_random(
                 "%s was saved with other parallel sizes: random states start from the seed", folder.name
             )
         return None
-    with no_code_execution():
-        state: dict[str, Any] = torch.load(folder / _random_name(dist.get_rank()))
+    return load_plain(folder / _random_name(dist.get_rank()))
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """Numbers, texts and tensors that ``torch.save`` has written; raises CheckpointError for anything else."""
+    try:
+        check_regular(path)
+        with no_code_execution():
+            state = torch.load(path)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            explain(
+                got=f"{path}: {causes(error)}",
+                rule="a checkpoint holds the random state of every rank that saved it",
+                remedy="Start from the seed with --no-load-rng, or --load another folder",
+            )
+        ) from error
     return state

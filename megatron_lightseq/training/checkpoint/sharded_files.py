@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_lightseq.errors import CheckpointError, explain
+from megatron_lightseq.training.checkpoint.pickle_scan import MAX_BYTES
 from megatron_lightseq.training.checkpoint.safe_load import load_metadata, no_code_execution
+from megatron_lightseq.training.plain_files import read_plain
 
 Supply = Callable[[str, tuple[int, ...]], torch.Tensor]
 """From the key of a tensor and the offset of one piece to that piece."""
@@ -78,12 +81,11 @@ class PieceReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            with (folder / ".metadata").open("rb") as stream:
-                self._metadata = load_metadata(stream)
+            self._metadata = load_metadata(io.BytesIO(read_plain(folder / ".metadata", MAX_BYTES)))
         except OSError as error:
             raise CheckpointError(
                 explain(
-                    got=f"{folder}/.metadata: {error.strerror}",
+                    got=f"{folder}/.metadata: {error.strerror or error}",
                     rule="a checkpoint has a table of contents",
                     remedy="Use another checkpoint",
                 )

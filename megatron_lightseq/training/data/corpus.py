@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from megatron_lightseq.errors import DataError, explain
 from megatron_lightseq.training.file_hash import hash_file
+from megatron_lightseq.training.plain_files import read_plain_text
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -209,13 +210,15 @@ def read_facts(prefix: Path | str) -> CorpusFacts | None:
     if not path.is_file():
         return None
     try:
-        facts = CorpusFacts(**json.loads(path.read_text(encoding="utf-8")))
-        numbers = facts.vocab_size, facts.end_tokens
+        facts = CorpusFacts(**json.loads(read_plain_text(path, follow=True)))
+        numbers = facts.vocab_size, facts.end_tokens, facts.pack_length
         if not (isinstance(facts.entropy, float) and all(isinstance(number, int) for number in numbers)):
+            raise TypeError("wrong types")
+        if not (isinstance(facts.content, str) and isinstance(facts.bin_hash, str)):
             raise TypeError("wrong types")
         if not 0 <= facts.entropy < math.inf:
             raise ValueError("entropy out of range")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(
             explain(
                 got=f"{path} is damaged ({type(error).__name__})",

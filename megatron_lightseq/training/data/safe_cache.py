@@ -34,9 +34,11 @@ def load_index_cache(file: str | Path, mmap_mode: Any = "r", **_: Any) -> np.nda
             another size than the file has.
     """
     try:
+        if not Path(file).is_file():
+            raise OSError("it is not a regular file")
         with np.errstate(over="ignore"):  # of a header that claims more bytes than there are numbers for
             array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
-    except (ValueError, EOFError, OSError, OverflowError) as error:
+    except Exception as error:  # numpy evaluates the header as an expression, which may fail in any way
         raise _refused(file, f"is no plain array ({error})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
         raise _refused(file, f"holds {getattr(array, 'dtype', type(array).__name__)}, not integers")

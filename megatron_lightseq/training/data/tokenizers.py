@@ -142,7 +142,8 @@ class HFTokenizer:
         """Ids of each text, using all cores; raises DataError where the library cannot encode one."""
         try:
             encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises Exception, and panics with less than that
+            _reraise_interrupts(error)
             raise DataError(
                 explain(
                     got=f"the tokenizer cannot encode this text ({error})",
@@ -191,9 +192,10 @@ def _read(path: Path) -> tuple[bytes, HuggingFaceTokenizer]:
     import tokenizers
 
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if path.is_file() else b""
         return content, tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises Exception, and panics with less than that
+        _reraise_interrupts(error)
         raise DataError(
             explain(
                 got=f"{path} cannot be read as a tokenizer ({error})",
@@ -201,6 +203,12 @@ def _read(path: Path) -> tuple[bytes, HuggingFaceTokenizer]:
                 remedy="Give the tokenizer.json that comes with a Hugging Face model",
             )
         ) from error
+
+
+def _reraise_interrupts(error: BaseException) -> None:
+    """Ctrl-C and exits are not errors of the tokenizer."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+        raise error
 
 
 def _largest_id(tokenizer: HuggingFaceTokenizer) -> int:
