@@ -58,6 +58,21 @@ def _compare_kernels(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_linear(options: argparse.Namespace) -> int:
+    _check_counts(repetitions=options.repetitions)
+    from megatron_lightseq.tools.bench import linear
+
+    def progress(row: linear.LinearRow) -> None:
+        sys.stderr.write(f"{row.family}, {row.tokens}: {row.seconds[1] / row.seconds[0]:.2f}x\n")
+
+    lengths = [int(length) for length in options.lengths.split(",")]
+    _check_counts(lengths=min(lengths))
+    rows = linear.measure(lengths, options.repetitions, progress)
+    written = [] if options.out is None else linear.write_reports(rows, options.out, options.repetitions)
+    _show(linear.HEADER, [row.cells() for row in rows], linear.caption(options.repetitions), written)
+    return 0
+
+
 def _bench_packed(options: argparse.Namespace) -> int:
     from megatron_lightseq.schedule import Direction, Network
     from megatron_lightseq.tools.bench import packed
@@ -220,6 +235,15 @@ def _parser() -> argparse.ArgumentParser:
             "their work. Work and traffic are counted, time is simulated, and only plans are timed.",
         )
     )
+    _linear_parser(
+        what.add_parser(
+            "linear",
+            allow_abbrev=False,
+            help="linear attention against softmax attention and Megatron's gated delta rule",
+            description="Time linear attention on one thread beside our softmax kernel, and the gated delta rule "
+            "beside Megatron's implementation in torch, alternately, and count the memory of both.",
+        )
+    )
     _overlap_parser(
         what.add_parser(
             "overlap",
@@ -260,6 +284,17 @@ def _add_case_flags(made: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="only cases with TEXT in their name, for example 'causal bf16'",
     )
+
+
+def _linear_parser(made: argparse.ArgumentParser) -> None:
+    made.set_defaults(measure=_bench_linear)
+    made.add_argument(
+        "--lengths", default="1024,4096,16384", metavar="A,B", help="tokens (default: %(default)s)"
+    )
+    made.add_argument(
+        "--repetitions", type=int, default=3, metavar="N", help="report the median of N (default: 3)"
+    )
+    made.add_argument("--out", type=Path, metavar="DIR", help="also write linear.json and linear.md to DIR")
 
 
 def _packed_parser(made: argparse.ArgumentParser) -> None:
