@@ -23,7 +23,9 @@ KIND is one of
     megatron_options VERDICT what attention does with Megatron's options (config/megatron_options.py)
     recipe_spellings         what Megatron-LM's arguments mean in recipes (config/megatron_options.py)
     fresh_clone PART         what the README's commands did in a fresh clone (docs/results/fresh_clone.json)
+    scan METHOD RANKS        a scan of linear attention, as it prints
     kernels                  every attention kernel (megatron_lightseq/kernels/specs.py)
+    linear_kernels           those of linear attention (megatron_lightseq/kernels/linear/specs.py)
     rooms                    the folders and modules of the package, by their docstrings
     imports                  a diagram of which of them imports which
     errors                   every exception, in the same way
@@ -53,7 +55,8 @@ from megatron_lightseq.config.megatron_options import OPTIONS, launcher_options,
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.strict_yaml import dump_scalar
 from megatron_lightseq.config.typed import describe, field_docstrings, section_types
-from megatron_lightseq.kernels.specs import KERNELS
+from megatron_lightseq.kernels.linear.specs import LINEAR_KERNELS, LinearKernelSpec
+from megatron_lightseq.kernels.specs import KERNELS, KernelSpec
 from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
 from megatron_lightseq.megatron.lm.patch_points import DEFAULT_LAYERS, PATCH_POINTS
 from megatron_lightseq.megatron.lm.refusals import SIZE_ARGUMENTS
@@ -100,6 +103,12 @@ def layout_for(method: str, size: int) -> mls.SequenceLayout:
 def schedule(method: str, size: str, direction: str = "forward") -> str:
     """A schedule as it prints."""
     built = mls.schedule.build(method, layout_for(method, int(size)), direction=direction)
+    return f"```text\n{built}\n```"
+
+
+def scan(method: str, size: str) -> str:
+    """A scan as it prints."""
+    built = mls.schedule.build_scan(method, mls.SequenceLayout.contiguous(int(size)))
     return f"```text\n{built}\n```"
 
 
@@ -291,14 +300,31 @@ def image(path: str, *words: str) -> str:
     return f"![{' '.join(words)}]({Path(path).relative_to('docs')})"
 
 
+def _taken(spec: KernelSpec | LinearKernelSpec) -> str:
+    """The devices, dtypes and head dims of a kernel."""
+    return "; ".join(
+        f"{support.device_type}: {', '.join(support.dtypes)}; head dims {support.head_dims}"
+        for support in spec.devices
+    )
+
+
+def linear_kernels() -> str:
+    """Every kernel of linear attention, as its spec describes it."""
+    rows = []
+    for spec in LINEAR_KERNELS.values():
+        gates = [*map(str, spec.decays), *(["the delta rule"] if spec.delta_rule else [])]
+        sources = ", ".join(f"`{source}`" for source in spec.sources)
+        in_auto = "yes" if spec.in_auto else "no"
+        rows.append([f"`{spec.name}`", spec.summary, _taken(spec), ", ".join(gates), in_auto, sources])
+    header = ["name", "what it is", "devices, dtypes, head dims", "gates", "in `auto`", "where"]
+    return markdown_table(header, rows)
+
+
 def kernels() -> str:
     """Every kernel, as its spec describes it."""
     rows = []
     for spec in KERNELS.values():
-        takes = "; ".join(
-            f"{support.device_type}: {', '.join(support.dtypes)}; head dims {support.head_dims}"
-            for support in spec.devices
-        )
+        takes = _taken(spec)
         sources = ", ".join(f"`{source}`" for source in spec.sources)
         in_auto = "yes" if spec.in_auto else "no"
         rows.append([f"`{spec.name}`", spec.summary, takes, str(spec.masks), in_auto, sources])
@@ -403,6 +429,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "flags": flags,
     "commands": commands,
     "schedule": schedule,
+    "scan": scan,
     "methods": methods,
     "balance": balance,
     "balance_by_mask": balance_by_mask,
@@ -418,6 +445,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "recipe_spellings": recipe_spelling_rows,
     "fresh_clone": fresh_clone,
     "kernels": kernels,
+    "linear_kernels": linear_kernels,
     "rooms": rooms,
     "imports": imports,
     "reference": reference,

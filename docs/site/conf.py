@@ -54,11 +54,12 @@ CONTENTS = {
         "huggingface",
         "megatron-lm",
         "megatron-options",
+        "linear-attention",
     ),
     "Understand": ("tour", "architecture", "algorithms", "glossary"),
     "Measured": ("performance",),
     "Reference": tuple(
-        f"reference/{page}" for page in ("attention", "schedule", "megatron", "kernels", "errors")
+        f"reference/{page}" for page in ("attention", "linear", "schedule", "megatron", "kernels", "errors")
     ),
 }
 """Captions of the sidebar, and the pages of docs/ below each."""
