@@ -21,16 +21,11 @@ from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule.ir import OF_STATES, Direction, Fold, Item, Move, Payload, ScanStep
 from megatron_lightseq.schedule.scan_validate import find_scan_fault, states_needed
+from megatron_lightseq.schedule.text_form import TextForm, count
 
-_KINDS = "|".join(sorted(OF_STATES))
-_HEADER = re.compile(
-    r"(?P<method>\S+) scan (?P<direction>forward|backward) (?P<layout>\S+) (?P<mask>\S+) (?P<seq_length>\d+) tokens"
-)
-_ITEM = rf"({_KINDS})(\d+)(?:-(\d+))?"
+_ITEM = rf"({'|'.join(sorted(OF_STATES))})(\d+)(?:-(\d+))?"
 _FOLD = re.compile(rf"{_ITEM}\*{_ITEM}")
-_MOVE = re.compile(rf"{_ITEM}:(\d+)>(\d+)")
-_CELL = rf"(-|{_FOLD.pattern}(\+{_FOLD.pattern})*)"
-_STEP = re.compile(rf"step (?P<number>\d+) *\|(?P<folds>( +{_CELL})+) *\|(?P<moves>( {_MOVE.pattern})*)")
+_FORM = TextForm("scan", title="scan ", entries="folds", entry=_FOLD.pattern, payloads=OF_STATES)
 
 
 @dataclass(frozen=True)
@@ -99,15 +94,7 @@ class Scan:
         return self._draw()
 
     def _draw(self, marked_step: int | None = None) -> str:
-        header = f"{self.method} scan {self.direction} {self.layout} {self.mask} {self.seq_length} tokens"
-        rows = [["+".join(map(str, folds)) or "-" for folds in step.folds] for step in self.steps]
-        widths = [max(map(len, column), default=1) for column in zip(*rows, strict=False)]
-        lines = [header]
-        for t, (step, row) in enumerate(zip(self.steps, rows, strict=True)):
-            cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
-            mark = "   <-- here" if t == marked_step else ""
-            lines.append(f"step {t:<3d} | {cells} | {' '.join(map(str, step.moves))}{mark}".rstrip())
-        return "\n".join(lines)
+        return _FORM.written(self, [(step.folds, step.moves) for step in self.steps], marked_step)
 
     @staticmethod
     def parse(text: str) -> Scan:
@@ -116,46 +103,15 @@ class Scan:
         Raises:
             ScheduleError: the text does not have that form, or the scan it describes is invalid.
         """
-        header, *lines = text.strip().splitlines() or [""]
-        match = _HEADER.fullmatch(header.strip())
-        if match is None:
-            raise ScheduleError(
-                explain(
-                    got=f"scan header {header!r}",
-                    rule="a scan begins with: METHOD scan DIRECTION LAYOUT MASK N tokens",
-                    remedy="Give the text that str(scan) prints",
-                )
-            )
+        fields, steps = _FORM.read(text)
         return Scan(
-            method=match["method"],
-            direction=Direction(match["direction"]),
-            layout=SequenceLayout.parse(match["layout"]),
-            mask=Mask.parse(match["mask"]),
-            seq_length=int(match["seq_length"]),
-            steps=tuple(_parse_step(number, line) for number, line in enumerate(lines)),
+            **fields, steps=tuple(ScanStep(tuple(map(_folds, cells)), moves) for cells, moves in steps)
         )
 
 
-def _parse_step(number: int, line: str) -> ScanStep:
-    match = _STEP.fullmatch(line.rstrip())
-    if match is None or int(match["number"]) != number:
-        raise ScheduleError(
-            explain(
-                got=f"scan line {line!r}",
-                rule=f"step {number} is written: step {number} | FOLDS OF EACH RANK | MOVES",
-                remedy="Give the text that str(scan) prints",
-            )
-        )
-    folds = tuple(
-        tuple(Fold(_item(*found[:3]), _item(*found[3:])) for found in _FOLD.findall(cell))
-        for cell in match["folds"].split()
-    )
-    moves = []
-    for kind, first, last, src, dst in _MOVE.findall(match["moves"]):
-        item = _item(kind, first, last)
-        moves.append(Move(item.payload, item.chunk, int(src), int(dst), item.chunks))
-    return ScanStep(folds, tuple(moves))
+def _folds(cell: str) -> tuple[Fold, ...]:
+    return tuple(Fold(_item(*found[:3]), _item(*found[3:])) for found in _FOLD.findall(cell))
 
 
 def _item(kind: str, first: str, last: str) -> Item:
-    return Item(Payload(kind), int(first), int(last) - int(first) + 1 if last else 1)
+    return Item(Payload(kind), int(first), count(first, last))
