@@ -86,7 +86,7 @@ def dist_linear_attention(
         v: (S, B, G, V), this rank's values, q's dtype. G divides H; k and v may also have more heads than q, or
             different numbers of them: each divides the largest, H, and a head is shared by adjacent ones.
         log_decay: (S, B, H), or (S, B, H, K) for a decay of each channel; any floating-point dtype. Natural logarithms
-            of what is left of a state, so at most 0. None: nothing decays.
+            of what is left of a state: finite, and at most 0. None: nothing decays.
         beta: (S, B, H), any floating-point dtype: the strength with which the delta rule writes. None: no delta rule.
         group: torch ProcessGroup of the context-parallel ranks; None for one rank.
         layout: how the shards were cut: contiguous, by name or as a SequenceLayout.
