@@ -93,7 +93,8 @@ ATTENTION: tuple[Option, ...] = (
         launcher="replaced",
         harmless=(None,),
     ),
-    refused("experimental_attention_variant linear_attention_freq use_kitchen_attention", _OTHER_ATTENTION),
+    refused("experimental_attention_variant linear_attention_freq", _OTHER_ATTENTION, recipe="key"),
+    refused("use_kitchen_attention", _OTHER_ATTENTION),
     refused("enable_autocast", "attention computes in the dtype of its inputs", launcher="outside"),
     # Context parallelism.
     honoured("context_parallel_size", "must be the size of the context-parallel group", recipe="key"),
@@ -246,9 +247,13 @@ ATTENTION: tuple[Option, ...] = (
         "dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss "
         "dsa_indexer_topk_freq dsa_indexer_skip_topk_offset dsa_indexer_rope_interleaved "
         "dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 "
-        "dsa_kernel_backend linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
-        "linear_num_value_heads experimental_attention_variant_loss_scale_func",
+        "dsa_kernel_backend experimental_attention_variant_loss_scale_func",
         "read with other attentions, which are refused",
+    ),
+    outside(
+        "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads",
+        "read by gated delta nets: hybrid_block_spec builds ours, and Megatron's own are refused",
+        recipe="key",
     ),
     outside(
         "is_hybrid_model mamba_head_dim mamba_num_heads gdp_num_chunk_states_to_recompute",

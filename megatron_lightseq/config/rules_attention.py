@@ -10,31 +10,32 @@ from megatron_lightseq.config.sections_model import ModelConfig
 LAYERS, ACTIVATIONS, SCORES = RuleSet(), RuleSet(), RuleSet()
 
 
-def _fits(pattern: LayerPattern | None, num_layers: int) -> bool:
+def pattern_fits(pattern: LayerPattern | None, num_layers: int) -> bool:
+    """Whether a pattern is a number of layers, or has one 0 or 1 for each layer."""
     if pattern is None or isinstance(pattern, int):
         return pattern is None or pattern >= 1
     return len(pattern) == num_layers and set(pattern) <= {0, 1}
 
 
-_PATTERN = "Write a number of 1 or more, or {num_layers} entries of 0 or 1"
+PATTERN_REMEDY = "Write a number of 1 or more, or {num_layers} entries of 0 or 1"
 
 
-@LAYERS.rule("window_attn_skip_freq", "num_layers", remedy=_PATTERN)
+@LAYERS.rule("window_attn_skip_freq", "num_layers", remedy=PATTERN_REMEDY)
 def window_pattern_fits(c: PretrainConfig, _: Machine) -> bool:
     """window_attn_skip_freq is a number of layers, or a list with one 0 or 1 for each of num_layers."""
-    return _fits(c.model.window_attn_skip_freq, c.model.num_layers)
+    return pattern_fits(c.model.window_attn_skip_freq, c.model.num_layers)
 
 
-@LAYERS.rule("no_rope_freq", "num_layers", remedy=_PATTERN)
+@LAYERS.rule("no_rope_freq", "num_layers", remedy=PATTERN_REMEDY)
 def no_rope_pattern_fits(c: PretrainConfig, _: Machine) -> bool:
     """no_rope_freq is a number of layers, or a list with one 0 or 1 for each of num_layers."""
-    return _fits(c.rope.no_rope_freq, c.model.num_layers)
+    return pattern_fits(c.rope.no_rope_freq, c.model.num_layers)
 
 
-@LAYERS.rule("moe_layer_freq", "num_layers", remedy=_PATTERN)
+@LAYERS.rule("moe_layer_freq", "num_layers", remedy=PATTERN_REMEDY)
 def expert_pattern_fits(c: PretrainConfig, _: Machine) -> bool:
     """moe_layer_freq is a number of layers, or a list with one 0 or 1 for each of num_layers."""
-    return _fits(c.experts.moe_layer_freq, c.model.num_layers)
+    return pattern_fits(c.experts.moe_layer_freq, c.model.num_layers)
 
 
 # --- activations ------------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ BOUNDS = RuleSet(
         "moe_router_num_groups moe_router_group_topk yarn_original_max_position_embeddings "
         "rotary_base_local rotary_seq_len_interpolation_factor rope_scaling_factor yarn_rotary_scaling_factor "
         "rotary_scaling_factor floor_scale "
-        "moe_router_topk moe_shared_expert_intermediate_size expert_model_parallel_size expert_tensor_parallel_size",
+        "moe_router_topk moe_shared_expert_intermediate_size expert_model_parallel_size expert_tensor_parallel_size "
+        "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads",
         _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad num_workers mtp_loss_scaling_factor "
         "moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate yarn_mscale yarn_mscale_all_dim mscale "
         "mscale_all_dim attn_scale load_iteration",

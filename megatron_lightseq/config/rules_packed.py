@@ -67,11 +67,15 @@ def megatron_packs_on_one_rank(c: PretrainConfig, _: Machine) -> bool:
     "cp_method",
     "window_size",
     "mtp_num_layers",
+    "experimental_attention_variant",
     remedy="Choose another cp_method",
 )
 def megatron_packs_plain_layers(c: PretrainConfig, _: Machine) -> bool:
-    """cp_method megatron forgets the documents in layers with a sliding window, and in multi-token prediction."""
+    """cp_method megatron forgets the documents in layers with a sliding window, and in multi-token prediction; and it
+    gives one dense mask for each row, which linear layers do not take.
+    """
     plain = not c.model.window_size and c.model.mtp_num_layers is None
+    plain = plain and c.linear.experimental_attention_variant is None
     return not _packed_by_megatron(c) or plain
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 from megatron_lightseq.config.choices import CPKernel, CPLayout, CPMethod, default_layout, sized_name
 from megatron_lightseq.config.sections_experts import ExpertsConfig
 from megatron_lightseq.config.sections_health import HealthConfig
+from megatron_lightseq.config.sections_linear import LinearConfig
 from megatron_lightseq.config.sections_model import ModelConfig
 from megatron_lightseq.config.sections_rope import RopeConfig
 from megatron_lightseq.schedule import Network
@@ -295,6 +296,7 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     context: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)

@@ -9,6 +9,7 @@ from megatron_lightseq.config.rules_attention import ACTIVATIONS, LAYERS, SCORES
 from megatron_lightseq.config.rules_context import CONTEXT
 from megatron_lightseq.config.rules_experts import EXPERTS
 from megatron_lightseq.config.rules_health import HEALTH
+from megatron_lightseq.config.rules_linear import LINEAR
 from megatron_lightseq.config.rules_model import BOUNDS, MODEL
 from megatron_lightseq.config.rules_packed import PACKED
 from megatron_lightseq.config.rules_parallel import PARALLEL
@@ -31,6 +32,7 @@ TRAINING_RULES = (
     LATENT,
     MULTI_TOKEN,
     EXPERTS,
+    LINEAR,
     PARALLEL,
     CONTEXT,
     RECOMPUTE,

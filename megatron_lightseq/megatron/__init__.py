@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megatron_lightseq.megatron.packed import packed_seq_params
     from megatron_lightseq.megatron.packing import Packing
     from megatron_lightseq.megatron.sequence_slices import slice_loss, slice_mlps
-    from megatron_lightseq.megatron.spec import gpt_layer_spec
+    from megatron_lightseq.megatron.spec import gpt_layer_spec, hybrid_block_spec
 
 __all__ = [
     "CoreAttentionSettings",
@@ -40,6 +40,7 @@ __all__ = [
     "adopt_layout",
     "cpu_platform",
     "gpt_layer_spec",
+    "hybrid_block_spec",
     "packed_seq_params",
     "shard_batch",
     "slice_loss",
@@ -52,6 +53,7 @@ _HOME = {
     "Packing": "packing",
     "adopt_layout": "batch",
     "gpt_layer_spec": "spec",
+    "hybrid_block_spec": "spec",
     "packed_seq_params": "packed",
     "shard_batch": "batch",
     "slice_loss": "sequence_slices",

@@ -22,11 +22,11 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron_lightseq.errors import ConfigError, LayoutError, explain
 from megatron_lightseq.layout import LAYOUTS, SequenceLayout
 from megatron_lightseq.megatron.bounded_cache import BoundedCache
-from megatron_lightseq.megatron.core_attention import LightSeqCoreAttention
 from megatron_lightseq.megatron.fixes.apply import fix_model
 from megatron_lightseq.megatron.multi_token import adopt_rolls
 from megatron_lightseq.megatron.packed import given_params, shard_of
 from megatron_lightseq.megatron.rope import adopt_rotary
+from megatron_lightseq.megatron.sequence_layer import SequenceLayer
 from megatron_lightseq.megatron.sequence_mixers import check_other_mixers
 from megatron_lightseq.transport.group import rank_in
 
@@ -184,11 +184,11 @@ def adopt_layout(
         The layout, for :func:`shard_batch`.
 
     Raises:
-        LayoutError: the layers have different layouts, or there is no LightSeqCoreAttention.
+        LayoutError: the layers have different layouts, or there is no layer of ours.
         UnsupportedError: other layers of the model reorder tokens by Megatron's zigzag, and the layout is another.
     """
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    attentions = [m for chunk in chunks for m in chunk.modules() if isinstance(m, LightSeqCoreAttention)]
+    attentions = [m for chunk in chunks for m in chunk.modules() if isinstance(m, SequenceLayer)]
     layout = _common_layout(attentions)
     for chunk in chunks:
         check_other_mixers(chunk, layout)
@@ -209,7 +209,7 @@ def adopt_layout(
     return layout
 
 
-def _common_layout(attentions: list[LightSeqCoreAttention]) -> SequenceLayout:
+def _common_layout(attentions: list[SequenceLayer]) -> SequenceLayout:
     layouts = {str(attention.layout): attention.layout for attention in attentions}
     if len(layouts) != 1:
         raise LayoutError(

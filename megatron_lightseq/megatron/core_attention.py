@@ -10,16 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
 
 from megatron_lightseq.attention import AttentionStats, DistAttention
 from megatron_lightseq.config.choices import method_of_comm_type
 from megatron_lightseq.config.resolved import ResolvedAttention
-from megatron_lightseq.errors import ConfigError, LayoutError, UnsupportedError, explain
+from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.megatron.bounded_cache import BoundedCache
@@ -34,6 +32,7 @@ from megatron_lightseq.megatron.options import (
 )
 from megatron_lightseq.megatron.packed import shard_of
 from megatron_lightseq.megatron.score_settings import ScoreSettings
+from megatron_lightseq.megatron.sequence_layer import SequenceLayer
 from megatron_lightseq.schedule import Network
 from megatron_lightseq.transport.group import rank_in
 
@@ -142,7 +141,7 @@ class CoreAttentionSettings:
         return self._dense_masks.read(hidden, layout, group, causal=causal)
 
 
-class LightSeqCoreAttention(MegatronModule):
+class LightSeqCoreAttention(SequenceLayer):
     """Drop-in replacement for ``DotProductAttention`` / ``TEDotProductAttention`` of megatron-core 0.14 and later.
 
     It has the same parameters as Megatron's (``softmax_offset`` of learnable sinks, else none), so checkpoints do not
@@ -165,37 +164,22 @@ class LightSeqCoreAttention(MegatronModule):
         settings: CoreAttentionSettings | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config=config)
         settings = settings or CoreAttentionSettings()
         groups = pg_collection or options.pop("model_comm_pgs", None)
-        group = _context_parallel_group(groups)
-        cp_size = 1 if group is None else group.size()
         comm_type = _comm_type(settings, config, layer_number, options.pop("cp_comm_type", None))
         _check_supported(config, attention_type, options)
-        if config.context_parallel_size != cp_size:
-            raise ConfigError(
-                explain(
-                    got=f"context_parallel_size {config.context_parallel_size} with a group of {cp_size} ranks",
-                    rule="the model's configuration and its context-parallel group must have the same size",
-                    remedy="Initialise model parallelism with the configuration's context_parallel_size",
-                )
-            )
+        super().__init__(config, groups, settings.layout)
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.settings = settings
         self.method = settings.method_of(comm_type)
-        self.group = group
-        self.layout: SequenceLayout = getattr(SequenceLayout, settings.layout)(cp_size)
         # Megatron's apply_query_key_layer_scaling divides scores by the layer number, and multiplies them back in fp32
         # (FusedScaleMaskSoftmax). It protects fp16 scores from overflow; scores are fp32 here.
         self.softmax_scale = softmax_scale
-        self.tensor_group = _tensor_parallel_group(groups)
         self.softmax_offset = _softmax_offset(config, self.tensor_group)
         self.window = _window(config, layer_number)
         self.has_rope = not _entry(getattr(config, "no_rope_freq", None), layer_number)
         self._query_scales: BoundedCache[Any, torch.Tensor | None] = BoundedCache(MAX_LENGTHS)
-        self.layout_adopted = False
-        """Set by :func:`megatron_lightseq.megatron.adopt_layout`: batches and RoPE follow this layout."""
         if settings.keep_on_recompute:
             track_checkpoints()
 
@@ -231,16 +215,7 @@ class LightSeqCoreAttention(MegatronModule):
             LayoutError: the model was not passed to :func:`megatron_lightseq.megatron.adopt_layout`.
         """
         raise_refusals([*refused_arguments("forward", extras)])
-        if self.layout.cp_size > 1 and not self.layout_adopted:
-            raise LayoutError(
-                explain(
-                    got=f"attention on layout {self.layout} in a model that has not adopted it",
-                    rule="batches and rotary embeddings must be cut as attention expects, "
-                    "or queries would silently see future tokens",
-                    remedy="Call megatron_lightseq.megatron.adopt_layout(model) after building the model, "
-                    "and cut batches with shard_batch",
-                )
-            )
+        self.check_adopted()
         mask_type = attn_mask_type or self.attn_mask_type
         if packed_seq_params is None:
             mask = self._mask(mask_type, attention_mask)
@@ -346,20 +321,6 @@ def _is_causal(mask_type: AttnMaskType) -> bool:
             )
         )
     return mask_type is AttnMaskType.causal
-
-
-def _context_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | None:
-    """The context-parallel group of Megatron's collection, or of its global state if a layer is built without one."""
-    group: torch.distributed.ProcessGroup | None = (
-        parallel_state.get_context_parallel_group() if collection is None else collection.cp
-    )
-    return group
-
-
-def _tensor_parallel_group(collection: Any) -> torch.distributed.ProcessGroup | None:
-    """The ranks that heads are split over; as above."""
-    given: torch.distributed.ProcessGroup | None = None if collection is None else collection.tp
-    return parallel_state.get_tensor_model_parallel_group() if given is None else given
 
 
 def _comm_type(

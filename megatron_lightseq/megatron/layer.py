@@ -26,6 +26,34 @@ Add = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinearLayers:
+    """Which layers are linear, and what they are built of."""
+
+    pattern: str
+    """For each layer: ``*`` attention, ``G`` a gated delta net, ``L`` linear attention; further ones like the last."""
+    delta_net: ModuleSpec
+    """In the place of self-attention."""
+    delta_net_has_norm: bool
+    """Whether it normalises its input itself."""
+    core_attention: ModuleSpec
+    """In the place of core attention."""
+
+    def of(self, submodules: TransformerLayerSubmodules, number: int) -> TransformerLayerSubmodules:
+        """The parts of one layer."""
+        kind = self.pattern[min(number, len(self.pattern)) - 1]
+        if kind == "G":
+            keys = dict(submodules.sharded_state_dict_keys_map)
+            if not self.delta_net_has_norm:  # stored as by layers that have it
+                keys["input_layernorm."] = "self_attention.in_proj.layer_norm_"
+            return replace(submodules, self_attention=self.delta_net, sharded_state_dict_keys_map=keys)
+        if kind == "L":
+            attention = submodules.self_attention
+            parts = replace(attention.submodules, core_attention=self.core_attention)
+            return replace(submodules, self_attention=replace(attention, submodules=parts))
+        return submodules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChoices:
     """What a layer decides by its number, counted from 1 over the whole model."""
 
@@ -33,6 +61,8 @@ class LayerChoices:
     """The MLP of layers without experts, where the specification's own has them."""
     has_experts: tuple[bool, ...] = ()
     """For each layer, with ``dense_mlp``; further layers, of multi-token prediction, are like the last one."""
+    linear: LinearLayers | None = None
+    """Linear layers in the place of attention."""
     normalises_qk: tuple[bool, ...] = ()
     """For each layer, whether it keeps the norms of queries and keys; empty: all do."""
     norm_after_attention: bool = False
@@ -48,7 +78,7 @@ class LayerChoices:
             attention = submodules.self_attention
             parts = replace(attention.submodules, q_layernorm=IdentityOp, k_layernorm=IdentityOp)
             submodules = replace(submodules, self_attention=replace(attention, submodules=parts))
-        return submodules
+        return submodules if self.linear is None else self.linear.of(submodules, number)
 
 
 def _entry(flags: tuple[bool, ...], number: int) -> bool:

@@ -43,16 +43,24 @@ class WeightNames:
         """
 
         def draw(tensor: torch.Tensor) -> torch.Tensor:
-            scoped = self.scope + role
-            index = self._drawn[scoped, self.layer]
-            self._drawn[scoped, self.layer] += 1
-            name = f"{self.seed}/{scoped}/{self.layer}/{index}"
-            stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
-            generator = torch.Generator(tensor.device).manual_seed(stream)
             with torch.no_grad():
-                return tensor.normal_(0.0, std, generator=generator)
+                return tensor.normal_(0.0, std, generator=self._stream(role, tensor.device))
 
         return draw
+
+    def uniform(self, tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        """Draw U(low, high), for weights that are not matrices."""
+        with torch.no_grad():
+            return tensor.uniform_(low, high, generator=self._stream("uniform", tensor.device))
+
+    def _stream(self, role: str, device: torch.device) -> torch.Generator:
+        """The random numbers of the next weight of a role."""
+        scoped = self.scope + role
+        index = self._drawn[scoped, self.layer]
+        self._drawn[scoped, self.layer] += 1
+        name = f"{self.seed}/{scoped}/{self.layer}/{index}"
+        stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+        return torch.Generator(device).manual_seed(stream)
 
     @contextmanager
     def building_layer(self, number: int) -> Iterator[None]:

@@ -17,9 +17,9 @@ import torch
 
 from megatron_lightseq.errors import UnsupportedError, explain
 from megatron_lightseq.layout import SequenceLayout
-from megatron_lightseq.megatron.core_attention import LightSeqCoreAttention
 from megatron_lightseq.megatron.fixes.rebind import code_names
 from megatron_lightseq.megatron.notes import note_once
+from megatron_lightseq.megatron.sequence_layer import SequenceLayer
 
 ZIGZAG_FUNCTIONS = frozenset(
     {
@@ -47,7 +47,7 @@ def other_mixers(model: torch.nn.Module) -> Counter[str]:
     found: Counter[str] = Counter()
     for module in model.modules():
         attention = module._modules.get("core_attention")
-        if attention is not None and not isinstance(attention, LightSeqCoreAttention):
+        if attention is not None and not isinstance(attention, SequenceLayer):
             found[type(attention).__name__] += 1
         if type(module) in reordering:
             found[type(module).__name__] += 1

@@ -11,12 +11,9 @@ Transformer Engine if it can be imported, otherwise Megatron's local ones.
 from __future__ import annotations
 
 import copy
-import importlib
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -43,13 +40,14 @@ from megatron_lightseq.megatron.layer import (
     LayerChoices,
     QueryKeyL2Norm,
 )
+from megatron_lightseq.megatron.linear_layer import LinearSettings
+from megatron_lightseq.megatron.linear_spec import LAYER_KINDS, linear_pattern, with_linear_layers
 from megatron_lightseq.megatron.rope import allow_any_number_of_ranks
 from megatron_lightseq.megatron.score_settings import ScoreSettings
+from megatron_lightseq.megatron.transformer_impl import use_transformer_engine
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
-
-TRANSFORMER_IMPL_VARIABLE = "MLS_TRANSFORMER_IMPL"
 
 
 def gpt_layer_spec(
@@ -88,9 +86,13 @@ def gpt_layer_spec(
     context = context or ContextParallelConfig()
     allow_any_number_of_ranks()
     spec = _with_choices(_megatron_layer_spec(config), config)
+    keep = True if keep_attention_on_recompute is None else keep_attention_on_recompute
+    stats = AttentionStats() if stats is None else stats
+    if isinstance(config, PretrainConfig):
+        linear = LinearSettings(keep_on_recompute=keep, stats=stats)
+        spec = with_linear_layers(spec, linear_pattern(config), linear, rms_norm=_has_rms_norm(config))
     if context.cp_method == "megatron":
         return _with_latent_baseline(spec)
-    keep = True if keep_attention_on_recompute is None else keep_attention_on_recompute
     settings = CoreAttentionSettings(
         method=context.method_name,
         comm_types=context.cp_comm_type,
@@ -104,9 +106,74 @@ def gpt_layer_spec(
         resolved=resolved,
         scores=_scores(config),
         keep_on_recompute=keep,
-        stats=AttentionStats() if stats is None else stats,
+        stats=stats,
     )
     return _with_core_attention(spec, settings)
+
+
+def hybrid_block_spec(
+    config: TransformerConfig,
+    pattern: str,
+    *,
+    context: ContextParallelConfig | None = None,
+    keep_attention_on_recompute: bool = True,
+    stats: AttentionStats | None = None,
+) -> ModuleSpec:
+    """The specification of a block whose layers are of several kinds, for every pipeline stage.
+
+        model = GPTModel(config, hybrid_block_spec(config, "GGG*"), ...)
+        layout = adopt_layout(model)
+
+    Args:
+        config: Megatron's; its ``linear_*`` fields are the widths of gated delta nets. Leave its
+            ``experimental_attention_variant`` at None, which is about Megatron's own layers.
+        pattern: one letter for each layer, repeated over the layers: ``*`` softmax attention, ``G`` a gated delta net,
+            ``L`` linear attention.
+        context: of the layers with softmax attention; their layout must be contiguous over several ranks.
+        keep_attention_on_recompute: whether results survive activation recomputation.
+        stats: counters that all layers share; default: new ones.
+
+    Returns:
+        What ``GPTModel(transformer_layer_spec=...)`` takes. Each layer chooses its kind by its number.
+
+    Raises:
+        ConfigError: another letter, or softmax layers on a layout that is not contiguous.
+    """
+    context = context or ContextParallelConfig()
+    stats = AttentionStats() if stats is None else stats
+    _check_pattern(pattern, context, config.context_parallel_size)
+    spec = gpt_layer_spec(
+        config, context=context, keep_attention_on_recompute=keep_attention_on_recompute, stats=stats
+    )
+    settings = LinearSettings(keep_on_recompute=keep_attention_on_recompute, stats=stats)
+    whole = pattern * -(-config.num_layers // len(pattern))
+    return with_linear_layers(spec, whole[: config.num_layers], settings, rms_norm=_has_rms_norm(config))
+
+
+def _check_pattern(pattern: str, context: ContextParallelConfig, cp_size: int) -> None:
+    if not pattern or not set(pattern) <= set(LAYER_KINDS):
+        raise ConfigError(
+            explain(
+                got=f"the layer pattern {pattern!r}",
+                rule=f"letters are {', '.join(f'{letter} ({kind})' for letter, kind in LAYER_KINDS.items())}",
+                remedy='Write, for example, "GGG*"',
+            )
+        )
+    cut = context.cp_method != "megatron" and context.layout_name == "contiguous"
+    if set(pattern) != {"*"} and cp_size > 1 and not cut:
+        raise ConfigError(
+            explain(
+                got=f"linear layers next to cp_method {context.cp_method} on layout {context.layout_name}, over "
+                f"{cp_size} ranks",
+                rule="a state goes through the tokens in their order, so every rank holds adjacent ones",
+                remedy="Use cp_method lightseq, whose layout is contiguous",
+            )
+        )
+
+
+def _has_rms_norm(config: TransformerConfig | PretrainConfig) -> bool:
+    name = config.model.normalization if isinstance(config, PretrainConfig) else config.normalization
+    return bool(name == "RMSNorm")
 
 
 def _inner_size(config: TransformerConfig | PretrainConfig) -> int | None:
@@ -230,49 +297,3 @@ def mtp_block_spec(layer: ModuleSpec, num_layers: int) -> MultiTokenPredictionBl
     """
     depth = get_mtp_layer_spec(layer, use_transformer_engine())
     return MultiTokenPredictionBlockSubmodules(layer_specs=[depth] * num_layers)
-
-
-def use_transformer_engine() -> bool:
-    """Whether layers are built from Transformer Engine's modules: if it can be imported, unless told otherwise.
-
-    The environment variable MLS_TRANSFORMER_IMPL (``transformer_engine``, ``local`` or ``auto``) decides; only this
-    function reads it.
-
-    Raises:
-        ConfigError: the variable has another value, or asks for Transformer Engine where it cannot be imported.
-    """
-    wanted = os.environ.get(TRANSFORMER_IMPL_VARIABLE, "auto")
-    if wanted not in ("auto", "local", "transformer_engine"):
-        raise ConfigError(
-            explain(
-                got=f"{TRANSFORMER_IMPL_VARIABLE}={wanted!r}",
-                rule="layers are built from transformer_engine or local modules",
-                remedy="Set it to transformer_engine, local or auto, or unset it",
-            )
-        )
-    if wanted == "local":
-        return False
-    problem = _transformer_engine_problem()
-    if problem is not None and wanted == "transformer_engine":
-        raise ConfigError(
-            explain(
-                got=f"{TRANSFORMER_IMPL_VARIABLE}=transformer_engine, which cannot be used: {problem}",
-                rule="Transformer Engine must be importable to build layers from it",
-                remedy=f"Install a transformer_engine that fits this torch, or set {TRANSFORMER_IMPL_VARIABLE}=local",
-            )
-        )
-    return problem is None
-
-
-def _transformer_engine_problem() -> str | None:
-    """Why Transformer Engine cannot be used, or None. A broken installation may raise any exception."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-        extension = importlib.import_module("megatron.core.extensions.transformer_engine")
-    except Exception as error:  # noqa: BLE001 - whatever went wrong, the local modules work
-        return f"{type(error).__name__}: {error}"
-    if not getattr(extension, "HAVE_TE", True):
-        return "Megatron did not find it when it was imported"
-    return None

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from megatron_lightseq.config import Machine
-from megatron_lightseq.megatron.spec import use_transformer_engine
+from megatron_lightseq.megatron.transformer_impl import use_transformer_engine
 
 
 def this_machine(world_size: int) -> Machine:

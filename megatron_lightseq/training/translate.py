@@ -13,6 +13,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.config.layer_pattern import spelled_out
+from megatron_lightseq.megatron.gated_delta_net import UNIFORM_INIT
 from megatron_lightseq.megatron.seeded_init import WeightNames
 from megatron_lightseq.training.model_parts import rope_attributes
 
@@ -45,6 +46,14 @@ LATENT_ROPE = (
     "mscale_all_dim",
 )
 """Keys of YaRN with latent attention, which Megatron's MLATransformerConfig has too."""
+DELTA_NET = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+"""Widths of gated delta nets, which Megatron's TransformerConfig has under the same names."""
 ROUTING = (
     "moe_router_topk",
     "moe_router_score_function",
@@ -137,12 +146,14 @@ def transformer_config(config: PretrainConfig, names: WeightNames | None = None)
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         **_layers(config),
+        **_linear(config),
         **_latent(config),
         **_multi_token(config),
         **_experts(config),
     )
     for name, value in rope_attributes(config).items():
         setattr(made, name, value)
+    setattr(made, UNIFORM_INIT, names.uniform)
     return made
 
 
@@ -174,6 +185,13 @@ def _layers(config: PretrainConfig) -> dict[str, Any]:
     if without is not None:
         found["no_rope_freq"] = spelled_out(without, model.num_layers, every=-1)
     return found
+
+
+def _linear(config: PretrainConfig) -> dict[str, Any]:
+    """Widths of linear layers. Megatron's own fields for the variant are about its own layers, and refuse ranks."""
+    if config.linear.experimental_attention_variant != "gated_delta_net":
+        return {}
+    return {name: getattr(config.linear, name) for name in DELTA_NET}
 
 
 def _latent(config: PretrainConfig) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_transformer_engine_is_used_where_it_is() -> None:
 
 @pytest.mark.usefixtures("transformer_engine")
 def test_the_environment_may_ask_for_local_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lightseq.megatron.spec import use_transformer_engine
+    from megatron_lightseq.megatron.transformer_impl import use_transformer_engine
 
     assert use_transformer_engine()
     monkeypatch.setenv("MLS_TRANSFORMER_IMPL", "local")

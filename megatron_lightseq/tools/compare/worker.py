@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
-from megatron_lightseq.megatron.spec import use_transformer_engine
+from megatron_lightseq.megatron.transformer_impl import use_transformer_engine
 from megatron_lightseq.tools.compare.job import VOCAB_SIZE, Job, Measurement, StepMeasurement
 from megatron_lightseq.tools.compare.memory import limit_memory, peak_tensor_bytes
 from megatron_lightseq.tools.compare.padding import PaddedWeightNames
