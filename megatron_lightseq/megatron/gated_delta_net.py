@@ -100,8 +100,17 @@ class LightSeqGatedDeltaNet(LinearLayer):
         )
         channels, width = sum(self.mixed.values()) // self.tp_size, config.linear_conv_kernel_dim
         new = {"dtype": config.params_dtype, "device": device}
-        self.conv1d = torch.nn.Conv1d(
-            channels, channels, width, groups=channels, padding=width - 1, bias=False, **new
+        self.conv1d = (
+            torch.nn.utils.skip_init(  # which draws nothing: ranks have different numbers of channels
+                torch.nn.Conv1d,
+                channels,
+                channels,
+                width,
+                groups=channels,
+                padding=width - 1,
+                bias=False,
+                **new,
+            )
         )
         heads = self.projected["alpha"] // self.tp_size
         self.dt_bias = torch.nn.Parameter(torch.ones(heads, **new))

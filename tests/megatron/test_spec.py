@@ -113,7 +113,7 @@ def transformer_engine(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.extensions import transformer_engine as extension
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_lightseq.megatron import spec
+    from megatron_lightseq.megatron import spec, transformer_impl
 
     monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", ModuleType("transformer_engine.pytorch"))
@@ -130,7 +130,7 @@ def transformer_engine(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
         return built
 
     monkeypatch.setattr(spec, "get_gpt_layer_with_transformer_engine_spec", te_spec)
-    monkeypatch.delenv(spec.TRANSFORMER_IMPL_VARIABLE, raising=False)
+    monkeypatch.delenv(transformer_impl.TRANSFORMER_IMPL_VARIABLE, raising=False)
 
 
 @pytest.mark.usefixtures("transformer_engine")
@@ -160,17 +160,17 @@ def test_the_environment_may_ask_for_local_modules(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("error", [ImportError("no such file"), OSError("libcudart.so"), RuntimeError("abi")])
 def test_a_broken_installation_means_local_modules(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Real installations raise many kinds of exceptions if torch was replaced by another version."""
-    from megatron_lightseq.megatron import spec
+    from megatron_lightseq.megatron import transformer_impl
 
-    real_import = spec.importlib.import_module
+    real_import = transformer_impl.importlib.import_module
 
     def failing(name: str) -> Any:
         if name.startswith("transformer_engine"):
             raise error
         return real_import(name)
 
-    monkeypatch.setattr(spec.importlib, "import_module", failing)
-    assert not spec.use_transformer_engine()
+    monkeypatch.setattr(transformer_impl.importlib, "import_module", failing)
+    assert not transformer_impl.use_transformer_engine()
     monkeypatch.setenv("MLS_TRANSFORMER_IMPL", "transformer_engine")
     with pytest.raises(ConfigError, match=rf"cannot be used: {type(error).__name__}: {error}.*IMPL=local"):
-        spec.use_transformer_engine()
+        transformer_impl.use_transformer_engine()
