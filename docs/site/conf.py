@@ -51,6 +51,7 @@ CONTENTS = {
         "configuration",
         "checkpoints-and-faults",
         "hugging-face-weights",
+        "hybrid-models",
         "huggingface",
         "megatron-lm",
         "megatron-options",

@@ -83,11 +83,18 @@ def _is_sliced(config: PretrainConfig, slice_tokens: int | None) -> bool:
 
 
 def _attention_products(config: PretrainConfig) -> float:
-    """Multiplications per token of queries by keys and probabilities by values, averaged over positions and layers."""
-    model = config.model
+    """Multiplications per token of queries by keys and probabilities by values, averaged over positions and layers.
+
+    In linear layers, of keys and queries by states: twice per head, and once more for what a gated delta net erases.
+    """
+    model, linear = config.model, config.linear
+    states = 2 * model.num_attention_heads * model.head_dim * model.value_head_dim
+    if linear.experimental_attention_variant == "gated_delta_net":
+        states = 3 * linear.linear_num_value_heads * linear.linear_key_head_dim * linear.linear_value_head_dim
+    heads = model.num_attention_heads * (model.head_dim + model.value_head_dim)
     layers = range(1, model.num_layers + 1)
-    seen = sum(_seen_keys(config, number) for number in layers) / model.num_layers
-    return seen * model.num_attention_heads * (model.head_dim + model.value_head_dim)
+    products = (states if linear.is_in(number) else heads * _seen_keys(config, number) for number in layers)
+    return sum(products) / model.num_layers
 
 
 def _seen_keys(config: PretrainConfig, number: int) -> float:
@@ -101,7 +108,20 @@ def _seen_keys(config: PretrainConfig, number: int) -> float:
     return window - window**2 / (2 * length)
 
 
-def _attention_weights(config: PretrainConfig) -> int:
+def _attention_weights(config: PretrainConfig) -> float:
+    """Weights of the projections before and after attention, or of a gated delta net, averaged over layers."""
+    model, linear = config.model, config.linear
+    if linear.experimental_attention_variant != "gated_delta_net":
+        return _softmax_weights(config)
+    keys = linear.linear_num_key_heads * linear.linear_key_head_dim
+    values = linear.linear_num_value_heads * linear.linear_value_head_dim
+    projected = 2 * keys + 3 * values + 2 * linear.linear_num_value_heads
+    delta_net = model.hidden_size * projected + linear.linear_conv_kernel_dim * (2 * keys + values)
+    share = len(linear.layers(model.num_layers)) / model.num_layers
+    return share * delta_net + (1 - share) * _softmax_weights(config)
+
+
+def _softmax_weights(config: PretrainConfig) -> int:
     """Weights of the projections before and after the attention of one layer."""
     model = config.model
     heads, hidden = model.num_attention_heads, model.hidden_size

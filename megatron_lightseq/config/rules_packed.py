@@ -68,14 +68,16 @@ def megatron_packs_on_one_rank(c: PretrainConfig, _: Machine) -> bool:
     "window_size",
     "mtp_num_layers",
     "experimental_attention_variant",
+    "micro_batch_size",
     remedy="Choose another cp_method",
 )
 def megatron_packs_plain_layers(c: PretrainConfig, _: Machine) -> bool:
-    """cp_method megatron forgets the documents in layers with a sliding window, and in multi-token prediction; and it
-    gives one dense mask for each row, which linear layers do not take.
+    """cp_method megatron forgets the documents in layers with a sliding window, and in multi-token prediction; linear
+    layers take one dense mask for all rows, and linear attention needs positions that restart.
     """
     plain = not c.model.window_size and c.model.mtp_num_layers is None
-    plain = plain and c.linear.experimental_attention_variant is None
+    alone = c.linear.experimental_attention_variant == "gated_delta_net" and c.training.micro_batch_size == 1
+    plain = plain and (c.linear.experimental_attention_variant is None or alone)
     return not _packed_by_megatron(c) or plain
 
 

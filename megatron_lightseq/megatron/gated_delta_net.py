@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import utils as transformer_utils
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import build_module
@@ -24,7 +25,7 @@ from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
 from megatron_lightseq.linear import dist_causal_conv1d
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.megatron.linear_layer import LinearLayer, LinearSettings
-from megatron_lightseq.megatron.rows_by_rank import by_rank, rows_of_rank, split_rows
+from megatron_lightseq.megatron.rows_by_rank import SECTIONS, by_rank, rows_of_rank, split_rows
 
 UNIFORM_INIT = "uniform_init_method"
 """The attribute of a TransformerConfig that holds an initialiser U(low, high), if initial weights have names."""
@@ -116,7 +117,9 @@ class LightSeqGatedDeltaNet(LinearLayer):
         self.dt_bias = torch.nn.Parameter(torch.ones(heads, **new))
         self.A_log = torch.nn.Parameter(torch.zeros(heads, **new))
         for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        for parameter, sizes in ((self.in_proj.weight, self.projected), (self.conv1d.weight, self.mixed)):
+            setattr(parameter, SECTIONS, tuple(rows // self.tp_size for rows in sizes.values()))
         self.out_norm = build_module(
             parts.out_norm, config=config, hidden_size=self.value_dim, eps=config.layernorm_epsilon
         )

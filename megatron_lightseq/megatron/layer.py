@@ -166,7 +166,15 @@ class ChoosingSelfAttention(SelfAttention):
         return result
 
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """As Megatron's, which is compiled when it is first called: that takes long on a CPU, and gains nothing."""
+        """As Megatron's, which is compiled when it is first called: that takes long on a CPU, and gains nothing.
+
+        With fewer key/value heads than tensor-parallel ranks, the gate (S, B, H, D) has the heads of a whole group,
+        of which Megatron gives this rank a part of the queries only.
+        """
+        groups = gate.numel() // x.numel()
+        if groups > 1:
+            heads = gate.shape[2] // groups
+            gate = gate.narrow(2, self.pg_collection.tp.rank() % groups * heads, heads)
         gate = gate.contiguous().view(x.shape)
         return (x * torch.sigmoid(gate.float())).to(x.dtype)
 

@@ -109,7 +109,16 @@ class LinearLayer(SequenceLayer):
         shard.packing.check_tokens(tokens * self.layout.cp_size)
         return shard.mask(True, None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **gates: Tensor) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        *,
+        log_decay: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> Tensor:
         """Linear attention (S, B, H, V); its result is kept where this call belongs to a checkpoint.
 
         Args:
@@ -117,18 +126,21 @@ class LinearLayer(SequenceLayer):
             k: (S, B, H or fewer, K).
             v: (S, B, H or fewer, V).
             mask: which tokens see each other.
-            gates: ``log_decay`` and ``beta``, (S, B, H) each.
+            log_decay: (S, B, H).
+            beta: (S, B, H).
         """
+        attention = self._attention
         scope = current_scope() if self.settings.keep_on_recompute else None
         if scope is None:
-            return self._attention(q, k, v, mask=mask, **gates)
+            return attention(q, k, v, log_decay=log_decay, beta=beta, mask=mask)
         stash = scope.stash(self)
         if not scope.replaying:
-            result = self._attention.forward_with_states(q, k, v, mask=mask, **gates)
+            result = attention.forward_with_states(q, k, v, log_decay=log_decay, beta=beta, mask=mask)
             stash.push(*result.kept)
             return result.out
         if not stash:  # the second backward through a retained graph: the first one has consumed the result
-            return self._attention(q, k, v, mask=mask, **gates)
+            return attention(q, k, v, log_decay=log_decay, beta=beta, mask=mask)
         heads = max(x.shape[2] for x in (q, k, v))
         out, states, transitions = stash.pop((*q.shape[:2], heads))
-        return self._attention.reattach(q, k, v, (out, states, transitions), mask=mask, **gates)
+        kept = (out, states, transitions)
+        return attention.reattach(q, k, v, kept, log_decay=log_decay, beta=beta, mask=mask)

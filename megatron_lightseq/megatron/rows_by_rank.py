@@ -19,6 +19,9 @@ from torch import Tensor
 
 from megatron_lightseq.megatron.seeded_init import Init
 
+SECTIONS = "sections"
+"""The attribute of a parameter that holds the sizes of its rank's parts of the sections."""
+
 
 def rows_of_rank(sizes: Mapping[str, int], rank: int, size: int) -> Tensor:
     """(rows / size,) int64: which rows of a matrix, in its own order, a rank holds.

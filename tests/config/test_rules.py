@@ -22,6 +22,8 @@ YARN = {
     "yarn_original_max_position_embeddings": 1024,
 }
 
+DELTA_NETS = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 4}
+
 CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
     # rule: (values, machine, what the message must say)
     "hidden_size_divides_by_heads": (
@@ -268,6 +270,41 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         {"num_experts": 4, "recompute_granularity": "selective", "recompute_modules": ("mlp",)},
         Machine(),
         "Remove mlp from recompute_modules",
+    ),
+    "linear_pattern_fits": (
+        {"experimental_attention_variant": "linear", "linear_attention_freq": (1, 0)},
+        Machine(),
+        "4 entries of 0 or 1",
+    ),
+    "linear_layers_are_somewhere": (
+        {"experimental_attention_variant": "linear", "linear_attention_freq": 1},
+        Machine(),
+        "so that one layer or more is linear",
+    ),
+    "widths_are_of_delta_nets": (
+        {"experimental_attention_variant": "linear", "linear_attention_freq": 2, "linear_key_head_dim": 64},
+        Machine(),
+        "experimental_attention_variant to gated_delta_net",
+    ),
+    "linear_heads_divide": ({**DELTA_NETS, "linear_num_value_heads": 24}, Machine(), "Choose multiples"),
+    "linear_layers_hold_adjacent_tokens": (
+        {**DELTA_NETS, "cp_method": "zigzag", "context_parallel_size": 2},
+        Machine(),
+        "Use cp_method lightseq, whose layout is contiguous",
+    ),
+    "convolution_fits_a_shard": (
+        {**DELTA_NETS, "linear_conv_kernel_dim": 5000},
+        Machine(),
+        "Use fewer ranks, or longer sequences",
+    ),
+    "linear_attention_is_plain": (
+        {
+            "experimental_attention_variant": "linear",
+            "linear_attention_freq": 2,
+            "multi_latent_attention": True,
+        },
+        Machine(),
+        "Use gated_delta_net, or plain attention",
     ),
     "world_size_is_product": (
         {"context_parallel_size": 2},

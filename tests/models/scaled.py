@@ -13,6 +13,12 @@ from megatron_lightseq.config.load import parse_config
 FOLDER = Path(__file__).parents[2] / "configs" / "models"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
+DELTA_NETS = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 HIDDEN, HEAD_DIM, VOCAB_SIZE = 128, 16, 251
 
 
@@ -56,6 +62,8 @@ def scaled(config: PretrainConfig, *, seq_length: int = 96, **overrides: Any) ->
         values["yarn_original_max_position_embeddings"] = max(
             16, int(rope.yarn_original_max_position_embeddings * shrink)
         )
+    if config.linear.experimental_attention_variant == "gated_delta_net":
+        values |= DELTA_NETS
     if experts.num_experts is not None:
         values |= _experts(config)
     return with_values(config, **{**values, **overrides})
@@ -65,7 +73,11 @@ def _layers(config: PretrainConfig) -> int:
     """Enough for both kinds of layers, where there are two."""
     periods = [
         freq
-        for freq in (config.model.window_attn_skip_freq, config.rope.no_rope_freq)
+        for freq in (
+            config.model.window_attn_skip_freq,
+            config.rope.no_rope_freq,
+            config.linear.linear_attention_freq,
+        )
         if isinstance(freq, int)
     ]
     return max([2, *(min(6, freq) for freq in periods)])
@@ -96,7 +108,7 @@ def _heads(config: PretrainConfig) -> dict[str, Any]:
 def _patterns(config: PretrainConfig, layers: int) -> dict[str, Any]:
     """Lists shortened to the layers that are left, in which both kinds stay."""
     found = {}
-    for key in ("window_attn_skip_freq", "no_rope_freq", "moe_layer_freq"):
+    for key in ("window_attn_skip_freq", "no_rope_freq", "moe_layer_freq", "linear_attention_freq"):
         pattern = to_flat(config)[key]
         if isinstance(pattern, tuple):
             found[key] = (*pattern[: layers - 1], pattern[-1])

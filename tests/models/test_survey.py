@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from megatron_lightseq.config import Machine, from_yaml, load_config, to_yaml, validate
+from megatron_lightseq.config.sections_linear import LinearConfig
 from megatron_lightseq.config.validate import TRAINING_RULES
 from megatron_lightseq.errors import ConfigError
 from tests.models.runs import on_ranks
-from tests.models.scaled import FOLDER, NAMES, read, scaled
+from tests.models.scaled import DELTA_NETS, FOLDER, NAMES, read, scaled
 
 HERE = Path(__file__).parent
 PATHS = {name: FOLDER / f"{name}.yaml" for name in NAMES} | {
@@ -66,6 +67,9 @@ def test_every_method_trains_like_one_rank(name: str) -> None:
         ("llama_4_scout", {"pipeline_model_parallel_size": 2}),
         ("deepseek_v3", {"expert_model_parallel_size": 2, "context_parallel_size": 2}),
         ("gpt_oss_20b", {"expert_model_parallel_size": 2, "context_parallel_size": 2}),
+        ("qwen3_next_80b_a3b", {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        ("qwen3_next_80b_a3b", {"pipeline_model_parallel_size": 2, "loss_tile_tokens": 40}),
+        ("qwen3_next_80b_a3b", {"expert_model_parallel_size": 2, "context_parallel_size": 2}),
         (
             "gemma_3_4b",
             {
@@ -78,7 +82,9 @@ def test_every_method_trains_like_one_rank(name: str) -> None:
     ],
 )
 def test_other_parallelism_trains_like_one_rank(name: str, values: dict[str, Any]) -> None:
-    assert_same(on_ranks(1, PATHS[name], {}), on_ranks(2, PATHS[name], values))
+    # Some decays of gated delta nets forget at once. Adam divides the rounding errors of their gradients by themselves.
+    tolerance = 5e-5 if name == "qwen3_next_80b_a3b" else TOLERANCE
+    assert_same(on_ranks(1, PATHS[name], {}), on_ranks(2, PATHS[name], values), tolerance)
 
 
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -112,6 +118,17 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
         "glm_4_5_air",
         {"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False},
     ),
+    "linear layers": ("qwen3_next_80b_a3b", {"linear_attention_freq": 2}),
+    "kind of linear layer": (
+        "qwen3_next_80b_a3b",
+        {
+            "experimental_attention_variant": "linear",
+            **{key: getattr(LinearConfig(), key) for key in DELTA_NETS},
+        },
+    ),
+    "short convolution": ("qwen3_next_80b_a3b", {"linear_conv_kernel_dim": 2}),
+    "linear heads": ("qwen3_next_80b_a3b", {"linear_num_key_heads": 4}),
+    "linear head dim": ("qwen3_next_80b_a3b", {"linear_value_head_dim": 16}),
     "MLA scale": ("deepseek_v3", {"mscale_all_dim": 0.0}),
 }
 
@@ -142,11 +159,9 @@ def test_padded_rows_take_no_part_in_the_softmax() -> None:
         "hybrid_layer_pattern: M-M*",
         "mamba_head_dim: 64",
         "mamba_state_dim: 128",
-        "linear_attention_freq: 4",
-        "experimental_attention_variant: gated_delta_net",
     ],
 )
-def test_layers_without_attention_are_refused_by_name(line: str, tmp_path: Path) -> None:
+def test_mamba_layers_are_refused_by_name(line: str, tmp_path: Path) -> None:
     (tmp_path / "hybrid.yaml").write_text(f"data_path: x\n{line}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=f"{line.split(':')[0]} .*an argument of Megatron-LM"):
         load_config([str(tmp_path / "hybrid.yaml")])

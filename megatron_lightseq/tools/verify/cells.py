@@ -117,6 +117,17 @@ _EXPERTS = {
     "moe_aux_loss_coeff": 0.05,
     "moe_router_load_balancing_type": "aux_loss",
 }
+_DELTA_NETS = {
+    "experimental_attention_variant": "gated_delta_net",
+    "linear_attention_freq": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_STRONG_DECAYS = Tolerance(gradient=1e-4)
+"""What a head forgets at once leaves its decay a gradient of rounding errors, which differ with matrix products."""
+_LINEAR_ATTENTION = {"experimental_attention_variant": "linear", "linear_attention_freq": 2}
 _ALL_EXPERTS = {**_EXPERTS, "moe_router_topk": 4}
 _ONE_OF_FOUR = {**_EXPERTS, "moe_router_load_balancing_type": "seq_aux_loss", "moe_router_topk": 1}
 _BY_SEQUENCE = {**_EXPERTS, "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.5}
@@ -285,6 +296,32 @@ CELLS: tuple[Cell, ...] = (
         "packed latent cp2 balanced, full recompute", {**_FULL, **_cp(2, "balanced")}, {**_PACKED, **LATENT}
     ),
     _cell("packed gpt-2 tp2 cp2 balanced", {**_TP2, **_cp(2, "balanced")}, _LEARNED_POSITIONS),
+    _cell("delta nets cp2 lightseq", _cp(2, "lightseq"), _DELTA_NETS),
+    _cell("delta nets cp3 ring", _cp(3, "ring"), _DELTA_NETS),
+    _cell("delta nets cp4 balanced, full recompute", {**_FULL, **_cp(4, "balanced")}, _DELTA_NETS),
+    _cell("delta nets tp2", _TP2, _DELTA_NETS, tolerance=_STRONG_DECAYS),
+    _cell(
+        "delta nets tp2 sp cp2 lightseq",
+        {**_TP2_SP, **_cp(2, "lightseq")},
+        _DELTA_NETS,
+        tolerance=_STRONG_DECAYS,
+    ),
+    _cell("delta nets pp2 cp2 lightseq", {**_PP2, **_cp(2, "lightseq")}, _DELTA_NETS),
+    _cell(
+        "delta nets pp2 interleaved cp2 lightseq, sharded optimizer, dp2",
+        {**_VPP, **_SHARDED, **_cp(2, "lightseq")},
+        _DELTA_NETS,
+        data=2,
+    ),
+    _cell("delta nets experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, {**_DELTA_NETS, **_EXPERTS}),
+    _cell("packed delta nets cp2 lightseq", _cp(2, "lightseq"), {**_PACKED, **_DELTA_NETS}),
+    _cell(
+        "packed delta nets cp3 lightseq, full recompute",
+        {**_FULL, **_cp(3, "lightseq")},
+        {**_PACKED, **_DELTA_NETS},
+    ),
+    _cell("linear attention cp2 lightseq", _cp(2, "lightseq"), _LINEAR_ATTENTION),
+    _cell("linear attention tp2 sp cp2 lightseq", {**_TP2_SP, **_cp(2, "lightseq")}, _LINEAR_ATTENTION),
     _cell("packed experts ep2 cp2 lightseq", {**_EP2, **_cp(2, "lightseq")}, {**_PACKED, **_EXPERTS}),
     _cell("padded cp2 lightseq", _cp(2, "lightseq"), _PADDED),
     _cell("padded cp3 balanced, two rows", _cp(3, "balanced"), {**_PADDED, **_TWO_ROWS}),

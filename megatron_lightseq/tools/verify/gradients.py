@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lightseq.megatron.rows_by_rank import SECTIONS
 from megatron_lightseq.training.setup import Training, gpt_model
 
 Gradients = dict[str, list[Tensor]]
@@ -29,8 +30,8 @@ class Piece:
     num_tensor_ranks: int
     dim: int | None
     """The dimension that tensor parallelism shards; None for a parameter that every rank holds entirely."""
-    parts: int
-    """Number of blocks that are sharded separately: 2 if gate and up projection share a matrix."""
+    sections: tuple[int, ...]
+    """Sizes along ``dim`` of the blocks that are sharded separately: gate and up projection, if they share a matrix."""
     gradient: Tensor
 
 
@@ -45,7 +46,7 @@ def pieces_of(training: Training) -> list[Piece]:
         replicas = groups.expt_dp if of_experts else groups.dp_cp
         tensor_ranks = groups.expt_tp if of_experts else groups.tp
         is_sharded = getattr(parameter, "tensor_model_parallel", False)
-        gated = training.config.model.swiglu and "linear_fc1" in name
+        dim = parameter.partition_dim if is_sharded else None
         found.append(
             Piece(
                 name=name,
@@ -53,11 +54,19 @@ def pieces_of(training: Training) -> list[Piece]:
                 num_replicas=replicas.size(),
                 tensor_rank=tensor_ranks.rank(),
                 num_tensor_ranks=tensor_ranks.size(),
-                dim=parameter.partition_dim if is_sharded else None,
-                parts=2 if gated else 1,
+                dim=dim,
+                sections=() if dim is None else _sections(training, name, parameter, dim),
                 gradient=parameter.main_grad.detach().float().cpu().clone(),
             )
         )
+    return found
+
+
+def _sections(training: Training, name: str, parameter: Any, dim: int) -> tuple[int, ...]:
+    size = parameter.shape[dim]
+    if training.config.model.swiglu and "linear_fc1" in name:
+        return size // 2, size // 2
+    found: tuple[int, ...] = getattr(parameter, SECTIONS, (size,))
     return found
 
 
@@ -116,5 +125,6 @@ def _join(pieces: list[Piece]) -> Tensor:
     first = pieces[0]
     if first.dim is None or len(pieces) == 1:
         return first.gradient
-    blocks = [piece.gradient.chunk(first.parts, dim=first.dim) for piece in pieces]
-    return torch.cat([block[part] for part in range(first.parts) for block in blocks], dim=first.dim)
+    blocks = [piece.gradient.split(first.sections, dim=first.dim) for piece in pieces]
+    joined = [block[part] for part in range(len(first.sections)) for block in blocks]
+    return torch.cat(joined, dim=first.dim)
