@@ -168,7 +168,7 @@ class BuildKernels(build_ext):
         headers = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), Path(__file__)])
 
         def compile_one(extension: Extension, source: str) -> str:
-            target = Path(self.build_temp) / Path(source).with_suffix(".o")
+            target = Path(*self.compiler.object_filenames([source], output_dir=self.build_temp))
             if not target.exists() or target.stat().st_mtime < max(headers, (ROOT / source).stat().st_mtime):
                 macros = [f"-D{name}={value}" for name, value in extension.define_macros]
                 self.compiler.compile(
