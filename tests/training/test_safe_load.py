@@ -220,3 +220,11 @@ def test_extra_state_that_a_module_would_unpickle_is_refused(tmp_path: Path, nam
         with pytest.raises(CheckpointError, match=r"qkv\._extra_state holds a pickle"):
             check_extra_state({"decoder.qkv._extra_state": value})
         assert not canary.exists()
+
+
+def test_a_table_of_contents_without_its_tables_is_refused() -> None:
+    for state in ({}, {"storage_data": {}}, {"storage_data": {}, "state_dict_metadata": 3}):
+        empty = object.__new__(dcp_metadata.Metadata)
+        vars(empty).update(state)
+        with pytest.raises(CheckpointError, match="no table of stored tensors"):
+            load_metadata(io.BytesIO(pickle.dumps(empty)))

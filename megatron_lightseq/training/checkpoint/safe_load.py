@@ -128,11 +128,11 @@ def _restore_classes(before: list[dict[str, Any]]) -> list[str]:
 def _check_contents(metadata: Any) -> None:
     if not isinstance(metadata, dcp_metadata.Metadata):
         raise _refusal(f".metadata holds a {type(metadata).__name__}, which is no table of contents")
-    storage = metadata.storage_data
-    if not isinstance(storage, dict) or not isinstance(metadata.state_dict_metadata, dict):
+    tables = getattr(metadata, "storage_data", None), getattr(metadata, "state_dict_metadata", None)
+    if not all(isinstance(table, dict) for table in tables):
         raise _refusal(".metadata has no table of stored tensors")
     try:
-        for index, info in storage.items():
+        for index, info in metadata.storage_data.items():
             _check_storage(index, info)
         for name, entry in metadata.state_dict_metadata.items():
             _check_entry(name, entry)
