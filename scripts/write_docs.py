@@ -24,6 +24,8 @@ KIND is one of
     recipe_spellings         what Megatron-LM's arguments mean in recipes (config/megatron_options.py)
     fresh_clone PART         what the README's commands did in a fresh clone (docs/results/fresh_clone.json)
     scan METHOD RANKS        a scan of linear attention, as it prints
+    plan_memory              errors of planned memory (docs/results/plan-memory.json)
+    published                measurements of others, predicted (megatron_lightseq/tools/planner/published.py)
     kernels                  every attention kernel (megatron_lightseq/kernels/specs.py)
     linear_kernels           those of linear attention (megatron_lightseq/kernels/linear/specs.py)
     rooms                    the folders and modules of the package, by their docstrings
@@ -62,6 +64,7 @@ from megatron_lightseq.megatron.lm.patch_points import DEFAULT_LAYERS, PATCH_POI
 from megatron_lightseq.megatron.lm.refusals import SIZE_ARGUMENTS
 from megatron_lightseq.schedule import METHODS, TensorShape, simulate
 from megatron_lightseq.tools.markdown import markdown_table
+from megatron_lightseq.tools.planner.published import published as published_measurements
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_lightseq"
@@ -320,6 +323,31 @@ def linear_kernels() -> str:
     return markdown_table(header, rows)
 
 
+def plan_memory() -> str:
+    """Errors of planned memory: of all runs, and of the worst ones."""
+    record = json.loads((ROOT / "docs" / "results" / "plan-memory.json").read_text())
+    worst = sorted(record["by_run"], key=lambda run: -abs(run["worst_error"]))[:5]
+    rows = [[run["name"], f"{run['worst_error']:+.1%}"] for run in worst]
+    rows.append([f"median of {record['runs']} runs", f"{record['median_error']:.1%}"])
+    return markdown_table(["run (the five worst)", "error of the worst rank"], rows)
+
+
+def published() -> str:
+    """Measurements of others, predicted."""
+    rows = [
+        [
+            row.source,
+            row.what,
+            row.unit,
+            f"{row.published:,.1f}",
+            f"{row.predicted:,.1f}",
+            f"{row.error:+.0%}",
+        ]
+        for row in published_measurements()
+    ]
+    return markdown_table(["source", "what", "unit", "published", "predicted", "error"], rows)
+
+
 def kernels() -> str:
     """Every kernel, as its spec describes it."""
     rows = []
@@ -444,6 +472,8 @@ KINDS: dict[str, Callable[..., str]] = {
     "megatron_options": megatron_options,
     "recipe_spellings": recipe_spelling_rows,
     "fresh_clone": fresh_clone,
+    "plan_memory": plan_memory,
+    "published": published,
     "kernels": kernels,
     "linear_kernels": linear_kernels,
     "rooms": rooms,

@@ -49,6 +49,7 @@ CONTENTS = {
     "Use": (
         "getting-started",
         "configuration",
+        "planning",
         "checkpoints-and-faults",
         "hugging-face-weights",
         "hybrid-models",

@@ -62,6 +62,9 @@ COMMANDS = {
         "megatron_lightseq.cli.bench",
         "time the CPU attention kernel against torch's, its scaling with threads, and overlapped transfers",
     ),
+    "plan": Command(
+        "megatron_lightseq.cli.plan", "plan memory and time of a run on a cluster that is not here"
+    ),
     "doctor": Command("megatron_lightseq.cli.doctor", "report what this machine offers and what is missing"),
 }
 

@@ -16,14 +16,7 @@ def step_flops(config: PretrainConfig, vocab_size: int) -> float:
         config: of the run.
         vocab_size: rows of the output layer.
     """
-    model, training = config.model, config.training
-    attention = _attention_weights(config) + _attention_products(config)
-    layer = attention + _mlp_weights(config)
-    output = model.hidden_size * vocab_size
-    further_tokens = model.mtp_num_layers or 0
-    depth = 2 * model.hidden_size**2 + attention + _mlp_weights_of(config, model.num_layers) + output
-    tokens = training.seq_length * training.global_batch_size
-    return 6.0 * tokens * (model.num_layers * layer + output + further_tokens * depth)
+    return 6.0 * _step_tokens(config) * _weights(config, vocab_size, _attention_products(config))
 
 
 def hardware_flops(config: PretrainConfig, vocab_size: int) -> float:
@@ -35,15 +28,58 @@ def hardware_flops(config: PretrainConfig, vocab_size: int) -> float:
         config: of the run.
         vocab_size: rows of the output layer.
     """
-    tokens = config.training.seq_length * config.training.global_batch_size
-    again = _recomputed_weights(config) + _sliced_weights(config, vocab_size)
-    return step_flops(config, vocab_size) + 2.0 * tokens * again
+    return _executed_flops(config, vocab_size, _attention_products(config))
 
 
-def _recomputed_weights(config: PretrainConfig) -> float:
-    """Multiplications per token that recomputed layers and modules repeat, including attention's products."""
+def linear_flops(config: PretrainConfig, vocab_size: int) -> float:
+    """As :func:`hardware_flops`, without attention's products of queries by keys and probabilities by values."""
+    return _executed_flops(config, vocab_size, 0.0)
+
+
+def output_flops(config: PretrainConfig, vocab_size: int) -> float:
+    """Of :func:`linear_flops`, those of the output layer, which the last pipeline stage executes."""
+    factor = 8.0 if _is_sliced(config, config.recompute.loss_tile_tokens) else 6.0
+    return factor * _step_tokens(config) * config.model.hidden_size * vocab_size
+
+
+def layer_parameters(config: PretrainConfig, number: int) -> tuple[int, int]:
+    """Weights of the matrices of a layer, counted from 1: those that every rank of a stage shares, and its experts'."""
+    experts, model = config.experts, config.model
+    dense = _attention_weights(config)
+    if experts.num_experts is None or not experts.is_in(number):
+        return dense + _mlp_weights_of(config, number), 0
+    matrices = (3 if model.activation[1] else 2) * model.hidden_size
+    dense += matrices * (experts.moe_shared_expert_intermediate_size or 0)
+    return (
+        dense + model.hidden_size * experts.num_experts,
+        matrices * config.expert_ffn_size * experts.num_experts,
+    )
+
+
+def _step_tokens(config: PretrainConfig) -> int:
+    return config.training.seq_length * config.training.global_batch_size
+
+
+def _weights(config: PretrainConfig, vocab_size: int, products: float) -> float:
+    """Multiplications per token of a forward pass, with ``products`` for attention in every layer."""
+    model = config.model
+    attention = _attention_weights(config) + products
+    layer = attention + _mlp_weights(config)
+    output = model.hidden_size * vocab_size
+    further_tokens = model.mtp_num_layers or 0
+    depth = 2 * model.hidden_size**2 + attention + _mlp_weights_of(config, model.num_layers) + output
+    return model.num_layers * layer + output + further_tokens * depth
+
+
+def _executed_flops(config: PretrainConfig, vocab_size: int, products: float) -> float:
+    again = _recomputed_weights(config, products) + _sliced_weights(config, vocab_size)
+    return _step_tokens(config) * (6.0 * _weights(config, vocab_size, products) + 2.0 * again)
+
+
+def _recomputed_weights(config: PretrainConfig, products: float) -> float:
+    """Multiplications per token that recomputed layers and modules repeat, with ``products`` for attention."""
     model, recompute = config.model, config.recompute
-    products = 0.0 if _keeps_attention(config) else _attention_products(config)
+    products = 0.0 if _keeps_attention(config) else products
     layers, depths = model.num_layers, model.mtp_num_layers or 0
     if recompute.recompute_granularity == "selective":
         mlp = _mlp_weights(config) * ("mlp" in recompute.recompute_modules)

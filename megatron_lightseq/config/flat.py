@@ -44,6 +44,11 @@ def to_flat(config: PretrainConfig) -> dict[str, Any]:
     return {key: getattr(getattr(config, section), key) for key, section in section_of_key().items()}
 
 
+def value_of(config: PretrainConfig, key: str) -> Any:
+    """The value of one key."""
+    return getattr(getattr(config, section_of_key()[key]), key)
+
+
 def from_flat(values: Mapping[str, Any]) -> PretrainConfig:
     """The configuration with these values and defaults for the rest; raises KeyError for an unknown key."""
     return with_values(PretrainConfig(), **values)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_lightseq.config.flat import to_flat
+from megatron_lightseq.config.flat import to_flat, value_of
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.errors import ConfigError, LightSeqError
 
@@ -55,8 +55,7 @@ class Rule:
         complaint = self.complaint(config, machine)
         if complaint is None:
             return None
-        values = to_flat(config)
-        shown = [f"{key} {_shown(values[key])}" for key in self.keys]
+        shown = [f"{key} {_shown(value_of(config, key))}" for key in self.keys]
         if self.needs is not None:
             shown.append(f"{self.needs.replace('_', ' ')} {_shown(getattr(machine, self.needs))}")
         return f"{', '.join(shown)}: {complaint}"
@@ -166,7 +165,7 @@ def bound_rule(key: str, bound: Bound) -> Rule:
     """The rule that a key's value lies within a bound."""
 
     def complaint(config: PretrainConfig, _: Machine) -> str | None:
-        if bound.contains(to_flat(config)[key]):
+        if bound.contains(value_of(config, key)):
             return None
         return f"{key} must be {bound}. Set {key} to a value in bounds."
 

@@ -173,8 +173,8 @@ def initialize_parallel(config: PretrainConfig | ResolvedConfig) -> ProcessGroup
 
 
 def _gloo_groups_needed() -> bool:
-    """Whether Megatron needs gloo groups in addition, for checkpoints: with gloo they would be duplicates."""
-    return bool(dist.get_backend() != "gloo")
+    """Whether Megatron needs gloo groups in addition, for checkpoints: of NCCL's backend alone."""
+    return bool(dist.get_backend() == "nccl")
 
 
 def pad_vocab_size(config: PretrainConfig, vocab_size: int) -> int:

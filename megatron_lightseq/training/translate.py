@@ -84,6 +84,11 @@ def virtual_stages(config: PretrainConfig) -> int | None:
     return config.model.num_layers // layers
 
 
+def has_fusions() -> bool:
+    """Whether Megatron's fusions are used: torch.compile takes minutes on a CPU and gains nothing there."""
+    return torch.cuda.is_available()
+
+
 def transformer_config(config: PretrainConfig, names: WeightNames | None = None) -> TransformerConfig:
     """Megatron's configuration of the model and its parallelism.
 
@@ -94,8 +99,7 @@ def transformer_config(config: PretrainConfig, names: WeightNames | None = None)
     model, parallel, recompute = config.model, config.parallel, config.recompute
     names = names or WeightNames(config.training.seed)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    # Megatron's fusions use torch.compile, which takes minutes on a CPU and gains nothing there.
-    fused = torch.cuda.is_available()
+    fused = has_fusions()
     selective = recompute.recompute_granularity == "selective"
     kind = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
     made = kind(

@@ -15,7 +15,6 @@ from megatron_lightseq.schedule import METHODS, Direction
 from megatron_lightseq.tools.compare.paper import model
 from megatron_lightseq.tools.compare.paper.fit import FREE, fit
 from megatron_lightseq.tools.compare.paper.model import (
-    A100_CLUSTER,
     PAPER_LIGHTSEQ,
     iteration_seconds,
     simulate_attention,
@@ -31,6 +30,7 @@ from megatron_lightseq.tools.compare.paper.published import (
     Cell,
 )
 from megatron_lightseq.tools.compare.paper.show import accuracy, markdown, predictions, show_paper
+from megatron_lightseq.tools.planner.rates import A100_CLUSTER
 
 
 def test_tables_hold_the_published_cells() -> None:

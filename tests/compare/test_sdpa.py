@@ -57,7 +57,7 @@ def test_equals_the_definition(heads: int, groups: int, dtype: torch.dtype) -> N
 
 def test_holds_no_score_matrix() -> None:
     """One score matrix of 2048 tokens and 4 heads is 64 MiB; the fused kernel works in a few MiB."""
-    from megatron_lightseq.tools.compare.memory import peak_tensor_bytes
+    from megatron_lightseq.tools.memory import peak_tensor_bytes
 
     q, k, v = (torch.randn(2048, 1, 4, D) for _ in range(3))
     module = attention([])

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megatron_lightseq.errors import UnsupportedError
-from megatron_lightseq.tools.compare.memory import peak_tensor_bytes
+from megatron_lightseq.tools.memory import peak_tensor_bytes
 from tests.megatron.runs import TINY, VOCAB_SIZE, batches, on_ranks
 from tests.megatron.test_parity import BLOCK, CP2, FULL, PP2, SELECTIVE, SHARDED_OPTIMIZER, SP, TP2, VPP
 

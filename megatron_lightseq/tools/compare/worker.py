@@ -15,11 +15,11 @@ from megatron_lightseq.attention import AttentionStats
 from megatron_lightseq.megatron.cpu import platform as cpu_platform
 from megatron_lightseq.megatron.transformer_impl import use_transformer_engine
 from megatron_lightseq.tools.compare.job import VOCAB_SIZE, Job, Measurement, StepMeasurement
-from megatron_lightseq.tools.compare.memory import limit_memory, peak_tensor_bytes
 from megatron_lightseq.tools.compare.padding import PaddedWeightNames
 from megatron_lightseq.tools.compare.sdpa import sdpa_layer_spec
 from megatron_lightseq.tools.compare.systems import SYSTEMS
 from megatron_lightseq.tools.compare.traffic import Traffic, watch_traffic
+from megatron_lightseq.tools.memory import limit_memory, peak_tensor_bytes
 from megatron_lightseq.tools.ranks import RankContext
 from megatron_lightseq.training.data.documents import ReadCounts, read_documents
 from megatron_lightseq.training.data.sources import find_stdlib_files

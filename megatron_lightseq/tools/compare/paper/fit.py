@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_lightseq.tools.compare.paper.model import Constants, iteration_seconds
+from megatron_lightseq.tools.compare.paper.model import iteration_seconds
 from megatron_lightseq.tools.compare.paper.published import FITTED, TABLE_1, Cell
+from megatron_lightseq.tools.planner.rates import Rates
 
 FREE = (
     "linear_flops_per_s",
@@ -20,7 +21,7 @@ FREE = (
     "fixed_s",
 )
 """Constants that are fitted; the others are measured properties of the hardware."""
-START = Constants(
+START = Rates(
     linear_flops_per_s=200e12,
     attention_flops_per_s=180e12,
     tile_flops_per_s=180e12,
@@ -35,12 +36,12 @@ _LARGEST_CHANGE = 0.3
 
 
 def fit(
-    cells: Sequence[Cell] = FITTED, measured: Mapping[Cell, float] = TABLE_1, start: Constants = START
-) -> Constants:
+    cells: Sequence[Cell] = FITTED, measured: Mapping[Cell, float] = TABLE_1, start: Rates = START
+) -> Rates:
     """The constants that predict ``cells`` with the smallest squared relative error."""
     logs = np.log([getattr(start, name) for name in FREE])
 
-    def constants(at: np.ndarray) -> Constants:
+    def constants(at: np.ndarray) -> Rates:
         return replace(start, **{name: math.exp(value) for name, value in zip(FREE, at, strict=True)})
 
     def residuals(at: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The cost model: the duration of an iteration, from counts of operations and bytes and eight hardware constants.
+"""The duration of the paper's iterations, from counts of operations and bytes and the cost model's rates.
 
     linear layers      4 times the forward pass (forward, recomputation, and backward twice as much), evenly shared
     attention          2 matrix products forward, 5 backward, for the causal half of the scores; Megatron and Ulysses
@@ -12,7 +12,6 @@ Norms, activations and data parallelism are not modelled individually: the rate 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_lightseq.layout import SequenceLayout
@@ -30,6 +29,8 @@ from megatron_lightseq.schedule.ir import Direction, Payload, Placement
 from megatron_lightseq.schedule.network import Network
 from megatron_lightseq.schedule.place import all_tiles
 from megatron_lightseq.tools.compare.paper.published import Cell, PaperModel
+from megatron_lightseq.tools.planner.cluster import Cluster, gpu_named
+from megatron_lightseq.tools.planner.rates import A100_CLUSTER, Rates
 
 GPUS_PER_NODE = 8
 _ELEMENT_BYTES = 2
@@ -40,42 +41,7 @@ _NOMINAL_CHUNK = 64
 """Schedules do not depend on the sequence length, so short ones are simulated, and times are scaled."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Constants:
-    """One set of constants for all systems: two measured ones of NVLink, and six fitted ones."""
-
-    linear_flops_per_s: float
-    """Everything except attention, per GPU (the peak of an A100 is 312e12)."""
-    attention_flops_per_s: float
-    """FlashAttention-2 on whole causal sequences, per GPU."""
-    tile_flops_per_s: float
-    """FlashAttention-2 on the tiles of a schedule, per GPU."""
-    node_collective_bytes_per_s: float
-    """Bus bandwidth of all-gather and reduce-scatter across two nodes."""
-    node_link_bytes_per_s: float
-    """Bandwidth between two nodes for point-to-point messages and all-to-all, in each direction."""
-    fixed_s: float
-    """Per iteration: the optimizer, and everything else that does not depend on the sequence length."""
-    nvlink_collective_bytes_per_s: float = 230e9
-    """Bus bandwidth of NCCL's all-gather on 8 A100s with NVSwitch, as reported by nccl-tests; not fitted."""
-    nvlink_bytes_per_s: float = 200e9
-    """Point-to-point bandwidth between two A100s of a node; not fitted."""
-
-
-A100_CLUSTER = Constants(
-    linear_flops_per_s=210.3e12,
-    attention_flops_per_s=168.4e12,
-    tile_flops_per_s=173.8e12,
-    node_collective_bytes_per_s=98.53e9,
-    node_link_bytes_per_s=59.39e9,
-    fixed_s=0.4445,
-)
-"""The result of :func:`fit.fit` for the 12 cells of :data:`published.FITTED`; a test repeats the fit. The values are
-plausible: eight cards of 100 Gbps per node carry 100e9 bytes per second, and FlashAttention-2 reports 170e12 to 190e12
-FLOP/s for causal training on an A100."""
-
-
-def iteration_seconds(cell: Cell, constants: Constants = A100_CLUSTER) -> float:
+def iteration_seconds(cell: Cell, constants: Rates = A100_CLUSTER) -> float:
     """Predicted duration of one iteration in seconds."""
     heads, groups = _heads(cell)
     model, tokens = cell.model, cell.seq_length / cell.gpus
@@ -104,16 +70,15 @@ def _layer_parameters(model: PaperModel, heads: int, groups: int) -> int:
     return model.hidden_size * (projections + 3 * model.ffn_hidden_size)
 
 
-def _tensor_parallel(cell: Cell, heads: int, groups: int, constants: Constants) -> float:
+def _tensor_parallel(cell: Cell, heads: int, groups: int, constants: Rates) -> float:
     """Duration of the collectives of one layer in seconds."""
     del heads, groups
-    on_one_node = cell.gpus <= GPUS_PER_NODE
-    rate = constants.nvlink_collective_bytes_per_s if on_one_node else constants.node_collective_bytes_per_s
     size = cell.seq_length * cell.model.hidden_size * _ELEMENT_BYTES
-    return _TP_COLLECTIVES * size * (cell.gpus - 1) / cell.gpus / rate
+    nodes = Cluster.of(gpu_named("a100-40"), cell.gpus, gpus_per_node=GPUS_PER_NODE)
+    return _TP_COLLECTIVES * constants.collective_seconds(size, cell.gpus, 1, nodes)
 
 
-def _all_to_all(cell: Cell, heads: int, groups: int, constants: Constants) -> float:
+def _all_to_all(cell: Cell, heads: int, groups: int, constants: Rates) -> float:
     """Duration of the exchanges of q, k, v and out of one layer in seconds: forward, recomputation and backward."""
     sent = 3 * (2 * heads + 2 * groups) * cell.model.head_dim * _ELEMENT_BYTES * cell.seq_length / cell.gpus
     to_other_nodes = 1 - GPUS_PER_NODE / cell.gpus
@@ -122,7 +87,7 @@ def _all_to_all(cell: Cell, heads: int, groups: int, constants: Constants) -> fl
     return max(between_nodes_s, sent * within_node / constants.nvlink_bytes_per_s)
 
 
-def _scheduled_attention(cell: Cell, constants: Constants) -> float:
+def _scheduled_attention(cell: Cell, constants: Rates) -> float:
     """Duration of attention in one layer in seconds, including transfers that are not hidden."""
     forward = simulate_attention(PAPER_LIGHTSEQ, cell, Direction.FORWARD, constants).makespan_s
     backward = simulate_attention(PAPER_LIGHTSEQ, cell, Direction.BACKWARD, constants).makespan_s
@@ -133,7 +98,7 @@ def simulate_attention(
     method: Method,
     cell: Cell,
     direction: Direction,
-    constants: Constants = A100_CLUSTER,
+    constants: Rates = A100_CLUSTER,
     overlap: bool = True,
 ) -> Simulation:
     """Simulate attention of one layer with ``method`` on the GPUs of a cell; times are in seconds."""

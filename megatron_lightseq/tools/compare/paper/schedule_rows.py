@@ -8,12 +8,12 @@ from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.schedule import METHODS, Direction, Method, Simulation, build, simulate
 from megatron_lightseq.tools.compare.paper.experiment import Experiments, K, Row, value_range
 from megatron_lightseq.tools.compare.paper.model import (
-    A100_CLUSTER,
     PAPER_LIGHTSEQ,
     iteration_seconds,
     simulate_attention,
 )
 from megatron_lightseq.tools.compare.paper.published import LLAMA_7B, Cell
+from megatron_lightseq.tools.planner.rates import A100_CLUSTER
 
 _CURVE = (2, 3, 4, 5, 8, 16, 32)
 """Numbers of ranks in row 7."""

@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_lightseq.tools.compare.paper.model import A100_CLUSTER, Constants, iteration_seconds
+from megatron_lightseq.tools.compare.paper.model import iteration_seconds
 from megatron_lightseq.tools.compare.paper.published import FITTED, TABLE_1, TABLE_4, TABLE_5, Cell
 from megatron_lightseq.tools.markdown import markdown_table
+from megatron_lightseq.tools.planner.rates import A100_CLUSTER, Rates
 
 MEDIAN_BOUND, WORST_BOUND, ULYSSES_BOUND = 0.04, 0.15, 0.10
 _HEADER = ("table", "system", "model", "GPUs", "tokens", "published s", "predicted s", "error", "used")
@@ -36,7 +37,7 @@ class Prediction:
         return self.predicted / self.published - 1
 
 
-def predictions(constants: Constants = A100_CLUSTER) -> list[Prediction]:
+def predictions(constants: Rates = A100_CLUSTER) -> list[Prediction]:
     """The predictions for all cells of Tables 1, 4 and 5."""
     tables: Mapping[str, Mapping[Cell, float]] = {"1": TABLE_1, "4": TABLE_4, "5": TABLE_5}
     return [
