@@ -42,7 +42,7 @@ def output_flops(config: PretrainConfig, vocab_size: int) -> float:
     return factor * _step_tokens(config) * config.model.hidden_size * vocab_size
 
 
-def layer_parameters(config: PretrainConfig, number: int) -> tuple[int, int]:
+def layer_parameters(config: PretrainConfig, number: int) -> tuple[float, float]:
     """Weights of the matrices of a layer, counted from 1: those that every rank of a stage shares, and its experts'."""
     experts, model = config.experts, config.model
     dense = _attention_weights(config)

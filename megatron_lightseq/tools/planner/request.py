@@ -101,6 +101,14 @@ def vocabulary(config: PretrainConfig) -> int:
 
 
 def _refuse_unsupported(config: PretrainConfig) -> None:
+    if config.linear.experimental_attention_variant is not None:
+        raise UnsupportedError(
+            explain(
+                got=f"experimental_attention_variant {config.linear.experimental_attention_variant}",
+                rule="the time and the memory of linear layers are not planned",
+                remedy="Add --set experimental_attention_variant=null for the same model with attention in every layer",
+            )
+        )
     if config.context.cp_method == "megatron" and config.parallel.context_parallel_size > 1:
         raise UnsupportedError(
             explain(
