@@ -106,7 +106,7 @@ def test_what_cannot_be_planned_is_refused(recipe: str) -> None:
     with pytest.raises(UnsupportedError, match="only alltoall is planned"):
         request_of(recipe, "h100:1", "num_experts=4", "moe_token_dispatcher_type=allgather")
     with pytest.raises(UnsupportedError, match="linear layers are not planned"):
-        request_of(recipe, "h100:1", "experimental_attention_variant=linear")
+        request_of(recipe, "h100:1", "experimental_attention_variant=linear", "linear_attention_freq=2")
     with pytest.raises(ConfigError):
         request_of(recipe, "h100:3", "context_parallel_size=2")
 
