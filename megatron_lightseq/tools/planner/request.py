@@ -106,7 +106,8 @@ def _refuse_unsupported(config: PretrainConfig) -> None:
             explain(
                 got=f"experimental_attention_variant {config.linear.experimental_attention_variant}",
                 rule="the time and the memory of linear layers are not planned",
-                remedy="Add --set experimental_attention_variant=null for the same model with attention in every layer",
+                remedy="For a model with attention in every layer, add --set experimental_attention_variant=null "
+                "linear_attention_freq=null",
             )
         )
     if config.context.cp_method == "megatron" and config.parallel.context_parallel_size > 1:
