@@ -93,7 +93,7 @@ ATTENTION: tuple[Option, ...] = (
         launcher="replaced",
         harmless=(None,),
     ),
-    refused("experimental_attention_variant linear_attention_freq", _OTHER_ATTENTION, recipe="key"),
+    refused("experimental_attention_variant", _OTHER_ATTENTION, recipe="key"),
     refused("use_kitchen_attention", _OTHER_ATTENTION),
     refused("enable_autocast", "attention computes in the dtype of its inputs", launcher="outside"),
     # Context parallelism.
@@ -251,7 +251,8 @@ ATTENTION: tuple[Option, ...] = (
         "read with other attentions, which are refused",
     ),
     outside(
-        "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads",
+        "linear_attention_freq linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads "
+        "linear_num_value_heads",
         "read by gated delta nets: hybrid_block_spec builds ours, and Megatron's own are refused",
         recipe="key",
     ),

@@ -147,6 +147,8 @@ def hybrid_block_spec(
     )
     settings = LinearSettings(keep_on_recompute=keep_attention_on_recompute, stats=stats)
     whole = pattern * -(-config.num_layers // len(pattern))
+    # With it, Megatron's checkpoints keep layers of different kinds apart.
+    config.linear_attention_freq = [int(letter != "*") for letter in whole[: config.num_layers]]
     return with_linear_layers(spec, whole[: config.num_layers], settings, rms_norm=_has_rms_norm(config))
 
 

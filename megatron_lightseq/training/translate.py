@@ -192,10 +192,17 @@ def _layers(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _linear(config: PretrainConfig) -> dict[str, Any]:
-    """Widths of linear layers. Megatron's own fields for the variant are about its own layers, and refuse ranks."""
-    if config.linear.experimental_attention_variant != "gated_delta_net":
+    """Widths of linear layers, and which they are, so that checkpoints keep layers of different kinds apart.
+
+    Megatron's own field for the variant is about its own layers, and refuses ranks.
+    """
+    linear, layers = config.linear, range(1, config.model.num_layers + 1)
+    if linear.experimental_attention_variant is None:
         return {}
-    return {name: getattr(config.linear, name) for name in DELTA_NET}
+    found: dict[str, Any] = {"linear_attention_freq": [int(linear.is_in(number)) for number in layers]}
+    if linear.experimental_attention_variant == "gated_delta_net":
+        found |= {name: getattr(linear, name) for name in DELTA_NET}
+    return found
 
 
 def _latent(config: PretrainConfig) -> dict[str, Any]:
