@@ -115,13 +115,8 @@ def dist_linear_attention(
         TransportError: the ranks disagree, or a peer was lost or did not make the same calls.
     """
     gates: dict[str, Any] = {"log_decay": log_decay, "beta": beta, "mask": mask, "scale": scale}
-    settings: dict[str, Any] = {
-        "layout": layout,
-        "normalize": normalize,
-        "scan": scan,
-        "invariant": invariant,
-    }
-    settings |= {"kernel": kernel, "overlap": overlap}
+    settings: dict[str, Any] = {"layout": layout, "normalize": normalize, "scan": scan}
+    settings |= {"invariant": invariant, "kernel": kernel, "overlap": overlap}
     if group is None:
         return DistLinearAttention(None, **settings)(q, k, v, **gates)
     known = _ATTENTIONS.setdefault(group, {})
