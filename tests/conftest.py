@@ -24,8 +24,13 @@ def _stop_rank_processes() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _hang_up() -> Iterator[None]:
-    """Tests send SIGHUP to processes that they start, which would ignore it if this one was started by nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def _heard_signals() -> Iterator[None]:
+    """Tests send signals to processes that they start, which would ignore those that this one was started without.
+
+    That is SIGHUP where pytest was started by nohup, and SIGINT where a script started it in the background.
+    """
+    heard = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
