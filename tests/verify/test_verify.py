@@ -94,22 +94,24 @@ def piece(gradient: torch.Tensor, **values: object) -> Piece:
         tensor_rank=0,
         num_tensor_ranks=2,
         dim=None,
-        parts=1,
+        sections=(),
         gradient=gradient,
     )
     return replace(plain, **values)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("dim", "parts"), [(0, 1), (1, 1), (0, 2)])
-def test_pieces_make_the_whole(dim: int, parts: int) -> None:
+@pytest.mark.parametrize(
+    ("dim", "sections"), [(0, (8,)), (1, (8,)), (0, (4, 4)), (0, (2, 2, 4)), (1, (6, 2))]
+)
+def test_pieces_make_the_whole(dim: int, sections: tuple[int, ...]) -> None:
     whole = torch.randn(8, 8)
-    blocks = [block.chunk(2, dim=dim) for block in whole.chunk(parts, dim=dim)]
+    blocks = [block.chunk(2, dim=dim) for block in whole.split(sections, dim=dim)]
     cut = [
         piece(
             torch.cat([block[rank] for block in blocks], dim=dim),
             tensor_rank=rank,
             dim=dim,
-            parts=parts,
+            sections=tuple(size // 2 for size in sections),
             replica=r,
         )
         for r in (0, 1)
