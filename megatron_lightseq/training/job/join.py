@@ -19,7 +19,7 @@ from megatron_lightseq.schedule import Direction
 from megatron_lightseq.training.job.control_channel import ControlChannel
 from megatron_lightseq.training.job.failure import FaultLimits
 from megatron_lightseq.training.job.launch import Launch
-from megatron_lightseq.training.job.preflight import agree, describe, ranges, source_hash
+from megatron_lightseq.training.job.preflight import agree, describe, package_hash, ranges
 
 _CONTROL_TIMEOUT = timedelta(seconds=5)
 
@@ -105,7 +105,7 @@ def facts(resolved: ResolvedConfig, device: torch.device, kernel: str) -> dict[s
     """
     more = {"device": device.type, "num_threads": str(torch.get_num_threads()), "kernel": kernel}
     more["MLS_CPU_ISA"] = os.environ.get("MLS_CPU_ISA", "(unset)")
-    more["source"] = source_hash()
+    more["source"] = package_hash()
     if resolved.attention is not None:
         kinds = resolved.attention.kinds
         for kind in kinds:

@@ -48,7 +48,7 @@ def describe(config: PretrainConfig, **more: str) -> dict[str, str]:
     return facts | {key: json.dumps(value, default=str) for key, value in to_flat(config).items()}
 
 
-def source_hash() -> str:
+def package_hash() -> str:
     """Short hash of this package's files: an installation that was edited on one host is another version."""
     root = Path(megatron_lightseq.__file__).parent
     files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".so"))
