@@ -38,7 +38,7 @@ class AttentionFunction(torch.autograd.Function):
             if sink is not None:
                 out, lse = merge_sink(out, lse, sink)
         ctx.save_for_backward(q, k, v, out, lse, sink)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.scale, ctx.layer = plan, scale, plan.stats.place.layer
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -47,6 +47,7 @@ class AttentionFunction(torch.autograd.Function):
     @torch.compiler.disable
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse, sink = ctx.saved_tensors
+        ctx.plan.stats.place.layer = ctx.layer
         with without_autocast(q.device):
             dq, dk, dv = ctx.plan.run_backward(dout.contiguous(), q, k, v, out, lse, ctx.scale)
         return dq, dk, dv, _sink_gradient(sink, dout, out, lse), None, None, None

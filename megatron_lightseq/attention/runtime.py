@@ -114,7 +114,9 @@ class Runtime:
         Raises:
             TransportError: a transfer failed; the message names the peer, the payload and the step.
         """
-        for t in range(len(steps)):
+        place, num_steps = self.stats.place, len(steps)
+        for t in range(num_steps):
+            place.enter(steps.direction, t, num_steps)
             outgoing, incoming = steps.outgoing(t), steps.incoming(t)
             pending = self._start(f"{steps.direction} step {t}", outgoing, incoming)
             if not self.overlap:
@@ -123,6 +125,7 @@ class Runtime:
             if self.overlap:
                 self._wait(pending)
             steps.take_in(t, outgoing, incoming)
+        place.leave()
 
     def _start(self, where: str, outgoing: list[Parcel], incoming: list[Parcel]) -> Pending | None:
         if not outgoing and not incoming:

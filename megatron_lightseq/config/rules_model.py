@@ -25,7 +25,7 @@ BOUNDS = RuleSet(
         "recompute_num_layers mlp_tile_tokens loss_tile_tokens cp_invariant "
         "lr_decay_iters seq_length micro_batch_size global_batch_size train_iters "
         "eval_interval eval_iters log_interval vocab_size save_interval save_retain_interval save_keep_last "
-        "max_bad_steps check_weight_hash_across_dp_replicas_interval "
+        "max_bad_steps step_timeout_factor check_weight_hash_across_dp_replicas_interval "
         "q_lora_rank kv_lora_rank qk_head_dim "
         "qk_pos_emb_head_dim v_head_dim mtp_num_layers num_experts moe_ffn_hidden_size attention_chunk_size "
         "moe_router_num_groups moe_router_group_topk yarn_original_max_position_embeddings "
@@ -36,12 +36,13 @@ BOUNDS = RuleSet(
         _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad num_workers mtp_loss_scaling_factor "
         "moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate yarn_mscale yarn_mscale_all_dim mscale "
         "mscale_all_dim attn_scale load_iteration",
-        _POSITIVE: "norm_epsilon init_method_std loss_spike_factor lr adam_eps distributed_timeout_minutes "
-        "exit_duration_in_mins "
+        _POSITIVE: "norm_epsilon init_method_std loss_spike_factor rank_silence_seconds step_timeout_seconds lr "
+        "adam_eps distributed_timeout_minutes exit_duration_in_mins "
         "softmax_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping embedding_multiplier "
         "activation_func_clamp_value moe_router_topk_scaling_factor yarn_beta_fast yarn_beta_slow beta_fast beta_slow",
         _ANY: "glu_linear_offset",
         Bound(low=2): "original_max_position_embeddings",
+        Bound(low=1, open_low=True): "straggler_factor",
         _PROBABILITY: "attention_dropout hidden_dropout adam_beta1 adam_beta2",
         Bound(low=0, high=1, open_low=True, open_high=False): "rotary_percent",
         Bound(low=0, high=2**32): "seed",

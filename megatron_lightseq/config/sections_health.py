@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HealthConfig:
-    """Bad steps, and copies of weights that have come apart."""
+    """Bad steps, copies of weights that have come apart, and ranks that are slow or silent."""
 
     on_nonfinite_step: Literal["stop", "skip", "rollback"] = "stop"
     """If loss or gradients are not finite, twice: stop the run, skip the batch, or go back to the newest healthy
@@ -21,3 +21,13 @@ class HealthConfig:
     """Bad steps in a row that skip and rollback allow; after that the run stops."""
     check_weight_hash_across_dp_replicas_interval: int | None = None
     """Steps between comparisons of the hashes of weights that several ranks hold copies of; null: never."""
+    straggler_factor: float | None = 2.0
+    """A rank is reported as slow if it works this many times as long as the median of the others, in most of 16 steps;
+    null: do not look."""
+    rank_silence_seconds: float = 30.0
+    """A rank whose process gives no sign of life for so long is given up, and the run ends."""
+    step_timeout_seconds: float = 60.0
+    """A step is considered hung after so many seconds, or after step_timeout_factor times the longest step so far,
+    whichever is longer."""
+    step_timeout_factor: float = 10.0
+    """See step_timeout_seconds; distributed_timeout_minutes limits the first step, evaluating and saving."""

@@ -42,7 +42,7 @@ class LinearFunction(torch.autograd.Function):
                 out, states, transitions = _run_forward(plan, tensors)
             plan.runtime.stats.forwards += 1
         ctx.save_for_backward(*tensors, states, transitions)
-        ctx.plan = plan
+        ctx.plan, ctx.layer = plan, plan.runtime.stats.place.layer
         ctx.mark_non_differentiable(states, transitions)
         return out, states, transitions
 
@@ -51,6 +51,7 @@ class LinearFunction(torch.autograd.Function):
     @torch.compiler.disable
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *tensors, states, transitions = ctx.saved_tensors
+        ctx.plan.runtime.stats.place.layer = ctx.layer
         with without_autocast(dout.device):
             gradients = _run_backward(ctx.plan, tensors, dout, states, transitions)
         return *gradients, None, None

@@ -216,6 +216,7 @@ class LightSeqCoreAttention(SequenceLayer):
         """
         raise_refusals([*refused_arguments("forward", extras)])
         self.check_adopted()
+        self.settings.stats.place.layer = self.layer_number
         mask_type = attn_mask_type or self.attn_mask_type
         if packed_seq_params is None:
             mask = self._mask(mask_type, attention_mask)

@@ -75,6 +75,9 @@ class LinearLayer(SequenceLayer):
         UnsupportedError: the sequence is not cut contiguously.
     """
 
+    layer_number: int = 0
+    """From 1; 0: not known."""
+
     def __init__(self, config: Any, groups: Any, settings: LinearSettings | None, *, normalize: bool) -> None:
         self.settings = settings or LinearSettings()
         super().__init__(config, groups, self.settings.layout)
@@ -129,6 +132,7 @@ class LinearLayer(SequenceLayer):
             log_decay: (S, B, H).
             beta: (S, B, H).
         """
+        self.settings.stats.place.layer = self.layer_number
         attention = self._attention
         scope = current_scope() if self.settings.keep_on_recompute else None
         if scope is None:

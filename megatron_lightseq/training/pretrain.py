@@ -9,11 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_lightseq.config import Machine, PretrainConfig, ResolvedConfig, resolve
 from megatron_lightseq.errors import PeerFailureError
 from megatron_lightseq.training.job.failure import EXIT_PEER_FAILED
 from megatron_lightseq.training.job.launch import Launch
+from megatron_lightseq.training.job.rank_log import note, rank_log
 from megatron_lightseq.training.job.signals import StopRequest, stop_on_signals
 
 _LEAVE_WITHIN_S = 30.0
@@ -43,17 +45,21 @@ def run_body(config: PretrainConfig, checked: Machine, body: Body) -> int:
     Raises:
         LightSeqError: this rank failed first; the subclass says in what.
     """
-    rank, world_size = Launch.from_environment().rank, Launch.from_environment().world_size
+    launch = Launch.from_environment()
+    rank, world_size = launch.rank, launch.world_size
     with _without_noise():
         from megatron_lightseq.training.machine import this_machine
 
         resolved = resolve(config, this_machine(world_size), checked=checked)
-    with stop_on_signals() as stop, _messages(rank):
+    logging_to = config.logging.report_dir or config.checkpoint.save
+    folder = None if logging_to is None else Path(logging_to)
+    with stop_on_signals() as stop, _messages(rank), rank_log(folder, launch):
         try:
             with _without_noise():
                 body(resolved, stop)
         except PeerFailureError as error:
             _bound_exit(stop)
+            note(str(error))
             sys.stderr.write(f"rank {rank}: {error}\n")
             return EXIT_PEER_FAILED
         except BaseException:

@@ -127,19 +127,19 @@ def raised(_training: Any, measured: Any) -> Any:
 
 
 def _before_save(at: int, change: Callable[[Any], None]) -> Callable[[], None]:
-    from megatron_lightseq.training import loop
+    from megatron_lightseq.training import saver
 
-    save = loop.save_checkpoint
+    save = saver.save_checkpoint
 
     def spoiled(training: Any, root: Any, position: Any, *rest: Any) -> Any:
         if position.iteration == at:
             change(next(iter(training.models[0].decoder.layers[0].mlp.linear_fc1.parameters())))
         return save(training, root, position, *rest)
 
-    loop.save_checkpoint = spoiled
+    saver.save_checkpoint = spoiled
 
     def undo() -> None:
-        loop.save_checkpoint = save
+        saver.save_checkpoint = save
 
     return undo
 

@@ -177,7 +177,17 @@ def store() -> dist.TCPStore:
 
 def beat(rank: int, **changes: object) -> Heartbeat:
     base = Heartbeat(
-        count=1, step=5, phase=TRAIN, phase_s=1.0, where="all_reduce", host="elsewhere", pid=1, started=0.0
+        count=1,
+        step=5,
+        phase=TRAIN,
+        phase_s=1.0,
+        exchange="",
+        waiting=True,
+        board="",
+        where="all_reduce",
+        host="elsewhere",
+        pid=1,
+        started=0.0,
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 

@@ -17,6 +17,7 @@ from tests.training.launched import OUR_LAUNCHER, Launched, kill_hard, launch, m
 
 GOLDEN_TRAIN = {
     "kind",
+    "time",
     "step",
     "loss",
     "mtp_loss",
@@ -41,6 +42,9 @@ GOLDEN_SUMMARY = {
     "seconds",
     "stopped",
     "checkpoint",
+    "goodput",
+    "goodput_seconds",
+    "stragglers",
 }
 LINE = re.compile(
     r"^step +\d+/12 \| loss \d+\.\d{4} \| grad norm \d+\.\d{3} \| lr \d\.\d\de[+-]\d\d \| [\d,]+ tokens/s "
@@ -91,7 +95,7 @@ def test_a_run_says_what_it_does_and_leaves_its_files(whole: tuple[Path, str]) -
     assert re.search(r"^12 steps in .*: loss \d+\.\d\d -> \d+\.\d\d, validation \d+\.\d\d$", output, re.M)
     assert "the corpus' unigram entropy of" in output
     assert "Apex" not in output
-    names = {"loss.png", "schedule.png", "summary.json", "metrics.jsonl"}
+    names = {"loss.png", "schedule.png", "summary.json", "metrics.jsonl", "logs"}
     assert {path.name for path in (folder / "report").iterdir()} == names
     assert list((folder / "tb").glob("events.out.tfevents.*"))
     saved = [path.name for path in CheckpointDirectory(root=folder / "checkpoints").candidates()]
@@ -108,12 +112,31 @@ def test_metrics_and_summary_have_their_keys(whole: tuple[Path, str]) -> None:
     assert [line["step"] for line in train] == list(range(1, 13))
     assert all(line.keys() == GOLDEN_TRAIN for line in train)
     assert [line["step"] for line in checks] == [6, 12]
-    assert all(line.keys() == {"kind", "step", "loss", "num_tokens"} for line in checks)
+    assert all(line.keys() == {"kind", "time", "step", "loss", "num_tokens"} for line in checks)
+    assert [line["step"] for line in lines if line["kind"] == "save"] == [5, 10, 12]
+    (attempt,) = [line for line in lines if line["kind"] == "attempt"]
+    assert (attempt["step"], attempt["restart"], attempt["world_size"]) == (0, 0, 2)
+    assert attempt == lines[0]
     assert all(0 <= line["exposed_communication"] <= 1 for line in train)
     summary = json.loads((report / "summary.json").read_text())
     assert summary.keys() == GOLDEN_SUMMARY
     assert summary["steps"] == 12
     assert summary["stopped"] is None
+    seconds = summary["goodput_seconds"]
+    parts = sum(seconds[name] for name in ("useful", "start", "save", "restart", "replay", "other"))
+    assert parts == pytest.approx(seconds["wall"])
+    assert seconds["useful"] == pytest.approx(sum(line["step_seconds"] for line in train))
+    assert 0 < summary["goodput"] < 1
+    assert seconds["start"] > 0
+    assert seconds["save"] > 0
+
+
+def test_every_rank_keeps_a_log(whole: tuple[Path, str]) -> None:
+    for rank in (0, 1):
+        text = (whole[0] / "report" / "logs" / "attempt_0" / f"rank_{rank:05d}.log").read_text()
+        assert f"rank {rank} of 2, attempt 0, process " in text
+        for line in ("step 1: train", "step 5: save", "step 6: evaluate", "step 12: finish", "ended"):
+            assert text.count(f"INFO {line}\n") == 1, text
 
 
 NEW_METHOD = """
@@ -184,7 +207,8 @@ def test_a_killed_rank_is_named_by_the_others(start: Any) -> None:
     began = time.monotonic()
     assert run.wait() == 128 + signal.SIGKILL, run.text()
     assert time.monotonic() - began < 30.0
-    cause = r"rank 1 failed at step \d+ \(train\): its process \d+ is gone \(killed\?\)"
+    where = r"at step \d+ \(train(, \w+ exchange \d of \d, layer \d)?\)"
+    cause = rf"rank 1 failed {where}: its process \d+ is gone \(killed\?\)"
     for rank in (0, 2):
         assert re.search(rf"rank {rank}: stopped because {cause}", run.text()), run.text()
     assert re.fullmatch(rf"\[lightseq\] error: {cause}; signal 9", run.text().splitlines()[-1])

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 
 from megatron_lightseq.training.reporting.metrics import (
     METRICS_NAME,
+    Attempt,
     MetricsLog,
+    SaveMetrics,
     TrainMetrics,
     ValidationMetrics,
     read_metrics,
@@ -28,6 +32,7 @@ from megatron_lightseq.training.reporting.progress import (
 )
 
 GOLDEN_TAGS = [
+    "save/seconds",
     "train/consumed_samples",
     "train/exposed_communication",
     "train/grad_norm",
@@ -43,6 +48,10 @@ GOLDEN_TAGS = [
     "validation/loss",
     "validation/num_tokens",
 ]
+
+
+def attempt(step: int, restart: int = 0) -> Attempt:
+    return Attempt(step=step, restart=restart, began=0.0, world_size=1, host="here")
 
 
 def metrics(step: int, **changes: float) -> TrainMetrics:
@@ -185,6 +194,8 @@ def test_tensorboard_files_hold_every_tag(tmp_path: Path) -> None:
     log.write(metrics(1))
     log.write(metrics(2, loss=1.5, mtp_loss=2.5, load_balancing_loss=1.0))  # other steps have no such points
     log.write(ValidationMetrics(step=2, loss=1.6, num_tokens=10))
+    log.write(SaveMetrics(step=2, seconds=0.5))
+    log.write(attempt(0))
     log.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert sorted(events.Tags()["scalars"]) == GOLDEN_TAGS
@@ -210,6 +221,7 @@ def test_a_resumed_run_forgets_steps_behind_its_checkpoint(tmp_path: Path) -> No
     with path.open("a") as stream:
         stream.write('{"kind": "train", "step": 6, "lo')  # killed in the middle of a line
     resumed = MetricsLog(folder=tmp_path, tensorboard=None, resumed_step=3)
+    resumed.write(attempt(3, restart=1))
     resumed.write(metrics(4, loss=9.0))
     resumed.close()
     assert [(m.step, m.loss) for m in read_metrics(path)] == [
@@ -218,14 +230,69 @@ def test_a_resumed_run_forgets_steps_behind_its_checkpoint(tmp_path: Path) -> No
         (3, 2.34567),
         (4, 9.0),
     ]
-    assert all(json.loads(line) for line in path.read_text().splitlines())
+    lines = path.read_text().splitlines()
+    assert lines.pop(5) == '{"kind": "train", "step": 6, "lo'
+    assert [json.loads(line)["kind"] for line in lines] == ["train"] * 5 + ["attempt", "train"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\xff\x00\xfe\n",
+        b"[]\n3\nnull\n",
+        b'{"kind": "other", "step": 2}\n',
+        b'{"kind": ["train"]}\n',
+        b'{"kind": "train", "step": 2}\n',
+        b'{"kind": "validation", "step": null, "loss": 1.0, "num_tokens": 1}\n',
+        b'{"kind": "validation", "step": 2, "loss": "x", "num_tokens": 1}\n',
+        b'{"kind": "validation", "step": 2, "loss": 1.0, "num_tokens": 1, "more": 1}\n',
+        b'{"kind": "attempt", "step": 0, "restart": 0, "began": "now", "world_size": 1, "host": 3}\n',
+        b"[" * 100_000 + b"\n",
+    ],
+)
+def test_a_damaged_line_is_skipped(tmp_path: Path, damage: bytes) -> None:
+    log = MetricsLog(folder=tmp_path, tensorboard=None)
+    log.write(metrics(1))
+    with (tmp_path / METRICS_NAME).open("ab") as stream:
+        stream.write(damage)
+    log.write(metrics(2))
+    assert [m.step for m in read_metrics(tmp_path / METRICS_NAME)] == [1, 2]
+
+
+def test_a_full_disk_costs_metrics_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricsLog(folder=tmp_path, tensorboard=None)
+    log.write(metrics(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_, **__: FullFile())
+        log.write(metrics(2))
+        log.write(metrics(3))
+    with (tmp_path / METRICS_NAME).open("a") as stream:
+        stream.write('{"half of a li')  # as far as the disk has taken it
+    log.write(metrics(4))
+    assert [m.step for m in read_metrics(tmp_path / METRICS_NAME)] == [1, 4]
+    assert caplog.text.count("No space left on device: metrics are lost; training goes on") == 1
+
+
+class FullFile(io.BytesIO):
+    def write(self, _: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_report_folder_that_cannot_be_made_costs_metrics_and_not_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    log = MetricsLog(folder=tmp_path / "file" / "report", tensorboard=None)
+    log.write(metrics(1))
+    log.close()
+    assert read_metrics(tmp_path / "file" / "report" / METRICS_NAME) == []
 
 
 def test_a_fresh_run_does_not_inherit_old_metrics(tmp_path: Path) -> None:
     log = MetricsLog(folder=tmp_path, tensorboard=None)
     log.write(metrics(1))
+    log.write(attempt(0))
     log.close()
-    MetricsLog(folder=tmp_path, tensorboard=None).close()
     assert read_metrics(tmp_path / METRICS_NAME) == []
 
 

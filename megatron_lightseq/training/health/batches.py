@@ -9,7 +9,8 @@ import torch.distributed as dist
 import xxhash
 
 from megatron_lightseq.errors import DataError, explain
-from megatron_lightseq.training.job.preflight import ranges
+from megatron_lightseq.training.collective import all_largest, largest
+from megatron_lightseq.training.job.words import ranges
 from megatron_lightseq.training.setup import Training
 from megatron_lightseq.training.step import Batch
 from megatron_lightseq.transport.group import rank_in
@@ -63,7 +64,7 @@ def agree(training: Training, verdict: int, reads: Sequence[RecordedBatches], st
     if sizes.world_size == 1:
         return verdict
     if sizes.world_size == sizes.data:
-        return _largest(training, [verdict])[0]
+        return largest(verdict, training.device)
     replica = rank_in(training.groups.dp)
     shard = replica * sizes.context + rank_in(training.groups.cp)
     origin, content = digests_of(reads)
@@ -72,17 +73,10 @@ def agree(training: Training, verdict: int, reads: Sequence[RecordedBatches], st
     for slot, digest in ((replica, origin), (sizes.data + shard, content)):
         if digest != _UNREAD:
             slots[2 * slot : 2 * slot + 2] = digest, -digest
-    worst, *found = _largest(training, [verdict, *slots])
+    worst, *found = all_largest([verdict, *slots], training.device)
     if any(high not in (_UNREAD, -low) for high, low in zip(found[0::2], found[1::2], strict=True)):
         raise _different({f"rows of replica {replica}": origin, f"tokens of shard {shard}": content}, step)
     return worst
-
-
-def _largest(training: Training, numbers: list[int]) -> list[int]:
-    reduced = torch.tensor(numbers, dtype=torch.int64, device=training.device)
-    dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
-    found: list[int] = reduced.tolist()
-    return found
 
 
 def _different(own: dict[str, int], step: int) -> DataError:

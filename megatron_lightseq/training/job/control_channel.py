@@ -21,10 +21,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch.distributed as dist
 
+from megatron_lightseq.attention.stats import Place
 from megatron_lightseq.errors import PeerFailureError
+from megatron_lightseq.training.job.board import Board, Whereabouts, exchange_in_words
 from megatron_lightseq.training.job.failure import (
     EXIT_PEER_FAILED,
     SET_UP,
@@ -36,6 +39,8 @@ from megatron_lightseq.training.job.failure import (
 )
 from megatron_lightseq.training.job.heartbeat import Watch, kill_silent_rank
 from megatron_lightseq.training.job.leave import leave_store, wait_until
+from megatron_lightseq.training.job.rank_log import dump_stacks, note
+from megatron_lightseq.training.job.waits import Waits
 
 _SEEN = "failure_seen"
 _DONE = "done"
@@ -46,7 +51,7 @@ class ControlChannel:
 
     ``connect`` opens a new connection to the job's store. The daemon thread has its own, because a store's client
     serves one call at a time, and the main thread may block in one. ``store_host`` is the rank whose process holds the
-    store, or :data:`~megatron_lightseq.training.job.launch.LAUNCHER`.
+    store, or :data:`~megatron_lightseq.training.job.launch.LAUNCHER`. ``waits`` tells whether the main thread waits.
     """
 
     def __init__(
@@ -57,11 +62,15 @@ class ControlChannel:
         world_size: int,
         limits: FaultLimits | None = None,
         store_host: int = 0,
+        waits: Waits | None = None,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._limits = limits or FaultLimits()
         self._store_host = store_host
+        self._waits = waits or Waits()
+        self._place = Place()
+        self._board = Board()
         self._connect = connect
         self._step = 0
         self._phase = SET_UP
@@ -96,8 +105,24 @@ class ControlChannel:
             self._longest_step_s = max(self._longest_step_s, now - self._since)
         news = phase != self._phase
         self._step, self._phase, self._since = step, phase, now
+        self._post()
         if news:
+            note(f"step {step}: {phase}")
             self._news.set()  # so that a rank that dies soon is reported with the right phase
+
+    def follow(self, place: Place) -> None:
+        """Tell others where the main thread is in its attention, too."""
+        self._place = place
+        place.changed = self._post
+
+    def _post(self) -> None:
+        place = self._place
+        self._board.write(self._step, self._phase, place.direction, place.step, place.num_steps, place.layer)
+
+    def _here(self) -> Whereabouts:
+        place = self._place
+        exchange = exchange_in_words(place.direction, place.step, place.num_steps, place.layer)
+        return Whereabouts(step=self._step, phase=self._phase, exchange=exchange)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -167,9 +192,7 @@ class ControlChannel:
         if self._thread is None:
             return
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        failure = Failure(
-            rank=self._rank, step=self._step, phase=self._phase, error=f"{type(error).__name__}: {text}"
-        )
+        failure = Failure(rank=self._rank, **asdict(self._here()), error=f"{type(error).__name__}: {text}")
         self._close_thread()
         try:
             publish(self._connect(), failure)
@@ -246,7 +269,8 @@ class ControlChannel:
 
     def _beat(self, watch: Watch, store: dist.Store) -> None:
         self._last_round = time.monotonic()
-        watch.beat(store, self._step, self._phase, time.monotonic() - self._since)
+        elapsed, waiting = time.monotonic() - self._since, self._waits.since is not None
+        watch.beat(store, self._here(), elapsed, waiting=waiting, board=self._board.path)
 
     def _supervise(self) -> None:
         """Notice a store that does not answer and blocks the other thread: its process is stopped or unreachable."""
@@ -278,6 +302,7 @@ class ControlChannel:
         failure = self._failure
         assert failure is not None
         own = failure.rank == self._rank
+        dump_stacks(f"stopped because {failure}")
         sys.stderr.write(f"rank {self._rank}: stopped because {failure}\n")
         sys.stderr.flush()
         self._let_others_read()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_lightseq.training.job.launch import LAUNCHER
 
 SET_UP, TRAIN, EVALUATE, SAVE, FINISH = "set-up", "train", "evaluate", "save", "finish"
+PHASES = (SET_UP, TRAIN, EVALUATE, SAVE, FINISH)
 """Phases that a rank can be in. :data:`TRAIN` is one optimizer step, with a time limit that adapts to earlier steps."""
 
 EXIT_PEER_FAILED = 3
@@ -49,13 +50,16 @@ class Failure:
     step: int
     phase: str
     error: str
+    exchange: str = ""
+    """Of attention, in words, if the rank was in one."""
     unreachable: bool = False
     """The rank still has a process, which no longer answers or no longer makes progress."""
 
     def __str__(self) -> str:
         where = f"at step {self.step}" if self.step > 0 else "before the first step"
         who = "the launcher" if self.rank == LAUNCHER else f"rank {self.rank}"
-        return f"{who} failed {where} ({self.phase}): {self.error}"
+        phase = ", ".join(filter(None, (self.phase, self.exchange)))
+        return f"{who} failed {where} ({phase}): {self.error}"
 
 
 def publish(store: dist.Store, failure: Failure) -> Failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,13 +11,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import psutil
 import torch.distributed as dist
 
+from megatron_lightseq.training.job.board import BoardView, Whereabouts
 from megatron_lightseq.training.job.failure import SET_UP, Failure, FaultLimits, recorded
+from megatron_lightseq.training.job.words import ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,12 @@ class Heartbeat:
     phase: str
     phase_s: float
     """Seconds that the main thread has spent in this phase."""
+    exchange: str
+    """Of attention, in words; empty if the main thread is not in one."""
+    waiting: bool
+    """Whether the main thread waits for other ranks, in a collective or a transfer."""
+    board: str
+    """Path of the rank's :class:`~megatron_lightseq.training.job.board.Board`, on its host."""
     where: str
     """The Python function that the main thread is in."""
     host: str
@@ -49,16 +58,22 @@ class Watch:
         self._host = socket.gethostname()
         self._count = 0
         self._last: Heartbeat | None = None
+        self._view: BoardView | None = None
         self._changed = time.monotonic()
 
-    def beat(self, store: dist.Store, step: int, phase: str, phase_s: float) -> None:
+    def beat(
+        self, store: dist.Store, here: Whereabouts, phase_s: float, *, waiting: bool = False, board: str = ""
+    ) -> None:
         """Write this rank's next heartbeat."""
         self._count += 1
         beat = Heartbeat(
             count=self._count,
-            step=step,
-            phase=phase,
+            step=here.step,
+            phase=here.phase,
             phase_s=round(phase_s, 1),
+            exchange=here.exchange,
+            waiting=waiting,
+            board=board,
             where=_main_thread_position(),
             host=self._host,
             pid=self._pid,
@@ -74,6 +89,7 @@ class Watch:
         beat = read_beat(store, self._next)
         now = time.monotonic()
         if beat is not None and (self._last is None or beat.count != self._last.count):
+            self._map_board(beat)
             self._last, self._changed = beat, now
         if self._last is None:
             return None  # not started yet: the limit on set-up covers it
@@ -88,10 +104,18 @@ class Watch:
             error = f"process {beat.pid} on {beat.host} has given no sign of life for {silent_s:.0f} s"
         else:
             return None
-        return Failure(rank=self._next, step=beat.step, phase=beat.phase, error=error, unreachable=not gone)
+        here = self._view.read() if self._view is not None else None
+        here = here or Whereabouts(step=beat.step, phase=beat.phase, exchange=beat.exchange)
+        return Failure(rank=self._next, **asdict(here), error=error, unreachable=not gone)
+
+    def _map_board(self, beat: Heartbeat) -> None:
+        """While the next rank lives, open what is to be read after its death; on this host only."""
+        if self._last is None and beat.board and beat.host == self._host:
+            with contextlib.suppress(OSError, ValueError):
+                self._view = BoardView(beat.board)
 
     def stuck(self, store: dist.Store, elapsed_s: float) -> Failure:
-        """All ranks answer and none makes progress: report each, and blame the one that differs from the others."""
+        """All ranks answer and none makes progress: report each, and blame one that does not wait, or differs."""
         beats = {rank: read_beat(store, rank) for rank in range(self._world_size)}
         for rank, beat in beats.items():
             if beat is None:
@@ -100,17 +124,32 @@ class Watch:
                 )
         known = {rank: beat for rank, beat in beats.items() if beat is not None}
         places = Counter((beat.step, beat.phase, beat.where) for beat in known.values())
+        suspects = [r for r, beat in known.items() if not beat.waiting]
         rank = min(
-            known, key=lambda r: (places[known[r].step, known[r].phase, known[r].where], known[r].step)
+            suspects or known,
+            key=lambda r: (places[known[r].step, known[r].phase, known[r].where], known[r].step),
         )
-        doing = "; ".join(f"rank {r}: step {b.step}, {b.phase}, in {b.where}" for r, b in known.items())
+        why = "this one does not wait for another" if suspects else "this one differs from the others"
         return Failure(
             rank=rank,
             step=known[rank].step,
             phase=known[rank].phase,
-            error=f"no rank has made progress for {elapsed_s:.0f} s, and this one differs from the others ({doing})",
+            exchange=known[rank].exchange,
+            error=f"no rank has made progress for {elapsed_s:.0f} s, and {why} ({_doing(known)})",
             unreachable=True,
         )
+
+
+def _doing(beats: Mapping[int, Heartbeat]) -> str:
+    """What every rank does; ranks that do the same together."""
+    groups: dict[str, list[int]] = {}
+    for rank, beat in beats.items():
+        what = ", ".join(filter(None, (f"step {beat.step}", beat.phase, beat.exchange)))
+        doing = f"{what}, {'waiting ' if beat.waiting else ''}in {beat.where}"
+        groups.setdefault(doing, []).append(rank)
+    return "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}: {what}" for what, ranks in groups.items()
+    )
 
 
 def _main_thread_position() -> str:

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -19,7 +19,9 @@ from megatron_lightseq.schedule import Direction
 from megatron_lightseq.training.job.control_channel import ControlChannel
 from megatron_lightseq.training.job.failure import FaultLimits
 from megatron_lightseq.training.job.launch import Launch
-from megatron_lightseq.training.job.preflight import agree, describe, package_hash, ranges
+from megatron_lightseq.training.job.preflight import agree, describe, package_hash
+from megatron_lightseq.training.job.waits import Waits, counting
+from megatron_lightseq.training.job.words import ranges
 
 _CONTROL_TIMEOUT = timedelta(seconds=5)
 
@@ -35,6 +37,8 @@ class Job:
     """``nccl`` or ``gloo``."""
     kernel: str
     """Name of the attention kernel that runs."""
+    waits: Waits = field(default_factory=Waits)
+    """How long this rank has waited for others."""
 
 
 @contextmanager
@@ -67,15 +71,17 @@ def join(resolved: ResolvedConfig, corpus: str) -> Iterator[Job]:
         )
         return dist.PrefixStore(prefix, client)
 
+    waits = Waits()
     channel = ControlChannel(
         connect,
         rank=launch.rank,
         world_size=launch.world_size,
-        limits=FaultLimits(setup_s=timeout_s),
+        limits=fault_limits(config),
         store_host=launch.store_host,
+        waits=waits,
     )
     channel.start()
-    with channel.guard():
+    with channel.guard(), counting(waits):
         kernel = kernel_name(config, device)
         agree(
             dist.PrefixStore(prefix, store),
@@ -92,10 +98,22 @@ def join(resolved: ResolvedConfig, corpus: str) -> Iterator[Job]:
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-        yield Job(launch=launch, channel=channel, device=device, backend=backend, kernel=kernel)
+        yield Job(launch=launch, channel=channel, device=device, backend=backend, kernel=kernel, waits=waits)
         channel.finish()
     dist.destroy_process_group()
     channel.leave()
+
+
+def fault_limits(config: PretrainConfig) -> FaultLimits:
+    """How long to wait for a rank, as configured."""
+    health = config.health
+    return FaultLimits(
+        silence_s=health.rank_silence_seconds,
+        suspect_silence_s=min(FaultLimits().suspect_silence_s, health.rank_silence_seconds),
+        step_floor_s=health.step_timeout_seconds,
+        step_factor=health.step_timeout_factor,
+        setup_s=60.0 * config.parallel.distributed_timeout_minutes,
+    )
 
 
 def facts(resolved: ResolvedConfig, device: torch.device, kernel: str) -> dict[str, str]:

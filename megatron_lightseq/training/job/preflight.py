@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatron_lightseq import __version__
 from megatron_lightseq.config import PretrainConfig, to_flat
 from megatron_lightseq.errors import ConfigError, PeerFailureError, explain
 from megatron_lightseq.training.file_hash import hash_file
+from megatron_lightseq.training.job.words import ranges
 
 _VERDICT = "preflight/verdict"
 
@@ -110,17 +111,6 @@ def compare(reports: list[dict[str, Any]]) -> str:
         rule="all ranks must run the same versions, configuration, data, kernel and schedules",
         remedy="Start every rank with the same environment, files and flags",
     ) + "".join(f"\n  {line.rstrip()}" for line in lines)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers in short: ``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def _wait(store: dist.Store, key: str, timeout_s: float, *, absent: str) -> None:

@@ -1,16 +1,24 @@
 """The metrics of a run, step by step: one JSON line each, and TensorBoard files if asked for.
 
-Every key of a JSON line except ``step`` and ``kind`` is a TensorBoard tag ``<kind>/<key>``, with the kind ``train`` or
-``validation``; the x axis is the step.
+Every key of a JSON line except ``step``, ``kind`` and ``time`` is a TensorBoard tag ``<kind>/<key>``, with the kind
+``train``, ``validation`` or ``save``; the x axis is the step. Lines of the kind ``attempt`` mark where a run has
+started, or has gone back: the steps after the one that they name were repeated, or belong to an earlier run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -55,51 +63,109 @@ class ValidationMetrics:
     num_tokens: int
 
 
-Metrics = TrainMetrics | ValidationMetrics
-_KINDS: dict[type[Any], str] = {TrainMetrics: "train", ValidationMetrics: "validation"}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveMetrics:
+    """One checkpoint."""
+
+    step: int
+    seconds: float
+    """For which training waited."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """Ranks have started, or have gone back to an earlier checkpoint without a new start; steps after it do not count.
+
+    Every start of a run writes one, so that the file tells what each attempt has done. Not in TensorBoard's files.
+    """
+
+    step: int
+    """That training continues from; 0 from scratch."""
+    restart: int
+    """How often the launcher has restarted the ranks; 0 in a new command."""
+    began: float | None
+    """When the process of rank 0 started, in seconds since 1970; None if it has only gone back."""
+    world_size: int
+    host: str
+
+
+Metrics = TrainMetrics | ValidationMetrics | SaveMetrics
+_KINDS: dict[type[Any], str] = {
+    TrainMetrics: "train",
+    ValidationMetrics: "validation",
+    SaveMetrics: "save",
+    Attempt: "attempt",
+}
+_CLASSES = {kind: cls for cls, kind in _KINDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the file."""
+
+    time: float
+    """When it was written, in seconds since 1970; 0 if the line does not say."""
+    value: Metrics | Attempt
 
 
 class MetricsLog:
-    """Writes the metrics of one rank. A resumed run continues after the step that it resumed from."""
+    """Writes the metrics of one rank, after those of earlier attempts. A file that cannot be written ends no run."""
 
     def __init__(self, *, folder: Path | None, tensorboard: Path | None, resumed_step: int = 0) -> None:
         """Without ``folder``, only TensorBoard's files are written, if ``tensorboard`` is given."""
         self.path = None if folder is None else folder / METRICS_NAME
-        self._stream: TextIO | None = None
-        self.rewind(resumed_step)
+        self._complained = False
+        self._torn = True
+        """Whether the file may end in the middle of a line: that of a killed attempt, or of a full disk."""
         self._writer: Any = None
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1)
 
-    def rewind(self, step: int) -> None:
-        """Forget what was written after a step; the run has gone back to it."""
+    def write(self, metrics: Metrics | Attempt) -> None:
+        """Append one line."""
+        values = asdict(metrics)
+        self._append(json.dumps({"kind": _KINDS[type(metrics)], "time": round(time.time(), 3), **values}))
+        if self._writer is not None and not isinstance(metrics, Attempt):
+            with self._tolerant("TensorBoard's files"):
+                for key in values.keys() - {"step"}:
+                    if values[key] is not None:
+                        self._writer.add_scalar(f"{_KINDS[type(metrics)]}/{key}", values[key], metrics.step)
+
+    def _append(self, line: str) -> None:
         if self.path is None:
             return
-        if self._stream is not None:
-            self._stream.close()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _forget_after(self.path, step)
-        self._stream = self.path.open("a", encoding="utf-8", buffering=1)
+        with self._tolerant(str(self.path)):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            start = "\n" if self._torn and _ends_within_a_line(self.path) else ""
+            self._torn = True
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(f"{start}{line}\n")
+            self._torn = False
 
-    def write(self, metrics: Metrics) -> None:
-        """Append one step or evaluation."""
-        kind = _KINDS[type(metrics)]
-        values = asdict(metrics)
-        if self._stream is not None:
-            self._stream.write(json.dumps({"kind": kind, **values}) + "\n")
-        if self._writer is not None:
-            for key in values.keys() - {"step"}:
-                if values[key] is not None:
-                    self._writer.add_scalar(f"{kind}/{key}", values[key], metrics.step)
+    @contextmanager
+    def _tolerant(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._complained:
+                logger.warning("%s: %s: metrics are lost; training goes on", what, error.strerror or error)
+            self._complained = True
 
     def close(self) -> None:
         """Flush and close all files."""
-        if self._stream is not None:
-            self._stream.close()
         if self._writer is not None:
-            self._writer.close()
+            with self._tolerant("TensorBoard's files"):
+                self._writer.close()
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    with path.open("ab+") as stream:
+        if stream.tell() == 0:
+            return False
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) != b"\n"
 
 
 def tags() -> list[str]:
@@ -107,30 +173,46 @@ def tags() -> list[str]:
     return sorted(
         f"{kind}/{field.name}"
         for cls, kind in _KINDS.items()
+        if cls is not Attempt
         for field in fields(cls)
         if field.name != "step"
     )
 
 
-def read_metrics(path: Path) -> list[Metrics]:
-    """Every complete line of a metrics file; an incomplete last line of a killed run is skipped."""
-    found: list[Metrics] = []
-    classes = {kind: cls for cls, kind in _KINDS.items()}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found.append(classes[values.pop("kind")](**values))
-    return found
+def read_lines(path: Path) -> Iterator[Line]:
+    """Every line of a metrics file that this package has written, in the order of writing.
 
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the steps after the checkpoint that the run resumes from."""
-    if not path.exists():
+    What a killed run or a bad disk has damaged is skipped; a file that cannot be read is empty.
+    """
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            for text in stream:
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    yield _parsed(json.loads(text))
+    except OSError:
         return
-    kept = [metrics for metrics in read_metrics(path) if metrics.step <= step]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps({"kind": _KINDS[type(m)], **asdict(m)}) + "\n" for m in kept)
-    os.replace(temporary, path)
+
+
+def _parsed(values: dict[str, Any]) -> Line:
+    """Raises an error of many kinds for anything that :class:`MetricsLog` has not written."""
+    cls = _CLASSES[values.pop("kind")]
+    when = float(values.pop("time", 0.0))
+    found: Metrics | Attempt = cls(**values)
+    for field in fields(cls):
+        value, kind = getattr(found, field.name), str(field.type)
+        kinds = (str,) if kind == "str" else (int,) if kind in ("int", "bool") else (int, float)
+        if not isinstance(value, kinds) and not (value is None and "None" in kind):
+            raise TypeError(field.name)
+    return Line(when, found)
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The steps, evaluations and saves that count: those after which a later attempt has continued."""
+    found: list[Metrics] = []
+    for line in read_lines(path):
+        if isinstance(line.value, Attempt):
+            last = line.value.step
+            found = [metrics for metrics in found if metrics.step <= last]
+        else:
+            found.append(line.value)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,17 @@ from megatron_lightseq.schedule import Direction
 from megatron_lightseq.training.checkpoint.save_load import Position
 from megatron_lightseq.training.data.datasets import Corpora
 from megatron_lightseq.training.job.join import Job
-from megatron_lightseq.training.reporting.metrics import TrainMetrics, ValidationMetrics, read_metrics
+from megatron_lightseq.training.reporting.goodput import Goodput, goodput
+from megatron_lightseq.training.reporting.metrics import (
+    TrainMetrics,
+    ValidationMetrics,
+    read_lines,
+    read_metrics,
+)
 from megatron_lightseq.training.reporting.progress import count, describe_sizes, duration, verdict
 from megatron_lightseq.training.setup import Training
+
+logger = logging.getLogger(__name__)
 
 SUMMARY_NAME, LOSS_PICTURE, SCHEDULE_PICTURE = "summary.json", "loss.png", "schedule.png"
 
@@ -36,6 +45,8 @@ class Outcome:
     metrics_path: Path | None
     seconds: float
     """Wall-clock time from the first step to the last."""
+    stragglers: tuple[str, ...] = ()
+    """Ranks that were slower than the others for a while, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +66,11 @@ class Summary:
     seconds: float
     stopped: str | None
     checkpoint: str | None
+    goodput: float | None
+    """Part of the run's time, all attempts together, that went into steps which count; None if it is not known."""
+    goodput_seconds: dict[str, float]
+    """That time, and what was lost by what; empty if it is not known."""
+    stragglers: tuple[str, ...]
 
 
 def header(training: Training, corpora: Corpora, job: Job) -> list[tuple[str, str]]:
@@ -161,27 +177,38 @@ def num_parameters(training: Training) -> int:
 def finish(resolved: ResolvedConfig, corpora: Corpora, outcome: Outcome) -> list[str]:
     """Write summary and pictures to ``report_dir``; returns the closing lines of a run. Rank 0 only."""
     config = resolved.config
-    history = [] if outcome.metrics_path is None else read_metrics(outcome.metrics_path)
+    path = outcome.metrics_path
+    history, share = ([], None) if path is None else (read_metrics(path), goodput(read_lines(path)))
     steps = [metrics for metrics in history if isinstance(metrics, TrainMetrics)]
     checks = [metrics for metrics in history if isinstance(metrics, ValidationMetrics)]
     lines = [] if outcome.stopped is None else [f"stopped early: {outcome.stopped}"]
     if not steps:
         return [*lines, *_files(config, outcome, [])]
-    summary = _summarise(steps, checks, corpora.entropy, outcome)
+    summary = _summarise(steps, checks, corpora.entropy, outcome, share)
     lines += [
         f"{summary.steps} steps in {duration(summary.seconds)}, {summary.tokens_per_second:,.0f} tokens/s: "
         f"loss {summary.first_loss:.2f} -> {summary.last_loss:.2f}"
         + ("" if summary.validation_loss is None else f", validation {summary.validation_loss:.2f}"),
         verdict(summary.last_loss, corpora.entropy),
+        *([] if share is None else [str(share)]),
+        *outcome.stragglers,
     ]
     pictures = []
     if config.logging.report_dir is not None:
-        pictures = _write(Path(config.logging.report_dir), resolved.attention, summary, history)
+        folder = Path(config.logging.report_dir)
+        try:
+            pictures = _write(folder, resolved.attention, summary, [*steps, *checks])
+        except OSError as error:  # of the report's disk; the run is complete
+            logger.warning("%s: %s: there is no report", folder, error.strerror or error)
     return [*lines, *_files(config, outcome, pictures)]
 
 
 def _summarise(
-    steps: list[TrainMetrics], checks: list[ValidationMetrics], entropy: float | None, outcome: Outcome
+    steps: list[TrainMetrics],
+    checks: list[ValidationMetrics],
+    entropy: float | None,
+    outcome: Outcome,
+    share: Goodput | None,
 ) -> Summary:
     own = [metrics for metrics in steps if metrics.step > outcome.resumed_from] or steps
     rates = sorted(metrics.tokens_per_second for metrics in own)
@@ -196,6 +223,9 @@ def _summarise(
         seconds=outcome.seconds,
         stopped=outcome.stopped,
         checkpoint=None if outcome.checkpoint is None else str(outcome.checkpoint),
+        goodput=None if share is None else share.share,
+        goodput_seconds={} if share is None else {**asdict(share), "other": share.other},
+        stragglers=outcome.stragglers,
     )
 
 
