@@ -10,6 +10,7 @@ Shape letters: S = local tokens, B = batch, H = query heads, G = key/value heads
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -92,7 +93,8 @@ class HeadExchange:
         return joined
 
     def _exchange(self, outgoing: list[list[Tensor]], incoming: list[list[Tensor]], what: str) -> None:
-        traffic = all_to_all(self._transport, outgoing, incoming, what)
+        with nullcontext() if self._stats.trace is None else self._stats.trace.region(what):
+            traffic = all_to_all(self._transport, outgoing, incoming, what)
         self._stats.bytes_sent += traffic.sent
         self._stats.bytes_received += traffic.received
         self._stats.exposed_seconds += traffic.seconds

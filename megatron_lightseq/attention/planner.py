@@ -131,6 +131,7 @@ class Planner:
             overlap=self.runtime.overlap,
             stats=self.runtime.stats,
             buffers=self.runtime.buffers,
+            ranks=groups.ring,
         )
         program = self._bound(schedule, groups.ring.index(self.rank), inputs.device)
         return HeadRun(

@@ -18,6 +18,7 @@ import torch
 from megatron_lightseq.attention.passes import Bundle, Pass
 from megatron_lightseq.attention.results import Shard, cut, results_of
 from megatron_lightseq.attention.stats import AttentionStats
+from megatron_lightseq.attention.trace import Marks, NoMarks
 from megatron_lightseq.kernels.tile_mask import TileMask
 from megatron_lightseq.schedule import Direction, Payload, Program
 from megatron_lightseq.schedule.ir import DATAFLOW, RESULTS
@@ -25,6 +26,7 @@ from megatron_lightseq.schedule.program import OWN, Operand, ProgramStep, Span, 
 from megatron_lightseq.transport import BufferPool, Message, Pending, Transport
 
 _MAX_BUNDLE = 4
+_NO_MARKS = NoMarks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class BoundProgram:
         steps, masks = [], []
         for step in program.steps:
             bound = [
-                (call if number == 0 else replace(call, fresh=False), mask)
+                (call if number == 0 else replace(call, fresh=False, area=0), mask)
                 for call in step.calls
                 for number, mask in enumerate(
                     TileMask.of(program.mask, call.q_positions, call.k_positions, device)
@@ -69,6 +71,8 @@ class Steps(Protocol):
     """One execution of a schedule on one rank: what it sends, receives and computes in each step."""
 
     direction: Direction
+    kind: str
+    """What a trace calls it."""
 
     def __len__(self) -> int:
         """The number of steps."""
@@ -79,8 +83,8 @@ class Steps(Protocol):
     def incoming(self, t: int) -> list[Parcel]:
         """Buffers for what is received in step t."""
 
-    def compute(self, t: int) -> None:
-        """What is computed in step t, while transfers travel."""
+    def compute(self, t: int, marks: Marks) -> None:
+        """What is computed in step t, while transfers travel. Kernel calls are marked."""
 
     def take_in(self, t: int, outgoing: list[Parcel], incoming: list[Parcel]) -> None:
         """Use what has arrived in step t, and free what has been sent."""
@@ -96,6 +100,8 @@ class Runtime:
     """Compute while transfers travel. False waits for them first, which shows what overlap saves."""
     stats: AttentionStats = field(default_factory=AttentionStats)
     buffers: BufferPool = field(default_factory=BufferPool)
+    ranks: tuple[int, ...] | None = None
+    """The ranks that run a schedule together, as numbered in the context-parallel group; None: all of them."""
 
     def run(self, bound: BoundProgram, data: Pass) -> None:
         """Execute a program; the results are in ``data.own``.
@@ -114,18 +120,28 @@ class Runtime:
         Raises:
             TransportError: a transfer failed; the message names the peer, the payload and the step.
         """
-        place, num_steps = self.stats.place, len(steps)
+        marks, place, num_steps = self._marks(steps), self.stats.place, len(steps)
         for t in range(num_steps):
             place.enter(steps.direction, t, num_steps)
             outgoing, incoming = steps.outgoing(t), steps.incoming(t)
+            marks.step(outgoing)
             pending = self._start(f"{steps.direction} step {t}", outgoing, incoming)
             if not self.overlap:
                 self._wait(pending)
-            steps.compute(t)
+            marks.started()
+            steps.compute(t, marks)
+            marks.computed()
             if self.overlap:
                 self._wait(pending)
             steps.take_in(t, outgoing, incoming)
+            marks.ended()
         place.leave()
+
+    def _marks(self, steps: Steps) -> Marks:
+        if self.stats.trace is None:
+            return _NO_MARKS
+        size = 1 if self.transport is None else self.transport.size
+        return self.stats.trace.execution(steps.kind, self.ranks or tuple(range(size)))
 
     def _start(self, where: str, outgoing: list[Parcel], incoming: list[Parcel]) -> Pending | None:
         if not outgoing and not incoming:
@@ -150,6 +166,7 @@ class _TileSteps:
     def __init__(self, bound: BoundProgram, data: Pass, buffers: BufferPool) -> None:
         self._bound = bound
         self.direction = bound.program.direction
+        self.kind = str(self.direction)
         self._dataflow = DATAFLOW[self.direction]
         self._shard = Shard(bound.program, data, buffers)
         self._results = results_of(self._shard)
@@ -170,10 +187,11 @@ class _TileSteps:
     def incoming(self, t: int) -> list[Parcel]:
         return [_parcel(transfer, self._incoming(transfer)) for transfer in self._step(t).receives]
 
-    def compute(self, t: int) -> None:
+    def compute(self, t: int, marks: Marks) -> None:
         for call, mask in zip(self._step(t).calls, self._bound.masks[t], strict=True):
             q_side = self._input(self._dataflow.q_input, call.q)
             self._results.compute(call, mask, q_side, self._input(self._dataflow.k_input, call.k))
+            marks.call(call.q_positions, call.k_positions, call.area)
 
     def take_in(self, t: int, outgoing: list[Parcel], incoming: list[Parcel]) -> None:
         step = self._step(t)

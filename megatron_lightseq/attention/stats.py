@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from megatron_lightseq.attention.trace import Trace
 from megatron_lightseq.schedule import Direction
 
 
@@ -47,8 +48,10 @@ class AttentionStats:
     """Seconds that the host waited for transfers after its own kernels; 0 on CUDA, where streams wait instead."""
 
     place: Place = field(default_factory=Place)
+    trace: Trace | None = None
+    """Records when everything happens; None: nothing does."""
 
     def reset(self) -> None:
-        """Set every count to zero."""
+        """Set every count to zero; the trace stays."""
         self.forwards = self.bytes_sent = self.bytes_received = 0
         self.exposed_seconds = 0.0

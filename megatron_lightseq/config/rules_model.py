@@ -26,6 +26,7 @@ BOUNDS = RuleSet(
         "lr_decay_iters seq_length micro_batch_size global_batch_size train_iters "
         "eval_interval eval_iters log_interval vocab_size save_interval save_retain_interval save_keep_last "
         "max_bad_steps step_timeout_factor check_weight_hash_across_dp_replicas_interval "
+        "trace_step_start trace_step_end "
         "q_lora_rank kv_lora_rank qk_head_dim "
         "qk_pos_emb_head_dim v_head_dim mtp_num_layers num_experts moe_ffn_hidden_size attention_chunk_size "
         "moe_router_num_groups moe_router_group_topk yarn_original_max_position_embeddings "

@@ -1,4 +1,4 @@
-"""Rules on recompute, optimizer, batch, data and checkpoints."""
+"""Rules on recompute, optimizer, batch, data, checkpoints and logging."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 from megatron_lightseq.config.rules import Machine, RuleSet
 from megatron_lightseq.config.rules_parallel import data_parallel_size
-from megatron_lightseq.config.sections import PretrainConfig
+from megatron_lightseq.config.sections import LoggingConfig, PretrainConfig
 
-RECOMPUTE, BATCH, DATA, CHECKPOINT = RuleSet(), RuleSet(), RuleSet(), RuleSet()
+RECOMPUTE, BATCH, DATA, CHECKPOINT, LOGGING = RuleSet(), RuleSet(), RuleSet(), RuleSet(), RuleSet()
 
 BYTE_VOCABULARY = 257
 """Tokens of the byte tokenizer: 256 bytes and end-of-document."""
@@ -331,3 +331,32 @@ def resume_needs_save(c: PretrainConfig, _: Machine) -> bool:
 def finetune_needs_load(c: PretrainConfig, _: Machine) -> bool:
     """finetune starts from the weights of a checkpoint, which load must name."""
     return not c.checkpoint.finetune or c.checkpoint.load is not None
+
+
+# --- logging ------------------------------------------------------------------------------------------------------
+
+
+@LOGGING.rule(
+    "trace",
+    "trace_step_start",
+    "trace_step_end",
+    "train_iters",
+    remedy="Choose steps of the run, such as trace_step_start 3 and trace_step_end 4",
+)
+def traced_steps_are_taken(c: PretrainConfig, _: Machine) -> bool:
+    """trace records the steps from trace_step_start to trace_step_end, in this order and none behind train_iters."""
+    first, last = c.logging.trace_step_start, c.logging.trace_step_end
+    return c.logging.trace is None or first <= last <= c.training.train_iters
+
+
+@LOGGING.rule(
+    "trace",
+    "trace_step_start",
+    "trace_step_end",
+    remedy="Set trace to a folder, or leave trace_step_start and trace_step_end out",
+)
+def steps_belong_to_a_trace(c: PretrainConfig, _: Machine) -> bool:
+    """trace_step_start and trace_step_end apply only to trace."""
+    default = LoggingConfig()
+    given = (c.logging.trace_step_start, c.logging.trace_step_end)
+    return c.logging.trace is not None or given == (default.trace_step_start, default.trace_step_end)

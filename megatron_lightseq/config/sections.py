@@ -281,6 +281,13 @@ class LoggingConfig:
     """Folder for TensorBoard files; null: none."""
     report_dir: str | None = None
     """Folder for metrics, summary, loss plot and schedule drawing; null: none."""
+    trace: str | None = None
+    """Folder for a trace of a few steps on all ranks (trace.json, for ui.perfetto.dev) and a picture of attention,
+    measured and predicted; null: none."""
+    trace_step_start: int = 3
+    """The first step to trace."""
+    trace_step_end: int = 4
+    """The last one."""
     progress: Progress = "auto"
     """live: one line that updates in place; plain: one line per log_interval; auto: live on a terminal, else plain."""
 

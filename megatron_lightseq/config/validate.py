@@ -14,7 +14,7 @@ from megatron_lightseq.config.rules_model import BOUNDS, MODEL
 from megatron_lightseq.config.rules_packed import PACKED
 from megatron_lightseq.config.rules_parallel import PARALLEL
 from megatron_lightseq.config.rules_rope import ROPE
-from megatron_lightseq.config.rules_run import BATCH, CHECKPOINT, DATA, RECOMPUTE
+from megatron_lightseq.config.rules_run import BATCH, CHECKPOINT, DATA, LOGGING, RECOMPUTE
 from megatron_lightseq.config.rules_variants import LATENT, MULTI_TOKEN, WINDOWS
 from megatron_lightseq.config.sections import PretrainConfig
 
@@ -40,7 +40,7 @@ TRAINING_RULES = (
     PACKED,
 )
 """For programs that bring their own data and checkpoints."""
-ALL_RULES = (*TRAINING_RULES, *DATA_RULES, CHECKPOINT, HEALTH)
+ALL_RULES = (*TRAINING_RULES, *DATA_RULES, CHECKPOINT, HEALTH, LOGGING)
 
 
 def rules() -> tuple[Rule, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.attention.runtime import Parcel
+from megatron_lightseq.attention.trace import Marks
 from megatron_lightseq.kernels.linear.contract import StateMap, act, compose
 from megatron_lightseq.linear.plan import LinearPlan
 from megatron_lightseq.schedule.ir import Direction, Fold, Item, Move, Payload, item_of
@@ -64,6 +65,7 @@ class ScanSteps:
             meanwhile: work that needs no state, done while the first ones travel.
         """
         self.direction = direction
+        self.kind = f"{direction} scan"
         self._plan, self._scan, self._meanwhile = plan, plan.scans[direction], meanwhile
         self._maps: dict[Item, StateMap] = {}
         self._states: dict[Item, Tensor] = {}
@@ -101,7 +103,7 @@ class ScanSteps:
             if move.dst == self._plan.rank
         ]
 
-    def compute(self, t: int) -> None:
+    def compute(self, t: int, _marks: Marks) -> None:
         """The folds of a step; and once, as soon as the rank has to wait, what is to be done meanwhile."""
         step = self._scan.steps[t]
         for fold in step.folds[self._plan.rank]:

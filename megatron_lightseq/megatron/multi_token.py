@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.transformer import multi_token_prediction
@@ -187,9 +186,6 @@ def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.Proc
 
     Returns:
         The number of methods that shift tokens.
-
-    Raises:
-        UnsupportedError: the gradient would depend on the number of pipeline stages.
     """
     roll = LayoutRoll(layout, group)
     loss = getattr(multi_token_prediction, "process_mtp_loss", None)  # until 0.17 a part of a method
@@ -197,25 +193,10 @@ def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.Proc
     for module in model.modules():
         if isinstance(module, multi_token_prediction.MultiTokenPredictionLayer):
             _checkpoint_tensors_only(module)
-            if loss is not None:
-                _refuse_stages(module.config)
         found += rebind(module, "roll_tensor", roll)
         if loss is not None:
             found += rebind(module, "process_mtp_loss", LayoutLoss(loss, roll))
     return found
-
-
-def _refuse_stages(config: Any) -> None:
-    """From Megatron-Core 0.18 on, the gradient of this loss per token depends on the pipeline stages (by 0.4 %)."""
-    if config.calculate_per_token_loss and config.pipeline_model_parallel_size > 1:
-        raise UnsupportedError(
-            explain(
-                got=f"mtp_num_layers with calculate_per_token_loss, pipeline_model_parallel_size "
-                f"{config.pipeline_model_parallel_size} and Megatron-Core {megatron.core.__version__}",
-                rule="with this release the gradient would differ from that of one stage",
-                remedy="Use Megatron-Core 0.16.1, one pipeline stage, or calculate_per_token_loss false",
-            )
-        )
 
 
 def _checkpoint_tensors_only(layer: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,6 +101,19 @@ class NamedTransformerLayer(ChoosingTransformerLayer):
         vp_stage: int | None = None,
         **kwargs: Any,
     ) -> None:
-        number = layer_number + get_transformer_layer_offset(config, vp_stage)
+        number = layer_number + _layers_before(config, vp_stage, kwargs)
         with weight_names.building_layer(number):
             super().__init__(config, submodules, layer_number, *args, vp_stage=vp_stage, **kwargs)
+
+
+def _layers_before(config: Any, vp_stage: int | None, options: Mapping[str, Any]) -> int:
+    """What a layer's global number has more than its ``layer_number``.
+
+    Layers of multi-token prediction follow the model's own. Until Megatron-Core 0.17 their ``layer_number`` says so;
+    from then on ``is_mtp_layer`` does, and they count from 1 on every pipeline stage.
+    """
+    if options.get("is_mtp_layer", False):
+        return int(config.num_layers)
+    if not options.get("add_layer_offset", True):
+        return 0
+    return int(get_transformer_layer_offset(config, vp_stage))

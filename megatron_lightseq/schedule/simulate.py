@@ -130,7 +130,13 @@ class Moment(NamedTuple):
     """(source, destination, bytes)."""
 
 
-def play(moments: Iterable[Moment], size: int, network: Network | None, overlap: bool = True) -> Simulation:
+def play(
+    moments: Iterable[Moment],
+    size: int,
+    network: Network | None,
+    overlap: bool = True,
+    starts: Sequence[float] | None = None,
+) -> Simulation:
     """The clock of every prediction: a rank begins a step when it finished the one before, and has what was sent to it.
 
     Args:
@@ -138,8 +144,9 @@ def play(moments: Iterable[Moment], size: int, network: Network | None, overlap:
         size: ranks.
         network: what messages travel over; None if they are free.
         overlap: whether messages travel while the ranks work.
+        starts: when each rank begins the first step; default: all at 0.
     """
-    clock, compute = [0.0] * size, [0.0] * size
+    clock, compute = list(starts or [0.0] * size), [0.0] * size
     sent, received = [0] * size, [0] * size
     rows = []
     for work, messages in moments:

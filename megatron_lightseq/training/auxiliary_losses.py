@@ -48,7 +48,8 @@ def mtp_loss(training: Training) -> float | None:
         return None
     total = torch.zeros((), dtype=torch.float64, device=training.device)
     if training.is_last_stage:
-        sums = MTPLossLoggingHelper.tracker.pop("values")
+        tracker = MTPLossLoggingHelper.tracker
+        sums = tracker.pop("loss_values" if "loss_values" in tracker else "values")  # the former from 0.19 on
         total += sums.mean() / training.num_microbatches / training.collection.dp_cp.size()
         dist.all_reduce(total, group=training.collection.dp_cp)
     return float(from_last_stage(training, total).item())

@@ -45,6 +45,7 @@ from megatron_lightseq.training.reporting.report import Outcome, header
 from megatron_lightseq.training.saver import Saver
 from megatron_lightseq.training.setup import Training, build_training
 from megatron_lightseq.training.step import StepResult, evaluate
+from megatron_lightseq.training.tracing.window import Tracing
 from megatron_lightseq.transport.group import rank_in
 
 RUNNING, OUT_OF_TIME, ASKED_TO_STOP = range(3)
@@ -67,6 +68,7 @@ class Loop:
         self._guard = StepGuard(training)
         self._watch = watch_ranks(training)
         self._stragglers: list[Straggler] = []
+        self._tracing = Tracing(training)
         self._bad_steps = 0
         """In a row."""
         self._iterators: list[Iterator[Any]] = []
@@ -87,7 +89,10 @@ class Loop:
                 progress.note(f"resumed from {self._saver.checkpoint} at step {self._resumed_from}")
             while self._position.iteration < steps and why == RUNNING:
                 step = self._position.iteration + 1
-                fault = self._one_step(step, progress, log)
+                with self._tracing.step(step):
+                    fault = self._one_step(step, progress, log)
+                if self._tracing.ends_with(step):
+                    self._end_trace(progress)
                 if fault is not None and not self._go_on_after(fault, step, datasets, progress, log):
                     continue
                 self._compare_copies_if_due(step)
@@ -98,6 +103,7 @@ class Loop:
             seconds = time.perf_counter() - began
             if self._saver.saved_at != self._position.iteration:
                 self._save(progress, log)
+            self._end_trace(progress)
         finally:
             progress.close()
             log.close()
@@ -203,6 +209,10 @@ class Loop:
         log.write(metrics)
         progress.step(metrics)
         return fault
+
+    def _end_trace(self, progress: Progress) -> None:
+        for line in self._tracing.finish():
+            progress.note(line)
 
     def _compare_copies_if_due(self, step: int) -> None:
         interval = self._config.health.check_weight_hash_across_dp_replicas_interval

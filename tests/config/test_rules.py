@@ -585,6 +585,8 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "rollback returns to a checkpoint that this run has saved on its way",
     ),
+    "traced_steps_are_taken": ({"trace": "t", "train_iters": 3}, Machine(), "Choose steps of the run"),
+    "steps_belong_to_a_trace": ({"trace_step_end": 5}, Machine(), "Set trace to a folder"),
 }
 
 

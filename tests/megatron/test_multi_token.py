@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from megatron_lightseq.errors import UnsupportedError
 from megatron_lightseq.layout import SequenceLayout
+from megatron_lightseq.megatron import seeded_init
 from tests.megatron.runs import on_ranks
 
 LENGTH = 24
@@ -128,14 +128,34 @@ def test_plain_models_have_no_such_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("per_token", "stages", "refused"), [(True, 2, True), (True, 1, False), (False, 2, False)]
+    ("options", "expected"),
+    [({}, 3), ({"is_mtp_layer": False}, 3), ({"is_mtp_layer": True}, 8), ({"add_layer_offset": False}, 0)],
 )
-def test_a_gradient_that_depends_on_the_stages_is_refused(
-    per_token: bool, stages: int, refused: bool
+def test_initial_weights_do_not_depend_on_the_stage(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], expected: int
 ) -> None:
-    """With Megatron-Core 0.18 and 0.19; 0.16.1 computes it correctly."""
-    from megatron_lightseq.megatron.multi_token import _refuse_stages
+    """From Megatron-Core 0.18 on, layers of multi-token prediction count from 1 on the stage that has them."""
+    monkeypatch.setattr(seeded_init, "get_transformer_layer_offset", lambda config, vp_stage: 3)
+    assert seeded_init._layers_before(SimpleNamespace(num_layers=8), None, options) == expected
 
-    config = SimpleNamespace(calculate_per_token_loss=per_token, pipeline_model_parallel_size=stages)
-    with pytest.raises(UnsupportedError, match="one pipeline stage") if refused else nullcontext():
-        _refuse_stages(config)
+
+@pytest.mark.parametrize("name", ["values", "loss_values"])
+def test_the_loss_is_found_under_the_name_of_every_release(name: str) -> None:
+    """``loss_values`` from Megatron-Core 0.19 on."""
+    assert on_ranks(1, _logged_loss, name) == [pytest.approx(1.5)]
+
+
+def _logged_loss(name: str) -> float | None:
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    from megatron_lightseq.training.auxiliary_losses import mtp_loss
+
+    MTPLossLoggingHelper.tracker[name] = torch.tensor([2.0, 4.0])
+    training = SimpleNamespace(
+        config=SimpleNamespace(model=SimpleNamespace(mtp_num_layers=2)),
+        device=torch.device("cpu"),
+        is_last_stage=True,
+        num_microbatches=2,
+        collection=SimpleNamespace(dp_cp=torch.distributed.group.WORLD, pp=torch.distributed.group.WORLD),
+    )
+    return mtp_loss(training)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""``--trace``: what every rank did in some training steps, in one file, with what was predicted beside it."""
