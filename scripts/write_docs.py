@@ -25,6 +25,7 @@ KIND is one of
     fresh_clone PART         what the README's commands did in a fresh clone (docs/results/fresh_clone.json)
     scan METHOD RANKS        a scan of linear attention, as it prints
     plan_memory              errors of planned memory (docs/results/plan-memory.json)
+    trace_cost               what tracing costs (docs/results/trace-cost.json)
     published                measurements of others, predicted (megatron_lightseq/tools/planner/published.py)
     kernels                  every attention kernel (megatron_lightseq/kernels/specs.py)
     linear_kernels           those of linear attention (megatron_lightseq/kernels/linear/specs.py)
@@ -332,6 +333,15 @@ def plan_memory() -> str:
     return markdown_table(["run (the five worst)", "error of the worst rank"], rows)
 
 
+def trace_cost() -> str:
+    """What tracing costs, as measured."""
+    record = json.loads((ROOT / "docs" / "results" / "trace-cost.json").read_text())
+    return (
+        f"A traced step took {record['median'] - 1:+.1%} longer than its neighbour (median, {record['what']}; "
+        f"`{record['command']}`)."
+    )
+
+
 def published() -> str:
     """Measurements of others, predicted."""
     rows = [
@@ -473,6 +483,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "recipe_spellings": recipe_spelling_rows,
     "fresh_clone": fresh_clone,
     "plan_memory": plan_memory,
+    "trace_cost": trace_cost,
     "published": published,
     "kernels": kernels,
     "linear_kernels": linear_kernels,
