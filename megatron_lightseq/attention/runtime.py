@@ -141,7 +141,8 @@ class Runtime:
         if self.stats.trace is None:
             return _NO_MARKS
         size = 1 if self.transport is None else self.transport.size
-        return self.stats.trace.execution(steps.kind, self.ranks or tuple(range(size)))
+        ranks = self.ranks or tuple(range(size))
+        return self.stats.trace.execution(steps.kind, ranks, self.stats.place.layer)
 
     def _start(self, where: str, outgoing: list[Parcel], incoming: list[Parcel]) -> Pending | None:
         if not outgoing and not incoming:

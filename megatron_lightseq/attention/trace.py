@@ -99,7 +99,7 @@ class ExecutionRecord:
     kind: str
     """``forward``, ``backward``, or such a scan of states."""
     inside: str
-    """The innermost region in which it ran; empty if there was none."""
+    """Its layer, or else the innermost region in which it ran; empty if there was neither."""
     ranks: tuple[int, ...]
     """The ranks that run it together, as numbered in the context-parallel group."""
     steps: list[StepRecord] = field(default_factory=list)
@@ -135,9 +135,10 @@ class Trace:
                 self.regions.append(Region(name, began, self.clock.now()))
                 return
 
-    def execution(self, kind: str, ranks: tuple[int, ...]) -> Marks:
-        """Begin a record, to which the runtime adds its steps."""
-        record = ExecutionRecord(kind, self._open[-1][0] if self._open else "", ranks)
+    def execution(self, kind: str, ranks: tuple[int, ...], layer: int = 0) -> Marks:
+        """Begin a record, to which the runtime adds its steps; layer 0 is none that has a number."""
+        innermost = self._open[-1][0] if self._open else ""
+        record = ExecutionRecord(kind, f"layer {layer}" if layer else innermost, ranks)
         self.executions.append(record)
         return _Recording(self.clock, record)
 

@@ -293,7 +293,10 @@ def test_traced_steps_are_the_same_steps(settings: dict[str, Any], tmp_path: Pat
         assert bool(lines) == (lines is traced[0][1])
     assert traced[0][1][0] == f"trace of steps 2-3: {tmp_path / 'trace.json'}"
     assert (tmp_path / "trace.png").exists()
-    regions = [event for event in _events(tmp_path / "trace.json") if event.get("tid") == chrome.REGIONS]
+    events = _events(tmp_path / "trace.json")
+    attention = {event["name"] for event in events if event.get("tid") == chrome.STEPS and event["ph"] == "X"}
+    assert attention >= {f"{way} in layer {number}" for way in Direction for number in (1, 2, 3, 4)}
+    regions = [event for event in events if event.get("tid") == chrome.REGIONS]
     names = Counter(event["name"] for event in regions if event["ph"] == "X")
     assert names["step 2"] == names["step 3"] == size
     assert not names["step 1"]
