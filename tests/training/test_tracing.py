@@ -188,7 +188,7 @@ def _check_nesting(events: list[dict[str, Any]]) -> None:
 
 
 def test_the_median_execution_is_drawn_and_described(tmp_path: Path) -> None:
-    from megatron_lightseq.training.reporting.trace_plot import draw_trace
+    from megatron_lightseq.training.tracing.picture import draw_trace
 
     compared = compare(_traced(2, "lightseq", Mask.causal())[0], NETWORK)
     chosen: dict[str, Compared] = typical(compared)

@@ -81,7 +81,7 @@ class Tracing:
         write(folder / TRACE_NAME, ranks, compared)
         lines = [f"trace of steps {self._traced[0]}-{self._traced[-1]}: {folder / TRACE_NAME}"]
         if compared:
-            from megatron_lightseq.training.reporting.trace_plot import draw_trace
+            from megatron_lightseq.training.tracing.picture import draw_trace
 
             draw_trace(typical(compared), folder / PICTURE_NAME)
             lines += [*describe(compared), f"measured and predicted: {folder / PICTURE_NAME}"]
