@@ -48,8 +48,10 @@ def run_body(config: PretrainConfig, checked: Machine, body: Body) -> int:
     launch = Launch.from_environment()
     rank, world_size = launch.rank, launch.world_size
     with _without_noise():
+        from megatron_lightseq.megatron.lazy_compile import import_megatron
         from megatron_lightseq.training.machine import this_machine
 
+        import_megatron()
         resolved = resolve(config, this_machine(world_size), checked=checked)
     logging_to = config.logging.report_dir or config.checkpoint.save
     folder = None if logging_to is None else Path(logging_to)
