@@ -1,8 +1,7 @@
 """Megatron-Core without torch's compiler, until something is compiled.
 
-Megatron decorates a few dozen functions with ``torch.compile``, and the decorator loads TorchDynamo, Inductor and sympy:
-more than a second of CPU time in every rank at every start, also where fusions are switched off and nothing is ever
-compiled.
+Megatron decorates a few dozen functions with ``torch.compile``, and the decorator loads Inductor: almost a second of
+CPU time in every rank at every start, also where fusions are switched off and nothing is ever compiled.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ _compile = torch.compile
 
 
 def import_megatron() -> None:
-    """Import ``megatron.core`` so that its functions are compiled when they are first called. Later calls do nothing."""
+    """Import ``megatron.core``, whose functions are then compiled when they are first called."""
     if "megatron.core" in sys.modules:
         return
-    torch.compile = compiled_when_called
+    torch.compile = compiled_when_called  # type: ignore[assignment]
     try:
         importlib.import_module("megatron.core")
     finally:

@@ -193,8 +193,8 @@ class Loop:
     # ---- steps ------------------------------------------------------------------------------------------------
 
     def _one_step(self, step: int, progress: Progress, log: MetricsLog) -> Fault | None:
-        self._job.channel.enter(step, TRAIN)
         watch, waited = Stopwatch(), self._job.waits.seconds
+        self._job.channel.enter(step, TRAIN)
         exposed = self._training.attention_stats.exposed_seconds
         result, fault = self._guard.step(step, self._iterators)
         seconds = self._step_s = watch.lap()

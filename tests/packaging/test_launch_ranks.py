@@ -178,13 +178,6 @@ def test_a_loop_of_crashes_ends_and_its_cause_is_the_last_line(tmp_path: Path) -
     assert printed.rstrip().splitlines()[-1] == last
 
 
-def test_attempts_that_get_further_are_restarted(tmp_path: Path) -> None:
-    run = start(tmp_path, FAILS_AT_A_STEP.replace("FAILS_AT", "1 + launch.attempt"), "--max-restarts", "3")
-    printed, _ = run.communicate(timeout=300)
-    assert len(list(tmp_path.glob("attempt-*"))) == 4, printed
-    assert "not restarted again" not in printed
-
-
 def test_a_culprit_that_ends_after_its_victims_is_still_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun stops it once a victim has ended, and knows of no other failure."""
     said: list[str] = []

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,13 @@ def launch(
     max_restarts: int = 0,
     launcher: Sequence[str] | None = None,
     program: Sequence[str] = PRETRAIN,
+    variables: Mapping[str, str] | None = None,
     **flags: Any,
 ) -> Launched:
-    """Start torchrun, or ``launcher``, with :data:`FLAGS` and the given flags. All output goes to ``folder``."""
+    """Start torchrun, or ``launcher``, with :data:`FLAGS` and the given flags. All output goes to ``folder``.
+
+    ``variables`` are added to the environment.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         **FLAGS,
@@ -139,6 +143,7 @@ def launch(
                 "OMP_NUM_THREADS": "1",
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
                 "PYTHONPATH": str(REPOSITORY),
+                **(variables or {}),
             },
         )
     return Launched(process, output)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from megatron_lightseq.config import rules
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
-from tests.training.launched import OUR_LAUNCHER, Launched, kill_hard, launch, make_corpus, train_metrics
+from tests.training.launched import OUR_LAUNCHER, Launched, launch, make_corpus, train_metrics
 
 GOLDEN_TRAIN = {
     "kind",
@@ -200,20 +199,6 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same_bit_for_bit(
     ]
 
 
-def test_a_killed_rank_is_named_by_the_others(start: Any) -> None:
-    run = start(launcher=OUR_LAUNCHER, ranks=3, context_parallel_size=3, seq_length=66, train_iters=5000)
-    run.wait_for(r"step +5/5000")
-    kill_hard(run.rank_process(1))
-    began = time.monotonic()
-    assert run.wait() == 128 + signal.SIGKILL, run.text()
-    assert time.monotonic() - began < 30.0
-    where = r"at step \d+ \(train(, \w+ exchange \d of \d, layer \d)?\)"
-    cause = rf"rank 1 failed {where}: its process \d+ is gone \(killed\?\)"
-    for rank in (0, 2):
-        assert re.search(rf"rank {rank}: stopped because {cause}", run.text()), run.text()
-    assert re.fullmatch(rf"\[lightseq\] error: {cause}; signal 9", run.text().splitlines()[-1])
-
-
 def test_one_host_opens_no_port_to_the_network_and_a_long_evaluation_can_be_stopped(
     start: Any, tmp_path: Path
 ) -> None:
@@ -228,23 +213,6 @@ def test_one_host_opens_no_port_to_the_network_and_a_long_evaluation_can_be_stop
     assert run.wait() == 0, run.text()
     assert "validation after step 2 was interrupted" in run.text()
     assert CheckpointDirectory(root=tmp_path / "checkpoints").candidates()[0].name == "iter_0000002"
-
-
-def test_a_restarted_run_goes_on_from_its_checkpoint_bit_for_bit(
-    start: Any, whole: tuple[Path, str], tmp_path: Path
-) -> None:
-    """torchrun --max-restarts, with only --save."""
-    run = start(max_restarts=1, save_interval=2, eval_interval=6, eval_iters=1)
-    run.wait_for(r"step +5/12")
-    kill_hard(run.rank_process(0))
-    assert run.wait() == 0, run.text()
-    assert re.search(
-        r"resumed from .*iter_0000004 at step 4|resumed from .*iter_0000006 at step 6", run.text()
-    )
-    ours, undisturbed = train_metrics(tmp_path), train_metrics(whole[0])
-    assert [(m.step, m.loss, m.grad_norm) for m in ours] == [
-        (m.step, m.loss, m.grad_norm) for m in undisturbed
-    ]
 
 
 def test_ranks_with_other_flags_are_refused_before_the_first_collective(corpus: Path) -> None:

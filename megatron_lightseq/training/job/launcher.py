@@ -106,16 +106,21 @@ class _Agent(LocalElasticAgent):
         if result.state == WorkerState.FAILED and isinstance(handler, one_host.OneHostRendezvous):
             attempt = worker_group.spec.max_restarts - self._remaining_restarts
             assert handler.store is not None, "the workers ran"
-            self._learn(dist.PrefixStore(attempt_prefix(attempt), handler.store), worker_group)
+            self._learn(dist.PrefixStore(attempt_prefix(attempt), handler.store), worker_group, attempt)
         return result
 
-    def _learn(self, store: dist.Store, worker_group: Any) -> None:
+    def _learn(self, store: dist.Store, worker_group: Any, attempt: int) -> None:
         """Read what the ranks of a failed attempt have left in their store; stop a loop of crashes."""
         self.failure = recorded(store)
         beats = [read_beat(store, worker.global_rank) for worker in worker_group.workers]
         step = max((beat.step for beat in beats if beat is not None), default=0)
         self._attempts_there = 1 if step > self._furthest else self._attempts_there + 1
         self._furthest = max(step, self._furthest)
+        if self._remaining_restarts > 0 and self._attempts_there < ATTEMPTS_WITHOUT_PROGRESS:
+            cause = "a rank failed, see above" if self.failure is None else self.failure
+            _say(
+                f"attempt {attempt} failed: {cause}; the ranks are restarted ({self._remaining_restarts} left)"
+            )
         if self._remaining_restarts > 0 and self._attempts_there >= ATTEMPTS_WITHOUT_PROGRESS:
             _say(
                 f"not restarted again: {self._attempts_there} attempts have failed without getting beyond step "

@@ -11,9 +11,9 @@ import pytest
 from megatron_lightseq.training.checkpoint.directory import CheckpointDirectory
 from megatron_lightseq.training.checkpoint.health_marks import failures, is_healthy
 from megatron_lightseq.training.health.judge import FEWEST_STEPS, LEAST_RISE, WINDOW_STEPS, LossWindow
+from tests.chaos.sick_runs import Ran, run_sick
 from tests.harness.ranks import run_ranks
 from tests.training.launched import make_corpus
-from tests.training.sick_runs import Ran, run_sick
 
 
 @pytest.fixture(scope="module")
