@@ -15,7 +15,7 @@ from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
 from megatron_lightseq.hf.context import PLAN, Shard
 from megatron_lightseq.hf.recompute import current_run
 from megatron_lightseq.hf.seams import check_seams
-from megatron_lightseq.hf.supported import IMPLEMENTATION
+from megatron_lightseq.hf.supported import IMPLEMENTATION, SHARE_ROUTER_LOSS
 
 _HARMLESS = {
     "cache_position",
@@ -97,6 +97,7 @@ def lightseq_attention(
         | {name: value for name, value in others.items() if name not in _HARMLESS and value is not False}
     )
     shard = _plan(lightseq, query, key)
+    _check_router_loss(module, shard)
     mask = shard.sequences.mask(sliding_window, _chunk_of(module))
     attention = shard.attention(softcap)
     q, k, v = (x.permute(2, 0, 1, 3) for x in (query, key, value))
@@ -171,6 +172,20 @@ def _plan(shard: Shard | None, query: Tensor, key: Tensor) -> Shard:
             )
         )
     return shard
+
+
+def _check_router_loss(module: torch.nn.Module, shard: Shard) -> None:
+    """A model that was wrapped behind ``check``, or asked for the loss behind it, is noticed here."""
+    config = getattr(module, "config", None)
+    asked = shard.adds_router_loss or getattr(config, "output_router_logits", False)
+    if asked and shard.group is not None and shard.router_loss_of is None:
+        raise UnsupportedError(
+            explain(
+                got="output_router_logits with a model that knows the tokens of one rank",
+                rule="the load balancing loss of a rank's tokens is no part of that of the batch",
+                remedy=SHARE_ROUTER_LOSS,
+            )
+        )
 
 
 def _chunk_of(module: torch.nn.Module) -> int | None:

@@ -58,6 +58,8 @@ class Sequences:
     """(B * N,) booleans, the tokens of the batch that the one sequence consists of; None where rows stay rows."""
     documents: tuple[int, ...] | None
     """Borders of the documents of the one sequence; None where rows stay rows."""
+    tokens: int
+    """Of each row or of the one sequence, those before the tokens that only complete the length."""
     row_starts: tuple[int, ...]
     """Where the rows of the batch begin in the one sequence; (0,) where rows stay rows."""
 
@@ -116,7 +118,7 @@ def read(batch: Mapping[str, Any], multiple_of: int) -> Sequences:
     if labels is not None:
         fields["shift_labels"] = labels
     others = {name: value for name, value in given.items() if name not in _READ}
-    rows = Sequences(fields, others, (tokens.shape[0], tokens.shape[1]), None, None, (0,))
+    rows = Sequences(fields, others, (tokens.shape[0], tokens.shape[1]), None, None, tokens.shape[1], (0,))
     padded = keep is not None and not bool(keep.all())
     if padded or bool(starts[:, 1:].any()):
         rows = _joined(rows, starts, keep)
@@ -263,6 +265,7 @@ def _joined(rows: Sequences, starts: Tensor, keep: Tensor | None) -> Sequences:
         fields=fields,
         kept=flat,
         documents=tuple(sorted({0, *borders, length})),
+        tokens=length,
         row_starts=(0, *of_row[:-1]),
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_lightseq.attention import AttentionStats, DistAttention
 from megatron_lightseq.attention.distributed import MethodArgument
-from megatron_lightseq.errors import ConfigError, TransportError, UnsupportedError, explain
+from megatron_lightseq.errors import ConfigError, TransportError, explain
 from megatron_lightseq.hf import batch as batches
 from megatron_lightseq.hf.batch import Sequences
 from megatron_lightseq.hf.supported import check_model
@@ -36,6 +36,16 @@ class Shard:
     sequences: Sequences
     length: int
     """Tokens of this rank's shard of a sequence."""
+    group: Group | None = None
+    """The ranks that hold the other shards; None if there are none."""
+    is_token: Tensor | None = None
+    """(S,) booleans, false at tokens of the shard that only complete the length; None if there are none."""
+    adds_router_loss: bool = False
+    """Whether the batch asks for the load balancing loss of experts."""
+    router_loss_of: torch.nn.Module | None = None
+    """The module whose output gets that loss of the whole batch; None if it stays that of a shard."""
+    router_weight: float = 1.0
+    """Factor of that loss, for trainers that average over ranks what is added up here."""
 
 
 class ContextParallel:
@@ -138,14 +148,6 @@ class ContextParallel:
                     remedy="Call shard in your loop or leave it to the trainer, not both",
                 )
             )
-        if batch.get("output_router_logits") and self.size > 1:
-            raise UnsupportedError(
-                explain(
-                    got="output_router_logits in a batch",
-                    rule="the load balancing loss is not a sum over tokens, so that ranks cannot add up theirs",
-                    remedy="Leave it out, or train without context parallelism",
-                )
-            )
         sequences = batches.read(batch, self._multiple_of)
         self._check_same(sequences)
         local = {
@@ -153,7 +155,14 @@ class ContextParallel:
         }
         if "shift_labels" in local:
             local["labels"] = local["shift_labels"]  # models compute a loss only where there are labels
-        shard = Shard(self.attention, sequences, local["position_ids"].shape[1])
+        shard = Shard(
+            attention=self.attention,
+            sequences=sequences,
+            length=local["position_ids"].shape[1],
+            group=self.group if self.size > 1 else None,
+            is_token=self._is_token(sequences, local["position_ids"].device),
+            adds_router_loss=bool(batch.get("output_router_logits")),
+        )
         return {**sequences.others, **local, "use_cache": False, PLAN: shard}
 
     def num_targets(self, batch: Mapping[str, Any]) -> int:
@@ -201,6 +210,13 @@ class ContextParallel:
         flat = whole.new_zeros((rows * length, *whole.shape[2:]))
         places = kept.nonzero().flatten()
         return flat.index_copy(0, places, whole[0, : len(places)]).unflatten(0, (rows, length))
+
+    def _is_token(self, sequences: Sequences, device: torch.device) -> Tensor | None:
+        if sequences.tokens == sequences.length:
+            return None
+        return (
+            self.layout.shard(torch.arange(sequences.length, device=device), self.rank, 0) < sequences.tokens
+        )
 
     def _check_same(self, sequences: Sequences) -> None:
         """Every rank of a group must get the same batch: a loader that gives each its own would go unnoticed."""

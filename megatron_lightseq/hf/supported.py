@@ -14,6 +14,15 @@ from megatron_lightseq.errors import UnsupportedError, explain
 IMPLEMENTATION = "lightseq"
 """The name in ``attn_implementation``."""
 
+SHARES_ROUTER_LOSS = "_lightseq_shares_router_loss"
+"""The attribute of models whose load balancing loss is that of the whole batch (:mod:`experts`)."""
+
+SHARE_ROUTER_LOSS = (
+    "Call megatron_lightseq.hf.share_router_loss_in(model), behind get_peft_model if you use it, "
+    "or set output_router_logits=False"
+)
+"""The remedy for models in which it is not."""
+
 LAYER_TYPES = {
     "full_attention",
     "sliding_attention",
@@ -137,7 +146,8 @@ def _bidirectional(model: Any, config: Any) -> str | None:
 
 
 def _router_loss(model: Any, config: Any) -> str | None:
-    return "output_router_logits" if getattr(config, "output_router_logits", False) else None
+    asked = getattr(config, "output_router_logits", False) and not getattr(model, SHARES_ROUTER_LOSS, False)
+    return "output_router_logits" if asked else None
 
 
 _ALWAYS = (
@@ -166,7 +176,7 @@ _CUT = (
     ),
     Rule(
         _router_loss,
-        "the load balancing loss is not a sum over tokens, so that ranks cannot add up theirs",
-        "Set output_router_logits=False, or train without context parallelism",
+        "the load balancing loss of a rank's tokens is no part of that of the batch",
+        SHARE_ROUTER_LOSS,
     ),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import accelerate
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
 from megatron_lightseq.hf.batch import IGNORE_INDEX
-from megatron_lightseq.hf.context import ContextParallel
+from megatron_lightseq.hf.context import PLAN, ContextParallel
+from megatron_lightseq.hf.experts import share_router_loss_in
 from megatron_lightseq.hf.recompute import keep_attention_in
 from megatron_lightseq.hf.supported import unwrapped
 
@@ -126,17 +128,22 @@ class LightSeqTrainerMixin:
         cp, evaluating = self.context_parallel, not torch.is_grad_enabled()
         self._prepare_once(model)
         local = cp.shard(self._without_repeats(inputs) if evaluating else inputs)
+        processes, averaged = self.accelerator.num_processes, self.args.average_tokens_across_devices
         counted = num_items_in_batch
         if "labels" in local and (evaluating or counted is None):
             counted = self._targets(local, everywhere=evaluating)
+        summed = evaluating or (
+            averaged and counted is num_items_in_batch
+        )  # over all ranks, else over a group
+        local[PLAN] = replace(local[PLAN], router_weight=cp.size / processes if summed else cp.size)
         found = super().compute_loss(  # type: ignore[misc]
             model, dict(local), return_outputs=return_outputs, num_items_in_batch=counted
         )
         loss, outputs = found if return_outputs else (found, None)
         if evaluating:
             loss = self._sum_over_ranks(loss)
-        if counted is not num_items_in_batch and self.args.average_tokens_across_devices:
-            loss = loss / self.accelerator.num_processes  # Trainer multiplies by it where targets are counted
+        if counted is not num_items_in_batch and averaged:
+            loss = loss / processes  # Trainer multiplies by it where targets are counted
         if outputs is not None and self._wants_logits:
             outputs["logits"] = cp.gather(outputs["logits"], local)
         return (loss, outputs) if return_outputs else loss
@@ -162,10 +169,12 @@ class LightSeqTrainerMixin:
         return contextlib.nullcontext, inputs
 
     def _prepare_once(self, model: Any) -> None:
-        inner = unwrapped(self.accelerator.unwrap_model(model))
+        outer = self.accelerator.unwrap_model(model)
+        inner = unwrapped(outer)
         state = (id(inner), bool(inner.training))
         if state == self._prepared:
             return
+        share_router_loss_in(outer)
         self.context_parallel.check(inner)
         _check_options(self)
         keep_attention_in(inner)

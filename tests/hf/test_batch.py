@@ -125,17 +125,6 @@ def test_ranks_with_different_batches_are_told() -> None:
         assert f"rank {rank} of the context-parallel group has another batch than ranks [{1 - rank}]" in said
 
 
-def test_the_router_loss_of_a_shard_is_refused() -> None:
-    def cut(group: Group) -> None:
-        hf.ContextParallel(group).shard({"input_ids": IDS, "output_router_logits": True})
-
-    with pytest.raises(UnsupportedError, match="output_router_logits in a batch: the load balancing loss"):
-        run_loopback(2, cut)
-    assert "output_router_logits" in hf.ContextParallel().shard(
-        {"input_ids": IDS, "output_router_logits": True}
-    )
-
-
 def test_targets_cannot_be_counted_without_labels() -> None:
     with pytest.raises(ConfigError, match="targets are counted in labels or shift_labels"):
         hf.ContextParallel().num_targets({"input_ids": IDS})

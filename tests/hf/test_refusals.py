@@ -110,6 +110,7 @@ REMEDIES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda: tiny.model("mixtral", "lightseq", **ROUTED),
         lambda model: setattr(model.config, "output_router_logits", False),
     ),
+    "router, shared": (lambda: tiny.model("mixtral", "lightseq", **ROUTED), hf.share_router_loss_in),
 }
 
 

@@ -13,6 +13,7 @@ from tests.hf import trained
 
 KEPT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 ODD = {"packed": True, "evaluated": 5}
+ROUTED = (("output_router_logits", True), ("router_aux_loss_coef", 0.5))
 FORWARDS = 2 * (3 * 2 + 3)
 """Layers times (steps x accumulated batches + batches of the evaluation)."""
 
@@ -47,6 +48,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "dp2 x cp2": (4, 2, {}),
     "cp2, packed, odd evaluation, kept": (2, 2, {**ODD, **KEPT}),
     "dp2 x cp2, packed, odd evaluation": (4, 2, ODD),
+    "cp2, experts' load": (2, 2, {"model": "mixtral", "changes": ROUTED}),
+    "cp2, tokens of each rank": (2, 2, {"average_tokens_across_devices": False}),
     "cp2, metrics of gathered logits": (2, 2, {"compute_metrics": True}),
 }
 

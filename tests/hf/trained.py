@@ -98,11 +98,12 @@ def arguments(cp_size: int, size: int, folder: str, **options: Any) -> transform
 def trainer(cp_size: int, size: int, folder: str, **options: Any) -> Any:
     """A Trainer of the tiny Llama; for one process transformers' own, with eager attention."""
     packed, evaluated = options.pop("packed", False), options.pop("evaluated", 6)
+    name, changes = options.pop("model", "llama"), options.pop("changes", {})
     own = {name: options.pop(name) for name in ("compute_metrics", "compute_loss_func") if name in options}
     kind = transformers.Trainer if size == 1 else hf.Trainer
     data = rows(packed)
     built = kind(
-        model=tiny.model("llama", "eager" if size == 1 else "lightseq"),
+        model=tiny.model(name, "eager" if size == 1 else "lightseq", **dict(changes)),
         args=arguments(cp_size, size, folder, **options),
         train_dataset=data,
         eval_dataset=data[:evaluated],
