@@ -14,6 +14,7 @@ struct QueryGradientTraits {
   static constexpr int kKeys = kKeys_;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStages = 2;
+  static constexpr bool kCaps = false;  // see softcap.h
   using QueryTile = SharedTile<kQueries, kHeadDim>;
   using GradTile = SharedTile<kQueries, kValueDim>;
   using KeyTile = SharedTile<kKeys, kHeadDim>;
@@ -47,9 +48,11 @@ MLS_DEVICE void multiply_rows(float (&scores)[1][T::kKeys / 8][4], const ATile& 
 
 template <class T>
 MLS_DEVICE void query_gradient_tile(float (&dq)[1][T::kHeadDim / 8][4], const QueryGradientShared<T>& shared,
-                                    int stage, const QueryRow (&rows)[2], int first_key, float scale_log2) {
+                                    int stage, const QueryRow (&rows)[2], int first_key,
+                                    const ScoreMap<T::kCaps>& map) {
   float scores[1][T::kKeys / 8][4], grads[1][T::kKeys / 8][4];
   multiply_rows<T>(scores, shared.queries(), shared.keys(stage));
+  map.apply(scores[0]);
   multiply_rows<T>(grads, shared.grads(), shared.values(stage));
   MLS_UNROLL
   for (int j = 0; j < T::kKeys / 8; ++j) {
@@ -57,8 +60,9 @@ MLS_DEVICE void query_gradient_tile(float (&dq)[1][T::kHeadDim / 8][4], const Qu
     for (int e = 0; e < 4; ++e) {
       const QueryRow& row = rows[e >> 1];
       const bool seen = row.seen.contains(first_key + fragment_column(j, e));
-      const float probability = seen ? exp2_approx(scores[0][j][e] * scale_log2 - row.lse_log2) : 0.0f;
+      const float probability = seen ? exp2_approx(scores[0][j][e] * map.scale_log2 - row.lse_log2) : 0.0f;
       grads[0][j][e] = probability * (grads[0][j][e] - row.delta);
+      if constexpr (T::kCaps) grads[0][j][e] *= map.slope(scores[0][j][e]);
     }
   }
   MLS_UNROLL
@@ -115,7 +119,7 @@ attention_backward_dq_sm80(const BackwardParams params) {
     copy_async_commit();
     copy_async_wait<1>();
     sync_threads();
-    query_gradient_tile<T>(dq, shared, stage, rows, tile * T::kKeys, params.softmax_scale * kLog2e);
+    query_gradient_tile<T>(dq, shared, stage, rows, tile * T::kKeys, ScoreMap<T::kCaps>(params));
     sync_threads();
   }
   copy_async_wait<0>();

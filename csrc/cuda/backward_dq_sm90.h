@@ -6,6 +6,7 @@
 #include "cuda/gradients.h"
 #include "cuda/hopper_launch.h"
 #include "cuda/panels.h"
+#include "cuda/softcap.h"
 #include "cuda/work_order.h"
 
 namespace mls::cuda {
@@ -15,6 +16,7 @@ struct HopperDqTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kKeys = 128;
+  static constexpr bool kCaps = false;  // see softcap.h
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kStages = 2;
@@ -110,13 +112,16 @@ MLS_DEVICE void issue_dq(float (&dq)[T::kHeadDim / 8][4], uint32_t (&ds)[T::kKey
 }
 
 // Per-query data of the two query rows that a thread holds in its fragments.
+template <bool kCaps>
 struct DqRows {
   QueryRow rows[2];
-  float scale_log2;
+  ScoreMap<kCaps> map;
 
-  // Scores -> probabilities. `masked`: some query may not see every key of the tile.
+  // Scores -> probabilities, with a softcap times the slopes of the scores. `masked`: some query may not see
+  // every key of the tile.
   template <int kTiles>
   MLS_DEVICE void to_probabilities(float (&scores)[kTiles][4], int first_key, bool masked) const {
+    map.apply(scores);
     if (masked) {
       MLS_UNROLL
       for (int i = 0; i < 4 * kTiles; ++i)
@@ -124,8 +129,14 @@ struct DqRows {
           scores[i / 4][i % 4] = -infinity();
     }
     MLS_UNROLL
-    for (int i = 0; i < 4 * kTiles; ++i)
-      scores[i / 4][i % 4] = exp2_approx(scores[i / 4][i % 4] * scale_log2 - rows[i % 4 / 2].lse_log2);
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      float& score = scores[i / 4][i % 4];
+      const float probability = exp2_approx(score * map.scale_log2 - rows[i % 4 / 2].lse_log2);
+      if constexpr (kCaps)
+        score = probability * map.slope(score);
+      else
+        score = probability;
+    }
   }
 
   // dP -> dS = P (dP - delta), converted to an A operand. The softmax scale is applied to dQ at the end.
@@ -143,7 +154,8 @@ struct DqRows {
 // Run by one consumer warpgroup: accumulates dq over all keys, without the softmax scale.
 template <class T>
 MLS_DEVICE void consume_keys(float (&dq)[T::kHeadDim / 8][4], const HopperDqShared<T>& shared,
-                             const HopperDqWork& work, const DqRows& rows, const KeyBounds& bounds) {
+                             const HopperDqWork& work, const DqRows<T::kCaps>& rows,
+                             const KeyBounds& bounds) {
   float scores[T::kKeys / 8][4], grads[T::kKeys / 8][4];
   uint32_t ds[T::kKeys / 16][4];
   const int first_row = (warpgroup_id() - 1) * 64;
@@ -201,9 +213,10 @@ MLS_DEVICE void dq_block_sm90(const HopperDqLaunch& launch, unsigned char* memor
   } else {
     take_registers<T::kConsumerRegisters>();
     const int warp_query = work.first_query + (warp_id() - 4) * 16;
-    const DqRows rows{{query_row(params, visibility, work.batch, work.head, warp_query + fragment_row(0)),
-                       query_row(params, visibility, work.batch, work.head, warp_query + fragment_row(2))},
-                      params.softmax_scale * kLog2e};
+    const DqRows<T::kCaps> rows{
+        {query_row(params, visibility, work.batch, work.head, warp_query + fragment_row(0)),
+         query_row(params, visibility, work.batch, work.head, warp_query + fragment_row(2))},
+        ScoreMap<T::kCaps>(params)};
     float dq[T::kHeadDim / 8][4];
     set_zero(dq);
     consume_keys<T>(dq, shared, work, rows, bounds);

@@ -24,6 +24,7 @@ struct BackwardTraits {
   static constexpr int kQueries = kQueries_;
   static constexpr int kThreads = kKeyWarps * kColumnWarps * kWarpSize;
   static constexpr int kStages = 2;
+  static constexpr bool kCaps = false;  // see softcap.h
   using KeyTile = SharedTile<kKeys, kHeadDim>;
   using ValueTile = SharedTile<kKeys, kValueDim>;
   using QueryTile = SharedTile<kQueries, kHeadDim>;
@@ -101,12 +102,16 @@ MLS_DEVICE void to_probabilities(TransposedScores<T>& scores, const QueryRow* ro
 // dP^T -> dS^T, without the softmax scale, which is applied to dQ and dK at the end.
 template <class T>
 MLS_DEVICE void to_score_gradients(TransposedScores<T>& grads, const TransposedScores<T>& probabilities,
-                                   const QueryRow* rows) {
+                                   const QueryRow* rows, const ScoreMap<T::kCaps>& map) {
   MLS_UNROLL
   for (int j = 0; j < T::kQueries / 8; ++j) {
     MLS_UNROLL
-    for (int e = 0; e < 4; ++e)
-      grads[0][j][e] = probabilities[0][j][e] * (grads[0][j][e] - rows[fragment_column(j, e)].delta);
+    for (int e = 0; e < 4; ++e) {
+      const QueryRow& row = rows[fragment_column(j, e)];
+      grads[0][j][e] = probabilities[0][j][e] * (grads[0][j][e] - row.delta);
+      if constexpr (T::kCaps)
+        grads[0][j][e] *= map.slope_of_probability(probabilities[0][j][e], row.lse_log2);
+    }
   }
 }
 
@@ -165,14 +170,15 @@ MLS_DEVICE void add_query_gradient(const BackwardParams& params, const BackwardS
 // Processes one tile of queries: adds its contributions to all gradients.
 template <class T>
 MLS_DEVICE void backward_tile(KeyGradients<T>& gradients, const BackwardShared<T>& shared, int stage,
-                              int first_key, bool masked, float scale_log2) {
+                              int first_key, bool masked, const ScoreMap<T::kCaps>& map) {
   const QueryRow* rows = shared.rows(stage);
   TransposedScores<T> probabilities, grads;
   multiply_transposed<T>(probabilities, shared.keys(), shared.queries(stage), gradients.first_key);
-  to_probabilities<T>(probabilities, rows, first_key + gradients.first_key, masked, scale_log2);
+  map.apply(probabilities[0]);
+  to_probabilities<T>(probabilities, rows, first_key + gradients.first_key, masked, map.scale_log2);
   accumulate_key_gradient<T>(gradients.dv, probabilities, shared.grads(stage), gradients.column_warp);
   multiply_transposed<T>(grads, shared.values(), shared.grads(stage), gradients.first_key);
-  to_score_gradients<T>(grads, probabilities, rows);
+  to_score_gradients<T>(grads, probabilities, rows, map);
   if (gradients.column_warp == 0) store_score_gradients<T>(shared.scores(), grads, gradients.first_key);
   accumulate_key_gradient<T>(gradients.dk, grads, shared.queries(stage), gradients.column_warp);
 }
@@ -231,7 +237,7 @@ attention_backward_sm80(const BackwardLaunch arguments) {
     prefetch_queries<T>(params, tiles, shared, batch, stage ^ 1);
     copy_async_wait<1>();
     sync_threads();
-    backward_tile<T>(gradients, shared, stage, first_key, masked, params.softmax_scale * kLog2e);
+    backward_tile<T>(gradients, shared, stage, first_key, masked, ScoreMap<T::kCaps>(params));
     sync_threads();  // dS is complete, and this stage may be refilled
     if (arguments.with_dq) add_query_gradient<T>(params, shared, batch, head, first_query);
   }

@@ -2,7 +2,7 @@
 
 namespace mls::cuda {
 
-#define MLS_DEFINE(D, Dv) MLS_DEFINE_BACKWARD_SM80(Float16, D, Dv)
+#define MLS_DEFINE(D, Dv) MLS_DEFINE_BACKWARD_SM80(Float16, D, Dv, false)
 MLS_FOR_EACH_HEAD_DIM(MLS_DEFINE)
 
 }  // namespace mls::cuda

@@ -19,18 +19,21 @@ struct BackwardSizes<256, 256> {
   static constexpr int kKeyWarps = 4, kColumnWarps = 2, kQueries = 32, kDqKeys = 32;
 };
 
-template <class Element, int kHeadDim, int kValueDim>
+template <class Element, int kHeadDim, int kValueDim, bool kCaps>
 const char* backward_sm80(const BackwardParams& params, const BackwardOptions& options, void* stream) {
   using Sizes = BackwardSizes<kHeadDim, kValueDim>;
-  using Traits =
-      BackwardTraits<Element, kHeadDim, kValueDim, Sizes::kKeyWarps, Sizes::kColumnWarps, Sizes::kQueries>;
-  using QueryTraits = QueryGradientTraits<Element, kHeadDim, kValueDim, 4, Sizes::kDqKeys>;
+  using Traits = MaybeSoftcap<
+      BackwardTraits<Element, kHeadDim, kValueDim, Sizes::kKeyWarps, Sizes::kColumnWarps, Sizes::kQueries>,
+      kCaps>;
+  using QueryTraits =
+      MaybeSoftcap<QueryGradientTraits<Element, kHeadDim, kValueDim, 4, Sizes::kDqKeys>, kCaps>;
   static_assert(Traits::kSharedBytes <= shared_budget(kHeadDim));
   static_assert(QueryTraits::kSharedBytes <= shared_budget(kHeadDim));
   return launch_backward_sm80<Traits, QueryTraits>(params, options, stream);
 }
 
-#define MLS_DEFINE_BACKWARD_SM80(Element, D, Dv) \
-  template const char* backward_sm80<Element, D, Dv>(const BackwardParams&, const BackwardOptions&, void*);
+#define MLS_DEFINE_BACKWARD_SM80(Element, D, Dv, kCaps)                                                    \
+  template const char* backward_sm80<Element, D, Dv, kCaps>(const BackwardParams&, const BackwardOptions&, \
+                                                            void*);
 
 }  // namespace mls::cuda

@@ -11,6 +11,7 @@
 #pragma once
 #include "cuda/backward_sm90_tiles.h"
 #include "cuda/hopper_launch.h"
+#include "cuda/softcap.h"
 
 namespace mls::cuda {
 
@@ -96,7 +97,7 @@ struct HopperBackwardConsumer {
   int consumer;   // index among the consumer warpgroups
   int warp_row;   // first of the warp's 16 keys, within the block's tile
   int first_key;  // first key of the block
-  float softmax_scale;
+  const BackwardParams& params;
 
   MLS_DEVICE void issue_scores(HopperBackwardState<T>& state, int stage) const {
     if constexpr (T::kHoldsKeys)
@@ -115,15 +116,18 @@ struct HopperBackwardConsumer {
   // S^T -> P^T
   MLS_DEVICE void make_probabilities(HopperBackwardState<T>& state, int stage) const {
     const auto& rows = shared.rows(stage);
+    const ScoreMap<T::kCaps> map(params);
+    map.apply(state.scores);
     if (rows.masked) mask_transposed(state.scores, rows, first_key + warp_row);
     MLS_UNROLL
     for (int step = 0; step < T::kQueries / 16; ++step) {
       MLS_UNROLL
       for (int j = 2 * step; j < 2 * step + 2; ++j) {
         MLS_UNROLL
-        for (int e = 0; e < 4; ++e)
-          state.scores[j][e] = exp2_approx(state.scores[j][e] * (softmax_scale * kLog2e) -
-                                           rows.lse_log2[fragment_column(j, e)]);
+        for (int e = 0; e < 4; ++e) {
+          state.scores[j][e] =
+              exp2_approx(state.scores[j][e] * map.scale_log2 - rows.lse_log2[fragment_column(j, e)]);
+        }
       }
       to_a<typename T::Element>(state.p_operand[step], state.scores, step);
     }
@@ -132,13 +136,19 @@ struct HopperBackwardConsumer {
   // dP^T -> dS^T = P^T (dP^T - delta), without the softmax scale, which is applied to dQ and dK at the end.
   MLS_DEVICE void make_score_gradients(HopperBackwardState<T>& state, int stage) const {
     const auto& rows = shared.rows(stage);
+    const ScoreMap<T::kCaps> map(params);
     MLS_UNROLL
     for (int step = 0; step < T::kQueries / 16; ++step) {
       MLS_UNROLL
       for (int j = 2 * step; j < 2 * step + 2; ++j) {
         MLS_UNROLL
-        for (int e = 0; e < 4; ++e)
-          state.grads[j][e] = state.scores[j][e] * (state.grads[j][e] - rows.delta[fragment_column(j, e)]);
+        for (int e = 0; e < 4; ++e) {
+          const int query = fragment_column(j, e);
+          // In this order, because the other one spills registers.
+          if constexpr (T::kCaps)
+            state.scores[j][e] *= map.slope_of_probability(state.scores[j][e], rows.lse_log2[query]);
+          state.grads[j][e] = state.scores[j][e] * (state.grads[j][e] - rows.delta[query]);
+        }
       }
       to_a<typename T::Element>(state.ds_operand[step], state.grads, step);
     }
@@ -171,7 +181,7 @@ struct HopperBackwardConsumer {
   MLS_DEVICE void store_query_gradient(HopperBackwardState<T>& state, int turn) const {
     hold(state.dq);
     barrier_wait(&barriers.dq_empty[consumer], turn ^ 1);  // does not block the first time
-    store_fragments(shared.query_gradient(consumer), state.dq, warp_row % 64, softmax_scale);
+    store_fragments(shared.query_gradient(consumer), state.dq, warp_row % 64, params.softmax_scale);
     proxy_fence();
     arrive_as_warp(&barriers.dq_full[consumer]);
   }
@@ -242,8 +252,8 @@ MLS_DEVICE void consume(const HopperBackwardLaunch& launch, const HopperBackward
   HopperBackwardState<T> state;
   set_zero(state.dk);
   set_zero(state.dv);
-  consume_queries<T>(
-      state, {shared, shared.barriers(), warpgroup_id() - 1, warp_row, work.first_key, params.softmax_scale});
+  consume_queries<T>(state,
+                     {shared, shared.barriers(), warpgroup_id() - 1, warp_row, work.first_key, params});
   const int first_row = work.first_key + warp_row;
   if (launch.head_parts > 1) {
     add_shared_rows(work.dk(launch), state.dk, first_row, params.softmax_scale);

@@ -12,22 +12,23 @@ namespace mls::cuda {
 #define MLS_BACKWARD_QUERY_TILES 4096
 #endif
 
-template <class Element, int kHeadDim, int kValueDim>
+template <class Element, int kHeadDim, int kValueDim, bool kCaps>
 const char* backward_sm90(const BackwardParams& params, const BackwardOptions& options, void* stream) {
   static_assert(kHeadDim == kValueDim);
   constexpr int kMaxTiles = MLS_BACKWARD_QUERY_TILES;
-  using AllGradients = HopperBackwardTraits<Element, kHeadDim, true, kMaxTiles>;
-  using KeyGradients = HopperBackwardTraits<Element, kHeadDim, false, kMaxTiles>;
+  using AllGradients = MaybeSoftcap<HopperBackwardTraits<Element, kHeadDim, true, kMaxTiles>, kCaps>;
+  using KeyGradients = MaybeSoftcap<HopperBackwardTraits<Element, kHeadDim, false, kMaxTiles>, kCaps>;
   const char* failure = nullptr;
   const bool taken = options.deterministic
                          ? launch_backward_sm90<KeyGradients>(params, options, stream, &failure)
                          : launch_backward_sm90<AllGradients>(params, options, stream, &failure);
-  if (!taken) return backward_sm80<Element, kHeadDim, kValueDim>(params, options, stream);
+  if (!taken) return backward_sm80<Element, kHeadDim, kValueDim, kCaps>(params, options, stream);
   if (!options.deterministic || failure != nullptr) return failure;
-  return launch_dq_sm90<HopperDqTraits<Element, kHeadDim>>(params, stream);
+  return launch_dq_sm90<MaybeSoftcap<HopperDqTraits<Element, kHeadDim>, kCaps>>(params, stream);
 }
 
-#define MLS_DEFINE_BACKWARD_SM90(Element, D, Dv) \
-  template const char* backward_sm90<Element, D, Dv>(const BackwardParams&, const BackwardOptions&, void*);
+#define MLS_DEFINE_BACKWARD_SM90(Element, D, Dv, kCaps)                                                    \
+  template const char* backward_sm90<Element, D, Dv, kCaps>(const BackwardParams&, const BackwardOptions&, \
+                                                            void*);
 
 }  // namespace mls::cuda

@@ -13,6 +13,7 @@ struct HopperBackwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kWithDq = kWithDq_;
+  static constexpr bool kCaps = false;  // see softcap.h
   static constexpr int kMaxTiles = kMaxTiles_;
   static constexpr int kQueries = 64;
   static constexpr int kConsumers = 2;  // warpgroups
@@ -31,8 +32,9 @@ struct HopperBackwardTraits {
   using KeyTile = PanelTile<kKeys, kHeadDim>;
   using QueryTile = PanelTile<kQueries, kHeadDim>;
   using ScoreTile = PanelTile<kKeys, kQueries>;
-  // Each consumer computes kDqColumns columns of dQ, for all queries of a tile.
-  static constexpr int kDqColumns = kHeadDim / kConsumers;
+  // Each consumer computes kDqColumns columns of dQ, for all queries of a tile. At D = 80 and 96 the second
+  // one has the last 16 or 32 columns, and zeros from the padding of K, which are not added to dQ.
+  static constexpr int kDqColumns = KeyTile::kPanels * kSwizzleColumns / kConsumers;
   using QueryGradient = FloatPanelTile<kQueries, kDqColumns>;
   static constexpr int kScoreBytes = kWithDq ? kScoreStages * ScoreTile::kBytes : 0;
   static constexpr int kGradientBytes = kWithDq ? kConsumers * QueryGradient::kBytes : 0;
@@ -251,10 +253,12 @@ MLS_DEVICE void send_query_gradient(const HopperBackwardLaunch& launch, const Ho
   for (int parity = 0; !cursor.done(); cursor.advance(), parity ^= 1) {
     barrier_wait(full, parity);
     MLS_UNROLL
-    for (int panel = 0; panel < Gradient::kPanels; ++panel)
-      tensor_reduce_add(launch.dq, gradient.base + panel * Gradient::kPanelBytes,
-                        consumer * T::kDqColumns + panel * Gradient::kPanelColumns, cursor.tile * T::kQueries,
-                        cursor.head, work.batch);
+    for (int panel = 0; panel < Gradient::kPanels; ++panel) {
+      const int first_column = consumer * T::kDqColumns + panel * Gradient::kPanelColumns;
+      if (first_column < T::kHeadDim)
+        tensor_reduce_add(launch.dq, gradient.base + panel * Gradient::kPanelBytes, first_column,
+                          cursor.tile * T::kQueries, cursor.head, work.batch);
+    }
     tensor_reduce_commit();
     tensor_reduce_wait_read();
     barrier_arrive(empty);

@@ -76,28 +76,52 @@ calibrate_sm80(const CalibrationParams params) {
 }
 
 constexpr int kNarrowColumns = 96;  // columns of a product: one panel and half of the next
-constexpr int kWarpgroupLogWords = 3 * 64 + kNarrowColumns / 2 + kSwizzleRowBytes / 4;
+// Columns of further products: the rest of V at D = 80, the scores and the output at D = 256.
+constexpr int kRestColumns = 16, kFewKeys = 80, kWideColumns = 256;
+constexpr int kWarpgroupLogWords =
+    3 * 64 + (kNarrowColumns + kRestColumns + kFewKeys + kWideColumns) / 2 + kSwizzleRowBytes / 4;
 
 struct HopperCalibrationLaunch {
   CalibrationParams params;
   TensorMap map;
 };
 
-// A product whose columns end in the middle of a panel.
-template <class Element>
-MLS_DEVICE void calibrate_narrow_product(unsigned char* base, uint32_t (&a)[1][4], RegisterLog& log) {
-  const PanelTile<kCalibrationRows, kNarrowColumns> tile{base};
-  float sums[kNarrowColumns / 8][4];
+// Runs and logs one product of kColumns columns, of `a` in registers or of shared memory.
+template <int kColumns, class Issue>
+MLS_DEVICE void calibrate_product(uint32_t (&a)[1][4], RegisterLog& log, const Issue& issue) {
+  float sums[kColumns / 8][4];
   set_zero(sums);
   hold(sums);
   hold(a);
   wgmma_fence();
-  multiply_by_rows<Element>(sums, a[0], tile, 16);
+  issue(sums);
   wgmma_commit();
   wgmma_wait<0>();
   hold(sums);
   hold(a);
   log.add(sums);
+  sync_threads();  // separates its registers from the next product's
+}
+
+// Products of the other sizes that kernels use.
+template <class Element>
+MLS_DEVICE void calibrate_other_sizes(unsigned char* base, uint32_t (&a)[1][4], RegisterLog& log) {
+  const PanelTile<kCalibrationRows, kCalibrationColumns> tile{base};
+  calibrate_product<kNarrowColumns>(a, log, [&](auto& sums) {  // ends in the middle of a panel
+    const PanelTile<kCalibrationRows, kNarrowColumns> narrow{base};
+    multiply_by_rows<Element>(sums, a[0], narrow, 16);
+  });
+  calibrate_product<kRestColumns>(a, log, [&](auto& sums) {
+    Wgmma<Element, kRestColumns>::template from_registers<true>(sums, a[0], tile.along_rows(64, 48), 1);
+  });
+  calibrate_product<kFewKeys>(a, log, [&](auto& sums) {
+    Wgmma<Element, kFewKeys>::template from_shared<false, false>(sums, tile.along_columns(64, 16),
+                                                                 tile.along_columns(0, 112), 1);
+  });
+  calibrate_product<kWideColumns>(a, log, [&](auto& sums) {  // the tile's memory as four panels of 64 rows
+    const PanelTile<64, kWideColumns> wide{base};
+    Wgmma<Element, kWideColumns>::template from_registers<true>(sums, a[0], wide.along_rows(0, 32), 1);
+  });
 }
 
 // Run by one warpgroup: TMA copy, mbarrier, swizzle, and wgmma with every combination of operands that
@@ -120,33 +144,21 @@ MLS_DEVICE void calibrate_warpgroup(const HopperCalibrationLaunch& launch, unsig
   }
   barrier_wait(full, 0);
   RegisterLog log{launch.params.output + thread_index().x * kWarpgroupLogWords};
-  float sums[16][4];
   uint32_t a[1][4];
   for (int i = 0; i < 4; ++i)
     a[0][i] = reinterpret_cast<const uint32_t*>(launch.params.input)[thread_index().x * 4 + i];
   using Product = Wgmma<Element, 128>;
-  const auto log_product = [&](const auto& issue) {
-    set_zero(sums);
-    hold(sums);
-    hold(a);
-    wgmma_fence();
-    issue();
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(sums);
-    hold(a);
-    log.add(sums);
-    sync_threads();  // separates its registers from the next product's
-  };
-  log_product([&] {
+  calibrate_product<128>(a, log, [&](auto& sums) {
     Product::template from_shared<false, false>(sums, tile.along_columns(64, 80), tile.along_columns(0, 48),
                                                 1);
   });
-  log_product([&] { Product::template from_registers<true>(sums, a[0], tile.along_rows(0, 32), 1); });
-  log_product([&] {
+  calibrate_product<128>(a, log, [&](auto& sums) {
+    Product::template from_registers<true>(sums, a[0], tile.along_rows(0, 32), 1);
+  });
+  calibrate_product<128>(a, log, [&](auto& sums) {
     Product::template from_shared<true, true>(sums, tile.along_rows(64, 48), tile.along_rows(0, 96), 0);
   });
-  calibrate_narrow_product<Element>(memory, a, log);
+  calibrate_other_sizes<Element>(memory, a, log);
   const auto* row = reinterpret_cast<const uint32_t*>(edge + thread_index().x * kSwizzleRowBytes);
   for (int i = 0; i < kSwizzleRowBytes / 4; ++i) log.add(row[i]);
 }
@@ -249,7 +261,7 @@ const char* calibrate_gradients(const CalibrationParams& params, ElementType typ
 // Primitives are compared in these groups.
 enum class PrimitiveGroup { kSm80, kSm90, kSm90Gradients };
 
-// `input` holds 128 x 128 numbers of `type`. `output` receives 32 x 48 words (kSm80), 128 x 272 words
+// `input` holds 128 x 128 numbers of `type`. `output` receives 32 x 48 words (kSm80), 128 x 448 words
 // (kSm90), or 128 x 48 words followed by a 64 x 32 fp32 tile that is added to (kSm90Gradients). Returns null,
 // or an error message.
 template <class Element>

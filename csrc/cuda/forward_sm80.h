@@ -18,6 +18,7 @@ struct ForwardTraits {
   static constexpr int kKeys = kKeys_;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStages = 2;
+  static constexpr bool kCaps = false;  // see softcap.h
   // Short query rows stay in registers; longer ones are reloaded from shared memory for each tile of keys.
   static constexpr bool kHoldQueries = kHeadDim * kRowTiles <= 128;
   using QueryTile = SharedTile<kQueries, kHeadDim>;
@@ -144,12 +145,15 @@ MLS_DEVICE void walk_over_keys(ForwardState<T>& state, const ForwardParams& para
     const int stage = (tile - first_tile) % T::kStages, first_key = tile * T::kKeys;
     float scores[T::kRowTiles][T::kKeys / 8][4];
     multiply_scores<T>(scores, fragments, shared.queries(), shared.keys(stage));
+    const ScoreMap<T::kCaps> map(params);
+    MLS_UNROLL
+    for (int r = 0; r < T::kRowTiles; ++r) map.apply(scores[r]);
     if (!bounds.covers(first_key, first_key + T::kKeys)) {
       MLS_UNROLL
       for (int r = 0; r < T::kRowTiles; ++r)
         mask_scores(scores[r], visibility, first_query + warp_id() * T::kWarpQueries + r * 16, first_key);
     }
-    attend_to_tile<T>(state, scores, shared.values(stage), params.softmax_scale * kLog2e);
+    attend_to_tile<T>(state, scores, shared.values(stage), map.scale_log2);
     sync_threads();  // all warps are done with this stage before it is filled again
   }
   copy_async_wait<0>();
@@ -168,7 +172,7 @@ attention_forward_sm80(const ForwardParams params) {
   const int warp_query = first_query + warp_id() * T::kWarpQueries;
   ForwardState<T> state;
   walk_over_keys<T>(state, params, ForwardShared<T>{memory}, visibility, first_query, batch, head);
-  const OutputRows target(params, batch, head);
+  const OutputRows target(params, batch, head, ScoreMap<T::kCaps>(params).scale_log2);
   MLS_UNROLL
   for (int r = 0; r < T::kRowTiles; ++r) {
     MLS_UNROLL

@@ -23,15 +23,17 @@ struct ForwardSizes<256, 256> {
   static constexpr int kWarps = 8, kRowTiles = 1, kKeys = 32;
 };
 
-template <class Element, int kHeadDim, int kValueDim>
+template <class Element, int kHeadDim, int kValueDim, bool kCaps>
 const char* forward_sm80(const ForwardParams& params, void* stream) {
   using Sizes = ForwardSizes<kHeadDim, kValueDim>;
-  using Traits = ForwardTraits<Element, kHeadDim, kValueDim, Sizes::kWarps, Sizes::kRowTiles, Sizes::kKeys>;
+  using Traits =
+      MaybeSoftcap<ForwardTraits<Element, kHeadDim, kValueDim, Sizes::kWarps, Sizes::kRowTiles, Sizes::kKeys>,
+                   kCaps>;
   static_assert(Traits::kSharedBytes <= shared_budget(kHeadDim));
   return launch_forward_sm80<Traits>(params, stream);
 }
 
-#define MLS_DEFINE_FORWARD_SM80(Element, D, Dv) \
-  template const char* forward_sm80<Element, D, Dv>(const ForwardParams&, void*);
+#define MLS_DEFINE_FORWARD_SM80(Element, D, Dv, kCaps) \
+  template const char* forward_sm80<Element, D, Dv, kCaps>(const ForwardParams&, void*);
 
 }  // namespace mls::cuda

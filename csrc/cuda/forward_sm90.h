@@ -21,6 +21,7 @@ struct HopperForwardTraits {
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = kKeys_;
   static constexpr int kStages = 2;
+  static constexpr bool kCaps = false;  // see softcap.h
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
   static constexpr int kConsumerWarps = kConsumers * 4;
   // A block starts with the register file divided evenly among its threads; these numbers redistribute it.
@@ -144,14 +145,15 @@ struct HopperConsumer {
   const Visibility& visibility;
   const KeyBounds& bounds;
   int first_query;  // of the warp
-  float scale_log2;
+  ScoreMap<T::kCaps> map;
 
   // scores -> unnormalised probabilities in fp32.
   MLS_DEVICE void softmax(HopperForwardState<T>& state, float (&rescale)[2], int tile) const {
     const int first_key = tile * T::kKeys;
+    map.apply(state.scores);
     if (!bounds.covers(first_key, first_key + T::kKeys))
       mask_scores(state.scores, visibility, first_query, first_key);
-    online_softmax(state.scores, state.rows, rescale, scale_log2);
+    online_softmax(state.scores, state.rows, rescale, map.scale_log2);
   }
 
   MLS_DEVICE void pack_probabilities(HopperForwardState<T>& state) const {
@@ -264,9 +266,10 @@ MLS_DEVICE void forward_block_sm90(const HopperForwardLaunch& launch, unsigned c
               warp_query = work.first_query + first_row + warp_id() % 4 * 16;
     HopperForwardState<T> state;
     set_zero(state.out);
-    const HopperConsumer<T> consumer{shared, visibility, bounds, warp_query, params.softmax_scale * kLog2e};
+    const ScoreMap<T::kCaps> map(params);
+    const HopperConsumer<T> consumer{shared, visibility, bounds, warp_query, map};
     if (any) consume_keys<T>(state, consumer, work, first_row);
-    const OutputRows target(params, work.batch, work.head);
+    const OutputRows target(params, work.batch, work.head, map.scale_log2);
     store_row<typename T::Element>(target, state.out, state.rows, 0, warp_query + fragment_row(0));
     store_row<typename T::Element>(target, state.out, state.rows, 1, warp_query + fragment_row(2));
   }

@@ -16,7 +16,7 @@ namespace mls::cuda {
 #endif
 
 #if !defined(MLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM)
-#define MLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(X) X(64, 64) X(128, 128)
+#define MLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM(X) X(64, 64) X(80, 80) X(96, 96) X(128, 128)
 #endif
 
 // Shared memory budget in bytes for a block of the sm_80 kernels: that of 8.0 or, for the most common head
@@ -25,17 +25,17 @@ constexpr int shared_budget(int head_dim) {
   return (head_dim == 64 ? 99 : 163) * 1024;
 }
 
-// Each launches on `stream`. Returns null, or an error message.
-template <class Element, int kHeadDim, int kValueDim>
+// Each launches on `stream`. Returns null, or an error message. kCaps: with a softcap.
+template <class Element, int kHeadDim, int kValueDim, bool kCaps>
 const char* forward_sm80(const ForwardParams& params, void* stream);
 
-template <class Element, int kHeadDim, int kValueDim>
+template <class Element, int kHeadDim, int kValueDim, bool kCaps>
 const char* forward_sm90(const ForwardParams& params, void* stream);
 
-template <class Element, int kHeadDim, int kValueDim>
+template <class Element, int kHeadDim, int kValueDim, bool kCaps>
 const char* backward_sm80(const BackwardParams& params, const BackwardOptions& options, void* stream);
 
-template <class Element, int kHeadDim, int kValueDim>
+template <class Element, int kHeadDim, int kValueDim, bool kCaps>
 const char* backward_sm90(const BackwardParams& params, const BackwardOptions& options, void* stream);
 
 }  // namespace mls::cuda

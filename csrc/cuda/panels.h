@@ -1,5 +1,5 @@
 // Tiles that TMA copies write and wgmma reads: panels of 64 columns with the 128-byte swizzle. If the number
-// of columns is not a multiple of 64, the last panel is padded with zeros, which wgmma never reads.
+// of columns is not a multiple of 64, the last panel is padded with zeros.
 #pragma once
 #include "cuda/primitives/sm90.h"
 

@@ -25,11 +25,14 @@ constexpr const char* kNoKernel =
     "no CUDA kernel: it takes compute capability 8.0 and later, bfloat16 or float16, and head dims 64, 80, "
     "96, 128, 192 with value dim 128, or 256";
 
-const KernelEntry* choose(const AttentionShape& shape, ElementType element_type, const char** failure) {
+template <class Params>
+const KernelEntry* choose(const Params& params, const char** failure) {
+  const AttentionShape& shape = params.shape;
   if ((*failure = check_shape(shape)) != nullptr) return nullptr;
   const int capability = current_capability(failure);
   if (*failure != nullptr) return nullptr;
-  const KernelEntry* entry = find_kernel(capability, shape.head_dim, shape.value_dim, element_type);
+  const KernelEntry* entry =
+      find_kernel(capability, shape.head_dim, shape.value_dim, params.element_type, params.softcap != 0);
   if (entry == nullptr) *failure = kNoKernel;
   return entry;
 }
@@ -47,7 +50,7 @@ const char* mls_cuda_forward(const mls::ForwardParams* params, void* stream) {
   if (!cuda::aligned_result(params->out) || !cuda::aligned_result(params->rounded_out))
     return cuda::kResultAlignment;
   const char* failure = nullptr;
-  const cuda::KernelEntry* entry = cuda::choose(params->shape, params->element_type, &failure);
+  const cuda::KernelEntry* entry = cuda::choose(*params, &failure);
   return entry == nullptr ? failure : entry->forward(*params, stream);
 }
 
@@ -63,7 +66,7 @@ const char* mls_cuda_backward(const mls::BackwardParams* params, const mls::cuda
     if (!cuda::aligned_result(*result)) return cuda::kResultAlignment;
   const char* failure = cuda::check_options(*params, *options);
   if (failure != nullptr) return failure;
-  const cuda::KernelEntry* entry = cuda::choose(params->shape, params->element_type, &failure);
+  const cuda::KernelEntry* entry = cuda::choose(*params, &failure);
   return entry == nullptr ? failure : entry->backward(*params, *options, stream);
 }
 

@@ -20,16 +20,17 @@ struct HopperForwardSizes<256, 256> {
   static constexpr int kConsumers = 2, kKeys = 80;
 };
 
-template <class Element, int kHeadDim, int kValueDim>
+template <class Element, int kHeadDim, int kValueDim, bool kCaps>
 const char* forward_sm90(const ForwardParams& params, void* stream) {
   using Sizes = HopperForwardSizes<kHeadDim, kValueDim>;
-  using Traits = HopperForwardTraits<Element, kHeadDim, kValueDim, Sizes::kConsumers, Sizes::kKeys>;
+  using Traits =
+      MaybeSoftcap<HopperForwardTraits<Element, kHeadDim, kValueDim, Sizes::kConsumers, Sizes::kKeys>, kCaps>;
   const char* failure = nullptr;
   const bool taken = launch_forward_sm90<Traits>(params, stream, &failure);
-  return taken ? failure : forward_sm80<Element, kHeadDim, kValueDim>(params, stream);
+  return taken ? failure : forward_sm80<Element, kHeadDim, kValueDim, kCaps>(params, stream);
 }
 
-#define MLS_DEFINE_FORWARD_SM90(Element, D, Dv) \
-  template const char* forward_sm90<Element, D, Dv>(const ForwardParams&, void*);
+#define MLS_DEFINE_FORWARD_SM90(Element, D, Dv, kCaps) \
+  template const char* forward_sm90<Element, D, Dv, kCaps>(const ForwardParams&, void*);
 
 }  // namespace mls::cuda

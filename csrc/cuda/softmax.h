@@ -2,6 +2,7 @@
 #pragma once
 #include "attention_params.h"
 #include "cuda/key_interval.h"
+#include "cuda/softcap.h"
 #include "cuda/tile.h"
 
 namespace mls::cuda {
@@ -9,7 +10,7 @@ namespace mls::cuda {
 // Statistics of the two rows that a thread holds in each 16-row tile. `sum` covers only the columns of this
 // thread until finish().
 struct RowStatistics {
-  float max[2] = {-infinity(), -infinity()};  // of raw scores
+  float max[2] = {-infinity(), -infinity()};  // of scores before their scale
   float sum[2] = {0.0f, 0.0f};
 };
 
@@ -49,7 +50,7 @@ MLS_DEVICE float row_sum(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// Turns raw scores into unnormalised probabilities. rescale[r] is the factor for earlier sums of row r.
+// Turns scores into unnormalised probabilities. rescale[r] is the factor for earlier sums of row r.
 template <int kTiles>
 MLS_DEVICE void online_softmax(float (&scores)[kTiles][4], RowStatistics& rows, float (&rescale)[2],
                                float scale_log2) {
@@ -101,7 +102,7 @@ struct OutputRows {
   bool accumulate;
   float scale_log2;
 
-  MLS_DEVICE OutputRows(const ForwardParams& params, int batch, int head)
+  MLS_DEVICE OutputRows(const ForwardParams& params, int batch, int head, float scale_log2)
       : out(rows_at(params.out, batch, head)),
         rounded_out(rows_at(params.rounded_out, batch, head)),
         lse(params.lse.data + batch * params.lse.batch_stride + head * params.lse.head_stride),
@@ -109,7 +110,7 @@ struct OutputRows {
         lse_stride(params.lse.query_stride),
         num_queries(static_cast<int>(params.shape.num_queries)),
         accumulate(params.accumulate),
-        scale_log2(params.softmax_scale * kLog2e) {}
+        scale_log2(scale_log2) {}
 };
 
 // Writes row `half` of a fragment to row `query`, or merges it with the stored row. Called by a whole warp.

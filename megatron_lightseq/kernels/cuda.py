@@ -83,6 +83,7 @@ class CudaKernel:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool,
+        softcap: float = 0.0,
     ) -> None:
         """Merge one tile into ``(out, lse)``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
@@ -105,6 +106,7 @@ class CudaKernel:
                 softmax_scale,
                 accumulate,
                 torch.cuda.current_stream().cuda_stream,
+                softcap=softcap,
             )
         _warn_of_fallback()
 
@@ -123,6 +125,7 @@ class CudaKernel:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool = True,
+        softcap: float = 0.0,
     ) -> None:
         """Add the tile's gradients to ``dq, dk, dv``, or overwrite them. Shapes as in :class:`~.registry.Kernel`.
 
@@ -158,6 +161,7 @@ class CudaKernel:
                 torch.cuda.current_stream().cuda_stream,
                 deterministic,
                 parts,
+                softcap=softcap,
             )
             targets.finish()
         _warn_of_fallback()

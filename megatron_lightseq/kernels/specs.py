@@ -198,6 +198,7 @@ _SPECS = (
                 head_dims=HeadDims(pairs=CUDA_HEAD_DIMS),
             ),
         ),
+        softcap=True,
     ),
     KernelSpec(
         name="cpu",

@@ -247,6 +247,7 @@ class Emulator:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool,
+        softcap: float = 0.0,
     ) -> None:
         self._call(
             "forward",
@@ -258,7 +259,7 @@ class Emulator:
                 _strided(lse),
                 _mask(mask, q.shape[0], k.shape[0]),
                 softmax_scale,
-                0.0,  # no softcap
+                softcap,
                 accumulate,
                 _rounded(out),
             ),
@@ -279,6 +280,7 @@ class Emulator:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool = True,
+        softcap: float = 0.0,
     ) -> None:
         keys, batch, groups = k.shape[:3]
         group = q.shape[2] // groups
@@ -292,7 +294,7 @@ class Emulator:
             is_one_launch=self.architecture == "sm80" or q.shape[0] <= 64 * QUERY_TILES,
         )
         read = (dout, q, k, v, lse, delta)
-        params = self.backward_params(read, targets.written, mask, softmax_scale, accumulate)
+        params = self.backward_params(read, targets.written, mask, softmax_scale, accumulate, softcap)
         self.call_backward(params, BackwardOptions(self.deterministic, parts))
         targets.finish()
 
@@ -303,6 +305,7 @@ class Emulator:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool,
+        softcap: float = 0.0,
     ) -> BackwardParams:
         """The arguments of the compiled backward pass: dout, q, k, v, lse and delta, and dq, dk and dv."""
         _, q, k, v, _, _ = read
@@ -313,7 +316,7 @@ class Emulator:
             *[_sums(x) for x in written],
             _mask(mask, q.shape[0], k.shape[0]),
             softmax_scale,
-            0.0,  # no softcap
+            softcap,
             accumulate,
             *[_rounded(x) for x in written],
         )

@@ -14,7 +14,7 @@ def run_forward(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel) -> tupl
     q, k, v, _ = tensors
     out = torch.full((case.queries, case.batch, case.heads, case.value_dim), float("nan"))
     lse = torch.full((case.batch, case.heads, case.queries), float("nan"))
-    kernel.forward(q, k, v, out, lse, mask=case.mask(), softmax_scale=case.softmax_scale, accumulate=False)
+    kernel.forward(q, k, v, out, lse, accumulate=False, **case.options())
     return out, lse
 
 
@@ -35,7 +35,7 @@ def run_backward(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel) -> Res
     half = dout * 0.5
     delta = (out * half.float()).sum(-1).permute(1, 2, 0).contiguous()
     grads = dq, dk, dv = [torch.full(x.shape, float("nan")) for x in (q, k, v)]
-    options = {"mask": case.mask(), "softmax_scale": case.softmax_scale}
+    options = case.options()
     for accumulate in (False, True):
         kernel.backward(half, q, k, v, lse, delta, *grads, accumulate=accumulate, **options)
     return out, lse, dq, dk, dv

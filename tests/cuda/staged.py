@@ -33,9 +33,15 @@ class StagedKernel:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool,
+        softcap: float = 0.0,
     ) -> None:
         staged = [self._there(x) for x in (q, k, v, out, lse)]
-        options = {"mask": self._mask(mask), "softmax_scale": softmax_scale, "accumulate": accumulate}
+        options = {
+            "mask": self._mask(mask),
+            "softmax_scale": softmax_scale,
+            "accumulate": accumulate,
+            "softcap": softcap,
+        }
         self.kernel.forward(*staged, **options)
         out.copy_(staged[3])
         lse.copy_(staged[4])
@@ -55,9 +61,15 @@ class StagedKernel:
         mask: TileMask,
         softmax_scale: float,
         accumulate: bool = True,
+        softcap: float = 0.0,
     ) -> None:
         staged = [self._there(x) for x in (dout, q, k, v, lse, delta, dq, dk, dv)]
-        options = {"mask": self._mask(mask), "softmax_scale": softmax_scale, "accumulate": accumulate}
+        options = {
+            "mask": self._mask(mask),
+            "softmax_scale": softmax_scale,
+            "accumulate": accumulate,
+            "softcap": softcap,
+        }
         self.kernel.backward(*staged, **options)
         for target, grad in zip((dq, dk, dv), staged[6:], strict=True):
             target.copy_(grad)

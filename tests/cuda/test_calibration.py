@@ -45,6 +45,9 @@ PARTS = {
         Part("wgmma of A in registers and MN-major B", 128, 64),
         Part("wgmma of MN-major A and B", 128, 64),
         Part("wgmma of a panel of MN-major B and of half of the next", 128, 48),
+        Part("wgmma with N = 16 from the second panel of MN-major B", 128, 8),
+        Part("wgmma with N = 80 of K-major A and B in shared memory", 128, 40),
+        Part("wgmma with N = 256 of MN-major B", 128, 128),
         Part("tensor copy beyond the tensor's end", 128, 32),
     ),
     "sm90_gradients": (
@@ -119,7 +122,7 @@ def test_vectors_agree_with_plain_matrix_products(dtype: torch.dtype) -> None:
     """Compares accumulators of wgmma, in the fragment layout of PTX, with products of the same integers."""
     x = numbers(dtype).double()
     with np.load(VECTORS) as vectors:
-        words = vectors[key(dtype, "sm90")].view(np.float32).reshape(128, 272)
+        words = vectors[key(dtype, "sm90")].view(np.float32).reshape(128, -1)
     pairs = (
         numbers(dtype).flatten()[: 128 * 8].double().view(4, 8, 4, 4, 2)
     )  # warp, row, column pair, register
@@ -127,7 +130,18 @@ def test_vectors_agree_with_plain_matrix_products(dtype: torch.dtype) -> None:
     for register in range(4):
         rows = a.view(4, 2, 8, 2, 4, 2)[:, register % 2, :, register // 2]
         rows.copy_(pairs[:, :, :, register])
-    want = (x[64:, 80:96] @ x[:, 48:64].T, a @ x[32:48, :], x[48:64, 64:].T @ x[96:112, :], a @ x[16:32, :96])
+    panels = torch.cat(
+        [x[:64, :64], x[64:, :64], x[:64, 64:], x[64:, 64:]], 1
+    )  # the memory as four of 64 rows
+    want = (
+        x[64:, 80:96] @ x[:, 48:64].T,
+        a @ x[32:48, :],
+        x[48:64, 64:].T @ x[96:112, :],
+        a @ x[16:32, :96],
+        a @ x[48:64, 64:80],
+        x[64:, 16:32] @ x[:80, 112:].T,
+        a @ panels[32:48],
+    )
     first = 0
     for product in want:
         columns = product.shape[1]
@@ -142,7 +156,7 @@ def test_vectors_agree_with_plain_matrix_products(dtype: torch.dtype) -> None:
 def test_vectors_hold_zeros_beyond_the_tensor(dtype: torch.dtype) -> None:
     """A copy of columns 104 to 167 and rows 28 to 155, of which 24 columns and 100 rows exist."""
     with np.load(VECTORS) as vectors:
-        words = vectors[key(dtype, "sm90")].reshape(128, 272)[:, 240:]
+        words = vectors[key(dtype, "sm90")].reshape(128, -1)[:, -32:]
     chunks = torch.from_numpy(words.copy().view(np.int16)).view(dtype).view(128, 8, 8)
     order = torch.arange(8) ^ torch.arange(128).unsqueeze(1) % 8  # the 128-byte swizzle
     panel = chunks.gather(1, order.unsqueeze(-1).expand(128, 8, 8)).reshape(128, 64)

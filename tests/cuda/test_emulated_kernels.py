@@ -72,7 +72,7 @@ def test_hopper_matches_fp64(library: Path, case: Case, seed: int, dims: tuple[i
     assert counts.bank_conflicts == 0
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize(("case", "seed"), [*HOPPER_TILES, ONE_KEY_HEAD], ids=str)
 def test_hopper_gradients_match_fp64(library: Path, case: Case, seed: int, head_dim: int) -> None:
     case = replace(case, head_dim=head_dim, value_dim=head_dim)
@@ -85,6 +85,39 @@ def test_hopper_gradients_match_fp64(library: Path, case: Case, seed: int, head_
     assert counts.wgmma > 0
     assert counts.mma == 0
     assert counts.bank_conflicts == 0
+
+
+CAPPED = (
+    (Case(queries=70, keys=150, heads=2, groups=1, band_hi=90, amplitude=8.0, softcap=3.0), 1),
+    (Case(queries=90, keys=100, ranges="random", amplitude=20.0, softcap=50.0), 2),
+)
+"""Scores far beyond the softcap, where slopes vanish, and scores in the linear part."""
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
+@pytest.mark.parametrize(("case", "seed"), CAPPED, ids=str)
+def test_softcap_matches_fp64(
+    library: Path, case: Case, seed: int, dims: tuple[int, int], architecture: str
+) -> None:
+    case = replace(case, head_dim=dims[0], value_dim=dims[1])
+    dtype = torch.float16 if seed % 2 else torch.bfloat16
+    kernel = Emulator(library, architecture, seed=seed)
+    run_with_gradients(case, dtype, kernel)
+    expect_gradients(case, dtype, inputs(case, dtype), replace(kernel, deterministic=True))
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
+def test_a_softcap_far_above_the_scores_changes_nothing(
+    library: Path, architecture: str, deterministic: bool
+) -> None:
+    kernel = Emulator(library, architecture, deterministic=deterministic)
+    tensors = inputs(CAUSAL, torch.bfloat16)
+    want = run_kernel(CAUSAL, tensors, kernel)
+    got = run_kernel(replace(CAUSAL, softcap=1e6), tensors, kernel)
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+    assert not torch.equal(run_kernel(replace(CAUSAL, softcap=1.0), tensors, kernel)[0], want[0])
 
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])

@@ -34,15 +34,18 @@ AWKWARD = (
     Case(queries=300, keys=290, ranges="documents", band_hi=0),
     Case(queries=90, keys=100, ranges="random"),
     Case(queries=100, keys=40, band_hi=-50),
+    Case(queries=150, keys=200, heads=4, groups=2, band_hi=50, amplitude=8.0, softcap=5.0),
     Case(queries=1000, keys=1500, heads=2, groups=1, band_hi=500),
 )
-HOPPER_BACKWARD = ((64, 64), (128, 128))
+HOPPER_BACKWARD = ((64, 64), (80, 80), (96, 96), (128, 128))
 """(D, Dv) that have Hopper backward kernels."""
 
 every_head_dim = pytest.mark.parametrize("dims", HEAD_DIMS, ids=lambda dims: "d{}x{}".format(*dims))
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 every_case = pytest.mark.parametrize(
-    "case", AWKWARD, ids=lambda case: f"{case.queries}x{case.keys}_{case.ranges}"
+    "case",
+    AWKWARD,
+    ids=lambda case: f"{case.queries}x{case.keys}_{case.ranges}{'_softcap' * bool(case.softcap)}",
 )
 both_ways = pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
 

@@ -152,7 +152,7 @@ def test_nothing_is_wrong_without_a_mutant(
     architecture: str, machine: list[str], examiner: Examiner, tmp_path: Path
 ) -> None:
     build_library(
-        CSRC, machine, tmp_path / "library.so", "-O1", "-DMLS_BFLOAT16_ONLY", *HEAD_DIMS[architecture]
+        CSRC, machine, tmp_path / "library.so", "-O1", "-DMLS_ONE_VARIANT", *HEAD_DIMS[architecture]
     )
     assert examiner.examine(tmp_path / "library.so", architecture) is None
 
@@ -161,7 +161,7 @@ def test_nothing_is_wrong_without_a_mutant(
     "mutant", SM80_MUTANTS + HOPPER_MUTANTS + HOPPER_BACKWARD_MUTANTS, ids=lambda mutant: mutant.name
 )
 def test_mutant_is_caught(mutant: Mutant, machine: list[str], examiner: Examiner, tmp_path: Path) -> None:
-    options = ("-O1", "-DMLS_BFLOAT16_ONLY", *HEAD_DIMS[mutant.architecture])
+    options = ("-O1", "-DMLS_ONE_VARIANT", *HEAD_DIMS[mutant.architecture])
     build_library(mutated(mutant, tmp_path), machine, tmp_path / "library.so", *options)
     problem = examiner.examine(tmp_path / "library.so", mutant.architecture)
     assert problem is not None

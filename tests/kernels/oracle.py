@@ -9,7 +9,7 @@ Shape letters: Q query tokens, K key tokens, B batch, H query heads, G key/value
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,10 +40,17 @@ class Case:
     ranges: Literal["none", "documents", "random", "empty"] = "none"
     amplitude: float = 1.0
     """Standard deviation of the queries: large ones make a sharp softmax."""
+    softcap: float = 0.0
+    """c in c * tanh(score / c); 0: none."""
 
     @property
     def softmax_scale(self) -> float:
         return self.head_dim**-0.5
+
+    def options(self) -> dict[str, Any]:
+        """What every call of a kernel takes besides tensors."""
+        capped = {"softcap": self.softcap} if self.softcap else {}
+        return {"mask": self.mask(), "softmax_scale": self.softmax_scale, **capped}
 
     def mask(self) -> TileMask:
         return TileMask(self.band_lo, self.band_hi, self.key_ranges())
@@ -94,13 +101,18 @@ def textbook(
 
     seen = visible(case.mask(), case.queries, case.keys, q.device)
     scores_BHQK = torch.einsum("qbhd,kbhd->bhqk", q, k) * case.softmax_scale
+    slopes_BHQK: Tensor | float = 1.0
+    if case.softcap:
+        tanh_BHQK = torch.tanh(scores_BHQK / case.softcap)
+        scores_BHQK, slopes_BHQK = case.softcap * tanh_BHQK, 1 - tanh_BHQK.square()
     scores_BHQK = scores_BHQK.masked_fill(~seen, float("-inf"))
     lse_BHQ = scores_BHQK.logsumexp(-1)
     weights_BHQK = (scores_BHQK - lse_BHQ.unsqueeze(-1)).exp().masked_fill(~seen, 0.0)
     out = torch.einsum("bhqk,kbhd->qbhd", rounded(weights_BHQK), v)
     delta_BHQ = (out * dout).sum(-1).permute(1, 2, 0)
     dweights_BHQK = torch.einsum("qbhd,kbhd->bhqk", dout, v)
-    dscores_BHQK = rounded(weights_BHQK * (dweights_BHQK - delta_BHQ.unsqueeze(-1))) * case.softmax_scale
+    dscores_BHQK = weights_BHQK * (dweights_BHQK - delta_BHQ.unsqueeze(-1)) * slopes_BHQK
+    dscores_BHQK = rounded(dscores_BHQK) * case.softmax_scale
     dq = torch.einsum("bhqk,kbhd->qbhd", dscores_BHQK, k)
     dk = torch.einsum("bhqk,qbhd->kbhd", dscores_BHQK, q)
     dv = torch.einsum("bhqk,qbhd->kbhd", rounded(weights_BHQK), dout)
@@ -117,7 +129,7 @@ def run_kernel(case: Case, tensors: tuple[Tensor, ...], kernel: Kernel | None = 
     q, k, v, dout = tensors
     out = torch.full((case.queries, case.batch, case.heads, case.value_dim), float("nan"))
     lse = torch.full((case.batch, case.heads, case.queries), float("nan"))
-    options = {"mask": case.mask(), "softmax_scale": case.softmax_scale}
+    options = case.options()
     kernel.forward(q, k, v, out, lse, accumulate=False, **options)
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
     kernel.backward(dout, q, k, v, lse, delta(out, dout), dq, dk, dv, **options)

@@ -55,6 +55,9 @@ CASES = [
     # several panels of keys; a window that begins in the middle of one
     Case(queries=70, keys=2000, head_dim=256, value_dim=256, band_hi=1800),
     Case(queries=200, keys=2000, head_dim=256, value_dim=256, band_lo=900, band_hi=1100),
+    # softcaps: scores far beyond, in the linear part, with padding and masks
+    Case(queries=129, keys=400, head_dim=64, value_dim=64, amplitude=8.0, softcap=3.0),
+    Case(queries=90, keys=100, ranges="random", amplitude=20.0, softcap=50.0),
     # a softmax that is close to a hard maximum
     Case(queries=129, keys=400, head_dim=64, value_dim=64, amplitude=20.0),
 ]

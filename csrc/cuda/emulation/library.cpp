@@ -16,11 +16,13 @@ namespace {
 
 constexpr const char* kNoKernel = "the library has no kernel for these head dims";
 
-// Mutant tests compile bfloat16 only.
-#if defined(MLS_BFLOAT16_ONLY)
+// Mutant tests compile bfloat16 without softcap only.
+#if defined(MLS_ONE_VARIANT)
 using OtherElement = BFloat16;
+constexpr bool kHasSoftcap = false;
 #else
 using OtherElement = Float16;
+constexpr bool kHasSoftcap = true;
 #endif
 
 #define MLS_CASE(D, Dv)                                                                \
@@ -80,14 +82,20 @@ void mls_emu_statistics(mls::emu::Statistics* copy) {
 const char* mls_emu_forward_sm80(const mls::ForwardParams* params) {
   return mls::cuda::with_kernel(
       params->shape, params->element_type, [params]<class Element, int kHeadDim, int kValueDim>() {
-        return mls::cuda::forward_sm80<Element, kHeadDim, kValueDim>(*params, nullptr);
+        using mls::cuda::kHasSoftcap;
+        return params->softcap != 0
+                   ? mls::cuda::forward_sm80<Element, kHeadDim, kValueDim, kHasSoftcap>(*params, nullptr)
+                   : mls::cuda::forward_sm80<Element, kHeadDim, kValueDim, false>(*params, nullptr);
       });
 }
 
 const char* mls_emu_forward_sm90(const mls::ForwardParams* params) {
   return mls::cuda::with_hopper_kernel(
       params->shape, params->element_type, [params]<class Element, int kHeadDim, int kValueDim>() {
-        return mls::cuda::forward_sm90<Element, kHeadDim, kValueDim>(*params, nullptr);
+        using mls::cuda::kHasSoftcap;
+        return params->softcap != 0
+                   ? mls::cuda::forward_sm90<Element, kHeadDim, kValueDim, kHasSoftcap>(*params, nullptr)
+                   : mls::cuda::forward_sm90<Element, kHeadDim, kValueDim, false>(*params, nullptr);
       });
 }
 
@@ -97,7 +105,11 @@ const char* mls_emu_backward_sm80(const mls::BackwardParams* params,
   if (const char* failure = mls::cuda::check_options(*params, *options)) return failure;
   return mls::cuda::with_kernel(
       params->shape, params->element_type, [&]<class Element, int kHeadDim, int kValueDim>() {
-        return mls::cuda::backward_sm80<Element, kHeadDim, kValueDim>(*params, *options, nullptr);
+        using mls::cuda::kHasSoftcap;
+        return params->softcap != 0 ? mls::cuda::backward_sm80<Element, kHeadDim, kValueDim, kHasSoftcap>(
+                                          *params, *options, nullptr)
+                                    : mls::cuda::backward_sm80<Element, kHeadDim, kValueDim, false>(
+                                          *params, *options, nullptr);
       });
 }
 
@@ -107,7 +119,11 @@ const char* mls_emu_backward_sm90(const mls::BackwardParams* params,
   if (const char* failure = mls::cuda::check_options(*params, *options)) return failure;
   return mls::cuda::with_hopper_backward(
       params->shape, params->element_type, [&]<class Element, int kHeadDim, int kValueDim>() {
-        return mls::cuda::backward_sm90<Element, kHeadDim, kValueDim>(*params, *options, nullptr);
+        using mls::cuda::kHasSoftcap;
+        return params->softcap != 0 ? mls::cuda::backward_sm90<Element, kHeadDim, kValueDim, kHasSoftcap>(
+                                          *params, *options, nullptr)
+                                    : mls::cuda::backward_sm90<Element, kHeadDim, kValueDim, false>(
+                                          *params, *options, nullptr);
       });
 }
 

@@ -72,6 +72,10 @@ MLS_DEVICE float log2_approx(float x) {
   return std::log2(x);
 }
 
+MLS_DEVICE float divide_approx(float x, float y) {
+  return x / y;
+}
+
 template <class Element>
 inline uint32_t pack(float low, float high) {
   return emu::from_float(Element::kFormat, low) |

@@ -60,6 +60,11 @@ MLS_DEVICE float log2_approx(float x) {
   return __log2f(x);
 }
 
+// Relative error 2^-22; 0 for divisors above 2^126.
+MLS_DEVICE float divide_approx(float x, float y) {
+  return __fdividef(x, y);
+}
+
 MLS_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
