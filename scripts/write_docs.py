@@ -28,6 +28,7 @@ KIND is one of
     trace_cost               what tracing costs (docs/results/trace-cost.json)
     published                measurements of others, predicted (megatron_lightseq/tools/planner/published.py)
     kernels                  every attention kernel (megatron_lightseq/kernels/specs.py)
+    gpu_model                predicted rates of the Hopper kernels (megatron_lightseq/tools/bench/gpu_model.py)
     linear_kernels           those of linear attention (megatron_lightseq/kernels/linear/specs.py)
     rooms                    the folders and modules of the package, by their docstrings
     imports                  a diagram of which of them imports which
@@ -64,6 +65,7 @@ from megatron_lightseq.megatron.lm.options import KEYS, PREFIX
 from megatron_lightseq.megatron.lm.patch_points import DEFAULT_LAYERS, PATCH_POINTS
 from megatron_lightseq.megatron.lm.refusals import SIZE_ARGUMENTS
 from megatron_lightseq.schedule import METHODS, TensorShape, simulate
+from megatron_lightseq.tools.bench import gpu_model
 from megatron_lightseq.tools.markdown import markdown_table
 from megatron_lightseq.tools.planner.published import published as published_measurements
 
@@ -487,6 +489,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "published": published,
     "kernels": kernels,
     "linear_kernels": linear_kernels,
+    "gpu_model": gpu_model.table,
     "rooms": rooms,
     "imports": imports,
     "reference": reference,

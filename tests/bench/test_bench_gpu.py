@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,15 @@ from torch import Tensor
 from torch._functorch import config as functorch
 
 from megatron_lightseq.kernels.cpu import CpuKernel
+from megatron_lightseq.kernels.specs import CUDA_HEAD_DIMS as HEAD_DIMS
 from megatron_lightseq.tools.bench import gpu
 from megatron_lightseq.tools.bench.gpu import LEFT_OUT, Benchmark, cases, main, run
 from megatron_lightseq.tools.bench.gpu_implementations import Flex, GpuCase, GpuImplementation, Ours, Sdpa
+from megatron_lightseq.tools.bench.gpu_model import BACKWARD, FORWARD, costs, predicted_tflops
 from megatron_lightseq.tools.bench.gpu_report import Measured, Report, goals, table, write_report
 
 CPU = torch.device("cpu")
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CASE = GpuCase(seq_length=64, head_dim=64, causal=True, kv_share=2, tokens=128, width=256)
 SHAPES = [CASE, replace(CASE, causal=False), replace(CASE, kv_share=1, seq_length=128)]
 REPORT = Report(
@@ -66,7 +70,12 @@ def results_of(implementation: GpuImplementation, case: GpuCase) -> list[Tensor]
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_all_implementations_compute_the_same(case: GpuCase) -> None:
     want = results_of(Ours(CpuKernel()), case)
-    others: list[GpuImplementation] = [Ours(CpuKernel(), 4), Sdpa("sdpa-flash"), FLEX]
+    others: list[GpuImplementation] = [
+        Ours(CpuKernel(), 4),
+        Ours(CpuKernel(), is_alone=True),
+        Sdpa("sdpa-flash"),
+        FLEX,
+    ]
     for other in others:
         for first, second in zip(results_of(other, case), want, strict=True):
             assert (first - second).norm() <= 2e-2 * second.norm(), other.name
@@ -101,10 +110,10 @@ def test_repeated_keys_and_values_give_the_same_output() -> None:
 def test_what_does_not_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
     saved: list[int] = []
     found = run(BENCHMARK, SHAPES, Ours(CpuKernel()), FLEX, lambda rows: saved.append(len(rows)))
-    assert saved == [4, 8, 12, 13, 14, 15]
+    assert saved == [5, 10, 15, 16, 17, 18]
     by_name = {(one.case, one.implementation): one for one in found}
     for case in SHAPES:
-        for name in ("ours", "ours, 4 blocks", "sdpa-flash", "flex (Triton)"):
+        for name in ("ours", "ours, kernel alone", "ours, 4 blocks", "sdpa-flash", "flex (Triton)"):
             one = by_name[case, name]
             assert (one.forward_s, one.backward_s, one.note) == (1e-3, 1e-3, "")
         cudnn = "sdpa-cudnn" if case.kv_share == 1 else "sdpa-cudnn, K and V repeated"
@@ -136,7 +145,7 @@ def test_nothing_starts_after_the_end() -> None:
     done = [one for one in found if one.note == ""]
     assert [one.implementation for one in done] == ["ours"]
     assert {one.note for one in found[1:]} == {LEFT_OUT}
-    assert len(found) == 5 * len(SHAPES)
+    assert len(found) == 6 * len(SHAPES)
 
 
 def test_flex_says_where_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,12 +212,44 @@ def test_goals_are_judged_by_the_fastest_backend() -> None:
 def test_table_shows_rates_and_reasons() -> None:
     results = rows(ours=0.01, blocks=0.01, best=0.005, other=0.02)
     results[3] = replace(results[3], forward_s=None, note="forward: no | way")
+    slow, fast = predicted_tflops("forward", 128) or (0, 0)
+    assert f"| {slow:.0f} to {fast:.0f} |" in table(results, 800.0, is_hopper=True).splitlines()[2]
     lines = table(results, 800.0).splitlines()
     assert len(lines) == 2 + 2 * len(results)
     flops = results[0].case.forward_flops / 1e12
-    assert f"| 128 | causal | MHA | 16384 | forward | ours | 10.000 | {flops / 0.01:.0f} |" in lines[2]
+    assert f"| 128 | causal | MHA | 16384 | forward | ours | 10.000 | {flops / 0.01:.0f} | - |" in lines[2]
     assert lines[2].endswith("| 0.50 |")
-    assert "| sdpa-flash | - | forward: no / way | - | - |" in lines[5]
+    assert "| sdpa-flash | - | forward: no / way | - | - | - |" in lines[5]
+
+
+def test_predictions_are_for_the_tiles_that_are_compiled() -> None:
+    text = (CSRC / "cuda" / "sm90_instances.h").read_text()
+    pattern = (
+        r"struct HopperForwardSizes(?:<(\d+), (\d+)>)? \{"
+        r"\s*static constexpr int kConsumers = (\d), kKeys = (\d+);"
+    )
+    sizes = {(int(d or 0), int(dv or 0)): (int(c), int(k)) for d, dv, c, k in re.findall(pattern, text)}
+    assert len(sizes) == 3
+    assert {dims: sizes.get(dims, sizes[0, 0]) for dims in HEAD_DIMS} == FORWARD
+    instances = (CSRC / "cuda" / "instances.h").read_text()
+    hopper = re.search(r"define MLS_FOR_EACH_HOPPER_BACKWARD_HEAD_DIM\(X\) (.*)", instances)
+    assert hopper is not None
+    assert tuple(int(dim) for dim in re.findall(r"X\((\d+),", hopper[1])) == BACKWARD
+
+
+def test_predictions_bracket_what_flashattention_3_reaches() -> None:
+    published = {
+        ("forward", 64): 497,
+        ("forward", 128): 648,
+        ("backward", 64): 474,
+        ("backward", 128): 561,
+    }
+    for (direction, head_dim), rate in published.items():
+        slow, fast = predicted_tflops(direction, head_dim) or (0, 0)
+        assert slow < rate < 1.01 * fast
+    assert predicted_tflops("backward", 256) is None
+    for cost in costs():
+        assert 0.5 < cost.ceiling <= 1
 
 
 class SmallBenchmark(Benchmark):
@@ -236,6 +277,7 @@ def test_one_command_measures_and_reports(
         "CudaKernel": CpuKernel,
         "Flex": lambda: FLEX,
         "cases": lambda lengths: SHAPES,
+        "warm_up": lambda device: None,
     }.items():
         monkeypatch.setattr(gpu, name, value)
     arguments = [

@@ -90,66 +90,79 @@ class GpuImplementation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """Our kernel in Megatron's layout; backward includes delta, and zeroing and rounding the fp32 gradients.
+    """Our kernel in Megatron's layout, called as attention calls it: backward includes delta and all around the kernel.
 
     With ``blocks`` > 1 the keys are processed in blocks that are merged through the accumulated state, as on a ring of
-    ranks.
+    ranks. ``is_alone`` leaves out what surrounds the kernel: delta is given, and gradients are added to fp32 sums. The
+    difference shows whether a slow call is a slow kernel.
     """
 
     kernel: Kernel
     blocks: int = 1
+    is_alone: bool = False
 
     @property
     def name(self) -> str:
         """As in :class:`GpuImplementation`."""
+        if self.is_alone:
+            return "ours, kernel alone"
         return "ours" if self.blocks == 1 else f"ours, {self.blocks} blocks"
 
     def settings(self) -> AbstractContextManager[Any]:
         """As in :class:`GpuImplementation`."""
         return nullcontext()
 
-    def _tiles(self, case: GpuCase) -> Iterator[tuple[slice, TileMask]]:
+    def _tiles(self, case: GpuCase) -> Iterator[tuple[slice, dict[str, Any]]]:
         width = case.seq_length // self.blocks
         for first in range(0, case.seq_length, width):
-            yield slice(first, first + width), TileMask(-FAR - first, -first if case.causal else FAR)
+            mask = TileMask(-FAR - first, -first if case.causal else FAR)
+            yield slice(first, first + width), {"mask": mask, "softmax_scale": case.head_dim**-0.5}
 
-    def _state(self, case: GpuCase, q: Tensor) -> tuple[Tensor, Tensor]:
-        out = torch.empty(q.shape, device=q.device)
-        return out, torch.empty(case.batch, case.heads, case.seq_length, device=q.device)
+    @property
+    def _is_final(self) -> bool:
+        """Whether the kernel writes results in the dtype of the inputs."""
+        return self.blocks == 1 and not self.is_alone and self.kernel.rounds_results
 
-    def forward(self, case: GpuCase, tensors: Tensors) -> Call:
-        """As in :class:`GpuImplementation`."""
-        q, k, v, _ = tensors
-        out, lse = self._state(case, q)
-        scale = case.head_dim**-0.5
+    def _result(self, x: Tensor) -> Tensor:
+        return torch.empty(x.shape, device=x.device, dtype=x.dtype if self._is_final else torch.float32)
+
+    def _forward(self, case: GpuCase, tensors: Tensors) -> Callable[[], tuple[Tensor, Tensor]]:
+        q, k, v, dout = tensors
+        out = self._result(dout)
+        lse = torch.empty(case.batch, case.heads, case.seq_length, device=q.device)
 
         def call() -> tuple[Tensor, Tensor]:
-            for part, mask in self._tiles(case):
-                later = part.start > 0
-                self.kernel.forward(
-                    q, k[part], v[part], out, lse, mask=mask, softmax_scale=scale, accumulate=later
-                )
+            for part, options in self._tiles(case):
+                self.kernel.forward(q, k[part], v[part], out, lse, accumulate=part.start > 0, **options)
             return out, lse
 
         return call
 
+    def forward(self, case: GpuCase, tensors: Tensors) -> Call:
+        """As in :class:`GpuImplementation`."""
+        return self._forward(case, tensors)
+
     def backward(self, case: GpuCase, tensors: Tensors) -> Call:
         """As in :class:`GpuImplementation`."""
         q, k, v, dout = tensors
-        out, lse = self._state(case, q)
-        for part, mask in self._tiles(case):
-            state = {"mask": mask, "softmax_scale": case.head_dim**-0.5, "accumulate": part.start > 0}
-            self.kernel.forward(q, k[part], v[part], out, lse, **state)
-        dq, dk, dv = grads = [torch.empty(x.shape, device=q.device) for x in (q, k, v)]
-
-        def call() -> list[Tensor]:
-            delta = attention_delta(out, dout)
+        out, lse = self._forward(case, tensors)()
+        given = attention_delta(out, dout) if self.is_alone else None
+        grads = [self._result(x) for x in (q, k, v)]
+        if self.is_alone:
             for grad in grads:
                 grad.zero_()
-            for part, mask in self._tiles(case):
-                state = {"mask": mask, "softmax_scale": case.head_dim**-0.5}
-                self.kernel.backward(dout, q, k[part], v[part], lse, delta, dq, dk[part], dv[part], **state)
-            return [grad.to(q.dtype) for grad in grads]
+
+        def call() -> list[Tensor]:
+            delta = attention_delta(out, dout) if given is None else given
+            if self.blocks > 1:
+                for grad in grads:
+                    grad.zero_()
+            dq, dk, dv = grads
+            adds = self.blocks > 1 or self.is_alone
+            for part, options in self._tiles(case):
+                parts = (q, k[part], v[part], lse, delta, dq, dk[part], dv[part])
+                self.kernel.backward(dout, *parts, accumulate=adds, **options)
+            return grads if self.is_alone else [grad.to(q.dtype) for grad in grads]
 
         return call
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_lightseq.tools.bench.gpu_implementations import RING_STEPS, GpuCase
+from megatron_lightseq.tools.bench.gpu_model import predicted_tflops
 
 DIRECTIONS = ("forward", "backward")
 GOALS = {"forward": 0.9, "backward": 0.85}
@@ -56,7 +57,8 @@ def environment(commit: str) -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "driver": _driver(),
+        "driver": _ask_nvidia_smi("driver_version"),
+        "clock at the start": clock(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": str(torch.version.cuda),
@@ -66,8 +68,13 @@ def environment(commit: str) -> dict[str, str]:
     }
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def clock() -> str:
+    """The multiprocessors' clock now and at most, temperature and power, as nvidia-smi prints them."""
+    return _ask_nvidia_smi("clocks.sm,clocks.max.sm,temperature.gpu,power.draw")
+
+
+def _ask_nvidia_smi(fields: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -90,11 +97,12 @@ def best_of_torch(results: Sequence[Measured], case: GpuCase, direction: str) ->
     return max((rate for rate in rates if rate is not None), default=None)
 
 
-def table(results: Sequence[Measured], matmul_tflops: float) -> str:
-    """Markdown table with a line per case, direction and implementation."""
+def table(results: Sequence[Measured], matmul_tflops: float, is_hopper: bool = False) -> str:
+    """Markdown table with a line per case, direction and implementation; on Hopper with our predicted rates."""
     lines = [
-        "| D | mask | heads | S | direction | implementation | ms | TFLOP/s | of matmul | relative to torch |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| D | mask | heads | S | direction | implementation | ms | TFLOP/s | predicted | of matmul "
+        "| relative to torch |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in dict.fromkeys(one.case for one in results):
         heads = "MHA" if case.kv_share == 1 else f"GQA {case.kv_share}"
@@ -107,20 +115,22 @@ def table(results: Sequence[Measured], matmul_tflops: float) -> str:
                         *shape,
                         direction,
                         one.implementation,
-                        *_figures(one, direction, matmul_tflops, best),
+                        *_figures(one, direction, matmul_tflops, best, is_hopper),
                     )
                     lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _figures(
-    one: Measured, direction: str, matmul_tflops: float, best: float | None
-) -> tuple[str, str, str, str]:
+    one: Measured, direction: str, matmul_tflops: float, best: float | None, is_hopper: bool
+) -> tuple[str, str, str, str, str]:
     seconds, rate = one.seconds(direction), one.tflops(direction)
+    ends = predicted_tflops(direction, one.case.head_dim) if one.is_ours and is_hopper else None
+    predicted = "-" if ends is None else f"{ends[0]:.0f} to {ends[1]:.0f}"
     if seconds is None or rate is None:
-        return "-", one.note.replace("|", "/") or "-", "-", "-"
+        return "-", one.note.replace("|", "/") or "-", predicted, "-", "-"
     ratio = "-" if best is None else f"{rate / best:.2f}"
-    return f"{seconds * 1e3:.3f}", f"{rate:.0f}", f"{rate / matmul_tflops:.0%}", ratio
+    return f"{seconds * 1e3:.3f}", f"{rate:.0f}", predicted, f"{rate / matmul_tflops:.0%}", ratio
 
 
 def goals(results: Sequence[Measured]) -> list[str]:
@@ -173,6 +183,7 @@ def write_report(report: Report, results: Sequence[Measured], folder: Path) -> N
     head = [f"- {name}: {value}" for name, value in {**report.environment, **report.ceilings}.items()]
     checked = [f"- {check}" for check in report.checks] or ["- none"]
     goal_lines = [f"- {line}" for line in verdicts]
-    body = table(results, report.ceilings["matmul_tflops"])
+    is_hopper = report.environment.get("capability") == "9.0"
+    body = table(results, report.ceilings["matmul_tflops"], is_hopper)
     text = "\n".join([*head, "", "Checks:", *checked, "", "Goals:", *goal_lines, "", body])
     (folder / "gpu.md").write_text(text + "\n")
