@@ -207,7 +207,7 @@ class LightSeqCoreAttention(SequenceLayer):
             extras: ``attention_bias`` among them; refused unless None.
 
         Returns:
-            (S, B, H * Dv), in query's dtype; B is 1 for packed sequences.
+            (S, B, H * Dv), in query's dtype; (S, H * Dv) where query is (S, H, D), as Transformer Engine returns it.
 
         Raises:
             UnsupportedError: a mask, mask type, bias or packing that this attention would have to ignore.
@@ -218,6 +218,7 @@ class LightSeqCoreAttention(SequenceLayer):
         self.check_adopted()
         self.settings.stats.place.layer = self.layer_number
         mask_type = attn_mask_type or self.attn_mask_type
+        without_batch = query.dim() == 3
         if packed_seq_params is None:
             mask = self._mask(mask_type, attention_mask)
         else:
@@ -226,7 +227,7 @@ class LightSeqCoreAttention(SequenceLayer):
             query, key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
         attention = self.settings.attention(self.group, mask, self.method, self.layer_number)
         out = self._attend(attention, mask, self._scaled(query), key, value)
-        return out.reshape(*out.shape[:2], -1)
+        return out.reshape(len(out), -1) if without_batch else out.reshape(*out.shape[:2], -1)
 
     def _attend(
         self,

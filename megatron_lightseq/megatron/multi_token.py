@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -101,6 +100,18 @@ class LayoutRoll:
         Raises:
             UnsupportedError: another shift, or packed sequences of an unknown kind.
         """
+        rolled, total = self.with_total(tensor, shifts, dims, cp_group, packed_seq_params)
+        return rolled, total / self.layout.cp_size
+
+    def with_total(
+        self,
+        tensor: torch.Tensor,
+        shifts: int = -1,
+        dims: int = -1,
+        cp_group: Any = None,
+        packed_seq_params: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As a call, with the sum over all ranks, at least one."""
         del cp_group
         if shifts != -1:
             raise UnsupportedError(
@@ -117,8 +128,7 @@ class LayoutRoll:
         total = rolled.sum()
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
-        total = torch.where(total == 0, torch.ones_like(total), total)
-        return rolled, total / self.layout.cp_size
+        return rolled, torch.where(total == 0, torch.ones_like(total), total)
 
     def _successors(self, tokens: torch.Tensor) -> torch.Tensor:
         """(S, B) of this rank to (S, B): each token's successor in the whole sequence, 0 behind its end."""
@@ -142,8 +152,9 @@ class LayoutRoll:
 class LayoutLoss:
     """Megatron's ``process_mtp_loss`` (from 0.18 on) for shards of a layout; takes the same arguments.
 
-    Tokens are shifted by the layout. With ``calculate_per_token_loss``, Megatron multiplies the mean over the shifted
-    tokens by a rank's own number of unmasked tokens; here it is the mean of these numbers over the ranks.
+    Tokens are shifted by the layout. Megatron divides losses by a rank's number of shifted tokens, or by 1 if that is
+    less, and with ``calculate_per_token_loss`` multiplies them by its number of tokens. Here both are numbers of all
+    ranks together. A rank's share of them would not do: it is less than 1 where many ranks have few tokens.
     """
 
     def __init__(self, original: FunctionType, roll: LayoutRoll) -> None:
@@ -154,7 +165,8 @@ class LayoutLoss:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Hidden states (S, B, H) of the model's own layers, with the losses of further tokens attached."""
         call = self._signature.bind(*args, **kwargs)
-        given, weight = call.arguments, torch.ones(())
+        size = self._roll.layout.cp_size
+        given, weight = call.arguments, torch.full((), float(size))
         mask = given.get("loss_mask")
         if given["config"].calculate_per_token_loss and mask is not None:
             given["config"] = copy.copy(given["config"])
@@ -162,9 +174,13 @@ class LayoutLoss:
             weight = mask.sum()
             if self._roll.group is not None:
                 dist.all_reduce(weight, group=self._roll.group)
-            weight = weight / self._roll.layout.cp_size
-        attach = _Weighted(self._original.__globals__["MTPLossAutoScaler"], weight)
-        own = with_globals(self._original, roll_tensor=self._roll, MTPLossAutoScaler=attach)
+        scope = self._original.__globals__
+        own = with_globals(
+            self._original,
+            roll_tensor=self._roll.with_total,
+            MTPLossAutoScaler=_Weighted(scope["MTPLossAutoScaler"], weight),
+            MTPLossLoggingHelper=_LoggedAsMean(scope["MTPLossLoggingHelper"], size),
+        )
         hidden: torch.Tensor = own(*call.args, **call.kwargs)
         return hidden
 
@@ -181,8 +197,26 @@ class _Weighted:
         return attached
 
 
+@dataclass(frozen=True, slots=True)
+class _LoggedAsMean:
+    """Megatron's log of these losses, for parts of a mean over all ranks: it averages what the ranks log."""
+
+    helper: Any
+    factor: int
+
+    def __getattr__(self, name: str) -> Any:
+        logged = getattr(self.helper, name)
+        if not name.startswith("save_"):
+            return logged
+
+        def save(loss: torch.Tensor, *args: Any, **options: Any) -> None:
+            logged(loss * self.factor, *args, **options)
+
+        return save
+
+
 def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.ProcessGroup | None) -> int:
-    """Make every module below ``model`` that shifts tokens shift them by ``layout``, and recompute packed sequences.
+    """Make every module below ``model`` that shifts tokens shift them by ``layout``.
 
     Returns:
         The number of methods that shift tokens.
@@ -191,34 +225,7 @@ def adopt_rolls(model: torch.nn.Module, layout: SequenceLayout, group: dist.Proc
     loss = getattr(multi_token_prediction, "process_mtp_loss", None)  # until 0.17 a part of a method
     found = 0
     for module in model.modules():
-        if isinstance(module, multi_token_prediction.MultiTokenPredictionLayer):
-            _checkpoint_tensors_only(module)
         found += rebind(module, "roll_tensor", roll)
         if loss is not None:
             found += rebind(module, "process_mtp_loss", LayoutLoss(loss, roll))
     return found
-
-
-def _checkpoint_tensors_only(layer: Any) -> None:
-    """Keep objects such as ``packed_seq_params`` out of the arguments of an activation checkpoint.
-
-    A checkpoint saves its arguments as tensors. Megatron-Core up to 0.19 hands all arguments of a layer of multi-token
-    prediction to it; later versions do what this does.
-    """
-    original = layer._checkpointed_forward
-    if "forward_func" not in inspect.signature(original).parameters:
-        return
-
-    def checkpointed(forward_func: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        saved = {
-            name: value for name, value in options.items() if value is None or isinstance(value, torch.Tensor)
-        }
-        objects = {name: value for name, value in options.items() if name not in saved}
-
-        def forward(*values: Any) -> Any:
-            given, named = values[: len(args)], values[len(args) :]
-            return forward_func(*given, **dict(zip(saved, named, strict=True)), **objects)
-
-        return original(forward, *args, **saved)
-
-    layer._checkpointed_forward = checkpointed

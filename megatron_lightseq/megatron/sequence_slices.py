@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -269,6 +270,31 @@ def slice_loss(model: Any, slice_tokens: int) -> None:
     sliced = SlicedLoss(model, slice_tokens)
     model.output_layer.forward = sliced.defer
     model.compute_language_model_loss = sliced.losses
+    _count_no_pending_predictions()
+
+
+def _count_no_pending_predictions() -> None:
+    """From 0.19 on, Megatron counts correct predictions of further tokens, for its log, from whole logits.
+
+    Of logits that are computed in slices it counts none: they would have to be computed once more.
+    """
+    original = getattr(multi_token_prediction, "_compute_mtp_acceptance_counts", None)
+    if original is None or isinstance(original, _Counts):
+        return
+    multi_token_prediction._compute_mtp_acceptance_counts = _Counts(original)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Megatron's count of correct and of all predictions."""
+
+    original: Callable[..., tuple[Tensor, Tensor]]
+
+    def __call__(self, logits: Tensor | PendingLogits, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(logits, PendingLogits):
+            none = torch.zeros((), device=logits.hidden.device)
+            return none, none.clone()
+        return self.original(logits, *args, **kwargs)
 
 
 def compute_in_slices(

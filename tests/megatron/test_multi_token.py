@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -159,3 +159,70 @@ def _logged_loss(name: str) -> float | None:
         collection=SimpleNamespace(dp_cp=torch.distributed.group.WORLD, pp=torch.distributed.group.WORLD),
     )
     return mtp_loss(training)  # type: ignore[arg-type]
+
+
+# --- few tokens on many ranks -----------------------------------------------------------------------------------------
+
+
+class MTPLossAutoScaler:
+    """In place of Megatron's: keeps what is attached."""
+
+    attached: ClassVar[list[float]] = []
+
+    @classmethod
+    def apply(cls, activation: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        cls.attached.append(float(loss.sum()))
+        return activation
+
+
+class MTPLossLoggingHelper:
+    """In place of Megatron's: keeps what is logged."""
+
+    logged: ClassVar[list[float]] = []
+
+    @classmethod
+    def save_loss_to_tracker(cls, loss: torch.Tensor, layer: int) -> None:
+        del layer
+        cls.logged.append(float(loss))
+
+
+def roll_tensor(*_: Any) -> Any:
+    raise AssertionError("replaced")
+
+
+def _mtp_loss(
+    hidden: torch.Tensor, losses: torch.Tensor, loss_mask: torch.Tensor, config: Any
+) -> torch.Tensor:
+    """As Megatron-Core 0.18 normalises the losses of further tokens."""
+    original = loss_mask.sum()
+    loss_mask, num_tokens = roll_tensor(loss_mask)
+    losses = losses * loss_mask
+    MTPLossLoggingHelper.save_loss_to_tracker(losses.sum() / num_tokens, 0)
+    weight = original if config.calculate_per_token_loss else 1
+    return MTPLossAutoScaler.apply(hidden, losses * weight / num_tokens.clamp(min=1))
+
+
+def _attached(num_tokens: int, per_token: bool) -> tuple[float, float]:
+    import torch.distributed as dist
+
+    from megatron_lightseq.megatron.multi_token import LayoutLoss, LayoutRoll
+
+    layout, group = SequenceLayout("contiguous", dist.get_world_size()), dist.group.WORLD
+    losses, mask = torch.arange(1.0, LENGTH + 1)[None], torch.zeros(1, LENGTH)
+    mask[0, 5 : 5 + num_tokens] = 1
+    losses, mask = (layout.shard(x, dist.get_rank(), 1) for x in (losses, mask))
+    MTPLossAutoScaler.attached.clear()
+    MTPLossLoggingHelper.logged.clear()
+    config = SimpleNamespace(calculate_per_token_loss=per_token)
+    LayoutLoss(_mtp_loss, LayoutRoll(layout, group))(torch.zeros(1), losses, mask, config)  # type: ignore[arg-type]
+    return MTPLossAutoScaler.attached[0], MTPLossLoggingHelper.logged[0]
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 9])
+def test_few_tokens_weigh_the_same_on_many_ranks(num_tokens: int, per_token: bool) -> None:
+    """Sums of attached losses, which Megatron averages over ranks unless it divides by all tokens, and of the log."""
+    ((attached, logged),) = on_ranks(1, _attached, num_tokens, per_token)
+    found = on_ranks(4, _attached, num_tokens, per_token)
+    assert sum(part for part, _ in found) / (1 if per_token else 4) == pytest.approx(attached)
+    assert sum(part for _, part in found) / 4 == pytest.approx(logged)

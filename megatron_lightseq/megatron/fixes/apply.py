@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_lightseq.megatron.fixes.checkpointed_tokens import checkpoint_multi_token_layers
 from megatron_lightseq.megatron.fixes.dispatch import release_dispatched_tokens
 from megatron_lightseq.megatron.fixes.experts import weigh_auxiliary_losses
 from megatron_lightseq.megatron.fixes.latent_attention import sum_shared_keys
@@ -21,9 +22,12 @@ def fix_model(model: torch.nn.Module) -> None:
       share is summed (:func:`sum_shared_keys`).
     * Mixture of experts: a model that is no longer used can be freed (:func:`release_dispatched_tokens`).
 
+    * Multi-token prediction: its layers can be recomputed (:func:`checkpoint_multi_token_layers`).
+
     :func:`megatron_lightseq.megatron.adopt_layout` calls it. Modules outside of ``model`` do not change.
     """
     route_whole_micro_batches(model)
     weigh_auxiliary_losses(model)
     sum_shared_keys(model)
     release_dispatched_tokens(model)
+    checkpoint_multi_token_layers(model)

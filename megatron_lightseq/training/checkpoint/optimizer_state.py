@@ -50,6 +50,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     parts = _parts(optimizer)
     settings = [[_settings(group) for group in part.param_groups] for part in parts]
     for part, part_state in zip(parts, _by_part(parts, state), strict=True):
+        _take_own_rates(part, part_state)
         if isinstance(part, DistributedOptimizer):
             _load_distributed(part, part_state)
         else:
@@ -63,6 +64,28 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """The settings of a parameter group, which Megatron and torch would overwrite with the checkpoint's."""
     return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+
+def _take_own_rates(part: Any, part_state: dict[str, Any]) -> None:
+    """Give the checkpoint's groups this optimizer's rates: from 0.19 on, Megatron finds groups by their rates too."""
+    own: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for group in part.param_groups:
+        own.setdefault(_kind(group), []).append(group)
+    for group in _inner(part_state).get("param_groups", []):
+        counterparts = own.get(_kind(group), [])
+        if len(counterparts) == 1:
+            group.update(
+                {key: counterparts[0][key] for key in _RATES if key in counterparts[0] and key in group}
+            )
+
+
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
+_KINDS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+
+
+def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What distinguishes the parameter groups of one optimizer, whatever its rates."""
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in _KINDS)
 
 
 def _parts(optimizer: Any) -> list[Any]:
