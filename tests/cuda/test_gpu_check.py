@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.cuda.emulator import Emulator
-from tests.cuda.sanitized import run_tiles
+from tests.cuda.sanitized import announced, run_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
@@ -33,9 +34,13 @@ echo "$*" >>"$LOG"
 [[ "$*" != *"bench.gpu --out"* ]] || echo figures >"$4/gpu.md"
 echo "4 passed, 2 deselected in 0.10s"
 """
-SANITIZER = (
-    '#!/usr/bin/env bash\n[ "$1" = --tool ] && [ "$3 $4" = "--error-exitcode 9" ] && shift 4 && exec "$@"\n'
-)
+SANITIZER = """#!/usr/bin/env bash
+[ -z "${NO_DEVICE:-}" ] || { echo "========= Error: Device not supported" && exit 1; }
+[ "$1" = --tool ] && [ "$3 $4" = "--error-exitcode 9" ] || exit 2
+tool=$2 && shift 4
+[ "${RACES:-}" != "$tool" ] || [ "$2" = -c ] || exit 9
+exec "$@"
+"""
 
 
 @pytest.fixture
@@ -79,19 +84,20 @@ def test_all_stages_run_in_order_and_within_nine_minutes(machine: Path) -> None:
     assert all(5 < int(limit) < TOTAL for limit in LIMITS.values())
     words = (
         "build_ext",
+        "sanitized --one-dtype",
         "test_calibration",
         "test_gpu",
         "test_two_ranks",
-        "sanitized",
         "bench.gpu",
+        "sanitized",
         "sanitized",
     )
     for line, word in zip(started, (*words, "100x77"), strict=True):
         assert word in line
-    assert all("tests.cuda.apart --seconds" in line for line in started[1:3])
+    assert all("tests.cuda.apart --seconds" in line for line in started[2:4])
     bench = started[5]
     assert f"--seconds {int(LIMITS['bench']) - 40} " in bench
-    assert "--commit abcdef --checks build=ok primitives=ok correctness=ok ranks=ok memcheck=ok" in bench
+    assert bench.endswith("--commit abcdef --checks build=ok smoke=ok primitives=ok correctness=ok ranks=ok")
     assert re.findall(r"^\s+([a-z-]+)=ok$", output, re.M) == list(LIMITS)
     assert sorted(path.name for path in (machine / "out").iterdir()) == ["gpu.md", "log.txt"]
     assert (machine / "out" / "gpu.md").read_text().endswith("- racecheck=ok\n- later-gpus=ok\n")
@@ -178,7 +184,7 @@ def test_only_runs_what_it_names(machine: Path) -> None:
     assert len(started) == 2
     status, output, started = check(machine, "--only", "ranks,benches")
     assert (status, started) == (1, [])
-    assert "unknown stage benches. The stages are: build primitives correctness" in output
+    assert "unknown stage benches. The stages are: build smoke primitives correctness" in output
 
 
 def test_without_tools_stages_are_skipped_by_name(machine: Path) -> None:
@@ -193,6 +199,77 @@ def test_without_tools_stages_are_skipped_by_name(machine: Path) -> None:
     assert output.count("=skipped: compute-sanitizer is not installed") == 2
 
 
+def test_a_sanitizer_that_refuses_the_gpu_is_skipped_with_its_reason(machine: Path) -> None:
+    status, output, started = check(machine, "--only", "memcheck,racecheck", NO_DEVICE="1")
+    assert (status, started) == (0, [])
+    for name in ("memcheck", "racecheck"):
+        why = (
+            "compute-sanitizer cannot check a program of one line here: ========= Error: Device not supported"
+        )
+        assert f"{name}=skipped: {why}" in output
+
+
+def test_races_are_told_and_do_not_count_but_bad_accesses_do(machine: Path) -> None:
+    status, output, _ = check(machine, "--only", "memcheck,racecheck", RACES="racecheck")
+    assert status == 0, output
+    assert "racecheck=advisory: exit status 9" in output
+    status, output, _ = check(machine, "--only", "memcheck,racecheck", RACES="memcheck")
+    assert status == 1
+    assert "memcheck=FAILED: exit status 9" in output
+
+
+def test_a_carried_module_is_used_where_nothing_is_built(machine: Path) -> None:
+    script = changed_script(machine, ("TOTAL=535", "TOTAL=535"))
+    package = machine / "megatron_lightseq"
+    package.mkdir()
+    carried = machine / "carried.so"
+    carried.write_text("kernels")
+    # The first question after the build is answered by MISSING, the next ones by a module that is there.
+    (machine / "python").write_text(
+        PYTHON.replace("*missing_cuda*)", "*missing_cuda*) [ ! -e megatron_lightseq/_C.abi3.so ] || exit 0;")
+    )
+    options = ("--only", "smoke", "--module", str(carried))
+    status, output, started = check(machine, *options, script=script, MISSING="no nvcc")
+    assert status == 0, output
+    assert len(started) == 1
+    assert (package / "_C.abi3.so").read_text() == "kernels"
+    assert "no CUDA kernels were built (no nvcc): using " in output
+    status, output, _ = check(machine, "--module", "nowhere.so", script=script)
+    assert status == 1
+    assert "--module nowhere.so: there is no such file" in output
+
+
+def test_results_are_committed_alone(machine: Path) -> None:
+    script = changed_script(machine, ("TOTAL=535", "TOTAL=535"))
+
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(
+            ["git", *identity, *words], cwd=machine, check=True, capture_output=True, text=True
+        )
+        return done.stdout
+
+    git("init", "-q")
+    git("config", "user.name", "a")
+    git("config", "user.email", "a@b")
+    (machine / ".gitignore").write_text("out\n")
+    git("add", ".gitignore")
+    git("commit", "-q", "-m", "first")
+    (machine / "unfinished.py").write_text("")
+    git("add", "unfinished.py")
+    status, output, _ = check(
+        machine, "--commit", script=script, FAIL="test_calibration", GPU_CHECK_COMMIT="abcdef"
+    )
+    assert status == 1
+    assert "committed " in output
+    assert git("show", "--name-only", "--format=%s").split("\n")[:4] == [
+        "Record what gpu_check.sh found on Some-GPU at abcdef",
+        "",
+        "out/gpu.md",
+        "out/log.txt",
+    ]
+
+
 def test_nothing_is_checked_without_a_gpu_or_kernels(machine: Path) -> None:
     status, output, started = check(machine, NO_GPU="1")
     assert (status, started) == (1, [])
@@ -204,7 +281,22 @@ def test_nothing_is_checked_without_a_gpu_or_kernels(machine: Path) -> None:
 
 def test_what_the_sanitizer_sees_is_every_kernel(library: Path) -> None:
     for architecture in ("sm80", "sm90"):
-        run_tiles(lambda deterministic: Emulator(library, architecture, deterministic=deterministic), "cpu")  # noqa: B023
+        run_tiles(
+            lambda deterministic: Emulator(library, architecture, deterministic=deterministic),  # noqa: B023
+            "cpu",
+            dtypes=(torch.bfloat16,),
+        )
+
+
+def test_the_last_line_names_the_kernel_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with announced("forward, D = 64"):
+        assert capsys.readouterr().out == "forward, D = 64 ... "
+    assert capsys.readouterr().out == "ran\n"
+    with pytest.raises(RuntimeWarning, match="half the speed"), announced("backward"):
+        warnings.warn("half the speed", RuntimeWarning, stacklevel=1)
 
 
 GPU_STAGES = ("tests/cuda/test_gpu.py", "tests/cuda/test_calibration.py", "tests/cuda/test_two_ranks.py")

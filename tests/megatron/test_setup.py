@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -168,3 +169,29 @@ def test_dropout_differs_where_tokens_differ_and_agrees_where_they_are_shared() 
     outside, inside = zip(*draws, strict=True)
     assert outside[0] == outside[1] != outside[2] == outside[3]
     assert len(set(inside)) == 4
+
+
+@pytest.mark.parametrize(("backend", "urgent"), [("nccl", ["cp"]), ("gloo", [])])
+def test_transfers_between_gpus_start_before_waiting_blocks(
+    monkeypatch: pytest.MonkeyPatch, backend: str, urgent: list[str]
+) -> None:
+    """Megatron gives the NCCL communicators of these groups streams of high priority."""
+    from megatron.core import parallel_state
+
+    from megatron_lightseq.training import setup
+
+    class Asked(Exception):
+        pass
+
+    def initialize(*_: object, **options: Any) -> None:
+        raise Asked(options["high_priority_stream_groups"])
+
+    assert 'get_nccl_options("cp", ' in inspect.getsource(parallel_state.initialize_model_parallel)
+    monkeypatch.setattr(setup.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(setup.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(setup, "_check_world", lambda: None)
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: False)
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", initialize)
+    with pytest.raises(Asked) as asked:
+        setup.initialize_parallel(with_values(PretrainConfig(), **TINY))
+    assert asked.value.args == (urgent,)
