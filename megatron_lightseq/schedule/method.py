@@ -74,8 +74,8 @@ class Method:
     """Whether any rank that holds keys or queries may send them on, and not only their owner."""
     full_rows: bool = False
     """Keep full rows of scores instead of merging partial softmaxes (Ring Self-Attention, arXiv 2105.13120)."""
-    sized: SizedForm | None = None
-    """The form of its name that carries sizes, if it has one."""
+    sized: tuple[SizedForm, ...] = ()
+    """The forms of its name that carry sizes."""
     auto_candidates: Candidates | None = None
     """The names under which ``auto`` considers it on a layout it accepts; None for its name alone."""
 

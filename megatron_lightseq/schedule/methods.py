@@ -8,7 +8,12 @@ from dataclasses import replace
 from functools import cache
 
 from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
-from megatron_lightseq.schedule.balance.place import place_balanced, splits_of
+from megatron_lightseq.schedule.balance.place import (
+    BALANCED_LAYOUTS,
+    balanced_variants,
+    place_balanced,
+    splits_of,
+)
 from megatron_lightseq.schedule.ir import Direction, Placement
 from megatron_lightseq.schedule.method import Method, SizedForm
 from megatron_lightseq.schedule.place import (
@@ -58,9 +63,19 @@ def ulysses_candidates(problem: Problem) -> Sequence[str]:
 
 
 def usp_candidates(problem: Problem) -> Sequence[str]:
-    """Exchanges among every possible number of ranks, at most as many as there are heads."""
+    """Exchanges among every possible number of ranks, at most as many as there are heads; on contiguous shards also
+    with ``balanced`` between the groups. With a prime number of ranks, the default is a ring in finer tiles."""
+    inner = ("", "-balanced") if problem.layout.name in BALANCED_LAYOUTS else ("",)
     sizes = exchange_sizes(problem.layout.cp_size, problem.shape.num_heads)
-    return [f"usp:{size}" for size in sizes]
+    cp_size = problem.layout.cp_size
+    finer = cp_size > 1 and nearly_square(cp_size) == 1 and problem.layout.name not in LIGHTSEQ_LAYOUTS
+    return [*(["usp"] if finer else []), *(f"usp:{size}{form}" for size in sizes for form in inner)]
+
+
+def balanced_candidates(problem: Problem) -> Sequence[str]:
+    """Several numbers of steps, and with some of the imbalance left, where moving work costs more than it saves."""
+    variants = balanced_variants(problem.layout.cp_size) if problem.layout.cp_size > 1 else ()
+    return ["balanced", *(f"balanced:{steps}x{percent}" for steps, percent in variants)]
 
 
 def exchange_sizes(cp_size: int, num_heads: int) -> list[int]:
@@ -104,6 +119,18 @@ def usp(ulysses_size: int) -> Method:
     return replace(USP, name=f"usp:{ulysses_size}", ulysses_size=lambda cp_size: ulysses_size)
 
 
+@cache
+def usp_balanced(ulysses_size: int) -> Method:
+    """Heads exchanged among ``ulysses_size`` ranks, and the ``balanced`` method between such groups."""
+    return replace(
+        BALANCED,
+        name=f"usp:{ulysses_size}-balanced",
+        summary="ulysses within groups of ranks; balanced between the groups",
+        ulysses_size=lambda cp_size: ulysses_size,
+    )
+
+
+@cache
 def balanced(num_steps: int, target_percent: int) -> Method:
     """The ``balanced`` method in a number of steps, with ranks filled up to a percentage of the mean load."""
 
@@ -126,7 +153,7 @@ MESH = Method(
     summary="the queries of a row of ranks against the keys of a column: traffic grows with the square root of P",
     source="derived here",
     default_layout="zigzag",
-    sized=SizedForm("ROWSxCOLUMNS", mesh),
+    sized=(SizedForm("ROWSxCOLUMNS", mesh),),
     auto_candidates=mesh_candidates,
 )
 BALANCED = Method(
@@ -134,11 +161,12 @@ BALANCED = Method(
     place_balanced,
     summary="its own queries, except for rectangles of work that ranks with less take over; for any mask",
     source="derived here",
-    only_layouts=("contiguous",),
+    only_layouts=BALANCED_LAYOUTS,
     splits=splits_of,
     uses_shape=True,
     relays=True,
-    sized=SizedForm("STEPSxPERCENT", balanced),
+    sized=(SizedForm("STEPSxPERCENT", balanced),),
+    auto_candidates=balanced_candidates,
 )
 USP = Method(
     "usp",
@@ -147,7 +175,7 @@ USP = Method(
     source="USP, arXiv 2405.07719",
     splits=2,
     ulysses_size=nearly_square,
-    sized=SizedForm("SIZE", usp),
+    sized=(SizedForm("SIZE", usp), SizedForm("SIZE-balanced", usp_balanced)),
     auto_candidates=usp_candidates,
 )
 METHODS: dict[str, Method] = {
@@ -234,7 +262,7 @@ def method_names() -> tuple[str, ...]:
 
 def method_forms() -> tuple[str, ...]:
     """Everything that :func:`resolve_method` accepts, for messages: the names, then the forms with sizes."""
-    sized = (f"{method.name}:{method.sized.text}" for method in METHODS.values() if method.sized)
+    sized = (f"{method.name}:{form.text}" for method in METHODS.values() for form in method.sized)
     return (*METHODS, *sized)
 
 
@@ -247,7 +275,8 @@ def resolve_method(method: str | Method) -> Method:
     """The method of that name; a :class:`Method` is returned as it is.
 
     In addition to the names in ``METHODS``: ``mesh:4x2`` for a process mesh of 4 rows and 2 columns, ``usp:4`` for
-    heads exchanged among 4 ranks.
+    heads exchanged among 4 ranks, ``usp:4-balanced`` for the same with the ``balanced`` method between the groups,
+    ``balanced:6x103`` for 6 steps and ranks filled up to 103 % of the mean load.
 
     Raises:
         UnsupportedError: no method has that name; the message gives the nearest one.
@@ -258,9 +287,10 @@ def resolve_method(method: str | Method) -> Method:
     known = METHODS.get(name)
     if known is not None and not colon:
         return known
-    sized = known.sized.parse(sizes) if known is not None and known.sized is not None else None
-    if sized is not None:
-        return sized
+    for form in () if known is None else known.sized:
+        sized = form.parse(sizes)
+        if sized is not None:
+            return sized
     near = difflib.get_close_matches(method, METHODS, n=1)
     raise UnsupportedError(
         explain(

@@ -80,6 +80,27 @@ def test_results_equal_one_device_over_two_nodes(seed: int) -> None:
         assert (got - want).abs().max() <= 1e-12, oracle.NAMES[i]
 
 
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_results_equal_one_device_with_heads_exchanged_around_it(size: int) -> None:
+    seq_length = size * 96
+    mask = random_documents(random.Random(size), seq_length)
+    whole = oracle.inputs(seq_length, (4, 2), (8, 5), torch.float64)
+    layout = SequenceLayout.contiguous(size)
+
+    def attend(group: Group) -> list[Tensor]:
+        attention = DistAttention(group, method="usp:2-balanced", mask=mask, network=TWO_NODES)
+        q, k, v, dout = (layout.shard(x, group.rank(), 0).clone() for x in whole)
+        for x in (q, k, v):
+            x.requires_grad_()
+        out = attention(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+    parts = run_loopback(size, attend)
+    for i, want in enumerate(oracle.expected(whole, mask)):
+        got = layout.unshard([part[i] for part in parts], 0)
+        assert (got - want).abs().max() <= 1e-12, oracle.NAMES[i]
+
+
 @pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 5, 8])
 def test_schedules_are_valid_and_read_back(cp_size: int, direction: Direction) -> None:

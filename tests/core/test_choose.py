@@ -18,6 +18,7 @@ from megatron_lightseq.schedule import (
 from megatron_lightseq.schedule.choose import candidates, exchange_messages
 from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.schedule.network import transfer_times
+from megatron_lightseq.tools.lengths import draw
 
 NVLINK, TWO_LEVELS = Network.parse("nvlink"), Network.parse("nvlink+100gbps")
 FIXED = {
@@ -43,7 +44,10 @@ def shape(groups: int) -> TensorShape:
 
 
 def fits(method: str, cp_size: int) -> bool:
-    sizes = method.partition(":")[2]
+    name, _, sizes = method.partition(":")
+    if name == "balanced":
+        return True
+    sizes = sizes.removesuffix("-balanced")
     if "x" in sizes:
         rows, columns = map(int, sizes.split("x"))
         return rows * columns == cp_size
@@ -66,6 +70,30 @@ def test_auto_is_never_far_behind_the_best_fixed_method(cp_size: int, network: N
         if fits(method, cp_size)
     )
     assert chooser.rank(shape(groups), network)[0].seconds <= 1.05 * best
+
+
+BALANCED = [f"balanced:{steps}x{percent}" for steps in (4, 6, 8, 12) for percent in (100, 105, 125, 150, 170)]
+
+
+@pytest.mark.parametrize("tokens", [2048, 32768])
+@pytest.mark.parametrize("name", ["wlb", "longalign", "chat"])
+@pytest.mark.parametrize("cp_size", [2, 3, 8])
+def test_auto_is_never_behind_on_packed_documents(cp_size: int, name: str, tokens: int) -> None:
+    """The whole grid: python scripts/measure_schedules.py packed."""
+    mask = Mask.documents(draw(name, cp_size * tokens, 0))
+    chooser = Chooser(cp_size, cp_size * tokens, mask)
+    fixed = {
+        **{layout: [*methods] for layout, methods in FIXED.items() if layout != "striped"},
+        "contiguous": [*FIXED["contiguous"], *BALANCED, "balanced", "usp:2-balanced", "usp:4-balanced"],
+    }
+    for groups in (32, 4):
+        best = min(
+            sum(chooser.predict(method, layout, way, shape(groups), NVLINK).seconds for way in Direction)
+            for layout, methods in fixed.items()
+            for method in methods
+            if fits(method, cp_size)
+        )
+        assert chooser.rank(shape(groups), NVLINK)[0].seconds <= 1.02 * best
 
 
 def test_the_choice_depends_on_heads_and_network() -> None:

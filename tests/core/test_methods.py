@@ -105,8 +105,8 @@ def test_every_method_is_described() -> None:
         assert method.source
         assert method.default_layout in method.layouts
         assert method.layouts[0] == method.default_layout
-        if method.sized is not None:
-            assert f"{name}:{method.sized.text}" in method_forms()
+        for form in method.sized:
+            assert f"{name}:{form.text}" in method_forms()
     assert default_layouts() == ("contiguous", "zigzag")
 
 

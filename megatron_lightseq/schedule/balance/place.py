@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import inf
+from typing import NamedTuple
+
 from megatron_lightseq.schedule.balance.plan import BalanceOptions, plan_blocks
 from megatron_lightseq.schedule.balance.rows import quantum_of
 from megatron_lightseq.schedule.balance.solve import Prices
@@ -9,12 +12,47 @@ from megatron_lightseq.schedule.ir import Placement, Tile
 from megatron_lightseq.schedule.network import Network
 from megatron_lightseq.schedule.problem import Problem
 
-STEPS = 6
+BALANCED_LAYOUTS = ("contiguous",)
+"""Layouts of one piece a rank, as the solver assumes."""
 TARGET_PERCENT = 100
-_MANY_RANKS = 16
 _LEAST_GRAIN = 4
+
+
+class _Fineness(NamedTuple):
+    """How finely work is balanced on up to so many ranks; found with scripts/measure_schedules.py packed."""
+
+    most_ranks: float
+    grain: int
+    """Rows of work per piece."""
+    steps: int
+    """Where more ranks exchange more, shorter steps leave less to wait for."""
+    other_steps: tuple[int, ...]
+    """Numbers of steps that may be better for some masks and networks."""
+    targets: tuple[int, ...] = (100, 103, 110, 125, 150, 170)
+    """Percent of the mean load. Some imbalance is better where moving work costs more than it saves."""
+
+
+_FINENESS = (
+    _Fineness(8, 32, 6, (4, 8, 12)),
+    _Fineness(16, 32, 10, (4, 6, 8, 14)),
+    _Fineness(64, 16, 16, (4, 8, 12), (100, 103, 110, 125, 150)),
+    _Fineness(inf, 16, 16, (), (100, 125, 170)),  # a plan takes tenths of a second
+)
+
+
+def _fineness(cp_size: int) -> _Fineness:
+    return next(entry for entry in _FINENESS if cp_size <= entry.most_ranks)
+
+
 _MOST_EXPENSIVE = 8.0
 """Transfers between nodes are taken to cost at most this many times those within a node."""
+
+
+def balanced_variants(cp_size: int) -> list[tuple[int, int]]:
+    """Numbers of steps and targets in percent that are worth comparing with the defaults, in simulation."""
+    fine = _fineness(cp_size)
+    pairs = [(steps, percent) for steps in (fine.steps, *fine.other_steps) for percent in fine.targets]
+    return pairs[1:]
 
 
 def splits_of(problem: Problem) -> int:
@@ -35,26 +73,26 @@ def _quantum(problem: Problem) -> int:
 
 
 def place_balanced(
-    problem: Problem, num_steps: int = STEPS, target_percent: int = TARGET_PERCENT
+    problem: Problem, num_steps: int | None = None, target_percent: int = TARGET_PERCENT
 ) -> Placement:
     """Owners compute, and ranks with little work take rectangles of it over from ranks with much (``solve.py``).
 
     Args:
         problem: what to place; its shape sets the prices of moving queries and keys, its network the nodes.
-        num_steps: steps with work.
+        num_steps: steps with work; default: more on more ranks.
         target_percent: ranks are filled up to this share of the mean load. More than 100 leaves some imbalance where
             moving work costs more than it saves.
     """
     layout, network, quantum = problem.layout, problem.network, _quantum(problem)
     owners = [layout.owner[piece * layout.splits] for piece in range(layout.cp_size)]
-    grain = 16 if len(owners) <= _MANY_RANKS else 8
+    fine = _fineness(len(owners))
     options = BalanceOptions(
         prices=prices_of(problem),
         nodes=tuple(0 if network is None else network.node(rank) for rank in owners),
         batch_rows=layout.batch_rows,
         quantum=quantum,
-        grain=max(min(grain, _LEAST_GRAIN), grain // layout.batch_rows),
-        num_steps=max(3, num_steps),
+        grain=max(_LEAST_GRAIN, fine.grain // layout.batch_rows),
+        num_steps=max(3, num_steps or fine.steps),
         target=target_percent / 100,
     )
     blocks = plan_blocks(problem.mask, problem.seq_length, options)
