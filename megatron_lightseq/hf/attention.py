@@ -32,6 +32,17 @@ _HARMLESS = {
 }
 """Keyword arguments that models hand down to attention and that do not change its result."""
 
+_MASKS = (
+    "causal_mask_function",
+    "sliding_window_overlay.",
+    "chunked_overlay.",
+    "packed_sequence_mask_function.",
+)
+"""Functions of transformers' masks whose work the plan of a batch does."""
+
+_COMBINED = ("and_masks.", "remap_positions_for_packed_sequence.", "add_offsets_to_mask_function.")
+"""Functions of transformers that are made of these."""
+
 _registered: list[bool] = []
 
 
@@ -121,7 +132,7 @@ def lightseq_mask(
         UnsupportedError: a mask with functions of its own.
         ConfigError: padding in a batch that was not cut.
     """
-    if use_vmap or others.get("or_mask_function") or others.get("and_mask_function"):
+    if use_vmap or adds_functions(others.get("mask_function")):
         raise UnsupportedError(
             explain(
                 got="a model that adds functions to its attention mask",
@@ -137,6 +148,23 @@ def lightseq_mask(
                 remedy="Give the model what ContextParallel.shard returns",
             )
         )
+
+
+def adds_functions(mask: Any) -> bool:
+    """Whether a mask function of transformers has parts other than causal masks, windows, chunks and documents.
+
+    Releases before 5.0 do not tell it otherwise. Functions made of others have them in their closures.
+    """
+    if mask is None:
+        return False
+    name = getattr(mask, "__qualname__", "")
+    if getattr(mask, "__module__", "") != "transformers.masking_utils":
+        return True
+    if not name.startswith(_COMBINED):
+        return not name.startswith(_MASKS)
+    cells = [cell.cell_contents for cell in mask.__closure__]
+    parts = [part for cell in cells for part in (cell if isinstance(cell, tuple) else (cell,))]
+    return any(adds_functions(part) for part in parts if callable(part))
 
 
 def _refuse(what: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def _problem(transformers: Any) -> str | None:
         return "keyword arguments of a model do not reach the functions of AttentionInterface"
     if not seen.mask_calls or any(mask is not None for mask in seen.masks):
         return "the functions of AttentionMaskInterface do not decide which mask attention gets"
-    if "attention_mask" not in seen.mask_calls[0] or "use_vmap" not in seen.mask_calls[0]:
+    if "attention_mask" not in seen.mask_calls[0] or "mask_function" not in seen.mask_calls[0]:
         return "the functions of AttentionMaskInterface are called with other arguments"
     if not torch.allclose(found.loss, wanted, atol=1e-6):
         return "the loss of a causal language model does not take shift_labels and num_items_in_batch"

@@ -7,6 +7,7 @@ Its own context parallelism, which drops masks, is never switched on. No class o
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -92,6 +93,7 @@ class LightSeqTrainerMixin:
 
     accelerator: Any
     args: Any
+    model_accepts_loss_kwargs: bool
     context_parallel: ContextParallel
     _prepared: tuple[int, bool] | None = None
     _wants_logits = False
@@ -128,10 +130,14 @@ class LightSeqTrainerMixin:
         cp, evaluating = self.context_parallel, not torch.is_grad_enabled()
         self._prepare_once(model)
         local = cp.shard(self._without_repeats(inputs) if evaluating else inputs)
-        processes, averaged = self.accelerator.num_processes, self.args.average_tokens_across_devices
-        counted = num_items_in_batch
+        counting = self.model_accepts_loss_kwargs  # Axolotl switches it off: then each batch counts alike
+        processes = self.accelerator.num_processes
+        averaged = counting and self.args.average_tokens_across_devices
+        counted = num_items_in_batch if counting else None
         if "labels" in local and (evaluating or counted is None):
             counted = self._targets(local, everywhere=evaluating)
+        if counted is not None and not counting:
+            local["num_items_in_batch"] = counted
         summed = evaluating or (
             averaged and counted is num_items_in_batch
         )  # over all ranks, else over a group
@@ -176,7 +182,7 @@ class LightSeqTrainerMixin:
             return
         share_router_loss_in(outer)
         self.context_parallel.check(inner)
-        _check_options(self)
+        _check_options(self, inner)
         keep_attention_in(inner)
         self._prepared = state
 
@@ -227,7 +233,7 @@ class Trainer(LightSeqTrainerMixin, transformers.Trainer):
     """``transformers.Trainer`` over a context-parallel group."""
 
 
-def _check_options(trainer: Any) -> None:
+def _check_options(trainer: Any, model: Any) -> None:
     """Raise :class:`UnsupportedError` for options of a trainer whose losses are not sums over tokens of a shard."""
     if trainer.context_parallel.size == 1:
         return
@@ -251,11 +257,17 @@ def _check_options(trainer: Any) -> None:
             "Use FSDP2 or DDP",
         ),
         (
-            not trainer.model_accepts_loss_kwargs,
-            f"{type(trainer.model).__name__}, which does not take num_items_in_batch",
+            not _takes_count(model),
+            f"{type(model).__name__}, which does not take num_items_in_batch",
             "targets are counted over the group",
             "Train this model without context parallelism",
         ),
     ):
         if found:
             raise UnsupportedError(explain(got=f"{what} with context parallelism", rule=why, remedy=remedy))
+
+
+def _takes_count(model: Any) -> bool:
+    """Whether a model hands ``num_items_in_batch`` on to its loss."""
+    arguments = inspect.signature(model.forward).parameters.values()
+    return any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments)

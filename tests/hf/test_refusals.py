@@ -173,6 +173,24 @@ def test_masks_with_functions_of_their_own_are_refused() -> None:
         attention.lightseq_mask(batch_size=1, use_vmap=True)
 
 
+def test_mask_functions_are_told_apart() -> None:
+    """Also where no argument tells, as before transformers 5.0."""
+    from transformers import masking_utils as masks
+
+    def images(*_: Any) -> bool:
+        return True
+
+    packed = masks.packed_sequence_mask_function(torch.ones(1, 4))
+    known = [masks.causal_mask_function, masks.sliding_window_causal_mask_function(3)]
+    known += [masks.and_masks(known[1], packed), masks.chunked_causal_mask_function(3, torch.zeros(1))]
+    assert not any(map(attention.adds_functions, known))
+    for combine in (masks.or_masks, masks.and_masks):
+        assert attention.adds_functions(combine(masks.causal_mask_function, images))
+        assert attention.adds_functions(masks.and_masks(combine(known[1], images), packed))
+    with pytest.raises(UnsupportedError, match="adds functions to its attention mask"):
+        attention.lightseq_mask(mask_function=masks.or_masks(*known[:2]))
+
+
 def test_reentrant_checkpoints_cannot_keep_attention() -> None:
     model = tiny.model("llama", "lightseq")
     assert hf.keep_attention_in(model) == 0

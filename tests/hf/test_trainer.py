@@ -50,6 +50,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "dp2 x cp2, packed, odd evaluation": (4, 2, ODD),
     "cp2, experts' load": (2, 2, {"model": "mixtral", "changes": ROUTED}),
     "cp2, tokens of each rank": (2, 2, {"average_tokens_across_devices": False}),
+    "cp2, batches count alike": (2, 2, {"counting": False, "evaluated": 5}),
     "cp2, metrics of gathered logits": (2, 2, {"compute_metrics": True}),
 }
 

@@ -99,6 +99,7 @@ def trainer(cp_size: int, size: int, folder: str, **options: Any) -> Any:
     """A Trainer of the tiny Llama; for one process transformers' own, with eager attention."""
     packed, evaluated = options.pop("packed", False), options.pop("evaluated", 6)
     name, changes = options.pop("model", "llama"), options.pop("changes", {})
+    counting = options.pop("counting", True)
     own = {name: options.pop(name) for name in ("compute_metrics", "compute_loss_func") if name in options}
     kind = transformers.Trainer if size == 1 else hf.Trainer
     data = rows(packed)
@@ -110,6 +111,7 @@ def trainer(cp_size: int, size: int, folder: str, **options: Any) -> Any:
         data_collator=collate,
         **own,
     )
+    built.model_accepts_loss_kwargs = counting  # Axolotl's trainer sets it to False
     built.remove_callback(transformers.PrinterCallback)
     return built
 
