@@ -1,6 +1,6 @@
 """The loop of hf_loop.py with parameters sharded by FSDP2 over the ranks that share the sequences.
 
-torchrun --nproc-per-node 2 docs/examples/hf_fsdp2.py
+torchrun --nproc-per-node 2 -m docs.examples.hf_fsdp2
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from docs.examples.hf_loop import batches, build
+from docs.examples import hf_tiny
+from docs.examples.hf_loop import batches
 from megatron_lightseq import hf
 
 
@@ -19,7 +20,7 @@ def main() -> list[float]:
     hf.register()
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
-    cp, model = hf.ContextParallel(mesh["cp"].get_group()), build()
+    cp, model = hf.ContextParallel(mesh["cp"].get_group()), hf_tiny.model()
     cp.check(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     hf.keep_attention_in(model)

@@ -1,6 +1,6 @@
 """A training loop of one's own with a model of transformers and packed text, on any number of ranks.
 
-torchrun --nproc-per-node 2 docs/examples/hf_loop.py
+torchrun --nproc-per-node 2 -m docs.examples.hf_loop
 
 Prints the same losses with one rank and with several.
 """
@@ -12,25 +12,11 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from docs.examples import hf_tiny
 from megatron_lightseq import hf
 
 STEPS, ACCUMULATED, LENGTH = 3, 2, 256
-
-
-def build() -> LlamaForCausalLM:
-    """A small one with random weights; ``from_pretrained(..., attn_implementation="lightseq")`` for real ones."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM._from_config(config, attn_implementation="lightseq").train()
 
 
 def batches() -> Iterator[list[dict[str, Tensor]]]:
@@ -40,7 +26,7 @@ def batches() -> Iterator[list[dict[str, Tensor]]]:
         step = []
         for _ in range(ACCUMULATED):
             cut = int(torch.randint(8, LENGTH - 8, (1,), generator=random))
-            ids = torch.randint(3, 128, (1, LENGTH), generator=random)
+            ids = torch.randint(3, hf_tiny.WORDS, (1, LENGTH), generator=random)
             positions = torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)])[None]
             step.append(
                 {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
@@ -51,7 +37,7 @@ def batches() -> Iterator[list[dict[str, Tensor]]]:
 def main() -> list[float]:
     """Train; returns the loss of every step."""
     hf.register()
-    cp, model = hf.ContextParallel(dist.group.WORLD), build()
+    cp, model = hf.ContextParallel(dist.group.WORLD), hf_tiny.model()
     cp.check(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     hf.keep_attention_in(model)

@@ -34,7 +34,7 @@ class LightSeqArgs(BaseModel):
     """As ``--cp-method`` of ``lightseq pretrain``."""
 
 
-class LightSeqPlugin(BasePlugin):  # type: ignore[misc]
+class LightSeqPlugin(BasePlugin):
     """Trains supervised fine-tuning and pretraining with :class:`LightSeqTrainerMixin`."""
 
     def get_input_args(self) -> str:

@@ -31,6 +31,12 @@ def test_loops(name: str) -> None:
     assert (losses(name, 2) - wanted).abs().max() <= 2e-6
 
 
+def test_a_script_with_trainer() -> None:
+    wanted, found = losses("hf_trainer", 1), losses("hf_trainer", 2)
+    assert wanted.shape == (1, 4, 2)
+    assert (found - wanted).abs().max() <= 5e-6
+
+
 def test_packed_fine_tuning_with_lora() -> None:
     pytest.importorskip("trl")
     pytest.importorskip("peft")

@@ -71,7 +71,11 @@ def model(name: str, implementation: str = "eager", **changes: Any) -> Any:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(1)
     kind = getattr(transformers, f"{family}ForCausalLM")
-    built = kind._from_config(config(**{**BASE, **options, **changes}), attn_implementation=implementation)
+    sizes = {**BASE, **options, **changes}
+    if "rope_parameters" in sizes and not hasattr(config(), "rope_parameters"):  # before transformers 5
+        sizes["rope_scaling"] = dict(sizes.pop("rope_parameters"))
+        sizes["rope_theta"] = sizes["rope_scaling"].pop("rope_theta")
+    built = kind._from_config(config(**sizes), attn_implementation=implementation)
     return built.train()
 
 
