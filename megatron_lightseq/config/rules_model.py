@@ -33,18 +33,20 @@ BOUNDS = RuleSet(
         "rotary_base_local rotary_seq_len_interpolation_factor rope_scaling_factor yarn_rotary_scaling_factor "
         "rotary_scaling_factor floor_scale "
         "moe_router_topk moe_shared_expert_intermediate_size expert_model_parallel_size expert_tensor_parallel_size "
-        "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads",
+        "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads "
+        "lora_dim",
         _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad num_workers mtp_loss_scaling_factor "
         "moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate yarn_mscale yarn_mscale_all_dim mscale "
         "mscale_all_dim attn_scale load_iteration",
         _POSITIVE: "norm_epsilon init_method_std loss_spike_factor rank_silence_seconds step_timeout_seconds lr "
         "adam_eps distributed_timeout_minutes exit_duration_in_mins "
+        "lora_alpha "
         "softmax_scale query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping embedding_multiplier "
         "activation_func_clamp_value moe_router_topk_scaling_factor yarn_beta_fast yarn_beta_slow beta_fast beta_slow",
         _ANY: "glu_linear_offset",
         Bound(low=2): "original_max_position_embeddings",
         Bound(low=1, open_low=True): "straggler_factor",
-        _PROBABILITY: "attention_dropout hidden_dropout adam_beta1 adam_beta2",
+        _PROBABILITY: "attention_dropout hidden_dropout lora_dropout adam_beta1 adam_beta2",
         Bound(low=0, high=1, open_low=True, open_high=False): "rotary_percent",
         Bound(low=0, high=2**32): "seed",
     }.items()

@@ -20,6 +20,7 @@ from megatron_lightseq.config.sections_health import HealthConfig
 from megatron_lightseq.config.sections_linear import LinearConfig
 from megatron_lightseq.config.sections_model import ModelConfig
 from megatron_lightseq.config.sections_rope import RopeConfig
+from megatron_lightseq.config.sections_tuning import TuningConfig
 from megatron_lightseq.schedule import Network
 
 Backend = Literal["auto", "nccl", "gloo"]
@@ -266,7 +267,8 @@ class CheckpointConfig:
     no_load_rng: bool = False
     """Do not load random number generator state."""
     finetune: bool = False
-    """Load only the weights and start at step 0; RoPE's base and fraction may then differ from the checkpoint's."""
+    """Load only the weights and start at step 0; RoPE may then differ from the checkpoint's, and
+    adapters may be added."""
     strict_load: bool = False
     """Fail if the newest checkpoint is damaged, instead of falling back to the previous one."""
     data_may_change: bool = False
@@ -308,6 +310,7 @@ class PretrainConfig:
     context: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -15,6 +15,7 @@ from megatron_lightseq.config.rules_packed import PACKED
 from megatron_lightseq.config.rules_parallel import PARALLEL
 from megatron_lightseq.config.rules_rope import ROPE
 from megatron_lightseq.config.rules_run import BATCH, CHECKPOINT, DATA, LOGGING, RECOMPUTE
+from megatron_lightseq.config.rules_tuning import TUNED_WEIGHTS, TUNING
 from megatron_lightseq.config.rules_variants import LATENT, MULTI_TOKEN, WINDOWS
 from megatron_lightseq.config.sections import PretrainConfig
 
@@ -38,9 +39,10 @@ TRAINING_RULES = (
     RECOMPUTE,
     BATCH,
     PACKED,
+    TUNING,
 )
 """For programs that bring their own data and checkpoints."""
-ALL_RULES = (*TRAINING_RULES, *DATA_RULES, CHECKPOINT, HEALTH, LOGGING)
+ALL_RULES = (*TRAINING_RULES, *DATA_RULES, CHECKPOINT, TUNED_WEIGHTS, HEALTH, LOGGING)
 
 
 def rules() -> tuple[Rule, ...]:

@@ -38,11 +38,11 @@ class Stored:
     file: str
 
 
-def carry_files(source: Path, target: Path) -> None:
-    """Copy the files that travel with a model from one folder to another."""
+def carry_files(source: Path, target: Path, *, leave_out: tuple[str, ...] = ()) -> None:
+    """Copy the files that travel with a model from one folder to another, but not those of some names."""
     for pattern in CARRIED:
         for path in sorted(source.glob(pattern)):
-            if path.is_file():
+            if path.is_file() and path.name not in leave_out:
                 shutil.copyfile(path, target / path.name)
 
 

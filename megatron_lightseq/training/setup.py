@@ -40,6 +40,7 @@ from megatron_lightseq.megatron.spec import gpt_layer_spec, mtp_block_spec
 from megatron_lightseq.training.machine import this_machine
 from megatron_lightseq.training.model_parts import finish_model
 from megatron_lightseq.training.parallel_groups import ProcessGroups
+from megatron_lightseq.training.trained_parts import check_trained, choose_trained
 from megatron_lightseq.training.translate import optimizer_config, transformer_config, virtual_stages
 from megatron_lightseq.transport.group import rank_in
 
@@ -240,6 +241,7 @@ def build_training(
         )
         for vp_stage in ([None] if virtual_stages(config) is None else range(virtual_stages(config) or 0))
     ]
+    check_trained(config, models, model_device())
     layout = _adopt_layout(config, models)
     chunks = _wrap(config, model_config, models)
     optimizer = get_megatron_optimizer(
@@ -314,6 +316,7 @@ def build_model(
         vp_stage=vp_stage,
     )
     finish_model(config, built, vocab_size if num_tokens is None else num_tokens)
+    choose_trained(config, built)
     compute_in_slices(
         built,
         config.recompute.mlp_tile_tokens,

@@ -337,6 +337,7 @@ def _values(key: str) -> st.SearchStrategy[Any]:
     annotation = key_types()[key]
     if is_list(key):
         known = {"recompute_modules": ["core_attn", "layernorm", "mlp"], "cp_comm_type": ["p2p", "a2a+p2p"]}
+        known["lora_target_modules"] = ["linear_qkv", "linear_fc2"]
         item = st.sampled_from(known[key]) if key in known else _TEXT
         if key == "window_size":
             item = st.integers()

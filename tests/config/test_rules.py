@@ -22,6 +22,8 @@ YARN = {
     "yarn_original_max_position_embeddings": 1024,
 }
 
+LORA = {"lora_dim": 8, "load": "checkpoints"}
+
 DELTA_NETS = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 4}
 
 CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
@@ -54,6 +56,32 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         {"num_experts": 4, "moe_layer_freq": (0, 1, 2, 1)},
         Machine(),
         "moe_layer_freq [0, 1, 2, 1]",
+    ),
+    "lora_keys_need_a_rank": ({"lora_alpha": 16.0}, Machine(), "Set lora_dim"),
+    "lora_targets_are_named_once": (
+        {**LORA, "lora_target_modules": ("linear_qkv", "linear_qkv")},
+        Machine(),
+        "each once",
+    ),
+    "experts_have_no_adapters": (
+        {**LORA, "num_experts": 4},
+        Machine(),
+        "Set lora_target_modules to [linear_qkv, linear_proj]",
+    ),
+    "adapters_are_for_softmax_attention": (
+        {**LORA, "mtp_num_layers": 1},
+        Machine(),
+        "choose what is trained with frozen_parameters",
+    ),
+    "adapters_freeze_the_rest": (
+        {**LORA, "frozen_parameters": ("embedding.*",)},
+        Machine(),
+        "Remove frozen_parameters",
+    ),
+    "trained_parts_need_a_model": (
+        {"frozen_parameters": ("embedding.*",)},
+        Machine(),
+        "Set load to a checkpoint",
     ),
     "window_is_causal": ({"window_size": (8, 1)}, Machine(), "Write, for example, window_size: [1023, 0]"),
     "skipped_windows_are_there": (

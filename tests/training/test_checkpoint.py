@@ -290,7 +290,7 @@ def test_new_rope_parameters_are_for_finetuning(single: tuple[Path, Outcome]) ->
     message = run_ranks(1, refusal, ROPE, str(single[0]))[0]
     assert "rotary_base is 10000.0 in the checkpoint and 500000.0 here, rotary_percent is 1.0" in message
     assert message.endswith(
-        "or start from its weights alone with --finetune, which may change them (context extension)."
+        "or start from its weights alone with --finetune, which may change RoPE and add adapters."
     )
     started_at, (said,) = run_ranks(1, resume_with_log, {**ROPE, "finetune": True}, str(single[0]))[0]
     assert started_at == 0

@@ -10,6 +10,7 @@ from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.config.sections_experts import ExpertsConfig
 from megatron_lightseq.config.sections_model import ModelConfig
 from megatron_lightseq.config.sections_rope import RopeConfig
+from megatron_lightseq.config.sections_tuning import TuningConfig
 from megatron_lightseq.training.setup import Training
 
 ROTARY_KEYS = (
@@ -19,6 +20,8 @@ ROTARY_KEYS = (
     *(key.name for key in fields(RopeConfig) if key.name not in ("rotary_interleaved", "no_rope_freq")),
 )
 """RoPE's parameters, which may change when a run starts from the weights only (context extension)."""
+ADAPTER_KEYS = ("lora_dim", "lora_alpha", "lora_target_modules")
+"""Keys of adapters, which a run that starts from the weights only may add."""
 
 
 def model_identity(config: PretrainConfig, padded_vocab_size: int) -> dict[str, Any]:
@@ -56,6 +59,7 @@ def _variants(config: PretrainConfig) -> dict[str, Any]:
     model, experts = config.model, config.experts
     found = _unusual(config.rope, RopeConfig(), tuple(key.name for key in fields(RopeConfig)))
     found |= _unusual(model, ModelConfig(), _FUNCTION_KEYS)
+    found |= adapter_identity(config)
     if model.multi_latent_attention:
         keys = ("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
         found.update({key: getattr(model, key) for key in (*keys, "v_head_dim")})
@@ -120,9 +124,19 @@ def attention_identity(config: PretrainConfig) -> dict[str, Any]:
     return {**found, **dict.fromkeys(extras), **_unusual(model, ModelConfig(), extras)}
 
 
+def adapter_identity(config: PretrainConfig) -> dict[str, Any]:
+    """What two runs must share for one to use the other's adapters; empty without adapters."""
+    tuning = config.tuning
+    if tuning.lora_dim is None:
+        return {}
+    values = {key: getattr(tuning, key) for key in ADAPTER_KEYS}
+    return {**values, "lora_target_modules": sorted(tuning.lora_target_modules)}
+
+
 def optimizer_identity(config: PretrainConfig) -> dict[str, Any]:
     """What two runs must share for one to use the other's optimizer state."""
     return {
+        **_unusual(config.tuning, TuningConfig(), ("frozen_parameters",)),
         "optimizer": config.optimizer.optimizer,
         "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
         "bf16": config.training.bf16,

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_lightseq.config import CheckpointConfig
 from megatron_lightseq.config.load import to_yaml
 from megatron_lightseq.errors import CheckpointError, explain
+from megatron_lightseq.megatron.adapters import is_adapter
 from megatron_lightseq.training.checkpoint.directory import (
     CheckpointDirectory,
     fsync_files,
@@ -31,6 +32,7 @@ from megatron_lightseq.training.checkpoint.directory import (
 from megatron_lightseq.training.checkpoint.find import find_checkpoint, from_rank_0
 from megatron_lightseq.training.checkpoint.finite import check_finite
 from megatron_lightseq.training.checkpoint.identity import (
+    ADAPTER_KEYS,
     ROTARY_KEYS,
     attention_identity,
     data_identity,
@@ -250,10 +252,16 @@ def load_checkpoint(
             "the optimizer",
             "--no-load-optim",
         )
-    state = _read_state(folder, _state(training, is_loading=True, optimizer=with_optimizer))
+    template = _state(training, is_loading=True, optimizer=with_optimizer)
+    new_adapters = training.config.tuning.lora_dim is not None and "lora_dim" not in manifest.model
+    if new_adapters:
+        _leave_adapters_out(template)
+    state = _read_state(folder, template)
     for index, model in enumerate(training.models):
         weights = state["model" if len(training.models) == 1 else f"model{index}"]
         check_extra_state(weights)
+        if new_adapters:  # they keep their initial weights
+            weights |= {name: value for name, value in model.state_dict().items() if is_adapter(name)}
         model.load_state_dict(weights)
     if with_optimizer:
         _warn_of_other_schedule(state["scheduler"], training.scheduler.state_dict(), folder)
@@ -273,16 +281,24 @@ def load_checkpoint(
     )
 
 
+def _leave_adapters_out(template: dict[str, Any]) -> None:
+    """A model without adapters gets new ones; see :mod:`megatron_lightseq.megatron.adapters`."""
+    for key, part in template.items():
+        if key.startswith("model"):
+            template[key] = {name: value for name, value in part.items() if not is_adapter(name)}
+
+
 def _check_model(training: Training, settings: CheckpointConfig, manifest: Manifest, folder: Path) -> None:
     """Refuse weights of another model; report what changes the model's function and is allowed to."""
     window = attention_identity(training.config)
     saved = {key: value for key, value in manifest.model.items() if key not in window}
     saved_window = {key: manifest.model.get(key) for key in window}
     own = model_identity(training.config, training.padded_vocab_size)
-    may_change = ROTARY_KEYS if settings.finetune else ()
+    may_add = () if "lora_dim" in saved else ADAPTER_KEYS
+    may_change = (*ROTARY_KEYS, *may_add) if settings.finetune else ()
     remedy = "--load another folder"
-    if set(differing(saved, own)) <= set(ROTARY_KEYS):
-        remedy = "start from its weights alone with --finetune, which may change them (context extension)"
+    if set(differing(saved, own)) <= {*ROTARY_KEYS, *may_add}:
+        remedy = "start from its weights alone with --finetune, which may change RoPE and add adapters"
     theirs, ours = ({key: value for key, value in x.items() if key not in may_change} for x in (saved, own))
     _check_same(theirs, ours, folder, "the model", remedy)
     changed = [text for text in (differences(saved, own), differences(saved_window, window)) if text]
