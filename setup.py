@@ -253,7 +253,9 @@ def main() -> None:
         ext_modules=[
             CppExtension(
                 "megatron_lightseq._C",
-                relative([CSRC / "bindings.cpp", *(CSRC / "cpu").glob("*.cpp")]),
+                relative(
+                    [*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp"), *(CSRC / "cpu/linear").glob("*.cpp")]
+                ),
                 include_dirs=[str(CSRC / "include"), str(CSRC)],
                 extra_compile_args=CXX_FLAGS,
                 py_limited_api=True,

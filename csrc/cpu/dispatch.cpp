@@ -47,6 +47,7 @@ bool has_amx() {
 
 struct Variant {
   const KernelTable* table;
+  const LinearKernel* linear;
   bool runs_here;
   bool automatic = true;  // may be selected without being named in MLS_CPU_ISA
 };
@@ -55,30 +56,36 @@ struct Variant {
 std::vector<Variant> variants() {
   return {
 #if defined(__x86_64__)
-      {&kAmxTable, has_avx512() && has_amx()},
-      {&kAmxTilesTable, has_avx512() && has_amx(), false},
+      {&kAmxTable, &kAvx512Linear, has_avx512() && has_amx()},
+      {&kAmxTilesTable, &kAvx512Linear, has_avx512() && has_amx(), false},
       // AMD processors multiply bf16 pairs at twice the rate of fp32 values, Intel processors at half that
       // rate.
-      {&kAvx512Bf16Table, has_avx512_bf16(), __builtin_cpu_is("amd") != 0},
-      {&kAvx512Table, has_avx512()},
-      {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&kAvx512Bf16Table, &kAvx512Linear, has_avx512_bf16(), __builtin_cpu_is("amd") != 0},
+      {&kAvx512Table, &kAvx512Linear, has_avx512()},
+      {&kAvx2Table, &kAvx2Linear, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {&kBaselineTable, true},
+      {&kBaselineTable, &kBaselineLinear, true},
   };
 }
 
-const KernelTable& select() {
+const Variant& select() {
   const char* variable = std::getenv("MLS_CPU_ISA");
   const std::string wanted = variable == nullptr ? "" : variable;
   std::string usable;
-  for (const Variant& variant : variants()) {
+  static const std::vector<Variant> all = variants();
+  for (const Variant& variant : all) {
     if (!variant.runs_here) continue;
-    if (wanted.empty() ? variant.automatic : wanted == variant.table->name) return *variant.table;
+    if (wanted.empty() ? variant.automatic : wanted == variant.table->name) return variant;
     usable += usable.empty() ? "" : ", ";
     usable += variant.table->name;
   }
   throw std::runtime_error("MLS_CPU_ISA=" + wanted +
                            ": this build and machine have no such variant. Use one of: " + usable + ".");
+}
+
+const Variant& selected() {
+  static const Variant& variant = select();
+  return variant;
 }
 
 }  // namespace
@@ -94,8 +101,11 @@ const Kernel& KernelTable::of_float32(const AttentionShape& shape, const KeyMask
 }
 
 const KernelTable& selected_table() {
-  static const KernelTable& table = select();
-  return table;
+  return *selected().table;
+}
+
+const LinearKernel& selected_linear() {
+  return *selected().linear;
 }
 
 }  // namespace mls::cpu

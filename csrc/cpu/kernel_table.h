@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attention_params.h"
+#include "linear/kernel.h"
 
 namespace mls::cpu {
 
@@ -73,5 +74,7 @@ extern const KernelTable kAmxTilesTable;  // for tests: uses tiles even where kA
 // The fastest variant for this machine, or the one that MLS_CPU_ISA names. Throws if that one cannot run
 // here.
 const KernelTable& selected_table();
+// Linear attention in the same variant, or in the one whose vectors it uses.
+const LinearKernel& selected_linear();
 
 }  // namespace mls::cpu

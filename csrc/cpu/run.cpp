@@ -1,65 +1,18 @@
 #include "run.h"
 
-#include <torch/csrc/stable/ops.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "kernel_table.h"
+#include "tasks.h"
 
 namespace mls::cpu {
 namespace {
 
-constexpr size_t kPage = 4096, kHugePage = 2 << 20;
 // The dQ sums grow with the sequence; beyond this size, allocating them costs little compared with the work.
 constexpr size_t kMostKeptSumBytes = 64 << 20;
-
-size_t round_up(size_t bytes, size_t multiple) {
-  return (bytes + multiple - 1) / multiple * multiple;
-}
-
-// The workers' scratch memory, kept for the next call of the same thread: getting fresh pages from the
-// operating system would take a tenth of the time of a short attention call. It uses huge pages, because a
-// block of rows and its keys span more small pages than the TLB holds.
-class Scratch {
- public:
-  char* at_least(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      const size_t size = round_up(bytes, kHugePage);
-      memory_.reset(new (kAlignment) char[size]);
-      size_ = size;
-#if defined(__linux__)
-      madvise(memory_.get(), size_, MADV_HUGEPAGE);  // only advice: may fail without harm
-#endif
-    }
-    return memory_.get();
-  }
-  void keep_at_most(size_t bytes) {
-    if (size_ <= bytes) return;
-    memory_.reset();
-    size_ = 0;
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{kHugePage};
-  struct Free {
-    void operator()(char* memory) const { ::operator delete[](memory, kAlignment); }
-  };
-
-  std::unique_ptr<char[], Free> memory_;
-  size_t size_ = 0;
-};
 
 // One row of `other` merged into one of `out`: a weighted mean, whose weight of the other is `weight`. A row
 // that has seen no key keeps out of the sum altogether, whatever its memory holds.
@@ -92,23 +45,6 @@ void merge_token(const MergeParams& p, int64_t token) {
     }
 }
 
-// Each worker takes the next task until none is left. parallel_for gives each thread one index of [0,
-// workers), or all of them to one thread; either way there is one worker per index, and tasks start in
-// ascending order.
-template <class RunTask>
-void run_tasks(const Workload& work, RunTask run_task) {
-  if (work.num_tasks == 0) return;
-  const int64_t workers = std::min<int64_t>(work.num_tasks, torch::stable::get_num_threads());
-  const size_t stride = round_up(work.scratch_bytes, kPage);
-  static thread_local Scratch kept;
-  char* const scratch = kept.at_least(workers * stride);  // here, because a worker thread must not throw
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1)) < work.num_tasks;)
-      run_task(task, scratch + worker * stride);
-  });
-}
-
 }  // namespace
 
 const char* isa_name() {
@@ -118,7 +54,7 @@ const char* isa_name() {
 void run_forward(const ForwardParams& params) {
   const Kernel& kernel = selected_table().of(params);
   const Workload work = kernel.forward_workload(params, torch::stable::get_num_threads());
-  run_tasks(work, [&](int64_t task, void* scratch) {
+  run_tasks(work.num_tasks, work.scratch_bytes, [&](int64_t task, void* scratch) {
     kernel.forward_task(params, work.block_tiles, task, scratch);
   });
 }
@@ -131,7 +67,8 @@ void run_backward(const BackwardParams& params) {
   static thread_local Scratch sums;
   const size_t sum_bytes = work.num_dq_sums * sizeof(float);
   const BackwardState state{turns.data(), reinterpret_cast<float*>(sums.at_least(sum_bytes))};
-  run_tasks(work, [&](int64_t task, void* scratch) { kernel.backward_task(params, task, scratch, state); });
+  run_tasks(work.num_tasks, work.scratch_bytes,
+            [&](int64_t task, void* scratch) { kernel.backward_task(params, task, scratch, state); });
   sums.keep_at_most(kMostKeptSumBytes);
 }
 

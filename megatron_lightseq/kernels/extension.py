@@ -1,7 +1,7 @@
 """Loads the compiled kernels (``megatron_lightseq._C``) on first use.
 
-Loading registers ``torch.ops.mls.attention_forward``, ``attention_backward``, ``attention_delta`` and
-``merge_partials``. The fake implementations registered here let torch.compile and FakeTensor trace through them.
+Loading registers ``torch.ops.mls.attention_forward``, ``attention_backward``, ``attention_delta``, ``merge_partials``
+and ``linear_*``. The fake implementations registered here let torch.compile and FakeTensor trace through them.
 """
 
 from __future__ import annotations
@@ -65,8 +65,20 @@ def load_extension(kernel: str = "cpu") -> ModuleType:
     return module
 
 
+_OPERATORS = (
+    "attention_forward",
+    "attention_backward",
+    "attention_delta",
+    "merge_partials",
+    "linear_summarise",
+    "linear_forward",
+    "linear_summarise_backward",
+    "linear_backward",
+)
+
+
 def _register_fakes() -> None:
-    for op in ("attention_forward", "attention_backward", "attention_delta", "merge_partials"):
+    for op in _OPERATORS:
         torch.library.register_fake(f"mls::{op}", _write_into_arguments)
 
 

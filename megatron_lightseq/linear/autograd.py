@@ -82,14 +82,14 @@ def _run_forward(plan: LinearPlan, tensors: tuple[Tensor | None, ...]) -> Kept:
     for index, ((start, stop, _), part) in enumerate(parts):
         entering, state = follow(summarise(index), state, Direction.FORWARD)
         ready = inner.pop(index) if index in inner else compute_inner(index)
-        out[start:stop] = kernel.outer(part, ready, entering)
+        kernel.outer(part, ready, entering, out[start:stop])
         states.append(entering)
         transitions.append(summaries.pop(index)[0].transition)
     return out, torch.cat(states), torch.cat(transitions)
 
 
 PARTS_AHEAD = 4
-"""Parts of about 1024 tokens that are computed while states travel: more would be memory that grows with the shard."""
+"""Parts that are computed while states travel: more would be memory that grows with the shard."""
 
 
 def _joined(maps: Iterable[StateMap]) -> StateMap:
@@ -102,30 +102,30 @@ def _run_backward(
     kernel, parts = plan.kernel, [(at, plan.part(tensors, *at)) for at in plan.parts]
     sizes = [part.pieces for _, part in parts]
     entering, maps = states.split(sizes), transitions.split(sizes)
-    gradient: Tensor | None = None
+    given: dict[int, tuple[Tensor, Any]] = {}
+
+    def summarise(index: int) -> Tensor:
+        (start, stop, _), part = parts[index]
+        if index not in given:
+            gives, kept = kernel.summarise_backward(part, dout[start:stop])
+            given[index] = gives, kept if index == len(parts) - 1 else None
+        return given[index][0]
 
     def own() -> StateMap:
-        gives = [kernel.summarise_backward(part, dout[start:stop]) for (start, stop, _), part in parts]
-        return StateMap(transitions, torch.cat(gives))
+        return StateMap(transitions, torch.cat([summarise(index) for index in range(len(parts))]))
 
-    def arrived() -> Tensor:
-        """Called by the last part's kernel, behind all of its work that needs no gradient from other ranks."""
-        steps = ScanSteps(plan, Direction.BACKWARD, own)
-        plan.runtime.execute(steps)
-        return steps.result
-
-    found = [None if x is None else torch.empty_like(x) for x in tensors]
+    steps = ScanSteps(plan, Direction.BACKWARD, own, lambda: summarise(len(parts) - 1))
+    plan.runtime.execute(steps)
+    gradient = steps.result
+    found = [
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors
+    ]
     for index in reversed(range(len(parts))):
         (start, stop, _), part = parts[index]
-
-        def fold(gives: Tensor, transition: Tensor = maps[index]) -> Tensor:
-            nonlocal gradient
-            behind = arrived() if gradient is None else gradient
-            reached, gradient = follow(StateMap(transition, gives), behind, Direction.BACKWARD)
-            return reached
-
-        gradients = kernel.backward(part, dout[start:stop], entering[index], fold)
-        for whole, grad in zip(found, gradients, strict=True):
-            if whole is not None and grad is not None:
-                whole[start:stop] = grad
+        if index not in given:
+            given[index] = kernel.summarise_backward(part, dout[start:stop])
+        gives, kept = given.pop(index)
+        behind, gradient = follow(StateMap(maps[index], gives), gradient, Direction.BACKWARD)
+        slices = [None if x is None else x[start:stop] for x in found]
+        kernel.backward(part, dout[start:stop], entering[index], behind, kept, slices)
     return found

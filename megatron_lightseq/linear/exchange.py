@@ -55,7 +55,7 @@ class ScanSteps:
         plan: LinearPlan,
         direction: Direction,
         own: Callable[[], StateMap],
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> None:
         """
         Args:

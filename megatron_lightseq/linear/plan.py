@@ -69,7 +69,7 @@ class LinearPlan:
             scans=scans,
             invariant=invariant,
             documents=documents_of(packings, positions, inputs.device),
-            parts=tuple(parts_of(tokens, grid_piece(seq_length))),
+            parts=tuple(parts_of(tokens, grid_piece(seq_length), kernel.longest_part)),
         )
 
     def maps_of(self, chunks: int) -> int:

@@ -46,7 +46,17 @@ def test_memory_does_not_grow_with_the_sequence() -> None:
 @pytest.mark.skipif(shutil.which(ARM_COMPILER) is None, reason=f"no {ARM_COMPILER}")
 @pytest.mark.parametrize(
     "source",
-    ["dispatch", "variant_baseline", "variant_avx2", "variant_avx512", "variant_avx512_bf16", "variant_amx"],
+    [
+        "dispatch",
+        "variant_baseline",
+        "variant_avx2",
+        "variant_avx512",
+        "variant_avx512_bf16",
+        "variant_amx",
+        "linear/linear_baseline",
+        "linear/linear_avx2",
+        "linear/linear_avx512",
+    ],
 )
 def test_compiles_for_arm(source: str, tmp_path: Path) -> None:
     """Every source of the kernel that does not include torch's headers, without warnings."""

@@ -14,7 +14,7 @@ from megatron_lightseq.kernels.linear.blocks import (
     blocks_of,
     tokens_of,
 )
-from megatron_lightseq.kernels.linear.contract import Fold, Gradients, Part, StateMap, act, apply
+from megatron_lightseq.kernels.linear.contract import Gradients, Part, StateMap, act, apply
 from megatron_lightseq.kernels.linear.specs import LINEAR_KERNELS
 from megatron_lightseq.kernels.registry import accumulator_dtype
 
@@ -38,6 +38,7 @@ class TorchLinearKernel:
 
     spec = LINEAR_KERNELS["torch"]
     name = spec.name
+    longest_part = 1024
 
     def unsupported(self, part: Part) -> str | None:
         """Why this machine cannot run the kernel: it can."""
@@ -55,43 +56,64 @@ class TorchLinearKernel:
         side, rows = prepared.key_side(), prepared.query_side()
         return _Inner(rows.scores @ side.values, _effective(rows, side), _block_maps(side))
 
-    def outer(self, part: Part, inner: _Inner, states: Tensor) -> Tensor:
+    def outer(self, part: Part, inner: _Inner, states: Tensor, out: Tensor) -> None:
         """As in :class:`~.contract.LinearKernel`."""
         entering = _entering(inner.maps, states)
-        return tokens_of(inner.out + inner.queries @ entering, part.piece).to(part.v.dtype)
+        out.copy_(tokens_of(inner.out + inner.queries @ entering, part.piece))
 
-    def summarise_backward(self, part: Part, dout: Tensor) -> Tensor:
-        """As in :class:`~.contract.LinearKernel`."""
-        prepared = Prepared(part)
-        side = prepared.key_side()
-        rows = prepared.query_side()
-        direct = _effective(rows, side).mT @ _gradient_blocks(dout, part)
-        gradient = torch.zeros_like(direct[0])
-        return _behind(_block_maps(side), direct, gradient)[0]
+    def summarise_backward(self, part: Part, dout: Tensor) -> tuple[Tensor, _Taped]:
+        """As in :class:`~.contract.LinearKernel`; keeps the blocks as autograd recorded them."""
+        taped = _Taped.of(part, dout)
+        return _behind(taped.maps, taped.direct, torch.zeros_like(taped.direct[0]))[0], taped
 
-    def backward(self, part: Part, dout: Tensor, states: Tensor, fold: Fold) -> Gradients:
+    def backward(
+        self,
+        part: Part,
+        dout: Tensor,
+        states: Tensor,
+        behind: Tensor,
+        kept: _Taped | None,
+        gradients: Gradients,
+    ) -> None:
         """As in :class:`~.contract.LinearKernel`; through the blocks by autograd."""
+        taped = _Taped.of(part, dout) if kept is None else kept
+        with torch.no_grad():
+            _, each = _behind(taped.maps, taped.direct, behind)
+            pairs = _block_gradients(
+                taped.side, taped.rows, _entering(taped.maps, states), each, taped.dblocks
+            )
+        pairs = [(x, grad) for x, grad in pairs if x.requires_grad]
+        wanted = [x for x in taped.leaves if x is not None]
+        found = torch.autograd.grad(
+            [x for x, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
+        )
+        for to, grad in zip((x for x in gradients if x is not None), found, strict=True):
+            to.zero_() if grad is None else to.copy_(grad)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taped:
+    """The blocks of a part, recorded by autograd, and what its outputs give to the states that enter them."""
+
+    leaves: list[Tensor | None]
+    side: KeySide
+    rows: QuerySide
+    dblocks: Tensor
+    """(m, n, B, H, C, V): the gradient of the output."""
+    maps: StateMap
+    direct: Tensor
+    """(m, n, B, H, K, V): what the outputs of a block give to the state that enters it."""
+
+    @staticmethod
+    def of(part: Part, dout: Tensor) -> _Taped:
         leaves = [None if x is None else x.detach().requires_grad_() for x in part.tensors]
         with torch.enable_grad():
             prepared = Prepared(part.with_tensors(leaves))
             side, rows = prepared.key_side(), prepared.query_side()
         with torch.no_grad():
             dblocks = _gradient_blocks(dout, part)
-            maps, queries = _block_maps(side), _effective(rows, side)
-            direct = queries.mT @ dblocks
-            local, _ = _behind(maps, direct, torch.zeros_like(direct[0]))
-            _, behind = _behind(maps, direct, fold(local))
-            pairs = _block_gradients(side, rows, _entering(maps, states), behind, dblocks)
-        pairs = [(x, grad) for x, grad in pairs if x.requires_grad]
-        wanted = [x for x in leaves if x is not None]
-        found = iter(
-            torch.autograd.grad([x for x, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True)
-        )
-        return tuple(None if x is None else _or_zero(next(found), x) for x in leaves)
-
-
-def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient
+            direct = _effective(rows, side).mT @ dblocks
+            return _Taped(leaves, side, rows, dblocks, _block_maps(side), direct)
 
 
 def _gradient_blocks(dout: Tensor, part: Part) -> Tensor:

@@ -14,7 +14,7 @@ fewer than H if they divide it: each is shared by adjacent heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -106,10 +106,7 @@ class Part:
         return self.q.shape[0] // self.piece
 
 
-Fold = Callable[[Tensor], Tensor]
-"""From gradients (n, B, H, K, V) of the states that enter the pieces, as far as the pieces' own outputs give them, to
-the gradients of the states behind the pieces, of all later outputs."""
-Gradients = tuple[Tensor | None, ...]
+Gradients = Sequence[Tensor | None]
 """Of q, k, v, log_decay and beta, in their dtypes; None for an input that is None."""
 
 
@@ -117,6 +114,9 @@ class LinearKernel(Protocol):
     """Linear attention over a part. States are in the accumulator dtype."""
 
     name: str
+    longest_part: int
+    """Tokens of the parts that it is given, at most, unless one piece is longer. What it computes for a part is held
+    in memory at once; more and shorter parts are more calls."""
 
     def summarise(self, part: Part) -> tuple[StateMap, Any]:
         """What the pieces do to a state, and what :meth:`inner` need not compute again."""
@@ -124,19 +124,25 @@ class LinearKernel(Protocol):
     def inner(self, part: Part, kept: Any) -> Any:
         """What :meth:`outer` needs and no state enters: it is computed while states travel."""
 
-    def outer(self, part: Part, inner: Any, states: Tensor) -> Tensor:
-        """The output (S, B, H, V), in v's dtype, from the states (n, B, H, K, V) that enter the pieces."""
+    def outer(self, part: Part, inner: Any, states: Tensor, out: Tensor) -> None:
+        """Write the output (S, B, H, V), in v's dtype, from the states (n, B, H, K, V) that enter the pieces."""
 
-    def summarise_backward(self, part: Part, dout: Tensor) -> Tensor:
-        """Gradients (n, B, H, K, V) of the entering states, as far as the pieces' own outputs give them."""
+    def summarise_backward(self, part: Part, dout: Tensor) -> tuple[Tensor, Any]:
+        """Gradients (n, B, H, K, V) of the entering states, as far as the pieces' own outputs give them; and what
+        :meth:`backward` need not compute again.
+        """
 
-    def backward(self, part: Part, dout: Tensor, states: Tensor, fold: Fold) -> Gradients:
-        """Gradients of the inputs.
+    def backward(
+        self, part: Part, dout: Tensor, states: Tensor, behind: Tensor, kept: Any, gradients: Gradients
+    ) -> None:
+        """Write the gradients of the inputs.
 
         Args:
             part, states: as of the forward pass.
             dout: (S, B, H, V), gradient of the output.
-            fold: gives the gradients of the states behind the pieces for what :meth:`summarise_backward` returns.
+            behind: (n, B, H, K, V), gradients of the states behind the pieces, by all later outputs.
+            kept: of what :meth:`summarise_backward` returned; None if it was dropped to save memory.
+            gradients: of q, k, v, log_decay and beta, to be overwritten.
         """
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lightseq.kernels.linear.contract import Documents, Fold, Gradients, Part, StateMap
+from megatron_lightseq.kernels.linear.contract import Documents, Gradients, Part, StateMap
 from megatron_lightseq.kernels.linear.specs import LINEAR_KERNELS
 from megatron_lightseq.kernels.registry import accumulator_dtype
 
@@ -59,6 +59,7 @@ class ReferenceLinearKernel:
 
     spec = LINEAR_KERNELS["reference"]
     name = spec.name
+    longest_part = 1024
 
     def unsupported(self, part: Part) -> str | None:
         """Why this machine cannot run the kernel: it can."""
@@ -76,12 +77,12 @@ class ReferenceLinearKernel:
     def inner(self, part: Part, kept: None) -> None:
         """As in :class:`~.contract.LinearKernel`: nothing."""
 
-    def outer(self, part: Part, inner: Any, states: Tensor) -> Tensor:
+    def outer(self, part: Part, inner: Any, states: Tensor, out: Tensor) -> None:
         """As in :class:`~.contract.LinearKernel`."""
         outs = [_run(piece, state)[0] for piece, state in zip(_pieces(part), states, strict=True)]
-        return torch.cat(outs).to(part.v.dtype)
+        out.copy_(torch.cat(outs))
 
-    def summarise_backward(self, part: Part, dout: Tensor) -> Tensor:
+    def summarise_backward(self, part: Part, dout: Tensor) -> tuple[Tensor, None]:
         """As in :class:`~.contract.LinearKernel`, by autograd."""
         found: list[Tensor] = []
         for piece, grad in zip(_pieces(part), dout.split(part.piece), strict=True):
@@ -89,20 +90,20 @@ class ReferenceLinearKernel:
             with torch.enable_grad():
                 out, _ = _run(piece, state)
             found += torch.autograd.grad(out, state, grad.to(out.dtype))
-        return torch.stack(found)
+        return torch.stack(found), None
 
-    def backward(self, part: Part, dout: Tensor, states: Tensor, fold: Fold) -> Gradients:
+    def backward(
+        self, part: Part, dout: Tensor, states: Tensor, behind: Tensor, kept: None, gradients: Gradients
+    ) -> None:
         """As in :class:`~.contract.LinearKernel`, by autograd."""
-        behind = fold(self.summarise_backward(part, dout))
-        parts = []
         for i, (piece, grad) in enumerate(zip(_pieces(part), dout.split(part.piece), strict=True)):
             with torch.enable_grad():
                 leaves = [None if x is None else x.detach().requires_grad_() for x in piece.tensors]
                 out, leaving = _run(piece.with_tensors(leaves), states[i])
             wanted = [x for x in leaves if x is not None]
-            found = iter(torch.autograd.grad((out, leaving), wanted, (grad.to(out.dtype), behind[i])))
-            parts.append([None if x is None else next(found) for x in leaves])
-        return tuple(None if of[0] is None else torch.cat(of) for of in zip(*parts, strict=True))
+            found = torch.autograd.grad((out, leaving), wanted, (grad.to(out.dtype), behind[i]))
+            for to, x in zip((x for x in gradients if x is not None), found, strict=True):
+                to[i * part.piece : (i + 1) * part.piece] = x
 
 
 def _zero(part: Part) -> Tensor:

@@ -69,6 +69,13 @@ LINEAR_KERNELS = {
     spec.name: spec
     for spec in (
         LinearKernelSpec(
+            name="cpu",
+            summary="fused C++ kernel for CPUs, with variants by instruction set chosen at run time",
+            implementation="megatron_lightseq.kernels.linear.cpu:CpuLinearKernel",
+            sources=("csrc/cpu/linear", "megatron_lightseq/kernels/linear/cpu.py"),
+            devices=(DeviceSupport(device_type="cpu", dtypes=("float32", "bfloat16")),),
+        ),
+        LinearKernelSpec(
             name="torch",
             summary="matrix products over blocks of 64 tokens in plain torch, on any device",
             implementation="megatron_lightseq.kernels.linear.chunked:TorchLinearKernel",
