@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.linear.specs import LINEAR_KERNELS, linear_kernel_names
 from megatron_lightseq.kernels.specs import AUTO as AUTO_KERNEL
 from megatron_lightseq.kernels.specs import KERNELS, kernel_names
 from megatron_lightseq.layout import LAYOUTS
-from megatron_lightseq.schedule import METHODS, method_names
+from megatron_lightseq.schedule import METHODS, SCANS, method_names
 
 AUTO = "auto"
 MEGATRON = "megatron"
@@ -105,6 +106,21 @@ def _explain_kernels() -> str:
     return f"{AUTO_KERNEL}: the first of {automatic} that supports the inputs. Kernels: {kernels}."
 
 
+def _explain_linear_kernels() -> str:
+    automatic = _and([name for name, spec in LINEAR_KERNELS.items() if spec.in_auto])
+    kernels = _listed({name: spec.summary for name, spec in LINEAR_KERNELS.items()})
+    return f"{AUTO_KERNEL}: the first of {automatic} that supports the inputs. Kernels: {kernels}."
+
+
+def _scans() -> tuple[str, ...]:
+    return (AUTO, *SCANS)
+
+
+def _explain_scans() -> str:
+    scans = _listed({name: scan.summary for name, scan in SCANS.items()})
+    return f"Scans: {scans}. auto: the fastest in simulation."
+
+
 def _listed(items: Mapping[str, str]) -> str:
     """`a (what it is), b (what it is)`."""
     return ", ".join(f"{name} ({text})" if text else name for name, text in items.items())
@@ -118,3 +134,5 @@ def _and(names: Iterable[str]) -> str:
 CPMethod = Annotated[str, DerivedChoices(_methods, _explain_methods)]
 CPLayout = Annotated[str, DerivedChoices(_layouts, _explain_layouts)]
 CPKernel = Annotated[str, DerivedChoices(kernel_names, _explain_kernels)]
+LinearKernelName = Annotated[str, DerivedChoices(linear_kernel_names, _explain_linear_kernels)]
+LinearScan = Annotated[str, DerivedChoices(_scans, _explain_scans)]

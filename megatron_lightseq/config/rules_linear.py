@@ -6,6 +6,8 @@ from megatron_lightseq.config.rules import Machine, RuleSet
 from megatron_lightseq.config.rules_attention import PATTERN_REMEDY, pattern_fits
 from megatron_lightseq.config.sections import PretrainConfig
 from megatron_lightseq.config.sections_linear import LinearConfig
+from megatron_lightseq.errors import UnsupportedError, explain
+from megatron_lightseq.kernels.linear.specs import LINEAR_KERNELS, Decay
 
 LINEAR = RuleSet()
 
@@ -49,6 +51,42 @@ def widths_are_of_delta_nets(c: PretrainConfig, _: Machine) -> bool:
     defaults = LinearConfig()
     unchanged = all(getattr(c.linear, key) == getattr(defaults, key) for key in _WIDTHS)
     return c.linear.experimental_attention_variant == "gated_delta_net" or unchanged
+
+
+@LINEAR.rule(
+    "experimental_attention_variant",
+    "cp_linear_scan",
+    "cp_linear_kernel",
+    remedy="Set experimental_attention_variant, or remove the others",
+)
+def scans_are_of_linear_layers(c: PretrainConfig, _: Machine) -> bool:
+    """cp_linear_scan and cp_linear_kernel are about linear layers, and no layer is linear."""
+    defaults, linear = LinearConfig(), c.linear
+    chosen = (linear.cp_linear_scan, linear.cp_linear_kernel)
+    return linear.experimental_attention_variant is not None or chosen == (
+        defaults.cp_linear_scan,
+        defaults.cp_linear_kernel,
+    )
+
+
+@LINEAR.check("cp_linear_kernel", "experimental_attention_variant", "bf16", needs="num_gpus")
+def linear_kernel_supports_device(c: PretrainConfig, m: Machine) -> None:
+    """The kernel of linear layers must support dtype, head dims and gates on this host's devices."""
+    linear, spec = c.linear, LINEAR_KERNELS.get(c.linear.cp_linear_kernel)
+    if spec is None or linear.experimental_attention_variant is None:
+        return
+    is_delta_net = linear.experimental_attention_variant == "gated_delta_net"
+    reason = spec.refusal(
+        device_type="cuda" if m.num_gpus else "cpu",
+        dtype="bfloat16" if c.training.bf16 else "float32",
+        head_dim=linear.linear_key_head_dim if is_delta_net else c.model.head_dim,
+        v_head_dim=linear.linear_value_head_dim if is_delta_net else c.model.value_head_dim,
+        decay=Decay.HEAD if is_delta_net else Decay.NONE,
+        has_beta=is_delta_net,
+    )
+    if reason is not None:
+        got = f"cp_linear_kernel {linear.cp_linear_kernel}"
+        raise UnsupportedError(explain(got=got, rule=reason, remedy="Set cp_linear_kernel to auto"))
 
 
 @LINEAR.rule(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lightseq.config.choices import LinearKernelName, LinearScan
 from megatron_lightseq.config.layer_pattern import LayerPattern, is_marked
 
 LinearVariant = Literal["gated_delta_net", "linear"]
@@ -31,6 +32,10 @@ class LinearConfig:
     """With gated_delta_net: number of heads of queries and keys."""
     linear_num_value_heads: int = 32
     """With gated_delta_net: number of heads of values, a multiple of the other."""
+    cp_linear_scan: LinearScan = "ring"
+    """How the states of linear layers travel between context-parallel ranks."""
+    cp_linear_kernel: LinearKernelName = "auto"
+    """Kernel of linear layers."""
 
     def is_in(self, number: int) -> bool:
         """Whether a layer, counted from 1, is linear; layers of multi-token prediction are like the last one."""

@@ -20,6 +20,7 @@ from megatron_lightseq.megatron.checkpoint_scope import current_scope, track_che
 from megatron_lightseq.megatron.dense_mask import DenseMasks
 from megatron_lightseq.megatron.packed import shard_of
 from megatron_lightseq.megatron.sequence_layer import SequenceLayer
+from megatron_lightseq.schedule import Network
 from megatron_lightseq.transport.group import rank_in
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class LinearSettings:
     """Which rank holds which tokens; over several ranks only ``contiguous``."""
     kernel: str = "auto"
     """A linear kernel's name."""
+    scan: str = "ring"
+    """How states travel."""
+    network: Network | None = None
+    """What scan ``auto`` predicts with; None for the default."""
     keep_on_recompute: bool = True
     """Keep results and states across activation recomputation instead of computing them again."""
     stats: AttentionStats = field(default_factory=AttentionStats)
@@ -57,7 +62,13 @@ class LinearSettings:
 
         def make() -> DistLinearAttention:
             return DistLinearAttention(
-                group, layout=self.layout, kernel=self.kernel, normalize=normalize, stats=self.stats
+                group,
+                layout=self.layout,
+                kernel=self.kernel,
+                scan=self.scan,
+                network=self.network,
+                normalize=normalize,
+                stats=self.stats,
             )
 
         return self._shared.get((group, normalize), make)

@@ -89,7 +89,13 @@ def gpt_layer_spec(
     keep = True if keep_attention_on_recompute is None else keep_attention_on_recompute
     stats = AttentionStats() if stats is None else stats
     if isinstance(config, PretrainConfig):
-        linear = LinearSettings(keep_on_recompute=keep, stats=stats)
+        linear = LinearSettings(
+            kernel=config.linear.cp_linear_kernel,
+            scan=config.linear.cp_linear_scan,
+            network=context.network,
+            keep_on_recompute=keep,
+            stats=stats,
+        )
         spec = with_linear_layers(spec, linear_pattern(config), linear, rms_norm=_has_rms_norm(config))
     if context.cp_method == "megatron":
         return _with_latent_baseline(spec)
@@ -116,6 +122,8 @@ def hybrid_block_spec(
     pattern: str,
     *,
     context: ContextParallelConfig | None = None,
+    scan: str = "ring",
+    kernel: str = "auto",
     keep_attention_on_recompute: bool = True,
     stats: AttentionStats | None = None,
 ) -> ModuleSpec:
@@ -130,6 +138,8 @@ def hybrid_block_spec(
         pattern: one letter for each layer, repeated over the layers: ``*`` softmax attention, ``G`` a gated delta net,
             ``L`` linear attention.
         context: of the layers with softmax attention; their layout must be contiguous over several ranks.
+        scan: how the states of linear layers travel, as in :func:`megatron_lightseq.dist_linear_attention`.
+        kernel: of linear layers, as there.
         keep_attention_on_recompute: whether results survive activation recomputation.
         stats: counters that all layers share; default: new ones.
 
@@ -145,7 +155,13 @@ def hybrid_block_spec(
     spec = gpt_layer_spec(
         config, context=context, keep_attention_on_recompute=keep_attention_on_recompute, stats=stats
     )
-    settings = LinearSettings(keep_on_recompute=keep_attention_on_recompute, stats=stats)
+    settings = LinearSettings(
+        kernel=kernel,
+        scan=scan,
+        network=context.network,
+        keep_on_recompute=keep_attention_on_recompute,
+        stats=stats,
+    )
     whole = pattern * -(-config.num_layers // len(pattern))
     # With it, Megatron's checkpoints keep layers of different kinds apart.
     config.linear_attention_freq = [int(letter != "*") for letter in whole[: config.num_layers]]

@@ -314,6 +314,16 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "experimental_attention_variant to gated_delta_net",
     ),
+    "scans_are_of_linear_layers": (
+        {"cp_linear_scan": "doubling"},
+        Machine(),
+        "cp_linear_scan doubling",
+    ),
+    "linear_kernel_supports_device": (
+        {**DELTA_NETS, "cp_linear_kernel": "cpu"},
+        Machine(num_gpus=1),
+        "Set cp_linear_kernel to auto",
+    ),
     "linear_heads_divide": ({**DELTA_NETS, "linear_num_value_heads": 24}, Machine(), "Choose multiples"),
     "linear_layers_hold_adjacent_tokens": (
         {**DELTA_NETS, "cp_method": "zigzag", "context_parallel_size": 2},

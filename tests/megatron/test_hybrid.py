@@ -45,12 +45,26 @@ def assert_same(expected: Any, found: Any) -> None:
 def test_several_ranks_train_like_one(name: str) -> None:
     model = DELTA_NETS if name == "delta nets" else LINEAR
     alone = on_ranks(1, train, model)[0]
-    for ranks in (2, 3, 4):
-        assert_same(alone, on_ranks(ranks, train, {**model, "context_parallel_size": ranks})[0])
+    for ranks, scan in ((2, "ring"), (3, "auto"), (4, "doubling")):
+        values = {**model, "context_parallel_size": ranks, "cp_linear_scan": scan}
+        assert_same(alone, on_ranks(ranks, train, values)[0])
     tensor = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2}
     assert_same(alone, on_ranks(4, train, {**model, **tensor})[0])
     pipeline = {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}
     assert_same(alone, on_ranks(4, train, {**model, **pipeline})[0])
+
+
+def test_scan_and_kernel_of_a_recipe_reach_its_linear_layers() -> None:
+    warnings.simplefilter("ignore")
+    from megatron_lightseq.config import PretrainConfig, with_values
+    from megatron_lightseq.megatron import gpt_layer_spec
+
+    values = {**TINY, **LINEAR, "cp_linear_scan": "doubling", "cp_linear_kernel": "torch"}
+    config = with_values(PretrainConfig(), **values)
+    settings = gpt_layer_spec(config).params["choices"].linear.core_attention.params["settings"]
+    assert (settings.scan, settings.kernel) == ("doubling", "torch")
+    attention = settings.attention(None, normalize=True)
+    assert (attention._scan, attention._kernel) == ("doubling", "torch")
 
 
 def test_a_recomputed_layer_repeats_neither_attention_nor_its_scan() -> None:
