@@ -8,8 +8,6 @@ h // (H / G)), D and Dv head dims of queries/keys and of values.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_lightseq.errors import UnsupportedError, explain
-from megatron_lightseq.kernels.specs import AUTO, KERNELS, KernelSpec, kernel_names
+from megatron_lightseq.kernels.choose import choose_kernel, listed
+from megatron_lightseq.kernels.specs import AUTO, KERNELS, KernelSpec
 from megatron_lightseq.kernels.tile_mask import TileMask
 
 
@@ -162,53 +161,26 @@ def resolve_kernel(
     return chosen if softcap is None else SoftcappedKernel.of(chosen, softcap)
 
 
-def _named(kernel: str, q: Tensor, k: Tensor, v: Tensor, softcap: bool) -> Kernel:
-    if kernel == AUTO:
-        return _first_supported(q, k, v, softcap)
-    if kernel not in KERNELS:
-        near = difflib.get_close_matches(kernel, kernel_names(), n=1)
-        raise UnsupportedError(
-            explain(
-                got=f"kernel {kernel!r}",
-                rule=f"the kernels are {', '.join(kernel_names())}",
-                remedy=f"The nearest name is {near[0]!r}" if near else "Choose one of them",
-            )
-        )
-    chosen = _load(KERNELS[kernel])
-    reason = refusal_of(KERNELS[kernel], q, k, v, softcap=softcap) or chosen.unsupported(q, k, v)
-    if reason is not None:
-        raise _refused(kernel, reason, q, k, v)
+def _named(name: str, q: Tensor, k: Tensor, v: Tensor, softcap: bool) -> Kernel:
+    """The kernel of a name; warns if ``auto`` is left with the reference and its score matrix is large."""
+    choice = choose_kernel(
+        name,
+        KERNELS,
+        what="kernel",
+        reason=lambda spec, kernel: refusal_of(spec, q, k, v, softcap=softcap) or kernel.unsupported(q, k, v),
+        refused=lambda reason: _refused(name, reason, q, k, v),
+    )
+    chosen: Kernel = choice.kernel
+    if name == AUTO and chosen.name == "reference" and q.shape[0] >= LONG_FOR_REFERENCE:
+        _warn_of_square_scores(q, choice.reasons)
     return chosen
 
 
-def _load(spec: KernelSpec) -> Kernel:
-    module, _, attribute = spec.implementation.partition(":")
-    kernel: Kernel = getattr(importlib.import_module(module), attribute)()
-    return kernel
-
-
-def _first_supported(q: Tensor, k: Tensor, v: Tensor, softcap: bool) -> Kernel:
-    """The kernel that ``auto`` selects; warns if only the reference is left and its score matrix is large."""
-    reasons: dict[str, str] = {}
-    for spec in KERNELS.values():
-        if not spec.in_auto:
-            continue
-        candidate = _load(spec)
-        reason = refusal_of(spec, q, k, v, softcap=softcap) or candidate.unsupported(q, k, v)
-        if reason is None:
-            if spec.name == "reference" and q.shape[0] >= LONG_FOR_REFERENCE:
-                _warn_of_square_scores(q, reasons)
-            return candidate
-        reasons[spec.name] = reason
-    raise _refused(AUTO, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()), q, k, v)
-
-
 def _warn_of_square_scores(q: Tensor, reasons: dict[str, str]) -> None:
-    others = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     warnings.warn(
         f"kernel 'auto' falls back to the reference kernel for {q.shape[0]} tokens of {q.dtype} on {q.device}: "
-        f"its memory grows with the square of the tokens. {others}.",
-        stacklevel=4,
+        f"its memory grows with the square of the tokens. {listed(reasons)}.",
+        stacklevel=3,
     )
 
 

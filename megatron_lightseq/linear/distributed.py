@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,32 @@ from megatron_lightseq.schedule.scan_choose import rank_scans
 from megatron_lightseq.schedule.scan_place import build_scan
 from megatron_lightseq.transport import connect
 from megatron_lightseq.transport.group import Group, rank_in, size_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The arguments of one call, as in :func:`dist_linear_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    scale: float | None
+    mask: MaskArgument | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The inputs that may have gradients."""
+        return self.q, self.k, self.v, self.log_decay, self.beta
+
+    def prepared(self, *, normalize: bool) -> _Call:
+        """With the dtypes of autocast; and a column of ones beside the values, which sums up the weights."""
+        q, k, v = autocast_inputs(self.q, self.k, self.v)
+        LinearInputs.of(q, k, v, self.log_decay, self.beta)  # before anything is done with them
+        if normalize:
+            v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
+        return replace(self, q=q, k=k, v=v)
 
 
 class LinearResult(NamedTuple):
@@ -181,7 +208,7 @@ class DistLinearAttention:
             q, k, v, log_decay, beta, scale: as in :func:`dist_linear_attention`.
             mask: for this call alone; default the mask of this object.
         """
-        return self.forward_with_states(q, k, v, log_decay=log_decay, beta=beta, scale=scale, mask=mask).out
+        return self._attend(_Call(q, k, v, log_decay, beta, scale, mask)).out
 
     def forward_with_states(
         self,
@@ -195,7 +222,7 @@ class DistLinearAttention:
         mask: MaskArgument | None = None,
     ) -> LinearResult:
         """The output, and with it what :meth:`reattach` takes: all that a recomputed forward needs not to repeat."""
-        return self._attend(q, k, v, log_decay, beta, None, scale, mask)
+        return self._attend(_Call(q, k, v, log_decay, beta, scale, mask))
 
     def reattach(
         self,
@@ -216,44 +243,21 @@ class DistLinearAttention:
             kept: of what :meth:`forward_with_states` returned for them, maybe detached.
             scale, mask: as they were then.
         """
-        return self._attend(q, k, v, log_decay, beta, kept, scale, mask).out
+        return self._attend(_Call(q, k, v, log_decay, beta, scale, mask), kept).out
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        beta: Tensor | None,
-        kept: Kept | None,
-        scale: float | None,
-        mask: MaskArgument | None,
-    ) -> LinearResult:
-        q, k, v = autocast_inputs(q, k, v)
-        LinearInputs.of(q, k, v, log_decay, beta)
-        if self._normalize:
-            v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
-        plan = self._plan_for(q, k, v, log_decay, beta, scale, self.mask if mask is None else mask)
-        result: Kept = LinearFunction.apply(q, k, v, log_decay, beta, kept, plan)
+    def _attend(self, call: _Call, kept: Kept | None = None) -> LinearResult:
+        call = call.prepared(normalize=self._normalize)
+        result: Kept = LinearFunction.apply(*call.tensors, kept, self._plan_for(call))
         return LinearResult(_normalised(result[0]) if self._normalize else result[0], result)
 
     @torch.compiler.disable
-    def _plan_for(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        beta: Tensor | None,
-        scale: float | None,
-        mask: MaskArgument,
-    ) -> LinearPlan:
-        inputs = LinearInputs.of(q, k, v, log_decay, beta)
-        factor, masks = checked_scale(scale, q.shape[3]), masks_of(mask, q.shape[1])
+    def _plan_for(self, call: _Call) -> LinearPlan:
+        inputs = LinearInputs.of(*call.tensors)
+        mask = self.mask if call.mask is None else call.mask
+        factor, masks = checked_scale(call.scale, call.q.shape[3]), masks_of(mask, call.q.shape[1])
         key = (inputs, masks, factor)
         if key not in self._plans:
-            tensors = (q, k, v, log_decay, beta)
-            like = Part.of(tensors, piece=1, scale=factor, documents=None, heads=inputs.heads)
+            like = Part.of(call.tensors, piece=1, scale=factor, documents=None, heads=inputs.heads)
             self._plans[key] = self._planned(inputs, masks, factor, resolve_linear_kernel(self._kernel, like))
             if len(self._plans) > MAX_PLANS:  # the same one on all ranks, because they make the same calls
                 self._plans.popitem(last=False)
