@@ -7,6 +7,7 @@ attention cannot disagree because each did its own arithmetic.
     contiguous   rank r holds tokens [r N/P, (r+1) N/P)             (DistFlashAttn, arXiv 2310.03294, 3.1)
     zigzag       2P pieces; rank r holds pieces r and 2P-1-r        (Megatron's and Transformer Engine's CP)
     striped      rank r holds tokens r, r+P, r+2P, ...              (Striped Attention, arXiv 2311.09431)
+    dealt        P pieces, dealt to nodes of 8 ranks in turn        (derived here; up to 8 ranks it is contiguous)
 
 ``LAYOUTS`` says which pieces each rank holds, and everything else here follows from it: a new layout is one entry.
 A schedule addresses *chunks*: every piece divided into ``splits`` parts. A chunk's positions are a Python ``range``
@@ -58,10 +59,24 @@ class LayoutRule:
         return held
 
 
+DEALT_RANKS_PER_NODE = 8
+"""Consecutive ranks of a node, to the ``dealt`` layout."""
+
+
+def _dealt(rank: int, cp_size: int) -> tuple[int, ...]:
+    """Piece p is on node p mod n of n, so that a long document is on all nodes, and each can balance its own part."""
+    nodes, rest = divmod(cp_size, DEALT_RANKS_PER_NODE)
+    if rest or nodes < 2:
+        return (rank,)
+    node, index = divmod(rank, DEALT_RANKS_PER_NODE)
+    return (index * nodes + node,)
+
+
 LAYOUTS: dict[str, LayoutRule] = {
     "contiguous": LayoutRule(lambda rank, cp_size: (rank,)),
     "zigzag": LayoutRule(lambda rank, cp_size: (rank, 2 * cp_size - 1 - rank)),
     "striped": LayoutRule(lambda rank, cp_size: (rank,), interleaved=True),
+    "dealt": LayoutRule(_dealt),
 }
 """Every layout by name."""
 

@@ -16,7 +16,13 @@ from megatron_lightseq.schedule.build import steps_of
 from megatron_lightseq.schedule.heads import HeadCut
 from megatron_lightseq.schedule.ir import Direction
 from megatron_lightseq.schedule.method import Method
-from megatron_lightseq.schedule.methods import METHODS, SMALL_GROUP, default_layouts, resolve_method
+from megatron_lightseq.schedule.methods import (
+    METHODS,
+    SMALL_GROUP,
+    default_layouts,
+    layouts_worth_comparing,
+    resolve_method,
+)
 from megatron_lightseq.schedule.network import Device, Network, transfer_times
 from megatron_lightseq.schedule.problem import Problem
 from megatron_lightseq.schedule.shape import TensorShape
@@ -173,11 +179,12 @@ class Chooser:
     def rank(
         self, shape: TensorShape, network: Network, layouts: Sequence[str] | None = None
     ) -> list[Choice]:
-        """Every method on every one of ``layouts`` (default: the methods' default layouts), best first; and for each
+        """Every method on every one of ``layouts`` (default: :func:`layouts_worth_comparing`), best first; and for each
         layout the best pair of methods.
         """
         choices: list[Choice] = []
-        for layout in default_layouts() if layouts is None else layouts:
+        compared = layouts_worth_comparing(self.cp_size, network) if layouts is None else layouts
+        for layout in compared:
             if not SequenceLayout(layout, self.cp_size).of_rows(self.batch_rows).divides(self.seq_length):
                 continue
             forward, backward = (
@@ -279,7 +286,7 @@ def rank_methods(
         mask: default causal.
         network: default NVLink within nodes of 8 and 100 Gbps between them.
         device: default an H100.
-        layouts: those to consider; default: every layout that is the default of some method. If the sequence is
+        layouts: those to consider; default: :func:`layouts_worth_comparing`. If the sequence is
             already cut, give its layout alone.
         batch_rows: rows with masks of their own, which ``mask`` and ``seq_length`` are of, one after the other.
 

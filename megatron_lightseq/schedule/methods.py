@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
+from megatron_lightseq.layout import DEALT_RANKS_PER_NODE
 from megatron_lightseq.schedule.balance.place import (
     BALANCED_LAYOUTS,
     balanced_variants,
@@ -16,6 +17,7 @@ from megatron_lightseq.schedule.balance.place import (
 )
 from megatron_lightseq.schedule.ir import Direction, Placement
 from megatron_lightseq.schedule.method import Method, SizedForm
+from megatron_lightseq.schedule.network import Network
 from megatron_lightseq.schedule.place import (
     LIGHTSEQ_LAYOUTS,
     mesh_rows,
@@ -38,7 +40,7 @@ def ring_candidates(problem: Problem) -> Sequence[str]:
     """The ring where no method made for the layout is a better ring: on contiguous shards it is unbalanced, and on
     zigzag shards it is the method ``zigzag``.
     """
-    return ("ring",) if problem.layout.name not in ("contiguous", "zigzag") else ()
+    return ("ring",) if problem.layout.name == "striped" else ()
 
 
 def mesh_candidates(problem: Problem) -> Sequence[str]:
@@ -46,7 +48,7 @@ def mesh_candidates(problem: Problem) -> Sequence[str]:
     unbalanced. Beyond SMALL_GROUP ranks, only those that move the least or that keep their rows within nodes.
     """
     cp_size, network = problem.layout.cp_size, problem.network
-    if problem.layout.name == "contiguous":
+    if problem.layout.name in BALANCED_LAYOUTS:
         return ()
     if cp_size <= SMALL_GROUP:
         rows = [rows for rows in range(1, cp_size + 1) if cp_size % rows == 0]
@@ -65,6 +67,8 @@ def ulysses_candidates(problem: Problem) -> Sequence[str]:
 def usp_candidates(problem: Problem) -> Sequence[str]:
     """Exchanges among every possible number of ranks, at most as many as there are heads; on contiguous shards also
     with ``balanced`` between the groups. With a prime number of ranks, the default is a ring in finer tiles."""
+    if problem.layout.name == "dealt":  # adjacent pieces are on different nodes
+        return ()
     inner = ("", "-balanced") if problem.layout.name in BALANCED_LAYOUTS else ("",)
     sizes = exchange_sizes(problem.layout.cp_size, problem.shape.num_heads)
     cp_size = problem.layout.cp_size
@@ -269,6 +273,14 @@ def method_forms() -> tuple[str, ...]:
 def default_layouts() -> tuple[str, ...]:
     """The layouts that some method is used on by default."""
     return tuple(dict.fromkeys(method.default_layout for method in METHODS.values()))
+
+
+def layouts_worth_comparing(cp_size: int, network: Network | None) -> tuple[str, ...]:
+    """The default layouts; and over several nodes, the one that deals every document to all of them."""
+    several = cp_size > DEALT_RANKS_PER_NODE and cp_size % DEALT_RANKS_PER_NODE == 0
+    if network is None or network.ranks_per_node != DEALT_RANKS_PER_NODE or not several:
+        return default_layouts()
+    return (*default_layouts(), "dealt")
 
 
 def resolve_method(method: str | Method) -> Method:

@@ -14,6 +14,7 @@ from megatron_lightseq.errors import ScheduleError
 from megatron_lightseq.layout import SequenceLayout
 from megatron_lightseq.mask import Mask
 from megatron_lightseq.schedule import (
+    Chooser,
     Direction,
     Move,
     Network,
@@ -24,6 +25,7 @@ from megatron_lightseq.schedule import (
     Tile,
     build,
     compile_program,
+    rank_methods,
     simulate,
 )
 from megatron_lightseq.schedule.ir import RESULTS
@@ -78,6 +80,42 @@ def test_results_equal_one_device_over_two_nodes(seed: int) -> None:
     for i, want in enumerate(oracle.expected(whole, mask)):
         got = layout.unshard([part[i] for part in parts], 0)
         assert (got - want).abs().max() <= 1e-12, oracle.NAMES[i]
+
+
+@pytest.mark.parametrize("size", [12, 16])
+def test_results_equal_one_device_on_dealt_shards(size: int) -> None:
+    """Two nodes of 8, and a number of ranks that makes no whole nodes."""
+    seq_length = size * 32
+    mask = random_documents(random.Random(size), seq_length)
+    whole = oracle.inputs(seq_length, (2, 1), (4, 3), torch.float64)
+    layout = SequenceLayout("dealt", size)
+    network = Network.parse("nvlink+8x400gbps")
+
+    def attend(group: Group) -> list[Tensor]:
+        attention = DistAttention(group, method="balanced", layout=layout, mask=mask, network=network)
+        q, k, v, dout = (layout.shard(x, group.rank(), 0).clone() for x in whole)
+        for x in (q, k, v):
+            x.requires_grad_()
+        out = attention(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+    parts = run_loopback(size, attend)
+    for i, want in enumerate(oracle.expected(whole, mask)):
+        got = layout.unshard([part[i] for part in parts], 0)
+        assert (got - want).abs().max() <= 1e-12, oracle.NAMES[i]
+
+
+def test_dealt_shards_keep_help_inside_nodes() -> None:
+    """Fewer bytes cross between nodes than on contiguous shards, so that auto chooses them over several nodes."""
+    mask, shape = Mask.documents(draw("wlb", 32 * 8192, 0)), TensorShape(num_heads=64, num_query_groups=8)
+    network = Network.parse("nvlink+8x400gbps")
+    chooser = Chooser(32, 32 * 8192, mask)
+    dealt, contiguous = (
+        chooser.predict("balanced", name, Direction.FORWARD, shape, network).seconds
+        for name in ("dealt", "contiguous")
+    )
+    assert dealt < 0.75 * contiguous
+    assert rank_methods(32, shape, 32 * 8192, mask=mask, network=network)[0].layout == "dealt"
 
 
 @pytest.mark.parametrize("size", [2, 4, 6])

@@ -104,3 +104,9 @@ def test_ranks_and_dimensions_that_are_not_there_are_refused(
 ) -> None:
     with pytest.raises(LayoutError, match=message):
         call(SequenceLayout(name, 2), torch.zeros(4, 8))
+
+
+def test_dealt_pieces_alternate_between_nodes_of_eight() -> None:
+    assert SequenceLayout("dealt", 16).owner == tuple(rank for i in range(8) for rank in (i, i + 8))
+    for size in (1, 3, 8, 12):
+        assert SequenceLayout("dealt", size).owner == tuple(range(size))

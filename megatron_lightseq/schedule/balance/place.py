@@ -12,7 +12,7 @@ from megatron_lightseq.schedule.ir import Placement, Tile
 from megatron_lightseq.schedule.network import Network
 from megatron_lightseq.schedule.problem import Problem
 
-BALANCED_LAYOUTS = ("contiguous",)
+BALANCED_LAYOUTS = ("contiguous", "dealt")
 """Layouts of one piece a rank, as the solver assumes."""
 TARGET_PERCENT = 100
 _LEAST_GRAIN = 4
