@@ -14,6 +14,7 @@ from rich.table import Table
 from megatron_lightseq.config import DataConfig, PretrainConfig
 from megatron_lightseq.config.validate import DATA_RULES, validate
 from megatron_lightseq.errors import ConfigError, explain
+from megatron_lightseq.training.data.chat import ChatTemplate, read_chat_template
 from megatron_lightseq.training.data.corpus import CorpusFacts, check_index, file_of
 from megatron_lightseq.training.data.documents import ReadOptions
 from megatron_lightseq.training.data.prepare import counted, fingerprint, prepare, up_to_date
@@ -28,16 +29,16 @@ def run(arguments: Sequence[str]) -> int:
     """Prepare a corpus, or say that it is up to date."""
     options = _parser().parse_args(arguments)
     tokenizer = build_tokenizer(_data_config(options))
-    reading = _reading(options)
+    reading, chat = _reading(options), _chat(options)
     files = find_files(options.inputs) if options.inputs else find_stdlib_files()
     console = Console(file=sys.stdout, quiet=options.quiet, highlight=False)
     if file_of(options.output, "json").is_file():
-        facts = up_to_date(options.output, fingerprint(files, tokenizer, reading, options.pack))
+        facts = up_to_date(options.output, fingerprint(files, tokenizer, reading, options.pack, chat))
         if facts is not None:
             line = f"{options.output} is up to date: {facts.documents:,} documents, {facts.tokens:,} tokens"
             console.print(line, soft_wrap=True)
             return 0
-    facts = _prepare_with_bar(files, tokenizer, options, reading, console)
+    facts = _prepare_with_bar(files, tokenizer, options, reading, chat, console)
     console.print(summary(options.output, facts, options.seq_length))
     return 0
 
@@ -62,6 +63,8 @@ def _reading(options: argparse.Namespace) -> ReadOptions:
                 remedy="Name files of JSON lines, and give the seq_length of fine-tuning, for example --pack 4096",
             )
         )
+    if options.messages_key is not None:
+        return ReadOptions(messages_key=options.messages_key, skip_bad_lines=options.skip_bad_lines)
     return ReadOptions(
         text_key=options.text_key or "answer",
         prompt_key=options.prompt_key or "prompt",
@@ -69,11 +72,29 @@ def _reading(options: argparse.Namespace) -> ReadOptions:
     )
 
 
+def _chat(options: argparse.Namespace) -> ChatTemplate | None:
+    """How conversations are rendered; None without --messages-key. Raises ConfigError where it does not apply."""
+    if options.messages_key is None and options.chat_template is None:
+        return None
+    fits = options.messages_key and options.pack is not None and options.tokenizer_type == "hf"
+    if not fits or options.prompt_key or options.text_key:
+        raise ConfigError(
+            explain(
+                got=f"--messages-key {options.messages_key} with --pack {options.pack}, --tokenizer-type "
+                f"{options.tokenizer_type}, --prompt-key {options.prompt_key} and --text-key {options.text_key}",
+                rule="conversations are rendered by a tokenizer's chat template and packed",
+                remedy="Give --messages-key, --pack, --tokenizer-type hf and --tokenizer-model, and no other key",
+            )
+        )
+    return read_chat_template(Path(options.tokenizer_model), options.chat_template)
+
+
 def _prepare_with_bar(
     files: Sequence[SourceFile],
     tokenizer: Tokenizer,
     options: argparse.Namespace,
     reading: ReadOptions,
+    chat: ChatTemplate | None,
     console: Console,
 ) -> CorpusFacts:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -85,6 +106,7 @@ def _prepare_with_bar(
             options.output,
             options=reading,
             pack_length=options.pack,
+            chat=chat,
             advance=lambda count: progress.advance(task, count),
         )
 
@@ -166,6 +188,19 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt-key",
         metavar="KEY",
         help="with --pack: JSON key or Parquet column of the prompt (default: prompt)",
+    )
+    made.add_argument(
+        "--messages-key",
+        metavar="KEY",
+        help="with --pack: JSON key or Parquet column of a conversation, a list of messages with role and content, "
+        "such as messages; the tokenizer's chat template renders it, and the loss is that of the assistant's turns",
+    )
+    made.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="with --messages-key: a Jinja template (default: chat_template.jinja or tokenizer_config.json beside the "
+        "tokenizer file)",
     )
     made.add_argument(
         "--skip-bad-lines",

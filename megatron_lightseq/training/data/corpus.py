@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.training.data.pairs import first_parts
 from megatron_lightseq.training.file_hash import hash_file
 from megatron_lightseq.training.plain_files import read_plain_text
 
@@ -235,7 +236,7 @@ def check_facts(prefix: Path | str, facts: CorpusFacts, index: Index) -> None:
     Index caches are named after the facts: those of another corpus would point into the wrong tokens.
     """
     found = {
-        "documents": len(index.lengths) // (2 if facts.pack_length else 1),
+        "documents": len(first_parts(index.lengths)) if facts.pack_length else len(index.lengths),
         "tokens": int(index.lengths.sum(dtype=np.int64)),
         "bin_bytes": file_of(prefix, "bin").stat().st_size,
         "idx_bytes": file_of(prefix, "idx").stat().st_size,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,10 @@ class Document(NamedTuple):
     """File, and line, row or item; for messages."""
     prompt: str = ""
     """What the text answers, for fine-tuning."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """A conversation, in place of a text."""
+    tools: tuple[Any, ...] | None = None
+    """What the assistant of a conversation may call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +55,14 @@ class ReadOptions:
     prompt_key: str | None = None
     """JSON key or Parquet column of the prompt that the text answers; None: there are no prompts."""
 
+    messages_key: str | None = None
+    """JSON key or Parquet column of a conversation, a list of messages with role and content, in place of a text."""
+
     @property
     def keys(self) -> tuple[str, ...]:
         """What every record has."""
+        if self.messages_key is not None:
+            return (self.messages_key,)
         return (self.text_key,) if self.prompt_key is None else (self.prompt_key, self.text_key)
 
 
@@ -136,9 +145,9 @@ def _open(file: SourceFile, counts: ReadCounts, options: ReadOptions) -> Iterabl
     if records is not None:
         return _texts(enumerate(records, start=1), f"{path} item", counts, options)
     if ".json" in suffixes:
-        raise _UnusableFileError(f"JSON without the key {options.text_key!r}")
-    if options.prompt_key is not None:
-        raise _UnusableFileError("no records with prompts")
+        raise _UnusableFileError(f"JSON without the key {options.keys[-1]!r}")
+    if options.prompt_key is not None or options.messages_key is not None:
+        raise _UnusableFileError("no records with prompts or messages")
     return [Document(text, str(path))]
 
 
@@ -172,8 +181,10 @@ def _texts(
     records: Iterable[tuple[int, Any]], place: str, counts: ReadCounts, options: ReadOptions
 ) -> Iterator[Document]:
     for number, record in records:
-        bad = record if isinstance(record, _Bad) else _problem(record, options.keys)
-        if bad is None and record[options.text_key]:
+        bad = record if isinstance(record, _Bad) else _problem(record, options)
+        if bad is None and options.messages_key is not None:
+            yield _conversation(record, options.messages_key, f"{place} {number}")
+        elif bad is None and record[options.text_key]:
             prompt = "" if options.prompt_key is None else record[options.prompt_key]
             yield Document(record[options.text_key], f"{place} {number}", prompt)
         elif bad is None:
@@ -184,11 +195,30 @@ def _texts(
             raise _bad_record(f"{place} {number}", bad, options)
 
 
-def _problem(record: Any, keys: Iterable[str]) -> _Bad | None:
-    """Why a record has no text under one of these keys; None if it has."""
+def _conversation(record: dict[str, Any], key: str, place: str) -> Document:
+    tools = record.get("tools")
+    return Document(
+        "", place, messages=tuple(record[key]), tools=tuple(tools) if isinstance(tools, list) else None
+    )
+
+
+def _problem(record: Any, options: ReadOptions) -> _Bad | None:
+    """Why a record has no text or conversation under the keys; None if it has."""
     if not isinstance(record, dict):
         return _Bad("not an object", f"of type {type(record).__name__}")
-    return next((bad for key in keys if (bad := _problem_under(record, key)) is not None), None)
+    if options.messages_key is not None:
+        return _problem_of_messages(record, options.messages_key)
+    return next((bad for key in options.keys if (bad := _problem_under(record, key)) is not None), None)
+
+
+def _problem_of_messages(record: dict[str, Any], key: str) -> _Bad | None:
+    messages = record.get(key)
+    if not isinstance(messages, list) or not messages:
+        return _Bad(f"no list {key!r}", f"no list of messages under {key!r}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return _Bad("message without a role", f"message {number} without a role")
+    return None
 
 
 def _problem_under(record: dict[str, Any], key: str) -> _Bad | None:
@@ -229,6 +259,8 @@ def _first_line_object(path: Path) -> Any:
 
 
 def _has_text(record: Any, options: ReadOptions) -> bool:
+    if options.messages_key is not None:
+        return isinstance(record, dict) and isinstance(record.get(options.messages_key), list)
     return isinstance(record, dict) and isinstance(record.get(options.text_key), str)
 
 
@@ -291,7 +323,13 @@ def _shown_keys(options: ReadOptions) -> str:
     return " and ".join(map(repr, options.keys))
 
 
+def _kind(options: ReadOptions) -> str:
+    return "a string" if options.messages_key is None else "a list of messages"
+
+
 def _key_flags(options: ReadOptions) -> str:
+    if options.messages_key is not None:
+        return "--messages-key"
     return "--text-key" if options.prompt_key is None else "--prompt-key or --text-key"
 
 
@@ -299,7 +337,7 @@ def _bad_record(place: str, bad: _Bad, options: ReadOptions) -> DataError:
     return DataError(
         explain(
             got=f"{place} ({bad.detail})",
-            rule=f"every record is an object with a string under the key {_shown_keys(options)}",
+            rule=f"every record is an object with {_kind(options)} under the key {_shown_keys(options)}",
             remedy=f"Correct it, give the name of the key with {_key_flags(options)}, or leave such records out with "
             "--skip-bad-lines",
         )

@@ -15,6 +15,7 @@ from megatron.core.datasets.utils import Split
 from megatron_lightseq.errors import DataError, explain
 from megatron_lightseq.megatron.packing import Packing
 from megatron_lightseq.training.data.checked_dataset import CheckedGPTDatasetConfig
+from megatron_lightseq.training.data.pairs import document_lengths, first_parts
 from megatron_lightseq.training.data.rows import Row, Stretch, tokens_and_labels
 
 
@@ -69,8 +70,8 @@ class PackedDataset(MegatronDataset):
     def documents(self, number: int) -> Packing:
         """The documents of a sample, each of a prompt and an answer, and padding behind them."""
         _, stretches = self._pack(number)
-        lengths = [one.length + two.length for one, two in zip(stretches[0::2], stretches[1::2], strict=True)]
-        return Packing.of_documents(lengths, self.config.sequence_length)
+        lengths = document_lengths(np.array([stretch.length for stretch in stretches]))
+        return Packing.of_documents(lengths.tolist(), self.config.sequence_length)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """A whole sample."""
@@ -84,7 +85,7 @@ class PackedDataset(MegatronDataset):
         }
 
     def _pack(self, number: int) -> tuple[int, list[Stretch]]:
-        """The pack of a sample: prompt, answer, prompt, answer, ..."""
+        """The pack of a sample: prompt, answer, prompt, answer, ..., with joints between turns of a conversation."""
         epoch, at = divmod(number, len(self.indices))
         if self._order is None or self._order[0] != epoch:
             drawn = np.random.default_rng([self.config.random_seed, epoch]).permutation(len(self.indices))
@@ -96,11 +97,12 @@ class PackedDataset(MegatronDataset):
 
     def _is_learned(self, stretches: Sequence[Stretch], at: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """For labels at some positions of the text: 1 for answers, but not where a document begins."""
-        starts = np.cumsum([0, *(stretch.length for stretch in stretches)])
+        lengths = np.array([stretch.length for stretch in stretches])
+        starts = np.concatenate([[0], np.cumsum(lengths)])
         part = np.searchsorted(starts, at, side="right") - 1
         in_answer = part % 2 == 1
         # Nothing of the same document predicts its first token, which belongs to the answer if there is no prompt.
-        begins = at == starts[part - part % 2]
+        begins = np.isin(at, starts[first_parts(lengths)])
         learned: npt.NDArray[np.float32] = (in_answer & ~begins).astype(np.float32)
         return learned
 

@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 from megatron_lightseq.errors import DataError, explain
 from megatron_lightseq.training.data.best_fit import best_fit
+from megatron_lightseq.training.data.chat import ChatTemplate
+from megatron_lightseq.training.data.chat_pieces import chat_pieces
 from megatron_lightseq.training.data.corpus import (
     CorpusFacts,
     entropy_nats,
@@ -31,7 +33,9 @@ from megatron_lightseq.training.data.corpus import (
     write_facts,
     write_index,
 )
+from megatron_lightseq.training.data.document_limits import check_tokens, fits
 from megatron_lightseq.training.data.documents import Document, ReadCounts, ReadOptions, read_documents
+from megatron_lightseq.training.data.pairs import document_lengths, first_parts
 from megatron_lightseq.training.data.sources import SourceFile
 from megatron_lightseq.training.data.tokenizers import Tokenizer, Tokens
 from megatron_lightseq.training.file_hash import hash_file
@@ -42,8 +46,6 @@ BATCH = 256
 """Documents tokenized together: enough for the tokenizer's threads, and few enough for a live progress bar."""
 LARGEST_ID = 2**31 - 1
 """Token ids are stored as uint16 or int32."""
-MAX_TOKENS_PER_DOCUMENT = 2**31 - 1
-"""Megatron stores lengths as int32."""
 
 Advance = Callable[[int], None]
 """Called with the number of files read since the last call."""
@@ -75,6 +77,7 @@ def fingerprint(
     tokenizer: Tokenizer,
     options: ReadOptions | None = None,
     pack_length: int | None = None,
+    chat: ChatTemplate | None = None,
 ) -> str:
     """SHA-256 over everything that decides the corpus, including the content of every file."""
     digest = hashlib.sha256()
@@ -84,6 +87,7 @@ def fingerprint(
         "vocabulary": tokenizer.vocab_size,
         "options": asdict(options or ReadOptions()),
         "pack_length": pack_length,
+        "chat": None if chat is None else asdict(chat),
     }
     digest.update(json.dumps(identity, sort_keys=True).encode())
     for file in files:
@@ -114,6 +118,7 @@ def prepare(
     *,
     options: ReadOptions | None = None,
     pack_length: int | None = None,
+    chat: ChatTemplate | None = None,
     advance: Advance = lambda _: None,
 ) -> CorpusFacts:
     """Tokenize files into the corpus at `prefix`.
@@ -127,13 +132,14 @@ def prepare(
         prefix: Of the files `.bin`, `.idx` and `.json`; its folder is created.
         options: How records are read; with `pack_length` it names the key of prompts.
         pack_length: Tokens of a pack, the `seq_length` of fine-tuning; None: documents are not packed.
+        chat: Renders conversations, which are packed; `options` names their key.
         advance: Called with the number of files that have been read since the last call.
 
     Raises:
         DataError: The files have no document, or one that cannot be read or tokenized, or that no pack has room for.
     """
     inputs = fingerprint(
-        files, tokenizer, options, pack_length
+        files, tokenizer, options, pack_length, chat
     )  # before reading: a file that changes meanwhile is then out of date
     options = options or ReadOptions()
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +148,11 @@ def prepare(
         counts = ReadCounts()
         with file_of(staged, "bin").open("wb") as stream:
             documents = read_documents(_announced(files, advance), counts, options)
-            pieces = _pieces(documents, tokenizer, options, pack_length, counts)
+            if chat is None:
+                pieces = _pieces(documents, tokenizer, options, pack_length, counts)
+            else:
+                assert pack_length is not None, "conversations are packed"
+                pieces = chat_pieces(documents, tokenizer, chat, options, pack_length, counts)
             written = _write_tokens(pieces, token_type, stream)
             _flush(stream)
         if not written.lengths:
@@ -153,7 +163,8 @@ def prepare(
             lengths, marks = _pack(file_of(staged, "bin"), lengths, token_type, pack_length)
         write_index(file_of(staged, "idx"), lengths, token_type, marks)
         written.digest.update(lengths.tobytes())
-        lengths = lengths if marks is None else lengths[0::2] + lengths[1::2]
+        if marks is not None:
+            lengths = document_lengths(lengths).astype(np.int32)
         facts = CorpusFacts(
             fingerprint=inputs,
             content=written.digest.hexdigest(),
@@ -185,14 +196,14 @@ def _pack(
 
     Args:
         path: of the file, which is rewritten.
-        lengths: of prompt, answer, prompt, answer, ...
+        lengths: of prompt, answer, prompt, answer, ..., with joints (:mod:`pairs`).
         token_type: of the tokens.
         pack_length: tokens of a pack.
 
     Returns:
         The lengths in the new order, and the first sequence of each pack, then the number of sequences.
     """
-    documents = lengths[0::2] + lengths[1::2]
+    documents, firsts = document_lengths(lengths), first_parts(lengths)
     packs = best_fit(documents.tolist(), pack_length)
     order = np.array([number for pack in packs for number in pack], dtype=np.int64)
     starts = np.cumsum([0, *documents], dtype=np.int64)
@@ -201,8 +212,9 @@ def _pack(
         for number in order:
             stream.write(tokens[starts[number] : starts[number + 1]].tobytes())
         _flush(stream)
-    marks = 2 * np.cumsum([0, *map(len, packs)], dtype=np.int64)
-    return lengths.reshape(-1, 2)[order].ravel(), marks
+    parts = np.split(lengths, firsts[1:])
+    numbers = [sum(len(parts[number]) for number in pack) for pack in packs]
+    return np.concatenate([parts[number] for number in order]), np.cumsum([0, *numbers], dtype=np.int64)
 
 
 def _token_type(tokenizer: Tokenizer) -> type[np.integer[Any]]:
@@ -247,31 +259,12 @@ def _pieces(
             found = [prompts[index]] if prompts else []
             found.append(np.append(text, tokenizer.eod))
             for tokens in found:
-                _check_tokens(tokens, document, number, tokenizer)
-            if pack_length is None or _fits(found, document, pack_length, options, counts):
+                check_tokens(tokens, document, number, tokenizer)
+            if pack_length is None or fits(found, document, pack_length, options, counts):
                 pieces += found
                 number += 1
         if pieces:
             yield pieces
-
-
-def _fits(
-    found: list[Tokens], document: Document, pack_length: int, options: ReadOptions, counts: ReadCounts
-) -> bool:
-    """Whether a document fits into a pack; one that does not is refused, or left out and counted."""
-    tokens = sum(map(len, found))
-    if tokens <= pack_length:
-        return True
-    if not options.skip_bad_lines:
-        raise DataError(
-            explain(
-                got=f"{document.place} has {tokens} tokens",
-                rule=f"a document is not cut, and --pack makes sequences of {pack_length} tokens",
-                remedy=f"Pack sequences of at least {tokens} tokens, or leave such records out with --skip-bad-lines",
-            )
-        )
-    counts.skip_record(f"longer than {pack_length} tokens")
-    return False
 
 
 def _encoded(batch: Sequence[Document], tokenizer: Tokenizer) -> Sequence[Tokens]:
@@ -285,27 +278,6 @@ def _encoded(batch: Sequence[Document], tokenizer: Tokenizer) -> Sequence[Tokens
             except DataError as error:
                 raise DataError(f"{document.place}: {error}") from error
         raise
-
-
-def _check_tokens(tokens: Tokens, document: Document, number: int, tokenizer: Tokenizer) -> None:
-    """Raises DataError where a document is too long or has an id outside the vocabulary."""
-    if len(tokens) >= MAX_TOKENS_PER_DOCUMENT:
-        raise DataError(
-            explain(
-                got=f"{document.place} (document {number}) has {len(tokens)} tokens",
-                rule=f"a document has fewer than {MAX_TOKENS_PER_DOCUMENT}",
-                remedy="Divide it into several files or lines",
-            )
-        )
-    outside = tokens[(tokens < 0) | (tokens >= tokenizer.vocab_size)]
-    if len(outside):
-        raise DataError(
-            explain(
-                got=f"{document.place} (document {number}) has the token id {outside[0]}",
-                rule=f"ids of this tokenizer are between 0 and {tokenizer.vocab_size - 1}",
-                remedy="Use a tokenizer file whose vocabulary has all of its ids",
-            )
-        )
 
 
 def _announced(files: Iterable[SourceFile], advance: Advance) -> Iterator[SourceFile]:

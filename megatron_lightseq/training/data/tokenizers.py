@@ -153,6 +153,12 @@ class HFTokenizer:
             ) from error
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
+    def encode_with_offsets(self, text: str) -> tuple[Tokens, np.ndarray[Any, np.dtype[np.int64]]]:
+        """Ids of a text, and (tokens, 2): the first character of each token, and the one behind its last."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=np.int64), offsets
+
 
 def load_hf_tokenizer(path: Path, eod_token: str | None = None) -> HFTokenizer:
     """Read a `tokenizers` JSON file.
