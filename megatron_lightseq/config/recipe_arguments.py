@@ -80,7 +80,7 @@ RECIPE: tuple[Option, ...] = (
             ("no_save_optim", "Use no_load_optim when loading"),
             ("no_save_rng", "Use no_load_rng when loading"),
             ("use_checkpoint_args", "Remove it: a checkpoint of another model is refused by name"),
-            ("wandb_project log_throughput log_params_norm timing_log_level", _LOGS),
+            ("log_throughput log_params_norm timing_log_level", _LOGS),
             ("tensorboard_log_interval", "Use log_interval"),
         )
     ),

@@ -337,6 +337,21 @@ def finetune_needs_load(c: PretrainConfig, _: Machine) -> bool:
 
 
 @LOGGING.rule(
+    "wandb_project",
+    "wandb_exp_name",
+    "wandb_save_dir",
+    remedy="Set wandb_project, or leave wandb_exp_name and wandb_save_dir out",
+)
+def wandb_run_belongs_to_a_project(c: PretrainConfig, _: Machine) -> bool:
+    """wandb_exp_name and wandb_save_dir describe a run of wandb_project."""
+    logging = c.logging
+    return logging.wandb_project is not None or (logging.wandb_exp_name, logging.wandb_save_dir) == (
+        None,
+        None,
+    )
+
+
+@LOGGING.rule(
     "trace",
     "trace_step_start",
     "trace_step_end",

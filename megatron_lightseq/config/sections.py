@@ -281,6 +281,12 @@ class LoggingConfig:
 
     tensorboard_dir: str | None = None
     """Folder for TensorBoard files; null: none."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to log to, with the wandb package (WANDB_MODE=offline: to files); null: none."""
+    wandb_exp_name: str | None = None
+    """Name of the run there; null: one that wandb chooses."""
+    wandb_save_dir: str | None = None
+    """Folder for wandb's files; null: wandb in the working directory."""
     report_dir: str | None = None
     """Folder for metrics, summary, loss plot and schedule drawing; null: none."""
     trace: str | None = None

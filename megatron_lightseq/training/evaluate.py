@@ -9,7 +9,16 @@ from typing import Any
 from megatron_lightseq.config import PretrainConfig, ResolvedConfig, with_values
 from megatron_lightseq.errors import ConfigError, explain
 
-NOT_TRAINING = {"save": None, "resume": "off", "finetune": True, "report_dir": None, "tensorboard_dir": None}
+NOT_TRAINING = {
+    "save": None,
+    "resume": "off",
+    "finetune": True,
+    "report_dir": None,
+    "tensorboard_dir": None,
+    "wandb_project": None,
+    "wandb_exp_name": None,
+    "wandb_save_dir": None,
+}
 """Keys of a recipe that concern training only, or that say how it goes on."""
 
 

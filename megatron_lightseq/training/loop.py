@@ -42,6 +42,7 @@ from megatron_lightseq.training.reporting.metrics import (
 )
 from megatron_lightseq.training.reporting.progress import Progress, Stopwatch, choose_display, duration
 from megatron_lightseq.training.reporting.report import Outcome, header
+from megatron_lightseq.training.reporting.wandb_run import WandbRun
 from megatron_lightseq.training.saver import Saver
 from megatron_lightseq.training.setup import Training, build_training
 from megatron_lightseq.training.step import StepResult, evaluate
@@ -188,6 +189,7 @@ class Loop:
             folder=None if folder is None else Path(folder),
             tensorboard=None if logging.tensorboard_dir is None else Path(logging.tensorboard_dir),
             resumed_step=self._position.iteration,
+            wandb=None if logging.wandb_project is None else WandbRun(self._config),
         )
 
     # ---- steps ------------------------------------------------------------------------------------------------

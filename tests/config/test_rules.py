@@ -57,32 +57,6 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "moe_layer_freq [0, 1, 2, 1]",
     ),
-    "lora_keys_need_a_rank": ({"lora_alpha": 16.0}, Machine(), "Set lora_dim"),
-    "lora_targets_are_named_once": (
-        {**LORA, "lora_target_modules": ("linear_qkv", "linear_qkv")},
-        Machine(),
-        "each once",
-    ),
-    "experts_have_no_adapters": (
-        {**LORA, "num_experts": 4},
-        Machine(),
-        "Set lora_target_modules to [linear_qkv, linear_proj]",
-    ),
-    "adapters_are_for_softmax_attention": (
-        {**LORA, "mtp_num_layers": 1},
-        Machine(),
-        "choose what is trained with frozen_parameters",
-    ),
-    "adapters_freeze_the_rest": (
-        {**LORA, "frozen_parameters": ("embedding.*",)},
-        Machine(),
-        "Remove frozen_parameters",
-    ),
-    "trained_parts_need_a_model": (
-        {"frozen_parameters": ("embedding.*",)},
-        Machine(),
-        "Set load to a checkpoint",
-    ),
     "window_is_causal": ({"window_size": (8, 1)}, Machine(), "Write, for example, window_size: [1023, 0]"),
     "skipped_windows_are_there": (
         {"window_size": (8, 0), "window_attn_skip_freq": 1},
@@ -596,6 +570,27 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
         Machine(),
         "Set micro_batch_size to 1",
     ),
+    "lora_keys_need_a_rank": ({"lora_alpha": 16.0}, Machine(), "Set lora_dim"),
+    "lora_targets_are_named_once": (
+        {**LORA, "lora_target_modules": ("linear_qkv", "linear_qkv")},
+        Machine(),
+        "each once",
+    ),
+    "experts_have_no_adapters": (
+        {**LORA, "num_experts": 4},
+        Machine(),
+        "Set lora_target_modules to [linear_qkv, linear_proj]",
+    ),
+    "adapters_are_for_softmax_attention": (
+        {**LORA, "mtp_num_layers": 1},
+        Machine(),
+        "choose what is trained with frozen_parameters",
+    ),
+    "adapters_freeze_the_rest": (
+        {**LORA, "frozen_parameters": ("embedding.*",)},
+        Machine(),
+        "Remove frozen_parameters",
+    ),
     "data_is_given": ({"data_path": ()}, Machine(), "lightseq prepare-data"),
     "data_weights_alternate": ({"data_path": ("0.5", "a", "b", "c")}, Machine(), r"data_path [0.5, a, b, c]"),
     "split_is_three_shares": ({"split": "0,1,1"}, Machine(), "Write, for example, 969,30,1"),
@@ -618,11 +613,17 @@ CASES: dict[str, tuple[dict[str, Any], Machine, str]] = {
     "load_iteration_needs_load": ({"load_iteration": 5}, Machine(), "Set load to a folder of checkpoints"),
     "resume_needs_save": ({"resume": "auto"}, Machine(), "Set save to a folder"),
     "finetune_needs_load": ({"finetune": True}, Machine(), "Set load to a checkpoint folder"),
+    "trained_parts_need_a_model": (
+        {"frozen_parameters": ("embedding.*",)},
+        Machine(),
+        "Set load to a checkpoint",
+    ),
     "rollback_needs_checkpoints": (
         {"on_loss_spike": "rollback", "save": "runs/a"},
         Machine(),
         "rollback returns to a checkpoint that this run has saved on its way",
     ),
+    "wandb_run_belongs_to_a_project": ({"wandb_exp_name": "long"}, Machine(), "Set wandb_project"),
     "traced_steps_are_taken": ({"trace": "t", "train_iters": 3}, Machine(), "Choose steps of the run"),
     "steps_belong_to_a_trace": ({"trace_step_end": 5}, Machine(), "Set trace to a folder"),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from megatron_lightseq.cli import run
 from megatron_lightseq.convert.exporting import export_adapter, export_hf
 from megatron_lightseq.convert.importing import import_hf
 from megatron_lightseq.errors import ConfigError, UnsupportedError
@@ -42,7 +43,7 @@ def test_adapters_are_merged_and_loaded_by_peft(family: str, tmp_path: Path) -> 
     assert (ours - base).abs().max() > 1e-2 * base.abs().max(), "training has changed the model"
     export_hf(tmp_path / "tuned", tmp_path / "merged")
     assert_close(logits_of(load(tmp_path / "merged")), ours, "merged")
-    export_adapter(tmp_path / "tuned", tmp_path / "adapter")
+    assert run(["export-hf", str(tmp_path / "tuned"), str(tmp_path / "adapter"), "--adapter"]) == 0
     model = PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "adapter")
     assert_close(logits_of(model), ours, "peft")
     assert not (tmp_path / "adapter/config.json").exists()

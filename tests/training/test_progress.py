@@ -6,9 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+from megatron_lightseq.config import PretrainConfig, with_values
+from megatron_lightseq.errors import ConfigError
 from megatron_lightseq.training.reporting.metrics import (
     METRICS_NAME,
     Attempt,
@@ -30,6 +34,7 @@ from megatron_lightseq.training.reporting.progress import (
     duration,
     verdict,
 )
+from megatron_lightseq.training.reporting.wandb_run import WandbRun
 
 GOLDEN_TAGS = [
     "save/seconds",
@@ -201,6 +206,72 @@ def test_tensorboard_files_hold_every_tag(tmp_path: Path) -> None:
     assert sorted(events.Tags()["scalars"]) == GOLDEN_TAGS
     assert [(event.step, event.value) for event in events.Scalars("train/loss")][1] == (2, 1.5)
     assert [(event.step, event.value) for event in events.Scalars("train/mtp_loss")] == [(2, 2.5)]
+
+
+class FakeWandb(ModuleType):
+    """Records what is called, as wandb's run does it."""
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__("wandb")
+        self.calls: list[tuple[str, Any]] = []
+        self._fails = fails
+
+    def _record(self, name: str, value: Any) -> None:
+        if name == self._fails:
+            raise RuntimeError("no connection")
+        self.calls.append((name, value))
+
+    def init(self, **options: Any) -> FakeWandb:
+        self._record("init", options)
+        return self
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        self._record("define_metric", (name, options))
+
+    def log(self, values: Any) -> None:
+        self._record("log", values)
+
+    def finish(self) -> None:
+        self._record("finish", None)
+
+
+WANDB = with_values(PretrainConfig(), wandb_project="long", wandb_exp_name="first", seq_length=8192)
+
+
+def test_weights_and_biases_get_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = MetricsLog(folder=None, tensorboard=None, wandb=WandbRun(WANDB))
+    log.write(attempt(0))
+    log.write(metrics(1))
+    log.write(SaveMetrics(step=1, seconds=0.5))
+    log.close()
+    names, values = zip(*fake.calls, strict=True)
+    assert names == ("init", "define_metric", "log", "log", "finish")
+    assert (values[0]["project"], values[0]["name"], values[0]["config"]["seq_length"]) == (
+        "long",
+        "first",
+        8192,
+    )
+    assert values[1] == ("*", {"step_metric": "step"})
+    assert values[2]["step"] == 1
+    assert values[2]["train/loss"] == metrics(1).loss
+    assert "train/mtp_loss" not in values[2]
+    assert values[3] == {"save/seconds": 0.5, "step": 1}
+
+
+def test_weights_and_biases_end_no_run_but_must_begin(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails="log"))
+    log = MetricsLog(folder=None, tensorboard=None, wandb=WandbRun(WANDB))
+    log.write(metrics(1))
+    log.close()
+    assert "Weights & Biases: RuntimeError: no connection: metrics are lost" in caplog.text
+    for absent in (FakeWandb(fails="init"), None):  # None: the import fails
+        monkeypatch.setitem(sys.modules, "wandb", absent)
+        with pytest.raises(ConfigError, match=r"wandb_project long .* set WANDB_MODE=offline"):
+            WandbRun(WANDB)
 
 
 def test_metrics_round_trip(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The metrics of a run, step by step: one JSON line each, and TensorBoard files if asked for.
+"""The metrics of a run, step by step: one JSON line each, and TensorBoard files and a W&B run if asked for.
 
 Every key of a JSON line except ``step``, ``kind`` and ``time`` is a TensorBoard tag ``<kind>/<key>``, with the kind
 ``train``, ``validation`` or ``save``; the x axis is the step. Lines of the kind ``attempt`` mark where a run has
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from megatron_lightseq.training.reporting.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +113,16 @@ class Line:
 class MetricsLog:
     """Writes the metrics of one rank, after those of earlier attempts. A file that cannot be written ends no run."""
 
-    def __init__(self, *, folder: Path | None, tensorboard: Path | None, resumed_step: int = 0) -> None:
-        """Without ``folder``, only TensorBoard's files are written, if ``tensorboard`` is given."""
+    def __init__(
+        self,
+        *,
+        folder: Path | None,
+        tensorboard: Path | None,
+        resumed_step: int = 0,
+        wandb: WandbRun | None = None,
+    ) -> None:
+        """Without ``folder``, there are no JSON lines, only what ``tensorboard`` and ``wandb`` get."""
+        self._wandb = wandb
         self.path = None if folder is None else folder / METRICS_NAME
         self._complained = False
         self._torn = True
@@ -127,11 +137,17 @@ class MetricsLog:
         """Append one line."""
         values = asdict(metrics)
         self._append(json.dumps({"kind": _KINDS[type(metrics)], "time": round(time.time(), 3), **values}))
-        if self._writer is not None and not isinstance(metrics, Attempt):
+        if isinstance(metrics, Attempt):
+            return
+        kind = _KINDS[type(metrics)]
+        numbers = {f"{kind}/{key}": x for key, x in values.items() if key != "step" and x is not None}
+        if self._writer is not None:
             with self._tolerant("TensorBoard's files"):
-                for key in values.keys() - {"step"}:
-                    if values[key] is not None:
-                        self._writer.add_scalar(f"{_KINDS[type(metrics)]}/{key}", values[key], metrics.step)
+                for tag, number in numbers.items():
+                    self._writer.add_scalar(tag, number, metrics.step)
+        if self._wandb is not None:
+            with self._tolerant("Weights & Biases"):
+                self._wandb.log(numbers, metrics.step)
 
     def _append(self, line: str) -> None:
         if self.path is None:
@@ -158,6 +174,9 @@ class MetricsLog:
         if self._writer is not None:
             with self._tolerant("TensorBoard's files"):
                 self._writer.close()
+        if self._wandb is not None:
+            with self._tolerant("Weights & Biases"):
+                self._wandb.close()
 
 
 def _ends_within_a_line(path: Path) -> bool:
