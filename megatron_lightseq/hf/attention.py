@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lightseq.attention.inputs import autocast_inputs
 from megatron_lightseq.errors import ConfigError, UnsupportedError, explain
-from megatron_lightseq.hf.context import PLAN, Shard
+from megatron_lightseq.hf.context import PLAN, Facts, Shard
 from megatron_lightseq.hf.recompute import current_run
 from megatron_lightseq.hf.seams import check_seams
 from megatron_lightseq.hf.supported import IMPLEMENTATION, SHARE_ROUTER_LOSS
@@ -109,9 +110,11 @@ def lightseq_attention(
     )
     shard = _plan(lightseq, query, key)
     _check_router_loss(module, shard)
-    mask = shard.sequences.mask(sliding_window, _chunk_of(module))
-    attention = shard.attention(softcap)
-    q, k, v = (x.permute(2, 0, 1, 3) for x in (query, key, value))
+    chunk = _chunk_of(module)
+    mask, attention = shard.sequences.mask(sliding_window, chunk), shard.attention(softcap)
+    q, k, v = autocast_inputs(*(x.permute(2, 0, 1, 3) for x in (query, key, value)))
+    heads = tuple((x.shape[2], x.shape[3]) for x in (q, k, v))
+    shard.kinds[softcap, sliding_window, chunk] = Facts(q.dtype, q.device, heads)
     run = current_run()
     if run is not None and run.replaying:
         kept = run.stash.pop(tuple(q.shape))

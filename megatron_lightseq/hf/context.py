@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,25 @@ PLAN = "lightseq"
 """The keyword argument in which a batch's :class:`Shard` travels through a model to its attention layers."""
 
 
+Kind = tuple[float | None, int | None, int | None]
+"""What attention layers differ in: softcap, window, chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a plan depends on besides the mask and the length, of one kind of layer."""
+
+    dtype: torch.dtype
+    device: torch.device
+    heads: tuple[tuple[int, int], ...]
+    """Number and dimension, of queries, keys and values."""
+
+    def like(self, tokens: int, rows: int) -> tuple[Tensor, ...]:
+        """Tensors (tokens, rows, heads, dimension) of such a layer, which take no memory."""
+        one = torch.zeros((), dtype=self.dtype, device=self.device)
+        return tuple(one.expand(tokens, rows, *heads) for heads in self.heads)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """What the attention layers of a model must know about a batch that was cut."""
@@ -44,6 +63,8 @@ class Shard:
     """Whether the batch asks for the load balancing loss of experts."""
     router_loss_of: torch.nn.Module | None = None
     """The module whose output gets that loss of the whole batch; None if it stays that of a shard."""
+    kinds: dict[Kind, Facts] = field(default_factory=dict)
+    """The kinds of layers that were seen, of all batches of the group."""
     router_weight: float = 1.0
     """Factor of that loss, for trainers that average over ranks what is added up here."""
 
@@ -97,6 +118,7 @@ class ContextParallel:
         self.stats = AttentionStats()
         """Counts of forwards and bytes of all models that use this group."""
         self._settings: dict[str, Any] = {"method": method, "kernel": kernel, "overlap": overlap}
+        self._kinds: dict[Kind, Facts] = {}
         self._attentions: dict[float | None, DistAttention] = {}
         self.attention()  # refuses settings that do not fit together
         self._transport = connect(group) if group is not None and self.size > 1 and check_batches else None
@@ -161,9 +183,25 @@ class ContextParallel:
             length=local["position_ids"].shape[1],
             group=self.group if self.size > 1 else None,
             is_token=self._is_token(sequences, local["position_ids"].device),
+            kinds=self._kinds,
             adds_router_loss=bool(batch.get("output_router_logits")),
         )
         return {**sequences.others, **local, "use_cache": False, PLAN: shard}
+
+    def prepare(self, batch: Mapping[str, Any]) -> None:
+        """Make the plans of a batch ahead, such as the next one's while this one is computed.
+
+        Its attention then neither plans nor starts a collective for it: digests of the plans travel meanwhile. Every
+        rank prepares the same batches in the same order. Before the first forward pass there is nothing to prepare for.
+
+        Args:
+            batch: a whole one, as for :meth:`shard`.
+        """
+        sequences = batches.read(batch, self._multiple_of)
+        rows, length = sequences.fields["position_ids"].shape
+        for (softcap, window, chunk), facts in self._kinds.items():
+            q, k, v = facts.like(length // self.size, rows)
+            self.attention(softcap).prepare(sequences.mask(window, chunk), (q, k, v))
 
     def num_targets(self, batch: Mapping[str, Any]) -> int:
         """Targets of a whole batch, before or after :meth:`shard`: ``num_items_in_batch`` of a loop of one's own.

@@ -154,6 +154,13 @@ class LightSeqTrainerMixin:
             outputs["logits"] = cp.gather(outputs["logits"], local)
         return (loss, outputs) if return_outputs else loss
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, which fetches all batches of a step at once; the plans of the later ones are made ahead."""
+        samples, counted = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        for batch in samples[1:] if self.context_parallel.size > 1 else ():
+            self.context_parallel.prepare(batch)
+        return samples, counted
+
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:

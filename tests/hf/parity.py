@@ -51,6 +51,26 @@ def one_step(built: Any, cp: hf.ContextParallel, batch: tiny.Batch, checkpoints:
     return tiny.step(built, cp.shard(batch), cp.num_targets(batch))
 
 
+def planned_ahead(name: str) -> list[tuple[int, float]]:
+    """Plans that each batch makes in its forward pass, and how far its loss is off, with the next batch prepared."""
+    hf.register()
+    cp, kinds = hf.ContextParallel(dist.group.WORLD), list(tiny.batches().values())
+    model, one, made = tiny.model(name, "lightseq"), tiny.model(name), []
+    for batch, following in zip(kinds, [*kinds[1:], None], strict=True):
+        local, before = cp.shard(batch), _plans(cp)
+        loss = model(**local, num_items_in_batch=tiny.targets(batch)).loss.detach()
+        planned = _plans(cp) - before
+        dist.all_reduce(loss)
+        made.append((planned, float((loss - tiny.reference(one, batch)[0]).abs())))
+        if following is not None:
+            cp.prepare(following)
+    return made
+
+
+def _plans(cp: hf.ContextParallel) -> int:
+    return sum(len(attention._plans) for attention in cp._attentions.values())
+
+
 def gathered_logits() -> list[float]:
     """How far logits that were gathered are from those of one process, and the gradients of a loss of them."""
     hf.register()

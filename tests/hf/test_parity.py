@@ -34,3 +34,11 @@ def test_checkpoints_repeat_attention_only_where_they_are_not_asked_to_keep_it(n
 def test_logits_of_all_ranks_are_gathered_in_the_order_of_the_batch() -> None:
     for apart in run_ranks(2, parity.gathered_logits):
         assert max(apart) <= 1e-5, apart
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma2"])
+def test_plans_of_the_next_batch_are_made_ahead(name: str) -> None:
+    for made in run_ranks(2, parity.planned_ahead, name):
+        assert made[0][0] == 2  # layers with windows and without
+        assert [plans for plans, _ in made[1:]] == [0] * (len(made) - 1)
+        assert max(loss for _, loss in made) <= LOSS
