@@ -9,7 +9,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 OLDER=(transformers==4.57.6 accelerate==1.12.0 huggingface_hub==0.36.0 tokenizers==0.22.1
-    datasets==4.4.1)
+    datasets==4.4.1 httpx httpcore h11 anyio sniffio)
 OLD=(transformers==5.16.1 accelerate==1.13.0 huggingface_hub==1.17.0 tokenizers==0.23.1 peft==0.20.0 trl==1.9.0
     datasets==4.8.4 httpx httpcore h11 anyio sniffio)
 # Without what only GPUs and other services use.

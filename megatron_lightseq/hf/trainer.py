@@ -157,8 +157,15 @@ class LightSeqTrainerMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, which fetches all batches of a step at once; the plans of the later ones are made ahead."""
         samples, counted = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        for batch in samples[1:] if self.context_parallel.size > 1 else ():
+        cut = self.context_parallel.size > 1
+        for batch in samples[1:] if cut else ():
             self.context_parallel.prepare(batch)
+        if cut and counted is not None and not self.args.average_tokens_across_devices:
+            # Releases before 5.24 divide by the size of a group in whole numbers, which loses targets.
+            counted = torch.as_tensor(
+                sum(map(self.context_parallel.num_targets, samples)), device=self.args.device
+            )
+            counted = counted / self.context_parallel.size
         return samples, counted
 
     def prediction_step(
