@@ -17,6 +17,7 @@ _WIDTHS = (
     "linear_value_head_dim",
     "linear_num_key_heads",
     "linear_num_value_heads",
+    "linear_plain_output_norm",
 )
 
 
@@ -47,7 +48,7 @@ def linear_layers_are_somewhere(c: PretrainConfig, _: Machine) -> bool:
     remedy="Set experimental_attention_variant to gated_delta_net, or remove the others",
 )
 def widths_are_of_delta_nets(c: PretrainConfig, _: Machine) -> bool:
-    """the number and widths of a linear layer's heads, and its convolution, apply only to gated delta nets."""
+    """heads, convolution and output norm of a linear layer apply only to gated delta nets."""
     defaults = LinearConfig()
     unchanged = all(getattr(c.linear, key) == getattr(defaults, key) for key in _WIDTHS)
     return c.linear.experimental_attention_variant == "gated_delta_net" or unchanged

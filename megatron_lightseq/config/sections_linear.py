@@ -32,6 +32,8 @@ class LinearConfig:
     """With gated_delta_net: number of heads of queries and keys."""
     linear_num_value_heads: int = 32
     """With gated_delta_net: number of heads of values, a multiple of the other."""
+    linear_plain_output_norm: bool = False
+    """With gated_delta_net: the output norm's factor is its weight, whatever apply_layernorm_1p says of other norms."""
     cp_linear_scan: LinearScan = "ring"
     """How the states of linear layers travel between context-parallel ranks."""
     cp_linear_kernel: LinearKernelName = "auto"

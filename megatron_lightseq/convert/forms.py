@@ -74,6 +74,73 @@ class ByGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedByGroup:
+    """As :class:`ByGroup`, where each query head of the file is followed by a head of its output gate.
+
+    Megatron has for each group its query heads, as many heads of gates, its key head and its value head.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        queries, key, value = parts
+        by_head = queries.unflatten(0, (self.groups, -1, 2, self.head_dim)).transpose(1, 2)
+        others = [part.unflatten(0, (self.groups, 1, self.head_dim)) for part in (key, value)]
+        return torch.cat([by_head.flatten(1, 2), *others], 1).flatten(0, 2)
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        per_group = self.heads // self.groups
+        grouped = whole.unflatten(0, (self.groups, 2 * per_group + 2, self.head_dim))
+        queries, key, value = grouped.split([2 * per_group, 1, 1], 1)
+        by_head = queries.unflatten(1, (2, per_group)).transpose(1, 2)
+        return [by_head.flatten(0, 3), key.flatten(0, 2), value.flatten(0, 2)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sections:
+    """Several tensors, one below the other."""
+
+    rows: tuple[int, ...]
+    """Of each."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        return list(whole.split(list(self.rows)))
+
+
+@dataclass(frozen=True, slots=True)
+class ByKeyHead:
+    """Tensors that have for each key head a part of several sections; Megatron has section after section.
+
+    ``rows`` has for each tensor of the file the rows of its sections that belong to one key head.
+    """
+
+    key_heads: int
+    rows: tuple[tuple[int, ...], ...]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        by_head = [part.unflatten(0, (self.key_heads, -1)) for part in parts]
+        return torch.cat(
+            [
+                section.flatten(0, 1)
+                for part, rows in zip(by_head, self.rows, strict=True)
+                for section in part.split(list(rows), 1)
+            ]
+        )
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        sections = iter(whole.split([self.key_heads * rows for part in self.rows for rows in part]))
+        by_head = [
+            [next(sections).unflatten(0, (self.key_heads, rows)) for rows in part] for part in self.rows
+        ]
+        return [torch.cat(part, 1).flatten(0, 1) for part in by_head]
+
+
+@dataclass(frozen=True, slots=True)
 class Fused:
     """What ``inner`` has as several tensors lies in the file as one, one below the other."""
 

@@ -67,7 +67,7 @@ def import_hf(
         skeleton = skeleton_of(config, vocab_size)
         family = names_of(opened.config, opened.origin)
         mapped = map_entries(skeleton.entries, family.names(config))
-        left_out = f"model.layers.{config.model.num_layers}." if family.extra_layers else None
+        left_out = family.left_out and family.left_out.format(layers=config.model.num_layers)
         wanted = check_source(mapped, opened.tensors, None if dtype is None else DTYPES[dtype], left_out)
         _check_tied(opened, mapped)
         config = with_values(config, bf16=wanted is torch.bfloat16)
@@ -124,7 +124,7 @@ class _Supply:
             self._last = None
             parts = [self._source.read(place.name, place.expert) for place in one.places]
             whole = one.rule.form.join(parts).to(torch.float32 if one.rule.float32 else self._dtype)
-            self._last = (one, list(whole.chunk(len(one.entry.pieces))))
+            self._last = (one, list(whole.split(one.entry.rows)))
         return self._last[1][number].contiguous()
 
 

@@ -31,7 +31,7 @@ _ALWAYS = (
 _OF_TRAINING = (
     "attention_dropout hidden_dropout init_method_std make_vocab_size_divisible_by mtp_loss_scaling_factor "
     "moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_token_dispatcher_type moe_grouped_gemm "
-    "moe_router_bias_update_rate moe_router_dtype"
+    "moe_router_bias_update_rate moe_router_dtype cp_linear_scan cp_linear_kernel"
 )
 """Keys of the model's sections that change how it is trained, and not what it computes."""
 
@@ -137,7 +137,9 @@ def _changed(fields: Mapping[str, Any], trained: PretrainConfig, origin: str) ->
     """Keys of the model in which a run differs from config.json: their values there and here."""
     imported, now = to_flat(_checked(keys_of(fields, origin, fields), origin)), to_flat(trained)
     now["max_position_embeddings"] = now["max_position_embeddings"] or now["seq_length"]
-    of_model = {key for key, section in section_of_key().items() if section in ("model", "experts", "rope")}
+    of_model = {
+        key for key, section in section_of_key().items() if section in ("model", "experts", "linear", "rope")
+    }
     keys = of_model - set(_OF_TRAINING.split())
     return {key: (imported[key], now[key]) for key in sorted(keys) if imported[key] != now[key]}
 

@@ -63,7 +63,13 @@ class Entry:
     """In the model's state dict, e.g. ``decoder.layers.3.mlp.linear_fc1.weight``."""
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    """Equal shares of its rows, in order."""
+    """Its rows, in order."""
+
+    @property
+    def rows(self) -> list[int]:
+        """Of each piece."""
+        rest = torch.Size(self.shape[1:]).numel()
+        return [torch.Size(piece.sizes).numel() // rest for piece in self.pieces]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +131,7 @@ def _entries(state: dict[str, Any]) -> Iterator[Entry]:
     for name, value in state.items():
         if isinstance(value, ShardedTensorFactory):
             parts = value.build()
-            assert isinstance(parts, list), f"{name}: halves of a gated MLP come as a list"
+            assert isinstance(parts, list), f"{name}: the sections of a matrix come as a list"
             yield Entry(name, tuple(value.data.shape), tuple(map(_piece, parts)))
         elif isinstance(value, ShardedTensor):
             assert value.data is not None

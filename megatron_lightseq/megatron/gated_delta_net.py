@@ -8,6 +8,7 @@ Shapes, per rank: S local tokens, B micro-batch, G key heads, H value heads (G d
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,10 @@ class LightSeqGatedDeltaNet(LinearLayer):
         for parameter, sizes in ((self.in_proj.weight, self.projected), (self.conv1d.weight, self.mixed)):
             setattr(parameter, SECTIONS, tuple(rows // self.tp_size for rows in sizes.values()))
         self.out_norm = build_module(
-            parts.out_norm, config=config, hidden_size=self.value_dim, eps=config.layernorm_epsilon
+            parts.out_norm,
+            config=_with_plain_norms(config) if self.settings.plain_output_norm else config,
+            hidden_size=self.value_dim,
+            eps=config.layernorm_epsilon,
         )
         self._sum_norm_gradients()
         self.out_proj = build_module(
@@ -252,6 +256,12 @@ class LightSeqGatedDeltaNet(LinearLayer):
         for name, sizes in (("in_proj.weight", self.projected), ("conv1d.weight", self.mixed)):
             found[prefix + name] = split_rows(found[prefix + name], sizes, self.tp_size)
         return found
+
+
+def _with_plain_norms(config: Any) -> Any:
+    plain = copy.copy(config)
+    plain.layernorm_zero_centered_gamma = False
+    return plain
 
 
 def _place(group: torch.distributed.ProcessGroup | None) -> tuple[int, int]:

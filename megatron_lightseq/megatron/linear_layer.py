@@ -43,6 +43,8 @@ class LinearSettings:
     """What scan ``auto`` predicts with; None for the default."""
     keep_on_recompute: bool = True
     """Keep results and states across activation recomputation instead of computing them again."""
+    plain_output_norm: bool = False
+    """The factor of a delta net's output norm is its weight, also where other norms have the factor 1 + weight."""
     stats: AttentionStats = field(default_factory=AttentionStats)
     """Counts of all layers built with these settings."""
     _shared: BoundedCache[Any, DistLinearAttention] = field(

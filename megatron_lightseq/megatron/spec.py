@@ -94,6 +94,7 @@ def gpt_layer_spec(
             scan=config.linear.cp_linear_scan,
             network=context.network,
             keep_on_recompute=keep,
+            plain_output_norm=config.linear.linear_plain_output_norm,
             stats=stats,
         )
         spec = with_linear_layers(spec, linear_pattern(config), linear, rms_norm=_has_rms_norm(config))

@@ -30,6 +30,17 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_pr
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+_DELTA_NET = {
+    # Where a query is almost at right angles to its keys, the norm of the result enlarges the last bits: with 1e-6,
+    # transformers and this package are both 2e-5 of the largest logit away from the same model in fp64.
+    "rms_norm_eps": 1e-2,
+    "initializer_range": 0.1,
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+}
 _LATENT = {
     "num_key_value_heads": 8,
     "kv_lora_rank": 16,
@@ -131,6 +142,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LATENT, "q_lora_rank": 24, "n_routed_experts": 8, "first_k_dense_replace": 2, **_EXPERTS}
         | {"num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        {**_DELTA_NET, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40},
+    ),
+    "qwen3_next irregular": (
+        "qwen3_next",
+        {**_DELTA_NET, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40}
+        | {
+            "norm_topk_prob": False,
+            "mlp_only_layers": [2],
+            "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"],
+        },
+    ),
+    "qwen3_5_text": ("qwen3_5_text", {**_DELTA_NET, "linear_num_key_heads": 6, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, **_EXPERTS}),
 }

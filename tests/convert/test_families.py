@@ -36,6 +36,17 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss_20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),
     "glm_4_5_air": ("glm4_moe", {"attention_bias": True, "head_dim": 128, "rope_theta": 1000000}),
     "deepseek_v3": ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "qwen3_next_80b_a3b": (
+        "qwen3_next",
+        {
+            "intermediate_size": 5120,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000000,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    ),
     "deepseek_v2_lite": (
         "deepseek_v2",
         {
@@ -57,9 +68,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 ELSEWHERE = {
     *("attention_dropout", "init_method_std", "make_vocab_size_divisible_by", "max_position_embeddings"),
     *("mtp_num_layers", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"),
-    *("kv_channels", "num_query_groups", "rope_type"),
+    *("kv_channels", "num_query_groups", "rope_type", "linear_plain_output_norm"),
 }
-"""Keys of training, keys that files of this kind do not say, and keys without effect with latent attention."""
+"""Keys of training, keys that files of this kind do not say, keys without effect with latent attention, and the form
+of a norm's weight."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -78,7 +90,7 @@ def _architecture(config: Any) -> dict[str, Any]:
     found = {
         key: value
         for key, value in to_flat(config).items()
-        if section_of_key()[key] in ("model", "experts", "rope") and key not in ELSEWHERE
+        if section_of_key()[key] in ("model", "experts", "linear", "rope") and key not in ELSEWHERE
     }
     for key, every in (("window_attn_skip_freq", 1), ("moe_layer_freq", 1)):
         if found[key] is not None:
@@ -101,6 +113,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "RoPE by halves": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False"),
     "sums of scores": ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob False"),
     "one expert": ("glm4_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok 1"),
+    "biases beside output gates": ("qwen3_next", {"attention_bias": True}, "attention_bias True"),
+    "another kind of layers": (
+        "qwen3_next",
+        {"layer_types": ["sliding_attention"] * 48},
+        "sliding_attention",
+    ),
     "both directions": (
         "gemma3_text",
         {"use_bidirectional_attention": True},

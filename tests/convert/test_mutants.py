@@ -55,9 +55,43 @@ def _norms_swapped(found: Tensors) -> None:
     found[before], found[after] = found[after], found[before]
 
 
+def _gates_behind_all_queries(found: Tensors) -> None:
+    name = "model.layers.3.self_attn.q_proj.weight"
+    found[name] = found[name].reshape(8, 2, 16, 64).transpose(0, 1).reshape(256, 64)
+
+
+def _sections_not_by_key_head(found: Tensors) -> None:
+    for name in ("qkvz", "ba"):
+        name = f"{LAYER}linear_attn.in_proj_{name}.weight"
+        found[name] = found[name].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _beta_is_alpha(found: Tensors) -> None:
+    name = f"{LAYER}linear_attn.in_proj_ba.weight"
+    found[name] = found[name].reshape(2, 2, 3, 64).flip(1).reshape(12, 64)
+
+
+def _output_norm_is_centred(found: Tensors) -> None:
+    found[f"{LAYER}linear_attn.norm.weight"] -= 1
+
+
+HYBRID = (_gates_behind_all_queries, _sections_not_by_key_head, _beta_is_alpha, _output_norm_is_centred)
+
+
+@pytest.mark.parametrize("mutate", HYBRID)
+def test_a_wrong_mapping_of_hybrid_layers_changes_the_logits(
+    mutate: Callable[[Tensors], None], tmp_path: Path
+) -> None:
+    _check_seen("qwen3_next", mutate, tmp_path)
+
+
 @pytest.mark.parametrize("mutate", [_gate_is_up, _heads_not_by_group, _queries_interleaved, _norms_swapped])
 def test_a_wrong_mapping_changes_the_logits(mutate: Callable[[Tensors], None], tmp_path: Path) -> None:
-    expected = logits_of(make("llama", tmp_path / "model"))
+    _check_seen("llama", mutate, tmp_path)
+
+
+def _check_seen(name: str, mutate: Callable[[Tensors], None], tmp_path: Path) -> None:
+    expected = logits_of(make(name, tmp_path / "model"))
     source = Changed(tmp_path / "model", mutate)
     import_hf(source, save=tmp_path / "checkpoints", recipe=tmp_path / "recipe.yaml")
     (found,) = run_ranks(1, logits, str(tmp_path / "recipe.yaml"), [], tokens())

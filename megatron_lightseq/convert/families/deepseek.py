@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_lightseq.config import PretrainConfig
-from megatron_lightseq.convert.families.family import Family, Keys, Names
+from megatron_lightseq.convert.families.family import NEXT_LAYER, Family, Keys, Names
 from megatron_lightseq.convert.families.parts import (
     decoder_keys,
     embedding_names,
@@ -84,5 +84,5 @@ def _names(config: PretrainConfig) -> Names:
 
 DEEPSEEK = {
     "deepseek_v2": Family(_deepseek_v2, _names),
-    "deepseek_v3": Family(_deepseek_v3, _names, extra_layers=True),
+    "deepseek_v3": Family(_deepseek_v3, _names, left_out=NEXT_LAYER),
 }

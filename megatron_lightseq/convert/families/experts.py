@@ -47,9 +47,6 @@ def _mixtral_names(config: PretrainConfig) -> Names:
 def _qwen3_moe(fields: Fields) -> Keys:
     fields.expect("attention_bias", False)
     keys = decoder_keys(fields, groups=4, head_dim=128) | expect_silu(fields) | rope_keys(fields)
-    layers, step = keys["num_layers"], fields.whole("decoder_sparse_step", 1)
-    plain = {int(number) for number in fields.items("mlp_only_layers")}
-    routed = [int(i not in plain and (i + 1) % step == 0) for i in range(layers)]
     experts = (
         fields.whole("num_experts", None) if "num_experts" in fields else fields.whole("num_local_experts")
     )
@@ -60,11 +57,18 @@ def _qwen3_moe(fields: Fields) -> Keys:
         "moe_ffn_hidden_size": fields.whole("moe_intermediate_size"),
         "moe_router_topk": fields.whole("num_experts_per_tok", 8),
     }
-    if not all(routed):
-        keys["moe_layer_freq"] = routed
+    keys |= sparse_layer_keys(fields, keys["num_layers"])
     if not fields.flag("norm_topk_prob", False):
         keys["moe_router_pre_softmax"] = True
     return keys
+
+
+def sparse_layer_keys(fields: Fields, layers: int) -> Keys:
+    """Which layers have experts: every n-th one, without those that the file lists."""
+    step = fields.whole("decoder_sparse_step", 1)
+    plain = {int(number) for number in fields.items("mlp_only_layers")}
+    routed = [int(i not in plain and (i + 1) % step == 0) for i in range(layers)]
+    return {} if all(routed) else {"moe_layer_freq": routed}
 
 
 def _qwen3_moe_names(config: PretrainConfig) -> Names:

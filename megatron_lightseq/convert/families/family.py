@@ -32,6 +32,10 @@ Names = Mapping[str, Rule]
 """By Megatron's names, with ``{layer}`` and ``{expert}`` for the numbers."""
 
 
+NEXT_LAYER = "model.layers.{layers}."
+"""Prefix of a layer after the last one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One ``model_type``.
@@ -42,8 +46,9 @@ class Family:
 
     keys: Callable[[Fields], Keys]
     names: Callable[[PretrainConfig], Names]
-    extra_layers: bool = False
-    """Files may hold layers after the last one, of multi-token prediction: left out, as in transformers."""
+    left_out: str | None = None
+    """Prefix of tensors that files may hold beside the model's, with ``{layers}`` for their number: multi-token
+    prediction, which transformers leaves out too."""
 
 
 @dataclass(frozen=True, slots=True)

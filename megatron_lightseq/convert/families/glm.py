@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_lightseq.config import PretrainConfig
-from megatron_lightseq.convert.families.family import Family, Keys, Names
+from megatron_lightseq.convert.families.family import NEXT_LAYER, Family, Keys, Names
 from megatron_lightseq.convert.families.parts import (
     attention_names,
     decoder_keys,
@@ -60,5 +60,5 @@ def _glm4_moe_names(config: PretrainConfig) -> Names:
 
 GLM = {
     "glm4": Family(_glm4, _glm4_names),
-    "glm4_moe": Family(_glm4_moe, _glm4_moe_names, extra_layers=True),
+    "glm4_moe": Family(_glm4_moe, _glm4_moe_names, left_out=NEXT_LAYER),
 }

@@ -14,7 +14,18 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 """What Megatron-Core fixes of Llama 3's scaling; the factor is free."""
 
 
-def rope_keys(fields: Fields, *, theta: float = 10000.0, partial: float = 1.0, latent: bool = False) -> Keys:
+OF_IMAGES = ("mrope_section", "mrope_interleaved")
+"""RoPE's parameters for positions in images; all three positions of a text's token are the same."""
+
+
+def rope_keys(
+    fields: Fields,
+    *,
+    theta: float = 10000.0,
+    partial: float = 1.0,
+    latent: bool = False,
+    ignored: tuple[str, ...] = (),
+) -> Keys:
     """The keys of a model with one kind of RoPE.
 
     Args:
@@ -22,6 +33,7 @@ def rope_keys(fields: Fields, *, theta: float = 10000.0, partial: float = 1.0, l
         theta: base of the family where the file does not say it.
         partial: fraction of each head that is rotated, likewise.
         latent: whether attention is multi-latent, for which YaRN has keys of its own.
+        ignored: parameters without effect on this family.
 
     Raises:
         UnsupportedError: a scaling that recipes cannot say.
@@ -30,6 +42,8 @@ def rope_keys(fields: Fields, *, theta: float = 10000.0, partial: float = 1.0, l
     partial = fields.real("partial_rotary_factor", partial)
     old, new = fields.part("rope_scaling", {}), fields.part("rope_parameters", {})
     part = new if "rope_parameters" in fields else old
+    for name in ignored:
+        part.take(name, None)
     return parameters_to_keys(part, fields, base, partial, latent=latent)
 
 
@@ -151,7 +165,7 @@ def write_rope(found: dict[str, Any], config: PretrainConfig) -> None:
         return
     found.pop("rope_theta", None)
     if local is None:
-        found["rope_parameters"] = _with_fraction(parameters, old)
+        found["rope_parameters"] = _with_unchanged(parameters, old)
     else:
         short = {"rope_type": "default", "rope_theta": _shown(local)}
         found["rope_parameters"] = {"full_attention": parameters, "sliding_attention": short}
@@ -199,10 +213,10 @@ def _yarn_parameters(beta_fast: float, beta_slow: float) -> dict[str, float]:
     return {"beta_fast": beta_fast, "beta_slow": beta_slow}
 
 
-def _with_fraction(parameters: dict[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """With the fraction of each head that is rotated, which a run does not change."""
-    name = "partial_rotary_factor"
-    return {**parameters, name: old[name]} if old.get(name) is not None else parameters
+def _with_unchanged(parameters: dict[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """With what a run does not change: the fraction of each head that is rotated, and positions in images."""
+    names = ("partial_rotary_factor", *OF_IMAGES)
+    return {**parameters, **{name: old[name] for name in names if old.get(name) is not None}}
 
 
 def _shown(number: float) -> float:

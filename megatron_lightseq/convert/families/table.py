@@ -10,9 +10,10 @@ from megatron_lightseq.convert.families.family import Family
 from megatron_lightseq.convert.families.gemma import GEMMA
 from megatron_lightseq.convert.families.glm import GLM
 from megatron_lightseq.convert.families.gpt_oss import GPT_OSS
+from megatron_lightseq.convert.families.qwen_hybrid import QWEN_HYBRID
 from megatron_lightseq.errors import UnsupportedError, explain
 
-FAMILIES: dict[str, Family] = {**DENSE, **EXPERTS, **GEMMA, **GPT_OSS, **GLM, **DEEPSEEK}
+FAMILIES: dict[str, Family] = {**DENSE, **EXPERTS, **GEMMA, **GPT_OSS, **GLM, **DEEPSEEK, **QWEN_HYBRID}
 
 
 def family_of(model_type: object, origin: str) -> Family:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_lightseq.config import PretrainConfig
 from megatron_lightseq.config.sections_experts import ExpertsConfig
+from megatron_lightseq.config.sections_linear import LinearConfig
 from megatron_lightseq.config.sections_model import ModelConfig
 from megatron_lightseq.config.sections_rope import RopeConfig
 from megatron_lightseq.config.sections_tuning import TuningConfig
@@ -70,6 +71,7 @@ def _variants(config: PretrainConfig) -> dict[str, Any]:
         found |= _unusual(experts, ExpertsConfig(), _ROUTING_KEYS)
         routed = ("moe_router_topk", "moe_shared_expert_intermediate_size", "moe_grouped_gemm")
         found.update({key: getattr(experts, key) for key in routed})
+    found |= _unusual(config.linear, LinearConfig(), ("linear_plain_output_norm",))
     return found
 
 
