@@ -35,6 +35,10 @@ class CheckpointError(LightSeqError, RuntimeError):
     """A checkpoint is missing, damaged, unsafe, or of another model."""
 
 
+class SpoiledStateError(CheckpointError):
+    """What would be saved holds NaN or infinity."""
+
+
 class DataError(LightSeqError, ValueError):
     """A corpus or one of its indexes is missing, damaged, unsafe, or of another tokenizer."""
 

@@ -169,7 +169,7 @@ def compare_logits(model: Path, recipe: Path, flags: Sequence[str]) -> float:
 
 def our_logits(recipe: Path, flags: Sequence[str], tokens: torch.Tensor) -> torch.Tensor:
     """(1, S, vocabulary) in fp32, on one process, of the checkpoint that a recipe loads."""
-    from megatron_lightseq.training.checkpoint.save_load import load_checkpoint
+    from megatron_lightseq.training.checkpoint.loading import load_checkpoint
     from megatron_lightseq.training.setup import build_training
 
     length = str(tokens.shape[1])

@@ -76,7 +76,6 @@ RECIPE: tuple[Option, ...] = (
             ("vocab_file merge_file", _TOKENIZER),
             ("padded_vocab_size", "Use vocab_size with make_vocab_size_divisible_by"),
             ("ckpt_format", "Remove it: checkpoints are written in Megatron's torch_dist format"),
-            ("async_save", "Remove it: checkpoints are written synchronously"),
             ("no_save_optim", "Use no_load_optim when loading"),
             ("no_save_rng", "Use no_load_rng when loading"),
             ("use_checkpoint_args", "Remove it: a checkpoint of another model is refused by name"),

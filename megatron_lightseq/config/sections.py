@@ -258,6 +258,9 @@ class CheckpointConfig:
     command."""
     save_interval: int | None = None
     """Steps between checkpoints; null: only at the end."""
+    async_save: bool = False
+    """Copy the state to host memory, and write it while training goes on. Takes as much memory as the rank's part of a
+    checkpoint; checkpoints appear a few steps later."""
     save_retain_interval: int | None = None
     """Remove all checkpoints of this run but those at multiples of this many steps, and the newest; null: keep all."""
     save_keep_last: int | None = None

@@ -51,7 +51,7 @@ def evaluate_checkpoint(
         show: called on rank 0 with the result, all of it plain values.
     """
     from megatron_lightseq.training.by_position import loss_by_position
-    from megatron_lightseq.training.checkpoint.save_load import load_checkpoint
+    from megatron_lightseq.training.checkpoint.loading import load_checkpoint
     from megatron_lightseq.training.data.datasets import build_datasets, open_corpora, verify_contents
     from megatron_lightseq.training.data.loaders import valid_iterator
     from megatron_lightseq.training.job.failure import EVALUATE, SET_UP

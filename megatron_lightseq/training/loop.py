@@ -19,8 +19,9 @@ from megatron_lightseq.config.accounting import step_flops
 from megatron_lightseq.errors import CheckpointError
 from megatron_lightseq.training.checkpoint.health_marks import FAILURES_OF_A_SUSPECT
 from megatron_lightseq.training.checkpoint.lineage import Lineage
+from megatron_lightseq.training.checkpoint.loading import Resumed, load_checkpoint
 from megatron_lightseq.training.checkpoint.random_state import restore_random_state
-from megatron_lightseq.training.checkpoint.save_load import Position, Resumed, load_checkpoint
+from megatron_lightseq.training.checkpoint.state import Position
 from megatron_lightseq.training.collective import all_largest, largest
 from megatron_lightseq.training.data.datasets import Corpora, Datasets, build_datasets
 from megatron_lightseq.training.data.loaders import train_iterator, valid_iterator
@@ -40,7 +41,7 @@ from megatron_lightseq.training.reporting.metrics import (
     TrainMetrics,
     ValidationMetrics,
 )
-from megatron_lightseq.training.reporting.progress import Progress, Stopwatch, choose_display, duration
+from megatron_lightseq.training.reporting.progress import Progress, Stopwatch, choose_display
 from megatron_lightseq.training.reporting.report import Outcome, header
 from megatron_lightseq.training.reporting.wandb_run import WandbRun
 from megatron_lightseq.training.saver import Saver
@@ -82,6 +83,7 @@ class Loop:
         steps = self._config.training.train_iters
         progress = self._make_progress()
         log = self._make_log()
+        self._saver.report_to(progress.note)
         began, why = time.perf_counter(), RUNNING
         try:
             log.write(self._attempt())
@@ -99,11 +101,12 @@ class Loop:
                 self._compare_copies_if_due(step)
                 self._evaluate_if_due(step, datasets, progress, log)
                 if self._saver.is_due(step):
-                    self._save(progress, log)
+                    self._save(log)
                 why = self._end_step(progress)
             seconds = time.perf_counter() - began
+            self._saver.settle()
             if self._saver.saved_at != self._position.iteration:
-                self._save(progress, log)
+                self._save(log, is_last=True)
             self._end_trace(progress)
         finally:
             progress.close()
@@ -257,7 +260,7 @@ class Loop:
         if resumed.random is not None:
             restore_random_state(resumed.random)
         progress.note(f"rolled back to the weights of {resumed.folder}")
-        self._save(progress, log)
+        self._save(log)
 
     def _fall_back(self, fault: Fault, datasets: Datasets, progress: Progress, log: MetricsLog) -> None:
         """Start again from the checkpoint before one whose next step has failed twice."""
@@ -307,15 +310,13 @@ class Loop:
         log.write(ValidationMetrics(step=step, loss=result.loss, num_tokens=result.num_tokens))
         progress.note(f"validation loss after step {step}: {result.loss:.4f} ({result.num_tokens:,} tokens)")
 
-    def _save(self, progress: Progress, log: MetricsLog) -> None:
+    def _save(self, log: MetricsLog, *, is_last: bool = False) -> None:
         if self._config.checkpoint.save is None:
             return
         self._job.channel.enter(self._position.iteration, SAVE)
         watch = Stopwatch()
-        saved = self._saver.save(self._position, self._guard.window.losses)
-        seconds = watch.lap()
-        log.write(SaveMetrics(step=self._position.iteration, seconds=seconds))
-        progress.note(f"saved {saved} in {duration(seconds)}")
+        self._saver.save(self._position, self._guard.window.losses, is_last=is_last)
+        log.write(SaveMetrics(step=self._position.iteration, seconds=watch.lap()))
 
     # ---- the end of a step, and stopping ------------------------------------------------------------------------
 
@@ -324,7 +325,10 @@ class Loop:
         times = [] if self._watch is None else [0] * dist.get_world_size()
         if times:
             times[self._job.launch.rank] = int(1e9 * self._busy_s)
-        why, *busy = all_largest([self._own_reason(), *times], self._job.device)
+        numbers = [self._own_reason(), int(self._saver.is_writing), *times]
+        why, writing, *busy = all_largest(numbers, self._job.device)
+        if not writing:
+            self._saver.settle()
         if self._watch is not None:
             for straggler in self._watch.add([1e-9 * ns for ns in busy], self._step_s):
                 progress.note(f"WARNING: {straggler}")

@@ -129,17 +129,17 @@ def raised(_training: Any, measured: Any) -> Any:
 def _before_save(at: int, change: Callable[[Any], None]) -> Callable[[], None]:
     from megatron_lightseq.training import saver
 
-    save = saver.save_checkpoint
+    save = saver.Saver.save
 
-    def spoiled(training: Any, root: Any, position: Any, *rest: Any) -> Any:
+    def spoiled(self: Any, position: Any, *rest: Any, **settings: Any) -> Any:
         if position.iteration == at:
-            change(next(iter(training.models[0].decoder.layers[0].mlp.linear_fc1.parameters())))
-        return save(training, root, position, *rest)
+            change(next(iter(self._training.models[0].decoder.layers[0].mlp.linear_fc1.parameters())))
+        return save(self, position, *rest, **settings)
 
-    saver.save_checkpoint = spoiled
+    saver.Saver.save = spoiled  # type: ignore[method-assign]
 
     def undo() -> None:
-        saver.save_checkpoint = save
+        saver.Saver.save = save  # type: ignore[method-assign]
 
     return undo
 

@@ -130,7 +130,7 @@ def test_a_spike_is_reported_or_left_out(corpus: str, tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_not_saved(corpus: str, tmp_path: Path) -> None:
     found = ran(corpus, {"save": str(tmp_path), "save_interval": 1}, "nan before save", 3)
-    assert found.error.startswith("CheckpointError: not saved: weights decoder.layers.0.mlp.linear_fc1")
+    assert found.error.startswith("SpoiledStateError: not saved: weights decoder.layers.0.mlp.linear_fc1")
     assert saved(tmp_path) == ["iter_0000002", "iter_0000001"]
     assert not list(tmp_path.glob("*.tmp-*"))
 

@@ -28,7 +28,8 @@ def logits(
 
     from megatron_lightseq.config import load_config
     from megatron_lightseq.megatron.cpu import platform as cpu_platform
-    from megatron_lightseq.training.checkpoint.save_load import load_checkpoint, save_checkpoint
+    from megatron_lightseq.training.checkpoint.loading import load_checkpoint
+    from megatron_lightseq.training.checkpoint.saving import save_checkpoint
     from megatron_lightseq.training.setup import build_training
 
     cpu_platform.activate()

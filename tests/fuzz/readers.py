@@ -148,7 +148,7 @@ def _tensors(_folder: Path) -> bytes:
 
 
 def _read_tensors(path: Path) -> None:
-    from megatron_lightseq.training.checkpoint.save_load import load_plain
+    from megatron_lightseq.training.checkpoint.loading import load_plain
 
     with no_code_execution():
         load_plain(path)

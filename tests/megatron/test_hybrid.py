@@ -151,7 +151,9 @@ def _saved_and_loaded(folder: str, save: dict[str, Any], load: dict[str, Any], s
 
     from megatron_lightseq.config import CheckpointConfig, PretrainConfig, with_values
     from megatron_lightseq.megatron.cpu import platform
-    from megatron_lightseq.training.checkpoint.save_load import Position, load_checkpoint, save_checkpoint
+    from megatron_lightseq.training.checkpoint.loading import load_checkpoint
+    from megatron_lightseq.training.checkpoint.saving import save_checkpoint
+    from megatron_lightseq.training.checkpoint.state import Position
     from megatron_lightseq.training.setup import build_training
     from megatron_lightseq.training.step import train_step
 

@@ -50,7 +50,8 @@ def built(overrides: dict[str, Any]) -> Iterator[Any]:
 
 def train_and_save(overrides: dict[str, Any], root: str, saves: tuple[int, ...] = (SAVED_AT,)) -> Outcome:
     """Train all steps without interruption, saving on the way."""
-    from megatron_lightseq.training.checkpoint.save_load import Position, save_checkpoint
+    from megatron_lightseq.training.checkpoint.saving import save_checkpoint
+    from megatron_lightseq.training.checkpoint.state import Position
 
     with built(overrides) as training:
         results: list[Any] = []
@@ -64,8 +65,8 @@ def train_and_save(overrides: dict[str, Any], root: str, saves: tuple[int, ...] 
 
 def resume(overrides: dict[str, Any], root: str) -> Outcome:
     """Load a checkpoint and train the remaining steps."""
+    from megatron_lightseq.training.checkpoint.loading import load_checkpoint
     from megatron_lightseq.training.checkpoint.random_state import restore_random_state
-    from megatron_lightseq.training.checkpoint.save_load import load_checkpoint
 
     with built(overrides) as training:
         torch.rand(7)  # stands for the random numbers that creating iterators draws

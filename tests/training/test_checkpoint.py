@@ -349,7 +349,7 @@ def test_hostile_files_with_a_matching_manifest_are_refused(
 
 def load_with_extra_state(root: str) -> str:
     """Simulates a Transformer Engine layer for which the file contains a pickle."""
-    from megatron_lightseq.training.checkpoint import save_load as checkpoint
+    from megatron_lightseq.training.checkpoint import loading as checkpoint
 
     read = checkpoint._read_state
 
@@ -386,7 +386,8 @@ def save_twice_without_room(root: str) -> str:
     import resource
     import signal
 
-    from megatron_lightseq.training.checkpoint.save_load import Position, save_checkpoint
+    from megatron_lightseq.training.checkpoint.saving import save_checkpoint
+    from megatron_lightseq.training.checkpoint.state import Position
 
     with saved_runs.built({}) as training:
         save_checkpoint(training, Path(root), Position(iteration=1, consumed_samples=4))

@@ -124,8 +124,23 @@ class CheckpointDirectory:
         ]
         return placed + [path for path in stranded if _is_intact(path)]
 
-    def begin(self, iteration: int) -> Path:
-        """Create the temporary folder of one save, and return it."""
+    def begin(self, iteration: int, num_bytes: int = 0) -> Path:
+        """Create the temporary folder of one save, and return it.
+
+        Raises:
+            CheckpointError: the disk has no room for ``num_bytes``; of what killed saves have left, nothing counts.
+            OSError: the folder cannot be made.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if free < num_bytes:
+            raise CheckpointError(
+                explain(
+                    got=f"{free:,} bytes are free for --save {self.root}, and the checkpoint has {num_bytes:,}",
+                    rule="nothing is written that does not fit",
+                    remedy="Make room, or keep fewer checkpoints with --save-keep-last; older ones are untouched",
+                )
+            )
         temporary = self.root / f"{checkpoint_name(iteration)}.tmp-{uuid.uuid4().hex}"
         temporary.mkdir(parents=True)
         return temporary
@@ -141,7 +156,12 @@ class CheckpointDirectory:
             fsync_folder(folder)
         final = _final(temporary)
         replaced = self._move_aside(final)
-        os.rename(temporary, final)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if replaced is not None:
+                os.rename(replaced, final)
+            raise
         fsync_folder(self.root)
         self._write_atomically(LATEST_NAME, final.name)
         self._write_atomically(MEGATRON_TRACKER_NAME, str(manifest.iteration))
@@ -212,8 +232,13 @@ class CheckpointDirectory:
 
     def _write_atomically(self, name: str, text: str) -> None:
         temporary = self.root / f"{name}.tmp"
-        write_durably(temporary, text + "\n")
-        os.replace(temporary, self.root / name)
+        try:
+            write_durably(temporary, text + "\n")
+            os.replace(temporary, self.root / name)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def _is_on(line: Lineage, path: Path) -> bool:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 
-from megatron_lightseq.errors import CheckpointError, explain
+from megatron_lightseq.errors import SpoiledStateError, explain
 from megatron_lightseq.training.setup import Training
 
 _SHOWN = 3
 
 
-def check_finite(training: Training) -> None:
-    """Return if every weight and all optimizer state of every rank is finite. Collective.
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], group: dist.ProcessGroup | None = None) -> None:
+    """Return if all tensors of all ranks, given with their names, are finite. Collective over ``group``.
 
     Raises:
-        CheckpointError: they are not; the message names some, and every rank raises it.
+        SpoiledStateError: they are not; the message names some, and every rank raises it.
     """
-    flags = [(name, torch.isfinite(tensor).all()) for name, tensor in _tensors(training)]
+    flags = [(name, torch.isfinite(tensor).all()) for name, tensor in tensors]
     whole = bool(torch.stack([flag for _, flag in flags]).all()) if flags else True
     own = [] if whole else [name for name, flag in flags if not bool(flag)][:_SHOWN]
     known: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(known, own)
+    dist.all_gather_object(known, own, group=group)
     bad = [f"{name} of rank {rank}" for rank, names in enumerate(known) for name in names]
     if bad:
-        raise CheckpointError(
+        raise SpoiledStateError(
             explain(
                 got=f"not saved: {', '.join(bad[:_SHOWN])} not finite",
                 rule="a checkpoint with NaN or infinity would spoil every run that resumes from it",
@@ -35,7 +35,8 @@ def check_finite(training: Training) -> None:
         )
 
 
-def _tensors(training: Training) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of(training: Training) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight and all optimizer state of this rank, with names."""
     for model in training.models:
         for name, parameter in model.named_parameters():
             yield f"weights {name}", parameter.detach()

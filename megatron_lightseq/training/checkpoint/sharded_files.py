@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import torch as megatron_strategy
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
@@ -37,20 +38,37 @@ class PlainFileStrategy(megatron_strategy.TorchDistSaveShardedStrategy):
     Args:
         supply: makes each piece at the moment in which it is written, so that no two are in memory at a time; default:
             the tensors of the state dict, which with ``supply`` may be on the meta device.
+        group: of all ranks, for the plan of who writes what; default: torch's.
     """
 
-    def __init__(self, supply: Supply | None = None) -> None:
+    def __init__(self, supply: Supply | None = None, group: dist.ProcessGroup | None = None) -> None:
         super().__init__("torch_dist", 1)
         self._supply = supply
+        self._group = group
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        by_key, _, _ = megatron_strategy._replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
+        self.write(self.in_torchs_form(self.pieces_of(sharded_state_dict)), checkpoint_dir)
+
+    @staticmethod
+    def pieces_of(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Megatron's sharded tensors and objects that this rank writes, by key: of several copies, one rank's."""
+        by_key: dict[str, Any]
+        by_key, _, _ = megatron_strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        return by_key
+
+    @staticmethod
+    def in_torchs_form(pieces: dict[str, Any]) -> dict[str, Any]:
+        """The same as torch's sharded tensors, which share their memory, and streams of serialised objects."""
+        converted: dict[str, Any] = megatron_strategy.mcore_to_pyt_state_dict(pieces, False)
+        return converted
+
+    def write(self, pieces: dict[str, Any], checkpoint_dir: Path) -> None:
+        """Write what :meth:`in_torchs_form` has returned. Collective over the group."""
         dcp.save(
-            megatron_strategy.mcore_to_pyt_state_dict(by_key, False),
+            pieces,
             storage_writer=dcp.FileSystemWriter(checkpoint_dir, overwrite=False),
             planner=_SavePlanner(self._supply),
+            process_group=self._group,
         )
 
 

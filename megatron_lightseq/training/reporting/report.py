@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_lightseq.config import PretrainConfig, ResolvedAttention, ResolvedConfig
 from megatron_lightseq.config.choices import AUTO
 from megatron_lightseq.schedule import Direction
-from megatron_lightseq.training.checkpoint.save_load import Position
+from megatron_lightseq.training.checkpoint.state import Position
 from megatron_lightseq.training.data.datasets import Corpora
 from megatron_lightseq.training.job.join import Job
 from megatron_lightseq.training.reporting.goodput import Goodput, goodput

@@ -1,36 +1,27 @@
-"""Save and resume a run: Megatron's distributed checkpoints, made durable, verified and safe to read.
+"""Resume a run from a checkpoint: verified, and safe to read.
 
-A checkpoint holds the weights and the optimizer state of the whole model, so that it can be loaded on any number of
-ranks with any parallelism; the learning rate schedule and counters; and each rank's random state, which is restored if
-the parallelism is the same. Saving and loading are collective over all ranks, which must share one file system.
+What :mod:`~megatron_lightseq.training.checkpoint.saving` has written can be loaded on any number of ranks with any
+parallelism; each rank's random state is restored if the parallelism is the same. Loading is collective over all ranks,
+which must share one file system.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lightseq.config import CheckpointConfig
-from megatron_lightseq.config.load import to_yaml
 from megatron_lightseq.errors import CheckpointError, explain
 from megatron_lightseq.megatron.adapters import is_adapter
-from megatron_lightseq.training.checkpoint.directory import (
-    CheckpointDirectory,
-    fsync_files,
-    write_durably,
-)
-from megatron_lightseq.training.checkpoint.find import find_checkpoint, from_rank_0
-from megatron_lightseq.training.checkpoint.finite import check_finite
+from megatron_lightseq.training.checkpoint.find import find_checkpoint
 from megatron_lightseq.training.checkpoint.identity import (
     ADAPTER_KEYS,
     ROTARY_KEYS,
@@ -43,49 +34,22 @@ from megatron_lightseq.training.checkpoint.identity import (
     world_identity,
 )
 from megatron_lightseq.training.checkpoint.lineage import Lineage
-from megatron_lightseq.training.checkpoint.manifest import FileRecord, Manifest, record_files
+from megatron_lightseq.training.checkpoint.manifest import Manifest
 from megatron_lightseq.training.checkpoint.optimizer_state import (
     load_optimizer_state,
-    sharded_optimizer_state,
 )
 from megatron_lightseq.training.checkpoint.pickle_scan import MAX_BYTES
-from megatron_lightseq.training.checkpoint.random_state import random_state
 from megatron_lightseq.training.checkpoint.safe_load import (
     check_extra_state,
     load_metadata,
     no_code_execution,
 )
-from megatron_lightseq.training.checkpoint.sharded_files import PlainFileStrategy
-from megatron_lightseq.training.checkpoint.weights import RECIPE_NAME, causes, versions
-from megatron_lightseq.training.job.preflight import config_fingerprint
+from megatron_lightseq.training.checkpoint.state import Position, random_name, sharded_state
+from megatron_lightseq.training.checkpoint.weights import causes
 from megatron_lightseq.training.plain_files import check_regular, read_plain
 from megatron_lightseq.training.setup import Training
-from megatron_lightseq.training.step import parameters_in_place
 
 logger = logging.getLogger(__name__)
-
-RANDOM_FOLDER = "random"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Position:
-    """How far a run has come."""
-
-    iteration: int
-    """Optimizer steps taken."""
-    consumed_samples: int
-    """Sequences read for training, over all ranks."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunRecord:
-    """What a checkpoint says about the run that saves it, in addition to its state."""
-
-    lineage: Lineage = field(default_factory=Lineage)
-    corpus: Mapping[str, Any] = field(default_factory=dict)
-    """Corpus, mixture and tokenizer, by name; empty: not known."""
-    losses: tuple[float, ...] = ()
-    """Of the last good steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,117 +64,6 @@ class Resumed:
     """Of the good steps before it; empty for a new run."""
     random: dict[str, Any] | None
     """For :func:`~megatron_lightseq.training.checkpoint.random_state.restore_random_state`, once iterators are made."""
-
-
-# ---- saving ---------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    training: Training, root: Path, position: Position, record: RunRecord | None = None
-) -> Path:
-    """Save everything that the next step depends on; returns the new checkpoint's folder under ``root``.
-
-    Afterwards, older checkpoints that the configuration does not ask to keep are removed.
-
-    Args:
-        training: what to save.
-        root: folder of checkpoints.
-        position: how far the run has come.
-        record: what the checkpoint says about the run; default: nothing.
-
-    Raises:
-        CheckpointError: a rank could not write, or holds numbers that are not finite; older checkpoints are untouched.
-    """
-    check_finite(training)
-    directory = CheckpointDirectory(root=root)
-    rank = dist.get_rank()
-    folder = Path(from_rank_0(str(directory.begin(position.iteration)) if rank == 0 else None))
-    try:
-        with parameters_in_place(training):
-            dist_checkpointing.save(
-                _state(training, is_loading=False, optimizer=True),
-                str(folder),
-                sharded_strategy=PlainFileStrategy(),
-            )
-        (folder / RANDOM_FOLDER).mkdir(exist_ok=True)
-        torch.save(random_state(), folder / _random_name(rank))
-        if rank == 0:
-            write_durably(folder / RECIPE_NAME, to_yaml(training.config))
-        names = _own_files(folder, rank)
-        fsync_files(folder, names)
-        records = record_files(folder, names)
-    except (OSError, CheckpointException) as error:
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # an incomplete checkpoint only fills the disk
-        raise CheckpointError(
-            explain(
-                got=f"saving to {folder}: {causes(error)}",
-                rule="every rank must be able to write its part",
-                remedy="Check free space and permissions; older checkpoints are untouched",
-            )
-        ) from error
-    gathered: list[list[FileRecord]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, records)
-    final = ""
-    if rank == 0:
-        files = tuple(sorted((record for part in gathered for record in part), key=lambda r: r.name))
-        final = str(directory.commit(folder, _manifest(training, position, record or RunRecord(), files)))
-        settings = training.config.checkpoint
-        directory.prune(keep_last=settings.save_keep_last, retain_interval=settings.save_retain_interval)
-    return Path(from_rank_0(final))
-
-
-def _state(training: Training, *, is_loading: bool, optimizer: bool) -> dict[str, Any]:
-    """Megatron's sharded state dict of a run; its keys do not depend on the parallelism."""
-    metadata = {"dp_cp_group": training.collection.dp_cp}
-    models = training.models
-    state: dict[str, Any] = {
-        ("model" if len(models) == 1 else f"model{index}"): model.sharded_state_dict(metadata=metadata)
-        for index, model in enumerate(models)
-    }
-    if optimizer:
-        weights = dict(state)
-        state["optimizer"] = sharded_optimizer_state(training.optimizer, weights, is_loading=is_loading)
-        state["scheduler"] = training.scheduler.state_dict()
-    return state
-
-
-def _own_files(folder: Path, rank: int) -> list[str]:
-    """Files that this rank wrote; rank 0 also records those that belong to no particular rank."""
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    own = {name for name in names if name.startswith(f"__{rank}_") or name == _random_name(rank)}
-    if rank == 0:
-        own |= {name for name in names if not name.startswith(("__", f"{RANDOM_FOLDER}/"))}
-    return sorted(own)
-
-
-def _random_name(rank: int) -> str:
-    return f"{RANDOM_FOLDER}/rank_{rank:05d}.pt"
-
-
-def _manifest(
-    training: Training, position: Position, record: RunRecord, files: tuple[FileRecord, ...]
-) -> Manifest:
-    return Manifest(
-        iteration=position.iteration,
-        consumed_samples=position.consumed_samples,
-        lineage=record.lineage,
-        corpus=record.corpus,
-        losses=record.losses,
-        model={
-            **model_identity(training.config, training.padded_vocab_size),
-            **attention_identity(training.config),
-        },
-        optimizer=optimizer_identity(training.config),
-        data=data_identity(training.config),
-        world=world_identity(training),
-        config_fingerprint=config_fingerprint(training.config),
-        versions=versions(),
-        files=files,
-    )
-
-
-# ---- loading --------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(
@@ -252,7 +105,7 @@ def load_checkpoint(
             "the optimizer",
             "--no-load-optim",
         )
-    template = _state(training, is_loading=True, optimizer=with_optimizer)
+    template = sharded_state(training, is_loading=True, optimizer=with_optimizer)
     new_adapters = training.config.tuning.lora_dim is not None and "lora_dim" not in manifest.model
     if new_adapters:
         _leave_adapters_out(template)
@@ -405,7 +258,7 @@ def _read_random(
                 "%s was saved with other parallel sizes: random states start from the seed", folder.name
             )
         return None
-    return load_plain(folder / _random_name(dist.get_rank()))
+    return load_plain(folder / random_name(dist.get_rank()))
 
 
 def load_plain(path: Path) -> dict[str, Any]:
