@@ -75,6 +75,7 @@ def _train(resolved: ResolvedConfig, stop: StopRequest) -> None:
     from megatron_lightseq.training.data.datasets import open_corpora, verify_contents
     from megatron_lightseq.training.job.join import join
     from megatron_lightseq.training.loop import build_loop
+    from megatron_lightseq.training.reporting.lasting_stream import LastingStream
     from megatron_lightseq.training.reporting.report import finish
 
     corpora = open_corpora(resolved.config)
@@ -83,8 +84,9 @@ def _train(resolved: ResolvedConfig, stop: StopRequest) -> None:
             verify_contents(corpora, part=job.launch.rank, num_parts=job.launch.world_size)
         outcome = build_loop(job, resolved, corpora, stop).run()
         if job.launch.rank == 0:
-            sys.stdout.writelines(line + "\n" for line in finish(resolved, corpora, outcome))
-            sys.stdout.flush()
+            output = LastingStream(sys.stdout)
+            output.write("".join(line + "\n" for line in finish(resolved, corpora, outcome)))
+            output.flush()
 
 
 @contextmanager

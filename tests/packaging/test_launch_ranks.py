@@ -178,6 +178,20 @@ def test_a_loop_of_crashes_ends_and_its_cause_is_the_last_line(tmp_path: Path) -
     assert printed.rstrip().splitlines()[-1] == last
 
 
+def test_the_seams_of_torchrun_are_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.missing_seams() == []
+    monkeypatch.setattr(launcher.LocalElasticAgent, "_shutdown", lambda self: None)
+    monkeypatch.delattr(launcher.rendezvous, "RendezvousInfo")
+    missing = ["LocalElasticAgent._shutdown(death_sig)", "RendezvousInfo"]
+    assert launcher.missing_seams() == missing
+    assert launcher.main([]) == 1
+    printed = capsys.readouterr().err
+    assert f"lacks {', '.join(missing)}, which" in printed
+    assert "start the ranks with torchrun itself" in printed
+
+
 def test_a_culprit_that_ends_after_its_victims_is_still_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun stops it once a victim has ended, and knows of no other failure."""
     said: list[str] = []

@@ -375,6 +375,46 @@ def test_ranks_without_a_folder_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("progress", ["plain", "live"])
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_output_that_nobody_reads_ends_no_run(progress: str, code: int) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(code, os.strerror(code))
+
+    display = choose_display(progress, rank=0, first_step=0, num_steps=3, stream=Gone())
+    display.note("a line")
+    display.update(1, "step 1", due=True)
+    display.close()
+
+
+CLOSED_PIPE = """
+import sys
+from megatron_lightseq.training.job.exit import CleanExit
+from megatron_lightseq.training.reporting.progress import choose_display
+import torch
+
+end = CleanExit()
+sys.stdin.read()
+display = choose_display("plain", rank=0, first_step=0, num_steps=1)
+for _ in range(3):
+    display.note("x" * 100_000)
+print("y" * 100_000)
+end.status = 0
+"""
+
+
+def test_a_closed_pipe_ends_no_process_and_no_status_tells_of_it() -> None:
+    import subprocess
+
+    command = [sys.executable, "-c", CLOSED_PIPE]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.communicate(timeout=100)
+    assert process.returncode == 0
+
+
 def test_rich_is_loaded_for_live_lines_only() -> None:
     import subprocess
 

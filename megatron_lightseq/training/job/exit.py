@@ -9,6 +9,7 @@ error status. Does not import torch.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 
@@ -29,11 +30,6 @@ class CleanExit:
         if self.status != 0 or "torch" not in sys.modules:
             return
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with contextlib.suppress(OSError, ValueError):  # closed, or its reader is gone: the run was good
                 stream.flush()
-            except (
-                OSError,
-                ValueError,
-            ):  # closed, or its reader is gone: the interpreter's normal exit reports it
-                return
         os._exit(0)

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 import os
 import signal
@@ -18,7 +20,9 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
+import torch.distributed.elastic.rendezvous as rendezvous
 import torch.distributed.launcher.api as torch_launcher
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -43,6 +47,13 @@ _ELASTIC_LOGGER = "torch.distributed.elastic.multiprocessing.api"
 
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun; returns the exit status."""
+    missing = missing_seams()
+    if missing:
+        _say(
+            f"error: torch {torch.__version__} lacks {', '.join(missing)}, which this launcher builds on: it was "
+            "tested with torch 2.13. Install that, or start the ranks with torchrun itself"
+        )
+        return 1
     one_host.register()
     torch_launcher.LocalElasticAgent = _Agent  # type: ignore[misc]  # torchrun has no other way to get at the ranks' ends
     killed = _KilledRanks()
@@ -55,6 +66,31 @@ def main(arguments: Sequence[str]) -> int:
     except ChildFailedError as failed:
         return _failed(failed)
     return 0
+
+
+def missing_seams() -> list[str]:
+    """What this launcher replaces or calls inside torchrun, and this release of torch does not have, by name."""
+    wanted: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+        "launcher.api.LocalElasticAgent": (torch_launcher, "LocalElasticAgent", ()),
+        "LocalElasticAgent._monitor_workers": (LocalElasticAgent, "_monitor_workers", ("worker_group",)),
+        "LocalElasticAgent._shutdown": (LocalElasticAgent, "_shutdown", ("death_sig",)),
+        "RendezvousInfo": (
+            rendezvous,
+            "RendezvousInfo",
+            ("store", "rank", "world_size", "bootstrap_store_info"),
+        ),
+        "RendezvousStoreInfo": (rendezvous, "RendezvousStoreInfo", ("master_addr", "master_port")),
+        "RendezvousHandler.use_agent_store": (rendezvous.RendezvousHandler, "use_agent_store", ()),
+    }
+    found = []
+    for name, (owner, attribute, parameters) in wanted.items():
+        seam = getattr(owner, attribute, None)
+        if seam is None:
+            found.append(name)
+        elif parameters:
+            known = inspect.signature(seam).parameters
+            found += [f"{name}({parameter})" for parameter in parameters if parameter not in known]
+    return found
 
 
 def _translated(arguments: Sequence[str]) -> list[str]:
@@ -186,4 +222,5 @@ def _how(status: int) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"[lightseq] {line}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads: no reason to end otherwise
+        print(f"[lightseq] {line}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import IO, Any, Protocol
 
+from megatron_lightseq.training.reporting.lasting_stream import LastingStream
 from megatron_lightseq.training.reporting.metrics import TrainMetrics
 
 _RATE_WINDOW = 20
@@ -97,12 +98,12 @@ def choose_display(
     progress: str, *, rank: int, first_step: int, num_steps: int, stream: IO[str] | None = None
 ) -> Display:
     """The display for the ``progress`` setting; ``auto`` is live on a terminal and plain elsewhere."""
-    stream = sys.stdout if stream is None else stream
+    lasting: Any = LastingStream(sys.stdout if stream is None else stream)
     if rank != 0 or progress == "off":
         return SilentDisplay()
-    if progress == "live" or (progress == "auto" and stream.isatty()):
-        return LiveDisplay(stream, first_step=first_step, num_steps=num_steps, force=progress == "live")
-    return PlainDisplay(stream)
+    if progress == "live" or (progress == "auto" and lasting.isatty()):
+        return LiveDisplay(lasting, first_step=first_step, num_steps=num_steps, force=progress == "live")
+    return PlainDisplay(lasting)
 
 
 class Progress:
