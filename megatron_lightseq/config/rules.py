@@ -91,10 +91,14 @@ class Bound:
     def __str__(self) -> str:
         if self.low == -math.inf:
             return "a finite number"
-        low = f"{'>' if self.open_low else '>='} {self.low:g}"
+        low = f"{'>' if self.open_low else '>='} {_in_words(self.low)}"
         if self.high == math.inf:
             return f"a finite number {low}"
-        return f"{low} and {'<' if self.open_high else '<='} {self.high:g}"
+        return f"{low} and {'<' if self.open_high else '<='} {_in_words(self.high)}"
+
+
+def _in_words(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 class RuleSet:

@@ -23,8 +23,7 @@ BOUNDS = RuleSet(
         "max_position_embeddings rotary_base make_vocab_size_divisible_by tensor_model_parallel_size "
         "pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage context_parallel_size cp_ulysses_size "
         "recompute_num_layers mlp_tile_tokens loss_tile_tokens cp_invariant "
-        "lr_decay_iters seq_length micro_batch_size global_batch_size train_iters "
-        "eval_interval eval_iters log_interval vocab_size save_interval save_retain_interval save_keep_last "
+        "eval_interval log_interval vocab_size save_interval save_retain_interval save_keep_last "
         "max_bad_steps step_timeout_factor check_weight_hash_across_dp_replicas_interval "
         "trace_step_start trace_step_end "
         "q_lora_rank kv_lora_rank qk_head_dim "
@@ -35,7 +34,7 @@ BOUNDS = RuleSet(
         "moe_router_topk moe_shared_expert_intermediate_size expert_model_parallel_size expert_tensor_parallel_size "
         "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads "
         "lora_dim",
-        _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad num_workers mtp_loss_scaling_factor "
+        _NOT_NEGATIVE: "min_lr lr_warmup_iters weight_decay clip_grad mtp_loss_scaling_factor "
         "moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate yarn_mscale yarn_mscale_all_dim mscale "
         "mscale_all_dim attn_scale load_iteration",
         _POSITIVE: "norm_epsilon init_method_std loss_spike_factor rank_silence_seconds step_timeout_seconds lr "
@@ -46,6 +45,10 @@ BOUNDS = RuleSet(
         _ANY: "glu_linear_offset",
         Bound(low=2): "original_max_position_embeddings",
         Bound(low=1, open_low=True): "straggler_factor",
+        # Far beyond any run, and below what would take hours or all memory before the first step.
+        Bound(low=1, high=10**9, open_high=False): "train_iters lr_decay_iters eval_iters",
+        Bound(low=1, high=2**31): "seq_length micro_batch_size global_batch_size",
+        Bound(low=0, high=256, open_high=False): "num_workers",
         _PROBABILITY: "attention_dropout hidden_dropout lora_dropout adam_beta1 adam_beta2",
         Bound(low=0, high=1, open_low=True, open_high=False): "rotary_percent",
         Bound(low=0, high=2**32): "seed",

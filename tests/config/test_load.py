@@ -23,6 +23,7 @@ from megatron_lightseq.config import (
     to_yaml,
 )
 from megatron_lightseq.config.names import MEGATRON_SPELLINGS, nearest
+from megatron_lightseq.config.rules import Machine
 from megatron_lightseq.config.sections import ModelConfig
 from megatron_lightseq.config.strict_yaml import MAX_BYTES, dump_scalar, parse_scalar
 from megatron_lightseq.config.typed import (
@@ -421,3 +422,20 @@ def test_importing_the_configuration_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "bound"),
+    [
+        ("train_iters", 10**18, ">= 1 and <= 1,000,000,000"),
+        ("eval_iters", 10**12, ">= 1 and <= 1,000,000,000"),
+        ("global_batch_size", 10**12, ">= 1 and < 2,147,483,648"),
+        ("seq_length", 10**18, ">= 1 and < 2,147,483,648"),
+        ("num_workers", 5000, ">= 0 and <= 256"),
+    ],
+)
+def test_what_would_take_hours_or_all_memory_is_refused_at_once(key: str, value: int, bound: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{key} {value}: {key} must be {bound}\. Set {key} to a value in bounds"
+    ):
+        load_config([f"--{key.replace('_', '-')}", str(value)], machine=Machine(world_size=1))

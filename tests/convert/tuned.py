@@ -34,7 +34,9 @@ def train_adapters(
 
     from megatron_lightseq.config import load_config
     from megatron_lightseq.megatron.cpu import platform as cpu_platform
-    from megatron_lightseq.training.checkpoint.save_load import Position, load_checkpoint, save_checkpoint
+    from megatron_lightseq.training.checkpoint.loading import load_checkpoint
+    from megatron_lightseq.training.checkpoint.saving import save_checkpoint
+    from megatron_lightseq.training.checkpoint.state import Position
     from megatron_lightseq.training.setup import build_training
     from megatron_lightseq.training.step import train_step
 
