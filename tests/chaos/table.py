@@ -8,6 +8,7 @@ Every row says how many cases were run and how many went as documented. A suite 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import random
 import statistics
@@ -129,6 +130,34 @@ def flips(folder: Path, cases: int, seed: int) -> Iterable[Row]:
     )
 
 
+def files(folder: Path, cases: int, seed: int) -> Iterable[Row]:
+    """Any file operation of a save fails, at once or in the background; the run goes on and leaves no rubbish."""
+    from tests.chaos.sick_runs import run_sick
+    from tests.chaos.test_saving import SAVING, check_folder, failing
+    from tests.harness.ranks import close_pool, run_ranks
+
+    rng, corpus = random.Random(seed), str(make_corpus(folder))
+    undisturbed = run_ranks(1, run_sick, corpus, {"train_iters": SAVING["train_iters"]})[0]
+    good, failed = 0, []
+    for number in range(cases):
+        code, operation = rng.choice((errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES)), rng.randrange(21)
+        root = folder / str(number)
+        settings = {**SAVING, "async_save": bool(number % 2), "save": str(root)}
+        found = run_ranks(1, failing, corpus, settings, operation, code)[0]
+        warned = sum(text.startswith("WARNING: no checkpoint was saved") for text in found.notes)
+        try:
+            check_folder(root)
+            assert (found.error, found.weights, warned) == ("", undisturbed.weights, 1)
+            good += 1
+        except AssertionError as error:
+            failed.append(
+                f"{errno.errorcode[code]} in operation {operation}: {error} {found.error} {found.notes}"
+            )
+    close_pool()
+    details = "the run goes on to the same weights, warns once, and leaves nothing half-written"
+    yield Row("a file operation of a save fails", cases, good, details, seed, failed=failed)
+
+
 def goodput(folder: Path, cases: int, seed: int) -> Iterable[Row]:
     """A kill about every 30 s, ``cases`` times; every 5 steps are saved."""
     rng, corpus = random.Random(seed), make_corpus(folder)
@@ -158,6 +187,7 @@ SUITES: dict[str, tuple[Callable[[Path, int, int], Iterable[Row]], int]] = {
     "kills": (kills, 200),
     "stops": (stops, 10),
     "flips": (flips, 10_000),
+    "files": (files, 546),
     "goodput": (goodput, 20),
 }
 """Suites, and how many cases they have by default."""
