@@ -35,7 +35,7 @@ class _Fineness(NamedTuple):
 _FINENESS = (
     _Fineness(8, 32, 6, (4, 8, 12)),
     _Fineness(16, 32, 10, (4, 6, 8, 14)),
-    _Fineness(64, 16, 16, (4, 8, 12), (100, 103, 110, 125, 150)),
+    _Fineness(64, 16, 16, (4, 6, 8, 12)),
     _Fineness(inf, 16, 16, (), (100, 125, 170)),  # a plan takes tenths of a second
 )
 
