@@ -26,7 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_lightseq.megatron.batch import adopt_layout, shard_batch
-    from megatron_lightseq.megatron.core_attention import CoreAttentionSettings, LightSeqCoreAttention
+    from megatron_lightseq.megatron.core_attention import (
+        CoreAttentionSettings,
+        LightSeqCoreAttention,
+        prepare_packed,
+    )
     from megatron_lightseq.megatron.cpu import platform as cpu_platform
     from megatron_lightseq.megatron.packed import packed_seq_params
     from megatron_lightseq.megatron.packing import Packing
@@ -42,6 +46,7 @@ __all__ = [
     "gpt_layer_spec",
     "hybrid_block_spec",
     "packed_seq_params",
+    "prepare_packed",
     "shard_batch",
     "slice_loss",
     "slice_mlps",
@@ -55,6 +60,7 @@ _HOME = {
     "gpt_layer_spec": "spec",
     "hybrid_block_spec": "spec",
     "packed_seq_params": "packed",
+    "prepare_packed": "core_attention",
     "shard_batch": "batch",
     "slice_loss": "sequence_slices",
     "slice_mlps": "sequence_slices",

@@ -179,6 +179,8 @@ class LightSeqCoreAttention(SequenceLayer):
         self.softmax_offset = _softmax_offset(config, self.tensor_group)
         self.window = _window(config, layer_number)
         self.has_rope = not _entry(getattr(config, "no_rope_freq", None), layer_number)
+        self._last_packed: tuple[bool, int] | None = None
+        """Of the last packed micro-batch: whether it was causal, and its tokens over all ranks."""
         self._query_scales: BoundedCache[Any, torch.Tensor | None] = BoundedCache(MAX_LENGTHS)
         if settings.keep_on_recompute:
             track_checkpoints()
@@ -229,6 +231,27 @@ class LightSeqCoreAttention(SequenceLayer):
         out = self._attend(attention, mask, self._scaled(query), key, value)
         return out.reshape(len(out), -1) if without_batch else out.reshape(*out.shape[:2], -1)
 
+    def prepare(self, params: PackedSeqParams) -> None:
+        """Plan for a packed micro-batch ahead, as where the next one's borders are known.
+
+        The forward pass then neither plans nor starts a collective for it. All ranks prepare the same micro-batches in
+        the same order. Nothing happens before the first packed one, or for another number of tokens than the last one
+        had.
+
+        Args:
+            params: the ``packed_seq_params`` of the forward pass.
+
+        Raises:
+            As the forward pass, for borders that are not those of a sequence.
+        """
+        if self._last_packed is None:
+            return
+        causal, tokens = self._last_packed
+        shard = shard_of(params, self.layout, rank_in(self.group))
+        if shard.packing.tokens == tokens:
+            mask = shard.mask(causal, self.window)
+            self.settings.attention(self.group, mask, self.method, self.layer_number).prepare(mask)
+
     def _attend(
         self,
         attention: DistAttention,
@@ -269,6 +292,7 @@ class LightSeqCoreAttention(SequenceLayer):
         causal = _is_causal(unpadded.get(mask_type, mask_type))
         shard = shard_of(params, self.layout, rank_in(self.group))
         shard.packing.check_tokens(tokens * self.layout.cp_size)
+        self._last_packed = causal, shard.packing.tokens
         return shard.mask(causal, self.window)
 
     def _mask(self, attn_mask_type: AttnMaskType, hidden: torch.Tensor | None) -> Mask:
@@ -310,6 +334,21 @@ class LightSeqCoreAttention(SequenceLayer):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.method} on {self.layout}, kernel={self.settings.kernel}"
+
+
+def prepare_packed(model: torch.nn.Module, params: PackedSeqParams) -> None:
+    """Plan the attention of all layers below ``model`` for a packed micro-batch: :meth:`LightSeqCoreAttention.prepare`.
+
+    Call it with the next micro-batch while one is computed, on all ranks in the same order.
+
+    Args:
+        model: a model whose attention is ours.
+        params: what its forward pass will get, such as from
+            :func:`~megatron_lightseq.megatron.packed.packed_seq_params`.
+    """
+    for module in model.modules():
+        if isinstance(module, LightSeqCoreAttention):
+            module.prepare(params)
 
 
 def _is_causal(mask_type: AttnMaskType) -> bool:

@@ -33,6 +33,7 @@ from megatron_lightseq.training.health.weights import check_replicas
 from megatron_lightseq.training.job.failure import EVALUATE, FINISH, SAVE, SET_UP, TRAIN
 from megatron_lightseq.training.job.join import Job
 from megatron_lightseq.training.job.signals import StopRequest
+from megatron_lightseq.training.packed_batches import prepared_ahead
 from megatron_lightseq.training.reporting.memory import peak_resident_bytes
 from megatron_lightseq.training.reporting.metrics import (
     Attempt,
@@ -158,7 +159,10 @@ class Loop:
         """Iterators from the present position on, then the random states that belong there."""
         consumed = self._position.consumed_samples
         self._iterators = [
-            train_iterator(self._config, datasets, share_of(self._training), consumed_samples=consumed)
+            prepared_ahead(
+                self._training,
+                train_iterator(self._config, datasets, share_of(self._training), consumed_samples=consumed),
+            )
             for _ in self._training.chunks
         ]
         if random is not None:

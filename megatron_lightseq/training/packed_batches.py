@@ -6,7 +6,7 @@ Engine knows only dense masks: with ``cp_method: megatron``, the baseline of com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_lightseq.config.choices import MEGATRON
 from megatron_lightseq.errors import DataError, explain
+from megatron_lightseq.megatron.core_attention import prepare_packed
 from megatron_lightseq.megatron.packed import PackedShard, local_positions, packed_seq_params, shard_of
 from megatron_lightseq.megatron.packing import Packing
 from megatron_lightseq.training.setup import Training
@@ -45,6 +46,54 @@ class Documents:
         return loss_mask.masked_fill(self.shard.lasts.to(loss_mask.device), 0)
 
 
+DOCUMENTS = "documents"
+"""The entry of a batch whose documents are known already."""
+
+
+class PreparedAhead:
+    """Micro-batches of packed data, each with its documents; attention to the next one's is planned ahead.
+
+    Plans of the next micro-batch are made when a micro-batch is taken. A forward pass then makes none, and waits for no
+    other rank to agree on one.
+    """
+
+    def __init__(self, training: Training, batches: Iterator[Mapping[str, Any]]) -> None:
+        self._training, self._batches = training, batches
+        self._following: Mapping[str, Any] | Exception | None = None
+        """Read, but not taken: the next micro-batch, or the error of reading it."""
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return self
+
+    def __next__(self) -> Mapping[str, Any]:
+        batch = self._read() if self._following is None else self._following
+        if isinstance(batch, Exception):
+            raise batch
+        self._following = self._read()
+        if not isinstance(self._following, Exception):
+            self._prepare(self._following[DOCUMENTS])
+        return batch
+
+    def _read(self) -> Mapping[str, Any] | Exception:
+        """The next micro-batch, or why there is none, which matters only if it is asked for."""
+        try:
+            batch = next(self._batches)
+            return {**batch, DOCUMENTS: documents_of(self._training, batch)}
+        except Exception as error:  # noqa: BLE001 - raised when the micro-batch is taken
+            return error
+
+    def _prepare(self, documents: Documents) -> None:
+        for model in self._training.models:
+            prepare_packed(model, documents.params)
+
+
+def prepared_ahead(training: Training, batches: Iterator[Any]) -> Iterator[Any]:
+    """:class:`PreparedAhead` where our attention shares packed data among ranks; otherwise the batches as they are."""
+    config = training.config
+    shared = config.data.packed and config.context.cp_method != MEGATRON and training.sizes.context > 1
+    return PreparedAhead(training, batches) if shared else batches
+
+
 def documents_of(training: Training, batch: Mapping[str, Any]) -> Documents:
     """The documents of a micro-batch, on this rank.
 
@@ -56,6 +105,9 @@ def documents_of(training: Training, batch: Mapping[str, Any]) -> Documents:
         DataError: the data is packed, and the batch does not say how.
         ConfigError: the borders are not those of this micro-batch.
     """
+    if DOCUMENTS in batch:
+        known: Documents = batch[DOCUMENTS]
+        return known
     config = training.config
     if not config.data.packed:
         return Documents()

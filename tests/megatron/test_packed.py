@@ -320,3 +320,100 @@ def _refused(packing: Packing) -> str:
 def test_borders_of_another_batch_are_refused_on_all_ranks(packing: Any, message: str) -> None:
     for found in on_ranks(2, _refused, packing):
         assert re.search(message, found)
+
+
+# --- plans ahead ------------------------------------------------------------------------------------------------------
+
+
+def _plans_in_forward_passes(values: dict[str, Any], ahead: bool) -> tuple[list[float], list[int]]:
+    """Losses of three steps over other documents each, and how many plans their forward passes made."""
+    from unittest.mock import patch
+
+    from megatron.core import parallel_state
+
+    from megatron_lightseq.attention.planner import Planner
+    from megatron_lightseq.training.packed_batches import PreparedAhead, prepared_ahead
+    from megatron_lightseq.training.step import train_step
+
+    inside, plan = [0], Planner.plan
+    count = 0
+
+    def counted(planner: Planner, *args: Any) -> Any:
+        nonlocal count
+        count += inside[0]
+        return plan(planner, *args)
+
+    try:
+        training = _built({**values, "sft": True, "train_iters": 3})
+        for model in training.models:
+            model.register_forward_pre_hook(lambda *_: inside.__setitem__(0, 1))
+            model.register_forward_hook(lambda *_: inside.__setitem__(0, 0))
+        rows = [batch for step in range(3) for batch in _micro_batches_of_other_documents(step)]
+        reads = [prepared_ahead(training, iter(rows)) if ahead else iter(rows) for _ in training.chunks]
+        assert isinstance(reads[0], PreparedAhead) == ahead
+        losses, plans = [], []
+        with patch.object(Planner, "plan", counted):
+            for _ in range(3):
+                losses.append(train_step(training, reads).loss)
+                plans.append(count)
+                count = 0
+        with pytest.raises(StopIteration):
+            next(reads[0])
+    finally:
+        parallel_state.destroy_model_parallel()
+    return losses, plans
+
+
+def _micro_batches_of_other_documents(step: int) -> Iterator[dict[str, Any]]:
+    """In every step and micro-batch others."""
+    for number in range(len(DOCUMENTS)):
+        row, _ = _row(number)
+        first = 3 + len(DOCUMENTS) * step + number
+        packing = Packing.of_documents((first, LENGTH - first), LENGTH)
+        row["position_ids"] = packing.positions()
+        yield {**{name: tensor[None] for name, tensor in row.items()}, "packing": packing}
+
+
+@pytest.mark.parametrize(
+    ("size", "values"),
+    [
+        (2, {"context_parallel_size": 2, "cp_method": "balanced"}),
+        (
+            2,
+            {
+                "context_parallel_size": 2,
+                "window_size": (9, 0),
+                "window_attn_skip_freq": 2,
+                "mtp_num_layers": 1,
+            },
+        ),
+        (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    ],
+    ids=["balanced", "windows and further tokens", "pp 2", "tp 2"],
+)
+def test_forward_passes_find_their_plans_made(size: int, values: dict[str, Any]) -> None:
+    """From the third micro-batch on: the second one is read before the first forward pass shows what is planned for."""
+    plain = on_ranks(size, _plans_in_forward_passes, values, False)
+    kinds = 2 if "window_size" in values else 1
+    for (losses, plans), (expected, unprepared) in zip(
+        on_ranks(size, _plans_in_forward_passes, values, True), plain, strict=True
+    ):
+        assert losses == expected
+        assert unprepared == [kinds * len(DOCUMENTS)] * 3
+        assert plans == [2 * kinds, 0, 0]
+
+
+def test_an_error_of_the_next_micro_batch_waits_until_it_is_taken() -> None:
+    from types import SimpleNamespace
+
+    from megatron_lightseq.training.packed_batches import PreparedAhead
+
+    def batches() -> Iterator[dict[str, Any]]:
+        yield {"documents": SimpleNamespace(params=None)}
+        raise OSError("the disk is gone")
+
+    reads = PreparedAhead(SimpleNamespace(models=[]), batches())  # type: ignore[arg-type]
+    next(reads)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(reads)
