@@ -81,7 +81,7 @@ def check_exact(got: list[Tensor], whole: list[Tensor], mask: Mask, what: object
 
 
 @pytest.mark.usefixtures("nan_memory")
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize(("method", "layout_name"), PLACED)
 def test_loopback_equals_one_device_in_fp64(size: int, method: str, layout_name: str) -> None:
     layout, seq_length = SequenceLayout(layout_name, size), 2 * size * 7
@@ -97,7 +97,7 @@ UNEVEN_HEADS = [(6, 2), (5, 1), (8, 4), (2, 2)]
 
 
 @pytest.mark.usefixtures("nan_memory")
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize(("method", "layout_name"), WRAPPED)
 def test_wrappers_equal_one_device_in_fp64_for_any_heads(size: int, method: str, layout_name: str) -> None:
     layout, seq_length = SequenceLayout(layout_name, size), 2 * size * 5

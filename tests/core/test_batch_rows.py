@@ -51,7 +51,7 @@ def run(
 
 
 @pytest.mark.usefixtures("nan_memory")
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize(("method", "layout_name"), [*EVERY, ("auto", "contiguous")])
 def test_every_row_has_its_own_mask_in_fp64(size: int, method: str, layout_name: str) -> None:
     layout, length = SequenceLayout(layout_name, size), max(2 * size * 3, 8)

@@ -59,12 +59,13 @@ def run(
 
 
 @pytest.mark.usefixtures("nan_memory")
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize(("method", "layout_name"), EVERY)
 def test_every_kind_is_exact_in_fp64(size: int, method: str, layout_name: str) -> None:
     layout, length = SequenceLayout(layout_name, size), max(2 * size * 3, 8)
     whole = oracle.inputs(length, (4, 2), (5, 3), torch.float64)
-    for mask in kinds(length):
+    masks = list(kinds(length))
+    for mask in masks if size <= 5 else masks[size % 5 :: 5]:
         got = run(size, method, layout, mask, whole, "reference")
         check_exact(got, whole, mask, mask)
 
