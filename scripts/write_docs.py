@@ -339,8 +339,8 @@ def trace_cost() -> str:
     """What tracing costs, as measured."""
     record = json.loads((ROOT / "docs" / "results" / "trace-cost.json").read_text())
     return (
-        f"A traced step took {record['median'] - 1:+.1%} longer than its neighbour (median, {record['what']}; "
-        f"`{record['command']}`)."
+        f"The time of a traced step differs from that of its neighbour by {record['median'] - 1:+.1%} (median, "
+        f"{record['what']}; `{record['command']}`)."
     )
 
 
