@@ -34,6 +34,11 @@ class BufferPool:
         """Bytes of free blocks that the pool holds."""
         return self._free_bytes
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were in use at one time: free blocks never hold more."""
+        return self._most_used_bytes
+
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous, uninitialised tensor."""
         num_bytes = math.prod(shape) * dtype.itemsize

@@ -372,7 +372,7 @@ HOPPER_BACKWARD_MUTANTS = (
         "part.dq.data += first_query * part.dq.token_stride;",
         "",
     ),
-    _backward("delta forgotten", "- rows.delta[fragment_column(j, e)]", ""),
+    _backward("delta forgotten", "- rows.delta[query]", ""),
     _backward(
         "dK without the scale",
         "state.dk, first_row, 0, params.softmax_scale);",
