@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -82,6 +83,8 @@ class LayoutRoll:
         dims: int = -1,
         cp_group: Any = None,
         packed_seq_params: Any = None,
+        *,
+        whole: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Every token's successor in its sequence or document, 0 after the last token; collective.
 
@@ -91,6 +94,7 @@ class LayoutRoll:
             dims: the sequence dimension.
             cp_group: ignored: the group is the model's own.
             packed_seq_params: Megatron's, for packed sequences: (1, tokens).
+            whole: return the sum over all ranks itself.
 
         Returns:
             The same shape, and the sum over all ranks divided by their number, at least a count of one. Megatron
@@ -100,18 +104,6 @@ class LayoutRoll:
         Raises:
             UnsupportedError: another shift, or packed sequences of an unknown kind.
         """
-        rolled, total = self.with_total(tensor, shifts, dims, cp_group, packed_seq_params)
-        return rolled, total / self.layout.cp_size
-
-    def with_total(
-        self,
-        tensor: torch.Tensor,
-        shifts: int = -1,
-        dims: int = -1,
-        cp_group: Any = None,
-        packed_seq_params: Any = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As a call, with the sum over all ranks, at least one."""
         del cp_group
         if shifts != -1:
             raise UnsupportedError(
@@ -128,7 +120,8 @@ class LayoutRoll:
         total = rolled.sum()
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
-        return rolled, torch.where(total == 0, torch.ones_like(total), total)
+        total = torch.where(total == 0, torch.ones_like(total), total)
+        return rolled, total if whole else total / self.layout.cp_size
 
     def _successors(self, tokens: torch.Tensor) -> torch.Tensor:
         """(S, B) of this rank to (S, B): each token's successor in the whole sequence, 0 behind its end."""
@@ -177,7 +170,7 @@ class LayoutLoss:
         scope = self._original.__globals__
         own = with_globals(
             self._original,
-            roll_tensor=self._roll.with_total,
+            roll_tensor=partial(self._roll, whole=True),
             MTPLossAutoScaler=_Weighted(scope["MTPLossAutoScaler"], weight),
             MTPLossLoggingHelper=_LoggedAsMean(scope["MTPLossLoggingHelper"], size),
         )
