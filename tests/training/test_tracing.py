@@ -111,7 +111,9 @@ def test_predictions_are_those_of_the_schedule(method: str) -> None:
     for each in compare(_begun_together(ranks), NETWORK):
         direction = Direction(each.kind)
         layout = SequenceLayout.contiguous(size)
-        schedule = build(method, layout, mask=mask, seq_length=size * LENGTH, direction=direction)
+        schedule = build(
+            method, layout, mask=mask, seq_length=size * LENGTH, direction=direction, shape=_shape()
+        )
         seconds = sum(step.kernel_s for rank in each.measured for step in rank.steps)
         pairs = sum(step.pairs for rank in each.measured for step in rank.steps)
         costs = Costs(seconds_per_pair=seconds / pairs, network=NETWORK)
